@@ -1,0 +1,308 @@
+"""``SparseMatMul``: ``Y = act(X · W + bias)`` with W stored compressed. The whole contract of the operator.
+
+Signature (domain ``sparse_onnx``, version 1; one op type per activation, see :data:`OP_TYPES`)::
+
+    SparseMatMul<K, N, chunk, block, format, mask_structure>(X, values, offsets, counts, rows, bias) -> Y
+
+===========  =========  ==============  =====================================================================
+name         dtype      shape           meaning
+===========  =========  ==============  =====================================================================
+X            float32    [..., K]        activations, rank >= 1
+values       float32    [entries]       stored weights
+offsets      uint8      [entries]       input channel of each entry, relative to the first of its chunk
+counts       uint8      [segments]      entries of each segment, at least 1
+rows         uint8      [segments]      output channel of each segment, relative to the first of its block
+bias         float32    [N]             zeros where the layer has none
+Y            float32    [..., N]
+===========  =========  ==============  =====================================================================
+
+Storage format ``chunked_csc``. The K input channels are cut into chunks of ``chunk`` (1..255), the N output
+channels into blocks of ``block`` (1..256); both are padded up at the end. A *segment* holds what one output
+channel keeps of one chunk. Segments are stored block by block, inside a block chunk by chunk, and inside a
+(block, chunk) group by falling count, so that the trip count of the kernel's inner loop rarely changes;
+``rows`` says which output channel each one is, a permutation of 0..block-1 in every group. Entries follow
+segment by segment, with strictly rising offsets. A segment with nothing to store keeps one explicit zero at
+offset 0: that lets standard operators find the segment of an entry by ``CumSum`` (see :func:`function_body`)
+and spares the kernel the empty case. Padding output channels are such segments too.
+
+Cost: 5 bytes an entry and 2 bytes a segment, against 4 bytes a weight in dense form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+
+__all__ = [
+    "ACTIVATIONS",
+    "DOMAIN",
+    "FORMAT",
+    "OP_TYPES",
+    "VERSION",
+    "FormatError",
+    "PackedWeight",
+    "function_body",
+    "pack",
+    "reference",
+    "unpack",
+]
+
+DOMAIN = "sparse_onnx"
+VERSION = 1
+FORMAT = "chunked_csc"
+
+# One op type per activation, not an attribute: a body of standard ops cannot branch on an attribute without
+# `If`, and a library that does not know a newer activation then falls back to the body instead of failing.
+OP_TYPES = {
+    "none": "SparseMatMul",
+    "relu": "SparseMatMulRelu",
+    "gelu": "SparseMatMulGelu",
+    "gelu_tanh": "SparseMatMulGeluTanh",
+    "silu": "SparseMatMulSilu",
+}
+ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
+
+# Chosen on measurements: a chunk of activations of 64 tokens (24 KiB) stays in the first-level cache.
+DEFAULT_CHUNK = 96
+DEFAULT_BLOCK = 64
+
+
+class FormatError(ValueError):
+    """Stored tensors that do not describe a weight."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A [K, N] float32 weight in the ``chunked_csc`` format; see the module's table for the arrays."""
+
+    K: int
+    N: int
+    chunk: int
+    block: int
+    values: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.K // self.chunk)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.N // self.block)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The stored tensors, in the order of the operator's inputs."""
+        return {"values": self.values, "offsets": self.offsets, "counts": self.counts, "rows": self.rows}
+
+    def attributes(self) -> dict[str, int | str]:
+        return {"K": self.K, "N": self.N, "chunk": self.chunk, "block": self.block, "format": FORMAT}
+
+
+def pack(weight: np.ndarray, *, chunk: int = DEFAULT_CHUNK, block: int = DEFAULT_BLOCK) -> PackedWeight:
+    """Compress ``weight`` [K, N] float32. NaN and Inf are entries like any other; -0.0 counts as zero.
+
+    Raises ValueError for another rank or dtype, an empty weight, or a ``chunk`` or ``block`` out of range.
+    """
+    if weight.ndim != 2 or weight.dtype != np.float32 or 0 in weight.shape:
+        raise ValueError(f"pack() takes a non-empty float32 matrix [K, N], not {weight.dtype}{list(weight.shape)}")
+    if not 1 <= chunk <= 255 or not 1 <= block <= 256:
+        raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
+    K, N = weight.shape
+    chunk, block = min(chunk, K), min(block, N)
+    chunks, blocks = -(-K // chunk), -(-N // block)
+    parts: dict[str, list[np.ndarray]] = {"values": [], "offsets": [], "counts": [], "rows": []}
+    # Block by block: the scratch is one block of the weight, whatever the size of the whole.
+    for b in range(blocks):
+        columns = weight[:, b * block : (b + 1) * block]
+        tile = np.zeros((block, chunks * chunk), np.float32)
+        tile[: columns.shape[1], :K] = columns.T
+        segments = tile.reshape(block, chunks, chunk).transpose(1, 0, 2)
+        keep = segments != 0
+        keep[..., 0] |= ~keep.any(-1)
+        counts = keep.sum(-1)
+        rows = np.argsort(-counts, axis=-1, kind="stable")
+        keep = np.take_along_axis(keep, rows[..., None], 1)
+        parts["values"].append(np.take_along_axis(segments, rows[..., None], 1)[keep])
+        parts["offsets"].append(np.nonzero(keep)[2].astype(np.uint8))
+        parts["counts"].append(np.take_along_axis(counts, rows, 1).astype(np.uint8).reshape(-1))
+        parts["rows"].append(rows.astype(np.uint8).reshape(-1))
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
+    arrays["values"] += np.float32(0)  # -0.0 stored for an empty segment becomes 0.0
+    return PackedWeight(K, N, chunk, block, **arrays)
+
+
+def _segment_of_entry(packed: PackedWeight) -> np.ndarray:
+    return np.repeat(np.arange(packed.counts.size), packed.counts)
+
+
+def validate(packed: PackedWeight) -> None:
+    """Raise FormatError unless the arrays obey every rule of the format (the kernel checks the same)."""
+    segments = packed.chunks * packed.blocks * packed.block
+    if packed.counts.shape != (segments,) or packed.rows.shape != (segments,):
+        raise FormatError(f"counts and rows must have {segments} elements")
+    if (packed.counts < 1).any() or (packed.counts > packed.chunk).any():
+        raise FormatError(f"every count must lie in 1..{packed.chunk}")
+    entries = int(packed.counts.sum(dtype=np.int64))
+    if packed.values.shape != (entries,) or packed.offsets.shape != (entries,):
+        raise FormatError(f"values and offsets must have {entries} elements, the sum of counts")
+    groups = np.sort(packed.rows.reshape(-1, packed.block), axis=1)
+    if (groups != np.arange(packed.block, dtype=np.uint8)).any():
+        raise FormatError("rows must be a permutation of 0..block-1 in every (block, chunk) group")
+    segment = _segment_of_entry(packed)
+    chunk_of = segment // packed.block % packed.chunks
+    if (chunk_of * packed.chunk + packed.offsets >= packed.K).any() or (packed.offsets >= packed.chunk).any():
+        raise FormatError("an offset reaches past its chunk or past K")
+    steps = np.diff(packed.offsets.astype(np.int16))
+    if (steps[np.diff(segment) == 0] <= 0).any():
+        raise FormatError("offsets must rise strictly inside a segment")
+
+
+def unpack(packed: PackedWeight) -> np.ndarray:
+    """The dense weight [K, N], exactly (bit for bit, but for the sign of zero)."""
+    validate(packed)
+    segment = _segment_of_entry(packed)
+    group, row = segment // packed.block, packed.rows[segment]
+    k = group % packed.chunks * packed.chunk + packed.offsets
+    n = group // packed.chunks * packed.block + row
+    dense = np.zeros((packed.K, packed.blocks * packed.block), np.float32)
+    dense[k, n] = packed.values
+    return dense[:, : packed.N]
+
+
+def reference(x: np.ndarray, packed: PackedWeight, bias: np.ndarray, activation: str = "none") -> np.ndarray:
+    """What the operator computes, in float64: the oracle of the tests."""
+    y = x.astype(np.float64) @ unpack(packed).astype(np.float64) + bias
+    if activation == "relu":
+        return np.maximum(y, 0)
+    if activation == "gelu":
+        return 0.5 * y * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2)))
+    if activation == "gelu_tanh":
+        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    if activation == "silu":
+        return y / (1 + np.exp(-y))
+    if activation != "none":
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(OP_TYPES)}")
+    return y
+
+
+# The last lines of each body: from `h` to `Y`. The forms are those that ORT's own fusions look for.
+_ACTIVATION_BODIES = {
+    "none": "Y = Identity(h)",
+    "relu": "Y = Relu(h)",
+    "gelu": """
+        root = Constant<value = float {1.41421356}>()
+        one_f = Constant<value = float {1.0}>()
+        half = Constant<value = float {0.5}>()
+        scaled = Div(h, root)
+        erf = Erf(scaled)
+        shifted = Add(erf, one_f)
+        product = Mul(h, shifted)
+        Y = Mul(product, half)""",
+    "gelu_tanh": """
+        three = Constant<value = float {3.0}>()
+        a = Constant<value = float {0.044715}>()
+        b_ = Constant<value = float {0.79788456}>()
+        one_f = Constant<value = float {1.0}>()
+        half = Constant<value = float {0.5}>()
+        cube = Pow(h, three)
+        small = Mul(cube, a)
+        inner = Add(h, small)
+        outer = Mul(inner, b_)
+        tanh = Tanh(outer)
+        shifted = Add(tanh, one_f)
+        product = Mul(h, shifted)
+        Y = Mul(product, half)""",
+    "silu": """
+        gate = Sigmoid(h)
+        Y = Mul(h, gate)""",
+}
+
+# Every line up to W has only constants behind it and a shape that can be inferred, so that ORT folds the
+# whole decoder when the session is created. (NonZero and Compress are not folded by ORT >= 1.31.)
+_BODY = """
+<domain: "{domain}", opset_import: ["" : {opset}]>
+{op_type} <K, N, chunk, block> (X, values, offsets, counts, rows, bias) => (Y)
+{{
+    k = Constant<value_int: int = @K>()
+    n = Constant<value_int: int = @N>()
+    c = Constant<value_int: int = @chunk>()
+    b = Constant<value_int: int = @block>()
+    zero = Constant<value = int64 {{0}}>()
+    one = Constant<value = int64 {{1}}>()
+    axis0 = Constant<value = int64[1] {{0}}>()
+    axis1 = Constant<value = int64[1] {{1}}>()
+    last = Constant<value = int64[1] {{9223372036854775807}}>()
+    flat_shape = Constant<value = int64[1] {{-1}}>()
+    column_shape = Constant<value = int64[2] {{-1, 1}}>()
+    k_less = Sub(k, one)
+    k_full = Div(k_less, c)
+    chunks = Add(k_full, one)
+    n_less = Sub(n, one)
+    n_full = Div(n_less, b)
+    blocks = Add(n_full, one)
+    width = Mul(blocks, b)
+
+    block_index = Range(zero, blocks, one)
+    block_column = Unsqueeze(block_index, axis1)
+    block_start = Mul(block_column, b)
+    chunk_index = Range(zero, chunks, one)
+    chunk_stride = Mul(c, width)
+    chunk_start = Mul(chunk_index, chunk_stride)
+    group_start = Add(block_start, chunk_start)
+    group_column = Reshape(group_start, column_shape)
+    block_1 = Unsqueeze(b, axis0)
+    row_shape = Concat<axis = 0>(flat_shape, block_1)
+    rows_64 = Cast<to = 7>(rows)
+    row_grid = Reshape(rows_64, row_shape)
+    segment_grid = Add(group_column, row_grid)
+    segment_start = Reshape(segment_grid, flat_shape)
+
+    counts_64 = Cast<to = 7>(counts)
+    ends = CumSum(counts_64, zero)
+    starts = Sub(ends, counts_64)
+    later_starts = Slice(starts, axis1, last, axis0)
+    later_shape = Shape(later_starts)
+    steps = Expand(one, later_shape)
+    entries = Shape(offsets)
+    no_steps = ConstantOfShape<value = int64[1] {{0}}>(entries)
+    marks = ScatterElements<axis = 0>(no_steps, later_starts, steps)
+    segment = CumSum(marks, zero)
+
+    entry_start = Gather<axis = 0>(segment_start, segment)
+    offsets_64 = Cast<to = 7>(offsets)
+    entry_step = Mul(offsets_64, width)
+    position = Add(entry_start, entry_step)
+    size = Mul(k, width)
+    size_1 = Unsqueeze(size, axis0)
+    zeros = ConstantOfShape(size_1)
+    scattered = ScatterElements<axis = 0>(zeros, position, values)
+    k_1 = Unsqueeze(k, axis0)
+    width_1 = Unsqueeze(width, axis0)
+    n_1 = Unsqueeze(n, axis0)
+    padded_shape = Concat<axis = 0>(k_1, width_1)
+    padded = Reshape(scattered, padded_shape)
+    W = Slice(padded, axis0, n_1, axis1)
+
+    product_xw = MatMul(X, W)
+    h = Add(product_xw, bias)
+    {activation}
+}}
+"""
+
+
+def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
+    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
+    text = _BODY.format(domain=DOMAIN, opset=opset, op_type=op_type, activation=_ACTIVATION_BODIES[ACTIVATIONS[op_type]])
+    proto: Any = onnx.parser.parse_function(text)
+    return proto
