@@ -1,0 +1,219 @@
+"""What a pass is: options, a promise that is checked, statistics, and places declined with a reason.
+
+A pass is a frozen dataclass whose fields are its options, validated when it is built. Calling it changes an
+``onnx_ir.Model`` in place and returns a :class:`PassResult`. A :class:`Pipeline` is a pass made of passes.
+
+The base class, not the author, checks the promise: the result has the right type, and ``modified`` is true
+exactly if the graph or a tensor changed. A failure names the pass, the passes that ran before it, and the cause.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
+
+__all__ = [
+    "MODULE_KEY",
+    "STRUCTURE_KEY",
+    "Declined",
+    "LayerChange",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Pipeline",
+    "Stage",
+    "in_memory",
+]
+
+MODULE_KEY = "sparse_onnx.module"
+"""Metadata of a node: the path of the framework's module that it came from."""
+
+STRUCTURE_KEY = "sparse_onnx.mask_structure"
+"""Metadata of an initializer: the mask structure that a pruning pass gave it."""
+
+
+class Stage(enum.IntEnum):
+    """Where in a pipeline a pass belongs. Passes run in this order (design: a later stage would be undone
+    or invalidated by an earlier one)."""
+
+    CLEAN = 0
+    STRUCTURE = 1
+    SCALE = 2
+    PERMUTE = 3
+    PRUNE = 4
+    REFIT = 5
+    QUANTIZE = 6
+    CORRECT = 7
+    FUSE = 8
+    LOWER = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Declined:
+    """A place that a pass left as it was."""
+
+    pass_name: str
+    place: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """Zeros of one weight before and after a pass; ``name`` is the initializer's."""
+
+    name: str
+    size: int
+    zeros_before: int
+    zeros_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """``statistics`` counts what was done, by name; ``layers`` lists the weights whose zeros changed."""
+
+    model: ir.Model
+    modified: bool
+    statistics: dict[str, int | float] = dataclasses.field(default_factory=dict)
+    declined: tuple[Declined, ...] = ()
+    layers: tuple[LayerChange, ...] = ()
+    seconds: float = 0.0
+    steps: tuple[tuple[str, PassResult], ...] = ()
+    """Of a pipeline: the name and result of every pass in it, in order."""
+
+
+def in_memory(array: np.ndarray, name: str) -> ir.TensorProtocol:
+    """Keep a changed weight in memory: the default store of a :class:`PassContext`."""
+    return ir.tensor(array, name=name)
+
+
+def _silent(_message: str) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassContext:
+    """What a pass may use of its surroundings.
+
+    ``store(array, name)`` turns a new weight into a tensor; a store that spools to disk keeps memory bounded.
+    ``progress(message)`` tells the user where a long pass is.
+    """
+
+    store: Callable[[np.ndarray, str], ir.TensorProtocol] = in_memory
+    progress: Callable[[str], None] = _silent
+
+
+class Pass(abc.ABC):
+    """Base of all passes; see the module's docstring.
+
+    A subclass is a frozen dataclass, sets ``name`` (as recipes write it) and ``stage``, and implements
+    :meth:`apply`. ``idempotent`` says that a second run changes nothing.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    idempotent: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        """Change ``model`` in place and tell what was done."""
+
+    def __call__(self, model: ir.Model, context: PassContext | None = None) -> PassResult:
+        before = _fingerprint(model)
+        start = time.perf_counter()
+        result = self.apply(model, context or PassContext())
+        if not isinstance(result, PassResult) or result.model is not model:
+            raise PassError(f"pass {self.name}: apply() must return a PassResult with the model it was given")
+        if result.modified != (_fingerprint(model) != before):
+            said = "modified" if result.modified else "not modified"
+            raise PassError(f"pass {self.name} reports the model as {said}, which is not true")
+        return dataclasses.replace(result, seconds=time.perf_counter() - start)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, as a recipe would write them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def declined(self, place: str, reason: str) -> Declined:
+        return Declined(self.name, place, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Pass):
+    """Passes that run one after another, in the order of their stages; itself a pass, so pipelines nest."""
+
+    name: ClassVar[str] = "pipeline"
+    stage: ClassVar[Stage] = Stage.CLEAN
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        ordered = tuple(_flatten(self.passes))
+        for first, second in zip(ordered, ordered[1:], strict=False):
+            if second.stage < first.stage:
+                raise UsageError(
+                    f"{second.name} ({second.stage.name.lower()}) cannot run after {first.name} "
+                    f"({first.stage.name.lower()}); the order is {', '.join(s.name.lower() for s in Stage)}"
+                )
+
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        steps: list[tuple[str, PassResult]] = []
+        for step in self.passes:
+            try:
+                result = step(model, context)
+            except SparseOnnxError as error:
+                if isinstance(error, PassError) or not steps:
+                    raise
+                raise type(error)(f"{error} (in pass {step.name}{_after(steps)})") from error
+            except Exception as error:
+                raise PassError(f"pass {step.name} failed{_after(steps)}: {type(error).__name__}: {error}") from error
+            steps.append((step.name, result))
+        statistics: dict[str, int | float] = {}
+        for name, result in steps:
+            statistics.update({f"{name}.{key}": value for key, value in result.statistics.items()})
+        return PassResult(
+            model,
+            any(result.modified for _, result in steps),
+            statistics,
+            tuple(place for _, result in steps for place in result.declined),
+            tuple(layer for _, result in steps for layer in result.layers),
+            steps=tuple(steps),
+        )
+
+
+def _after(steps: Sequence[tuple[str, PassResult]]) -> str:
+    return f" after {', '.join(name for name, _ in steps)}" if steps else ""
+
+
+def _flatten(passes: Iterable[Pass]) -> Iterator[Pass]:
+    for step in passes:
+        if isinstance(step, Pipeline):
+            yield from _flatten(step.passes)
+        else:
+            yield step
+
+
+def _fingerprint(model: ir.Model) -> int:
+    """Changes when a node, an edge, an attribute or a tensor object of the model does."""
+    parts: list[Any] = [model.ir_version, tuple(sorted(model.opset_imports.items()))]
+    graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
+    for graph in graphs:
+        parts.append(tuple(value.name for value in graph.inputs))
+        parts.append(tuple(value.name if value is not None else None for value in graph.outputs))
+        # Holding id() is safe: both fingerprints are taken while the pass keeps or replaces the objects,
+        # and a replaced tensor is a new object created while the old one is still referenced.
+        parts.append(tuple((name, id(value.const_value)) for name, value in graph.initializers.items()))
+        for node in graph:
+            inputs = tuple(value.name if value is not None else None for value in node.inputs)
+            attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
+            outputs = tuple(value.name for value in node.outputs)
+            parts.append((node.domain, node.op_type, node.name, inputs, outputs, attributes))
+    return hash(tuple(parts))

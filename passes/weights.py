@@ -1,0 +1,171 @@
+"""Find the weights of linear layers, and the places that must be left alone, with the reason.
+
+A *linear* is a ``MatMul(X, W)`` or ``Gemm(X, W, ...)`` whose second operand is a constant matrix. Passes see
+its weight as W [K, N]: K input channels (the axis that is summed over), N output channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.base import MODULE_KEY
+
+__all__ = ["DEFAULT_IGNORE", "Selection", "Weight", "find_weights"]
+
+DEFAULT_IGNORE = ("re:.*lm_head.*",)
+"""The output head of a language model reacts badly to pruning and is left out by default, as the field does."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight matrix and all linears that use it.
+
+    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB).
+    """
+
+    value: ir.Value
+    nodes: tuple[ir.Node, ...]
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        assert self.value.name is not None
+        return self.value.name
+
+    @property
+    def module(self) -> str:
+        return self.nodes[0].metadata_props.get(MODULE_KEY, "")
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        assert self.value.const_value is not None
+        return self.value.const_value
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        rows, columns = (int(dim) for dim in self.tensor.shape)  # type: ignore[arg-type]  # constants are static
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self) -> np.ndarray:
+        """W [K, N], a view of the stored tensor."""
+        stored = self.tensor.numpy()
+        return stored.T if self.transposed else stored
+
+    def release(self) -> None:
+        """Drop the mapped pages of a tensor that lies in a file; the next read maps them again."""
+        if isinstance(self.tensor, ir.ExternalTensor):
+            self.tensor.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which weights a pass may touch. An entry is a name (of node, initializer or module), an op type, or
+    ``re:`` and a regular expression that one of the names must match from the start."""
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    def __post_init__(self) -> None:
+        for entry in (*self.targets, *self.ignore):
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise UsageError(f"{entry!r} is not a regular expression: {error}") from error
+
+    def reason_against(self, weight: Weight) -> str | None:
+        """Why ``weight`` is not selected, or None if it is."""
+        if self.targets and not _matches(self.targets, weight):
+            return "not among targets"
+        if _matches(self.ignore, weight):
+            return "listed in ignore"
+        return None
+
+    def unmatched(self, weights: Iterable[Weight]) -> list[str]:
+        """Entries of ``targets`` that match no weight: most likely a typing error."""
+        known = list(weights)
+        return [entry for entry in self.targets if not any(_matches((entry,), weight) for weight in known)]
+
+
+def _matches(entries: Sequence[str], weight: Weight) -> bool:
+    names = {weight.name, weight.module}
+    for node in weight.nodes:
+        names |= {node.name or "", node.op_type}
+    names.discard("")
+    return any(
+        any(re.match(entry[3:], name) for name in names) if entry.startswith("re:") else entry in names
+        for entry in entries
+    )
+
+
+def _linear_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
+    """(stored transposed, "") if input ``index`` of ``node`` is the weight of a linear, else (None, reason)."""
+    if node.domain not in ("", "ai.onnx"):
+        return None, f"used by {node.domain}::{node.op_type}"
+    if node.op_type == "MatMul" and index == 1:
+        return False, ""
+    if node.op_type == "Gemm" and index == 1:
+        if node.attributes.get_int("transA", 0):
+            return None, "Gemm with transA"
+        return bool(node.attributes.get_int("transB", 0)), ""
+    if node.op_type == "MatMul":
+        return None, "the constant is the left operand of MatMul"
+    return None, f"also used by {node.op_type}"
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()
+
+
+def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
+    """All weights of linears, in graph order, and the (place, reason) of those that must stay as they are.
+
+    Left alone: weights that a caller may override (also a graph input), that are a graph output, that are no
+    float matrix, or that have a user which is no linear or sees the matrix the other way round (a tied
+    embedding): a change would reach that user too. Layers inside functions are left alone as well.
+    """
+    found: list[Weight] = []
+    declined: list[tuple[str, str]] = []
+    for value in _initializers(model):
+        uses = value.uses()
+        if not any(use.node.op_type in ("MatMul", "Gemm") and use.idx == 1 for use in uses):
+            continue
+        name = value.name or "?"
+        tensor = value.const_value
+        if value.is_graph_input():
+            declined.append((name, "is also a graph input, so a caller may replace it"))
+        elif value.is_graph_output():
+            declined.append((name, "is also a graph output"))
+        elif tensor is None or tensor.dtype not in _FLOATS:
+            declined.append((name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"))
+        elif len(tensor.shape) != 2:
+            declined.append((name, f"has rank {len(tensor.shape)}, not 2"))
+        elif tensor.size == 0:
+            declined.append((name, "is empty"))
+        else:
+            kinds = [_linear_input(use.node, use.idx) for use in uses]
+            reasons = sorted({reason for stored, reason in kinds if stored is None})
+            if reasons:
+                declined.append((name, "; ".join(reasons)))
+            elif len({stored for stored, _ in kinds}) > 1:
+                declined.append((name, "shared by linears that see it transposed and not"))
+            else:
+                nodes = tuple(use.node for use in uses)
+                found.append(Weight(value, nodes, bool(kinds[0][0])))
+    for function in model.functions.values():
+        linears = sum(node.op_type in ("MatMul", "Gemm") for node in function.all_nodes())
+        if linears:
+            declined.append((f"{function.domain}::{function.name}", f"{linears} linears inside a function"))
+    order = {id(node): index for index, node in enumerate(model.graph.all_nodes())}
+    found.sort(key=lambda weight: min(order.get(id(node), len(order)) for node in weight.nodes))
+    return found, declined

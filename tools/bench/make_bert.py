@@ -1,0 +1,119 @@
+"""Write BERT-base files for benchmarks: random weights from seed 0, dense and magnitude-pruned.
+
+``python -m sparse_onnx.tools.bench.make_bert FOLDER --sparsity 0.5 --sparsity 0.9`` writes
+``FOLDER/dense/model.onnx``, ``FOLDER/s50/model.onnx`` and so on. ``--legacy`` uses the TorchScript exporter
+at opset 14 and IR version 8 instead, which older engines need. Speed does not depend on what the weights
+say, only on where the zeros are, so a random model is enough.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["command"]
+
+OPSET = 20
+LEGACY_OPSET = 14
+LEGACY_IR_VERSION = 8
+DYNAMIC_AXES = {0: "batch", 1: "sequence"}
+
+
+def build() -> Any:
+    """BERT-base with a head of two classes, random weights of seed 0, in evaluation mode."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    # "eager" attention is the only one that the legacy exporter can trace.
+    return BertForSequenceClassification(BertConfig(attn_implementation="eager")).eval()
+
+
+def prune(module: Any, sparsity: float) -> Any:
+    """A copy of ``module`` whose linear layers each lost the ``sparsity`` share of smallest weights."""
+    import torch
+
+    pruned = copy.deepcopy(module)
+    with torch.no_grad():
+        for layer in pruned.modules():
+            if isinstance(layer, torch.nn.Linear):
+                count = round(sparsity * layer.weight.numel())
+                if count:
+                    smallest = layer.weight.abs().flatten().topk(count, largest=False).indices
+                    layer.weight.view(-1)[smallest] = 0
+    return pruned
+
+
+def example_inputs(module: Any) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, module.config.vocab_size, (2, 16), generator=generator)
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "token_type_ids": torch.zeros_like(tokens),
+    }
+
+
+def save_legacy(module: Any, path: Path) -> None:
+    """Write ``path`` with the TorchScript exporter, opset 14, IR version 8, weights inside the file."""
+    import onnx
+    import torch
+
+    inputs = example_inputs(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            kwargs=inputs,
+            f=path,
+            dynamo=False,
+            opset_version=LEGACY_OPSET,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_axes={**{name: DYNAMIC_AXES for name in inputs}, "logits": {0: "batch"}},
+        )
+    model = onnx.load(path)
+    model.ir_version = LEGACY_IR_VERSION
+    onnx.save(model, path)
+
+
+def save_dynamo(module: Any, path: Path) -> None:
+    import onnx_ir
+    import torch
+
+    inputs = example_inputs(module)
+    program = torch.onnx.export(
+        module,
+        kwargs=inputs,
+        dynamo=True,
+        opset_version=OPSET,
+        output_names=["logits"],
+        dynamic_shapes={name: DYNAMIC_AXES for name in inputs},
+        verbose=False,
+    )
+    onnx_ir.save(program.model, path, external_data="model.onnx.data")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--sparsity", multiple=True, type=click.FloatRange(0, 1, max_open=True), help="Repeatable.")
+@click.option("--legacy", is_flag=True, help="TorchScript exporter, opset 14, IR version 8.")
+def command(folder: Path, sparsity: tuple[float, ...], legacy: bool) -> None:
+    """Write BERT-base into FOLDER, dense and at each --sparsity."""
+    module = build()
+    for level in (0.0, *sparsity):
+        path = folder / (f"s{round(100 * level)}" if level else "dense") / "model.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (save_legacy if legacy else save_dynamo)(prune(module, level), path)
+        click.echo(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command()
