@@ -201,19 +201,32 @@ def _flatten(passes: Iterable[Pass]) -> Iterator[Pass]:
             yield step
 
 
-def _fingerprint(model: ir.Model) -> int:
+class _Identity:
+    """Equal only to itself; keeps the object alive, so that its id is not used again."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def _fingerprint(model: ir.Model) -> list[Any]:
     """Changes when a node, an edge, an attribute or a tensor object of the model does."""
-    parts: list[Any] = [model.ir_version, tuple(sorted(model.opset_imports.items()))]
+    parts: list[Any] = [model.ir_version, sorted(model.opset_imports.items())]
     graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
     for graph in graphs:
-        parts.append(tuple(value.name for value in graph.inputs))
-        parts.append(tuple(value.name if value is not None else None for value in graph.outputs))
-        # Holding id() is safe: both fingerprints are taken while the pass keeps or replaces the objects,
-        # and a replaced tensor is a new object created while the old one is still referenced.
-        parts.append(tuple((name, id(value.const_value)) for name, value in graph.initializers.items()))
+        parts.append([value.name for value in graph.inputs])
+        parts.append([value.name if value is not None else None for value in graph.outputs])
+        parts.append([(name, _Identity(value.const_value)) for name, value in graph.initializers.items()])
         for node in graph:
-            inputs = tuple(value.name if value is not None else None for value in node.inputs)
-            attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
-            outputs = tuple(value.name for value in node.outputs)
+            inputs = [value.name if value is not None else None for value in node.inputs]
+            attributes = [(name, _Identity(attribute)) for name, attribute in node.attributes.items()]
+            outputs = [value.name for value in node.outputs]
             parts.append((node.domain, node.op_type, node.name, inputs, outputs, attributes))
-    return hash(tuple(parts))
+    return parts
