@@ -1,1 +1,53 @@
-"""sparse-onnx: compile pruned ONNX models into smaller, faster ones that run on stock ONNX Runtime."""
+"""sparse-onnx: compile pruned ONNX models into smaller, faster ones that run on stock ONNX Runtime.
+
+The public API; everything is imported on first use, so that ``import sparse_onnx`` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_onnx.compiler import OptimizeResult, optimize
+    from sparse_onnx.errors import SparseOnnxError
+    from sparse_onnx.session import InferenceSession
+    from sparse_onnx.sparse_ops import library_path
+    from sparse_onnx.verification import VerifyResult, verify
+
+__all__ = [
+    "InferenceSession",
+    "OptimizeResult",
+    "SparseOnnxError",
+    "VerifyResult",
+    "__version__",
+    "library_path",
+    "optimize",
+    "verify",
+]
+
+_HOMES = {
+    "InferenceSession": "sparse_onnx.session",
+    "OptimizeResult": "sparse_onnx.compiler",
+    "SparseOnnxError": "sparse_onnx.errors",
+    "VerifyResult": "sparse_onnx.verification",
+    "library_path": "sparse_onnx.sparse_ops",
+    "optimize": "sparse_onnx.compiler",
+    "verify": "sparse_onnx.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("sparse-onnx")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparse_onnx' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

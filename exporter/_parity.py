@@ -1,0 +1,89 @@
+"""Does an exported model compute what the torch module computes?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import VerificationError
+from sparse_onnx.exporter._extras import require
+
+__all__ = ["check_parity", "difference"]
+
+RELATIVE_TOLERANCE = 1e-4
+
+
+def difference(expected: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """Largest absolute difference, and the largest finite magnitude in ``expected`` (1.0 if that is zero).
+
+    NaN and infinities must stand in the same places; otherwise, or with another shape, the difference is
+    infinite. Sound for every real dtype, bool included.
+    """
+    if expected.shape != actual.shape:
+        return float("inf"), 1.0
+    one, other = expected.astype(np.float64), actual.astype(np.float64)
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+        return float("inf"), 1.0
+    scale = float(np.abs(one[finite]).max(initial=0.0))
+    return float(np.abs(one[finite] - other[finite]).max(initial=0.0)), scale or 1.0
+
+
+def check_parity(model: ir.Model, module: Any, cases: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> float:
+    """Run ``model`` in ONNX Runtime and ``module`` in torch on each case (arguments, keyword arguments).
+
+    Returns the largest absolute difference. Raises VerificationError when an output is further from torch
+    than 1e-4 of its largest value (16 units in the last place for narrower types than float32), or when the
+    model does not run at all.
+    """
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    largest = 0.0
+    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data")
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise VerificationError(f"ONNX Runtime does not load the exported model: {error}") from error
+        for arguments, keywords in cases:
+            largest = max(largest, _check_case(session, module, arguments, keywords))
+        del session  # releases the mapped file before the folder goes
+    return largest
+
+
+def _check_case(session: Any, module: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> float:
+    torch = require("torch")
+    inputs = session.get_inputs()
+    tensors = dict(zip([value.name for value in inputs], [*arguments, *keywords.values()], strict=True))
+    where = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors.items())
+    with torch.no_grad():
+        result = module(*arguments, **keywords)
+    leaves = require("torch.utils._pytree").tree_leaves(result)
+    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    try:
+        actual = session.run(None, {name: tensor.detach().numpy() for name, tensor in tensors.items()})
+    except Exception as error:
+        raise VerificationError(f"the exported model does not run on {where}: {error}") from error
+    names = [value.name for value in session.get_outputs()]
+    if len(names) != len(expected):
+        raise VerificationError(f"the exported model has {len(names)} outputs, torch returns {len(expected)}")
+    largest = 0.0
+    for name, want, got in zip(names, expected, actual, strict=True):
+        tolerance = RELATIVE_TOLERANCE
+        if want.dtype.is_floating_point:
+            tolerance = max(tolerance, 16 * torch.finfo(want.dtype).eps)
+        distance, scale = difference(want.numpy(), got)
+        if not distance <= tolerance * scale:
+            raise VerificationError(
+                f"output {name} of the exported model differs from torch by {distance:.3g} on {where}; "
+                f"{tolerance * scale:.3g} is allowed"
+            )
+        largest = max(largest, distance)
+    return largest

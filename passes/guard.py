@@ -1,0 +1,161 @@
+"""The guard: time every candidate, dense against sparse, on this machine, and keep the sparse one where it wins.
+
+Each linear is cut out of the model with the bias and activation that belong to it, and timed at the shape that it
+has in the model, as two ONNX Runtime sessions in turn. Between runs a buffer larger than the private caches is
+walked over, since in a model the other layers' weights pass through them. Equal layers are timed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import model_io, sparse_ops
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.linear_pattern import Linear
+from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, PackedTensors, Packer
+from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_session, ratio
+
+__all__ = ["MIN_SPARSITY", "TABLE_SPARSITY", "Decision", "decide", "decide_by_table"]
+
+MIN_SPARSITY = 0.3
+"""Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
+
+TABLE_SPARSITY = 0.65
+"""Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
+
+_ROUNDS, _SECONDS = 15, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Sparse or dense for one candidate. Times are per run of the model, summed over the weight's linears;
+    None where they were not measured. ``low`` and ``high`` bound the speedup (middle half of the rounds)."""
+
+    candidate: Candidate
+    sparse: bool
+    reason: str
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def decide_by_table(candidates: Sequence[Candidate]) -> list[Decision]:
+    """Decide without timing, for a machine that is not this one."""
+    return [
+        Decision(c, True, f"not timed: {c.sparsity:.1%} zeros, at least {TABLE_SPARSITY:.0%}")
+        if c.sparsity >= TABLE_SPARSITY
+        else Decision(c, False, f"not timed: {c.sparsity:.1%} zeros, fewer than {TABLE_SPARSITY:.0%}")
+        for c in candidates
+    ]
+
+
+def decide(
+    model: ir.Model,
+    candidates: Sequence[Candidate],
+    shapes: Mapping[str, tuple[int, ...]],
+    packer: Packer,
+    *,
+    threads: int,
+    min_speedup: float,
+    work: Path,
+    progress: Callable[[str], None],
+) -> list[Decision]:
+    """Time the candidates. ``shapes`` has the shape of every linear's input, by the name of the value."""
+    measured: dict[tuple[object, ...], Ratio] = {}
+    isa = sparse_ops.info().isa
+    start = time.perf_counter()
+    decisions = []
+    for index, candidate in enumerate(candidates):
+        if candidate.sparsity < MIN_SPARSITY:
+            reason = f"{candidate.sparsity:.1%} zeros: too few for any sparse kernel"
+            decisions.append(Decision(candidate, False, reason))
+            continue
+        left = (time.perf_counter() - start) / max(1, index) * (len(candidates) - index)
+        progress(f"timing {index + 1}/{len(candidates)} {candidate.weight.name} ({left:.0f} s left)")
+        packed = packer(candidate.weight)
+        results = []
+        for linear in candidate.linears:
+            shape = shapes[linear.x.name or ""]
+            structure = packed.attributes["mask_structure"]
+            sparsity = round(candidate.sparsity, 2)
+            pattern = (linear.nodes[0].op_type, linear.bias is not None, linear.activation)
+            key = (*pattern, *candidate.weight.shape, shape, sparsity, structure, isa, threads)
+            if key not in measured:
+                measured[key] = _measure(model, candidate, linear, packed, shape, threads=threads, work=work)
+            results.append(measured[key])
+        decisions.append(_judge(candidate, results, min_speedup))
+    return decisions
+
+
+def _judge(candidate: Candidate, results: Sequence[Ratio], min_speedup: float) -> Decision:
+    dense, sparse = (sum(getattr(r, f) for r in results) for f in ("first_ms", "second_ms"))
+    speedup = sum(r.median * r.second_ms for r in results) / sparse
+    low, high = min(r.low for r in results), max(r.high for r in results)
+    wins = speedup >= min_speedup
+    verdict = f"{speedup:.2f}x dense ({low:.2f} to {high:.2f})"
+    reason = verdict if wins else f"{verdict}, below min_speedup {min_speedup}"
+    return Decision(candidate, wins, reason, dense, sparse, low, high)
+
+
+def _measure(
+    model: ir.Model,
+    candidate: Candidate,
+    linear: Linear,
+    packed: PackedTensors,
+    shape: tuple[int, ...],
+    *,
+    threads: int,
+    work: Path,
+) -> Ratio:
+    scratch = Path(tempfile.mkdtemp(prefix="layer-", dir=work))
+    try:
+        dense = ir.Model(
+            ir.convenience.extract(model.graph, [linear.x], [linear.output]), ir_version=model.ir_version
+        )
+        dense.graph.opset_imports.update(model.opset_imports)
+        dense.graph.inputs[0].shape = ir.Shape(shape)
+        dense.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        dense.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        sparse = dense.clone()
+        name = candidate.weight.name
+        LowerSparseMatMul(layers=(name,), packer=_Packed(packed))(sparse)
+        runs = []
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        for kind, part in (("dense", dense), ("sparse", sparse)):
+            folder = scratch / kind
+            folder.mkdir()
+            model_io.save_model(part, folder)
+            session = open_session(folder / "model.onnx", threads=threads, library=kind == "sparse")
+            feeds = {dense.graph.inputs[0].name: x}
+
+            def run(session: object = session, feeds: dict[str, np.ndarray] = feeds) -> float:
+                evict_caches()
+                start = time.perf_counter()
+                session.run(None, feeds)  # type: ignore[attr-defined]  # ORT has no types
+                return (time.perf_counter() - start) * 1e3
+
+            runs.append(run)
+        times = interleave(runs, rounds=_ROUNDS, seconds=_SECONDS)
+        return ratio(times[0], times[1])
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Packed(Packer):
+    """A packer that has one weight already."""
+
+    def __init__(self, packed: PackedTensors) -> None:
+        super().__init__(PassContext())
+        self._only = packed
+
+    def __call__(self, weight: object) -> PackedTensors:
+        return self._only

@@ -1,0 +1,460 @@
+"""The main job: from a model to a folder with a faster, verified model and a report.
+
+The road: load, clean up, prune, decide layer by layer (the guard), lower, write, time the whole model, fall back
+until it is not slower, verify, report. The source is never touched; the output folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import inputs, model_io, sparse_ops
+from sparse_onnx.comparison import Difference, compare
+from sparse_onnx.errors import UsageError, VerificationError
+from sparse_onnx.inputs import Feeds
+from sparse_onnx.passes import guard
+from sparse_onnx.passes.base import STRUCTURE_KEY, Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.guard import Decision
+from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
+from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer, find_candidates
+from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
+from sparse_onnx.runtime import Ratio, interleave, open_runner, ratio
+
+__all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize", "session_budget"]
+
+MAX_COMPILER_ERROR = 1e-4
+"""Largest relative error of the compiled model against the pruned dense one: both compute the same in float32."""
+
+_WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
+_MAX_SAMPLES = 64
+_SHAPE_OUTPUT = "sparse_onnx.shape."
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizeResult:
+    """What :func:`optimize` made. ``report`` is the content of ``report.json``; ``exit_code`` is that of the
+    command line: 0 faster, 4 a goal was missed, 5 nothing was faster and the dense model was written.
+    ``folder`` is None after a dry run."""
+
+    folder: Path | None
+    exit_code: int
+    report: dict[str, Any]
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense time / optimized time of the whole model on this machine; None if it was not timed."""
+        value = self.report["summary"]["speedup"]
+        return None if value is None else float(value)
+
+
+def session_budget(nbytes: int) -> int:
+    """Bytes of weights that one session may hold for a model of ``nbytes``: all of a model up to 1.5 GiB; of a
+    larger one a 16th, so that weights, ORT's packed copies and activations together stay under half of it."""
+    return nbytes if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
+
+
+def optimize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    method: str | None = None,
+    sparsity: float | None = None,
+    mask_structure: str | None = None,
+    scope: str | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    calibration_data: str | Path | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    threads: int | None = None,
+    min_speedup: float | None = None,
+    max_drop: float | None = None,
+    seed: int | None = None,
+    benchmark: bool = True,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> OptimizeResult:
+    """Compile ``model`` into the folder ``output``.
+
+    Args:
+        model: An ``.onnx`` file or a Hugging Face model folder.
+        output: The folder to write: model.onnx, model.onnx.data, recipe.yaml, report.json, report.html.
+        recipe: A recipe file or object; the other arguments override it.
+        method, sparsity, mask_structure, scope, targets, ignore: Pruning; without ``method`` and ``sparsity``
+            the zeros that are already there are used.
+        calibration_data: An .npz with real inputs, used to verify.
+        input_shapes: Shapes to decide and time for, by input name.
+        threads: Intra-op threads to decide and time for; None: all cores of this process.
+        min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
+        max_drop: Goal: 1 − cosine between the outputs of the original and the result, at most.
+        seed: Of generated inputs and of random pruning.
+        benchmark: False: decide by a table instead of timing, for another machine.
+        dry_run: Plan only; nothing is written and nothing timed.
+        overwrite: Replace ``output`` if it is an output folder of ours.
+        progress: Called with one line of text at every step.
+
+    Raises:
+        SparseOnnxError: With one clear message and its exit code; nothing is written then.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
+    resolved = override(
+        resolved,
+        method=method,
+        sparsity=sparsity,
+        mask_structure=mask_structure,
+        scope=scope,
+        targets=targets,
+        ignore=ignore,
+        calibration_data=None if calibration_data is None else str(calibration_data),
+        shapes=None if input_shapes is None else {k: tuple(v) for k, v in input_shapes.items()},
+        threads=threads,
+        min_speedup=min_speedup,
+        max_drop=max_drop,
+        seed=seed,
+    )
+    pipeline = resolved.pipeline()  # fails now rather than after the model is read
+    say = progress or (lambda _line: None)
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
+            job = _Job(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch))
+            return OptimizeResult(None, 0, job.plan(pipeline))
+    with model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder:
+        work = folder / ".work"
+        work.mkdir()
+        job = _Job(Path(model), resolved, benchmark, say, folder, work)
+        exit_code, report = job.compile(pipeline)
+        shutil.rmtree(work)
+        (folder / "recipe.yaml").write_text(dump_recipe(resolved), encoding="utf-8")
+        write_json(report, folder / "report.json")
+        from sparse_onnx.report_html import write_html
+
+        write_html(report, folder / "report.html")
+    return OptimizeResult(Path(output), exit_code, report)
+
+
+class _Job:
+    """One compilation: the state that its steps share."""
+
+    def __init__(
+        self, source: Path, recipe: Recipe, benchmark: bool, say: Callable[[str], None], folder: Path, work: Path
+    ) -> None:
+        self.source, self.recipe, self.benchmark, self.say = source, recipe, benchmark, say
+        self.folder, self.work = folder, work
+        self.clock = StageClock(say)
+        self.threads = recipe.target.threads or available_cores()
+        self.declined: list[Declined] = []
+        self.path = source
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def load(self) -> ir.Model:
+        if self.source.is_dir():
+            from sparse_onnx.exporter import export_huggingface
+
+            exported = self.work / "exported"
+            exported.mkdir()
+            model_io.save_model(export_huggingface(self.source).model, exported)
+            self.path = exported / "model.onnx"
+        return model_io.load_model(self.path)
+
+    def prepare(self, model: ir.Model, pipeline: Pipeline, context: PassContext) -> tuple[PassResult, PassResult]:
+        """Clean up and prune; ``declined`` collects what was left alone."""
+        cleaned = Pipeline(CLEAN_PASSES)(model, context)
+        self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
+        pruned = pipeline(model, context)
+        self.declined += [*cleaned.declined, *pruned.declined]
+        return cleaned, pruned
+
+    def plan(self, pipeline: Pipeline) -> dict[str, Any]:
+        with self.clock("load"):
+            model = self.load()
+        nbytes = model_io.weight_bytes(model)
+        with model_io.Spool(self.work) as spool, self.clock("prune"):
+            self.prepare(model, pipeline, PassContext(spool.put, self.say))
+            candidates, left = find_candidates(model)
+            self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+            decisions = guard.decide_by_table(candidates)
+            layers = self.layers(decisions, None)
+        return self.report(nbytes, None, None, decisions, layers, {}, None)
+
+    def compile(self, pipeline: Pipeline) -> tuple[int, dict[str, Any]]:
+        with self.clock("load"):
+            model = self.load()
+        nbytes = model_io.weight_bytes(model)
+        self.budget = session_budget(nbytes)
+        samples, self.feeds = self.inputs(model)
+        with model_io.Spool(self.work) as spool:
+            context = PassContext(spool.put, self.say)
+            with self.clock("prune"):
+                cleaned, pruned = self.prepare(model, pipeline, context)
+                candidates, left = find_candidates(model)
+                self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+            with self.clock("run dense"):
+                reference, shapes = self.run_dense(model, candidates, samples)
+            packer = Packer(context)
+            with self.clock("decide"):
+                if self.benchmark:
+                    decisions = guard.decide(
+                        model,
+                        candidates,
+                        shapes,
+                        packer,
+                        threads=self.threads,
+                        min_speedup=self.recipe.goal.min_speedup,
+                        work=self.work,
+                        progress=self.say,
+                    )
+                else:
+                    decisions = guard.decide_by_table(candidates)
+            optimized, decisions, timing = self.lower(model, decisions, packer, context)
+            if not any(decision.sparse for decision in decisions) and not pruned.modified:
+                optimized = model_io.load_model(self.path)  # nothing gained: the model as it was, not even cleaned
+                model_io.save_model(optimized, self.folder)
+            with self.clock("verify"):
+                verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
+            layers = self.layers(decisions, shapes)
+        drop = 1 - verification["against_original"]["cosine"]
+        goal = self.recipe.goal.max_drop
+        if not any(decision.sparse for decision in decisions):
+            exit_code = 5
+        else:
+            exit_code = 4 if goal is not None and not drop <= goal else 0
+        size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
+        return exit_code, self.report(nbytes, size, timing, decisions, layers, verification, drop)
+
+    def inputs(self, model: ir.Model) -> tuple[list[Feeds], Feeds]:
+        """Batches to verify with (real ones if given), and the one to time with."""
+        specs = inputs.input_specs(model)
+        calibration = self.recipe.calibration
+        given = dict(self.recipe.target.shapes)
+        samples: list[Feeds] = []
+        if calibration.data is not None:
+            samples = inputs.read_samples(Path(calibration.data), specs)
+            limit = min(calibration.num_calibration_samples or _MAX_SAMPLES, _MAX_SAMPLES)
+            size = max(1, len(next(iter(samples[0].values())))) if samples[0] else 1
+            samples = samples[: -(-limit // size)]
+        self.shapes, guessed = inputs.resolve_shapes(specs, given)
+        for name, size in guessed.items():
+            self.say(f"dimension {name} is taken as {size}; say --input-shape to decide for another")
+        self.generated = not samples
+        timed = inputs.generate(specs, self.shapes, self.recipe.calibration.seed)
+        return samples or [timed], timed
+
+    def run_dense(
+        self, model: ir.Model, candidates: Sequence[Candidate], samples: Sequence[Feeds]
+    ) -> tuple[list[Feeds], dict[str, tuple[int, ...]]]:
+        """Outputs of the pruned dense model on the samples, and the shape of every linear's input at the target."""
+        probe = model.clone()
+        values = {value.name: value for value in (*probe.graph.inputs, *_outputs(probe))}
+        names = sorted({linear.x.name or "" for candidate in candidates for linear in candidate.linears})
+        for name in names:
+            node = ir.node("Shape", [values[name]])
+            node.outputs[0].name = _SHAPE_OUTPUT + name
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+            node.outputs[0].shape = ir.Shape([None])
+            probe.graph.append(node)
+            probe.graph.outputs.append(node.outputs[0])
+        with open_runner(probe, threads=self.threads, library=False, budget=self.budget, work=self.work) as runner:
+            self.say("running the dense model")
+            timed = runner.run(self.feeds)
+            shapes = {name: tuple(int(dim) for dim in timed[_SHAPE_OUTPUT + name]) for name in names}
+            outputs = [timed if feeds is self.feeds else runner.run(feeds) for feeds in samples]
+        kept = [{k: v for k, v in values.items() if not k.startswith(_SHAPE_OUTPUT)} for values in outputs]
+        return kept, shapes
+
+    def lower(
+        self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
+    ) -> tuple[ir.Model, list[Decision], Ratio | None]:
+        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half."""
+        decided = list(decisions)
+        while True:
+            names = tuple(decision.candidate.weight.name for decision in decided if decision.sparse)
+            optimized = model.clone()
+            with self.clock("lower and write"):
+                if names:
+                    LowerSparseMatMul(layers=names, packer=packer)(optimized, context)
+                model_io.save_model(optimized, self.folder)
+            if not self.benchmark:
+                return optimized, decided, None
+            with self.clock("time the whole model"):
+                timing = self.time_whole(optimized)
+            if not names or timing.median >= 1:
+                return optimized, decided, timing
+            self.say(f"the whole model is slower ({timing.median:.2f}x): giving up layers")
+            sparse = sorted((d for d in decided if d.sparse), key=lambda d: (d.dense_ms or 0) - (d.sparse_ms or 0))
+            dropped = {id(decision) for decision in sparse[: math.ceil(len(sparse) / 2)]}
+            decided = [
+                dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
+                if id(d) in dropped
+                else d
+                for d in decided
+            ]
+
+    def time_whole(self, optimized: ir.Model) -> Ratio:
+        """The original against what was written, interleaved."""
+        original = model_io.load_model(self.path)
+        common = {"threads": self.threads, "budget": self.budget, "work": self.work}
+        with open_runner(original, library=False, path=self.path, **common) as dense:
+            if not dense.whole:
+                first = [dense.milliseconds(self.feeds)]
+            else:
+                with self.open_written(optimized) as sparse:
+                    if sparse.whole:
+                        runs = [lambda: dense.milliseconds(self.feeds), lambda: sparse.milliseconds(self.feeds)]
+                        times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
+                        return ratio(times[0], times[1])
+        with self.open_written(optimized) as sparse:
+            return ratio(first, [sparse.milliseconds(self.feeds)])
+
+    def open_written(self, optimized: ir.Model, *, library: bool = True) -> Any:
+        return open_runner(
+            optimized,
+            threads=self.threads,
+            library=library,
+            budget=self.budget,
+            work=self.work,
+            path=self.folder / "model.onnx",
+        )
+
+    def verify(
+        self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
+    ) -> dict[str, Any]:
+        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        with self.open_written(optimized) as runner:
+            ours = [runner.run(feeds) for feeds in samples]
+        compiled = compare(reference, ours)
+        with self.open_written(optimized, library=False) as runner:
+            portable = compare(reference[:1], [runner.run(samples[0])])
+        for what, difference in (("with the library", compiled), ("without it", portable)):
+            if not difference.relative_error <= MAX_COMPILER_ERROR:
+                raise VerificationError(
+                    f"the compiled model, run {what}, differs from the pruned dense one: relative error "
+                    f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
+                )
+        if changed:
+            original = model_io.load_model(self.path)
+            with open_runner(
+                original, threads=self.threads, library=False, budget=self.budget, work=self.work, path=self.path
+            ) as runner:
+                loss = compare([runner.run(feeds) for feeds in samples], ours)
+        else:
+            loss = compiled
+        return {
+            "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
+            "batches": len(samples),
+            "against_pruned_dense": _finite(compiled),
+            "without_library": _finite(portable),
+            "against_original": _finite(loss),
+        }
+
+    # -- report -----------------------------------------------------------------------------------------------
+
+    def layers(
+        self, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]] | None
+    ) -> list[dict[str, Any]]:
+        rows = []
+        isa = sparse_ops.info().isa
+        for decision in decisions:
+            candidate = decision.candidate
+            weight = candidate.weight
+            original = self.before.get(weight.name)
+            rows.append(
+                {
+                    "name": weight.name,
+                    "module": weight.module,
+                    "op_type": weight.nodes[0].op_type,
+                    "shape": list(weight.shape),
+                    "rows": None
+                    if shapes is None
+                    else sum(math.prod(shapes[linear.x.name or ""][:-1]) for linear in candidate.linears),
+                    "activations": sorted({linear.activation for linear in candidate.linears}),
+                    "sparsity": candidate.sparsity,
+                    "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
+                    "decision": "sparse" if decision.sparse else "dense",
+                    "reason": decision.reason,
+                    "kernel": f"spmm_{isa}" if decision.sparse else "dense",
+                    "dense_ms": decision.dense_ms,
+                    "sparse_ms": decision.sparse_ms,
+                    "speedup_low": decision.low,
+                    "speedup_high": decision.high,
+                    "relative_error": 0.0 if original is weight.tensor else _weight_error(original, weight.tensor),
+                }
+            )
+        return rows
+
+    def report(
+        self,
+        nbytes: int,
+        size: int | None,
+        timing: Ratio | None,
+        decisions: Sequence[Decision],
+        layers: list[dict[str, Any]],
+        verification: dict[str, Any],
+        drop: float | None,
+    ) -> dict[str, Any]:
+        weights = sum(math.prod(row["shape"]) for row in layers)
+        zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
+        work = {row["name"]: math.prod(row["shape"]) * (row["rows"] or 1) for row in layers}
+        sparse_work = sum(work[row["name"]] for row in layers if row["decision"] == "sparse")
+        loss = verification.get("against_original", {})
+        goal = self.recipe.goal.max_drop
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": environment(
+                threads=self.threads, seed=self.recipe.calibration.seed, isa=sparse_ops.info().isa
+            ),
+            "source": self.source.name,
+            "input_shapes": {name: list(shape) for name, shape in getattr(self, "shapes", {}).items()},
+            "summary": {
+                "dense_ms": timing.first_ms if timing else None,
+                "optimized_ms": timing.second_ms if timing else None,
+                "speedup": timing.median if timing else None,
+                "speedup_low": timing.low if timing else None,
+                "speedup_high": timing.high if timing else None,
+                "bytes_before": nbytes,
+                "bytes_after": size,
+                "sparsity": zeros / weights if weights else 0.0,
+                "sparse_flops_fraction": sparse_work / sum(work.values()) if work else 0.0,
+                "relative_error": loss.get("relative_error"),
+                "cosine": loss.get("cosine"),
+            },
+            "goal": {"max_drop": goal, "drop": drop, "met": goal is None or (drop is not None and drop <= goal)},
+            "verification": verification,
+            "layers": layers,
+            "declined": [dataclasses.asdict(place) for place in self.declined],
+            "stages": self.clock.stages,
+        }
+
+
+def _outputs(model: ir.Model) -> list[ir.Value]:
+    return [value for node in model.graph for value in node.outputs]
+
+
+def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
+    """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
+    if original is None:
+        return None
+    before, after = original.numpy().astype(np.float64), pruned.numpy().astype(np.float64)
+    norm = float(np.linalg.norm(before))
+    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    for tensor in (original, pruned):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+    return error if math.isfinite(error) else None
+
+
+def _finite(difference: Difference) -> dict[str, Any]:
+    """As JSON, which has no Inf and NaN: null there."""
+    values = dataclasses.asdict(difference)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,195 @@
+"""Inputs to run a model with: shapes chosen, values generated or read from a file.
+
+Shapes come from the user, else from the model, else from a guess by the name of the dimension that is announced.
+Generated values are seeded; indices into an embedding stay below its number of rows; masks are ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+
+__all__ = ["Feeds", "InputSpec", "generate", "input_specs", "parse_shape_flags", "read_samples", "resolve_shapes"]
+
+Feeds = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """One input of a model; a dimension is a number, a symbol, or None. ``rows`` bounds an index input: the
+    rows of the smallest table that it looks up, or None."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...]
+    rows: int | None
+
+    def describe(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name}: {self.dtype}[{dims}]"
+
+
+def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
+    """The inputs that a caller must give (initializers listed as inputs have a value already)."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
+            raise UsageError(f"input {value.name!r} is no tensor with a known rank and numeric type: cannot be run")
+        dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+        specs.append(InputSpec(value.name or "", value.dtype.numpy(), dims, _table_rows(value)))
+    return tuple(specs)
+
+
+def _table_rows(value: ir.Value) -> int | None:
+    rows = []
+    for use in value.uses():
+        if use.node.op_type == "Gather" and use.idx == 1:
+            table = use.node.inputs[0]
+            if table is not None and table.shape is not None and isinstance(table.shape[0], int):
+                rows.append(table.shape[0])
+        elif use.node.op_type == "Cast" and use.node.outputs:
+            behind = _table_rows(use.node.outputs[0])
+            if behind is not None:
+                rows.append(behind)
+    return min(rows, default=None)
+
+
+def parse_shape_flags(flags: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``name:1,128`` for each flag."""
+    shapes = {}
+    for flag in flags:
+        name, _, dims = flag.rpartition(":")
+        try:
+            shape = tuple(int(dim) for dim in dims.split(","))
+        except ValueError:
+            shape = ()
+        if not name or not shape or min(shape) < 1:
+            raise UsageError(f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128")
+        shapes[name] = shape
+    return shapes
+
+
+def _guess(symbol: str | None, position: int, rank: int) -> int:
+    name = (symbol or "").lower()
+    if "batch" in name or position == 0:
+        return 1
+    if any(word in name for word in ("height", "width")) or rank == 4:
+        return 224
+    if "past" in name or "cache" in name:
+        return 0
+    return 128
+
+
+def resolve_shapes(
+    specs: Sequence[InputSpec], given: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """A shape for every input, and the dimensions that were guessed (name: size).
+
+    A symbol that a given shape fixes has that size in every input.
+    """
+    known = {spec.name: spec for spec in specs}
+    for name, shape in given.items():
+        if name not in known:
+            raise UsageError(f"--input-shape names {name!r}; the inputs are {'; '.join(s.describe() for s in specs)}")
+        spec = known[name]
+        fits = len(shape) == len(spec.shape) and all(
+            not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, shape, strict=True)
+        )
+        if not fits:
+            raise UsageError(f"--input-shape {name}:{','.join(map(str, shape))} does not fit {spec.describe()}")
+    symbols = {
+        dim: size
+        for name, shape in given.items()
+        for dim, size in zip(known[name].shape, shape, strict=True)
+        if isinstance(dim, str)
+    }
+    guessed: dict[str, int] = {}
+    shapes = {}
+    for spec in specs:
+        if spec.name in given:
+            shapes[spec.name] = tuple(given[spec.name])
+            continue
+        dims = []
+        for position, dim in enumerate(spec.shape):
+            if isinstance(dim, int):
+                dims.append(dim)
+            elif dim is not None and dim in symbols:
+                dims.append(symbols[dim])
+            else:
+                size = _guess(dim, position, len(spec.shape))
+                guessed[dim or f"{spec.name}.{position}"] = size
+                if dim is not None:
+                    symbols[dim] = size
+                dims.append(size)
+        shapes[spec.name] = tuple(dims)
+    return shapes, guessed
+
+
+def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Feeds:
+    """Random values of the given shapes: standard normal floats, indices within their table, masks of ones,
+    positions that count up, zeros for other integers."""
+    rng = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for spec in specs:
+        shape, name = shapes[spec.name], spec.name.lower()
+        if spec.dtype == np.bool_ or "mask" in name:
+            feeds[spec.name] = np.ones(shape, spec.dtype)
+        elif np.issubdtype(spec.dtype, np.integer):
+            if "position" in name:
+                values = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
+            elif spec.rows is not None and "type" not in name:
+                values = rng.integers(0, spec.rows, shape)
+            else:
+                values = np.zeros(shape)
+            feeds[spec.name] = values.astype(spec.dtype)
+        else:
+            feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+    return feeds
+
+
+def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> list[Feeds]:
+    """Real inputs from an ``.npz`` file: one array an input, samples along the first axis, cut into batches.
+
+    Integer and float arrays are cast to the input's type if that loses nothing.
+    """
+    expected = "; ".join(spec.describe() for spec in specs)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file; expected an .npz with {expected}") from error
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
+    missing = [spec.name for spec in specs if spec.name not in arrays]
+    if missing:
+        raise UsageError(f"{path} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}")
+    checked: Feeds = {}
+    for spec in specs:
+        array = arrays[spec.name]
+        if array.ndim != len(spec.shape) or array.size == 0:
+            raise UsageError(f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
+        if any(isinstance(d, int) and i > 0 and d != s for i, (d, s) in enumerate(zip(spec.shape, array.shape, strict=True))):
+            raise UsageError(f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
+        if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
+            raise UsageError(f"{path}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise UsageError(f"{path}: {spec.name} holds NaN or Inf")
+        checked[spec.name] = np.ascontiguousarray(array.astype(spec.dtype))
+    lengths = {name: array.shape[0] for name, array in checked.items() if array.ndim}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"{path}: the arrays differ in their number of samples: {lengths}")
+    total = next(iter(lengths.values()), 1)
+    fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
+    step = min([batch, *(size for size in fixed if isinstance(size, int))])
+    if fixed and total % step:
+        raise UsageError(f"{path}: {total} samples are no multiple of the model's fixed batch of {step}")
+    return [{name: array[i : i + step] for name, array in checked.items()} for i in range(0, total, step)]

@@ -1,0 +1,80 @@
+"""The report of one compilation: what was found, decided and measured (``report.json``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from sparse_onnx.runtime import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["SCHEMA_VERSION", "StageClock", "environment", "write_json"]
+
+SCHEMA_VERSION = 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:
+    """The machine and the software that the numbers of a report hold for."""
+    packages = ("sparse-onnx", "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "numpy")
+    return {
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "isa": isa,
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "seed": seed,
+    }
+
+
+class StageClock:
+    """Wall-clock seconds and peak resident memory, stage by stage."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self.stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._progress(name)
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            seconds = round(perf_counter() - start, 3)
+            self.stages.append({"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)})
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write ``report`` with sorted layout, so that equal reports are equal bytes."""
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

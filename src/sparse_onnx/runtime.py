@@ -1,0 +1,298 @@
+"""Run models on ONNX Runtime: sessions, whole or segment by segment, and timing that holds on a noisy machine.
+
+A model whose weights exceed a memory budget is run as a chain of *segments*, consecutive nodes with a bounded
+amount of weights, one session at a time; the values between them pass through numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import model_io
+from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.inputs import Feeds
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = [
+    "Ratio",
+    "Runner",
+    "evict_caches",
+    "interleave",
+    "open_runner",
+    "open_session",
+    "peak_rss_bytes",
+    "ratio",
+]
+
+
+def open_session(
+    path: Path, *, threads: int, library: bool, optimize: bool = True
+) -> onnxruntime.InferenceSession:
+    """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
+
+    Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise HostError(f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'") from error
+    from sparse_onnx.sparse_ops import register
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if library:
+        register(options)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's exceptions have no common base but Exception
+        raise UsageError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Runner:
+    """Runs one model: ``run(feeds)`` gives all outputs by name; ``milliseconds(feeds)`` times one run."""
+
+    def __init__(self, segments: Sequence[_Segment], outputs: Sequence[str], threads: int, library: bool) -> None:
+        self._segments = segments
+        self.outputs = tuple(outputs)
+        self._threads, self._library = threads, library
+        self._session = self._open(segments[0]) if len(segments) == 1 else None
+
+    def _open(self, segment: _Segment) -> onnxruntime.InferenceSession:
+        return open_session(segment.path, threads=self._threads, library=self._library)
+
+    @property
+    def whole(self) -> bool:
+        """True if one session holds the whole model, so that its time is that of a deployed model."""
+        return self._session is not None
+
+    def run(self, feeds: Feeds) -> Feeds:
+        return self._walk(feeds, lambda session, values: _run(session, values))
+
+    def milliseconds(self, feeds: Feeds, repeat: int = 3) -> float:
+        """Wall-clock time of one run. In segments: the sum of each segment's best of ``repeat``, after a warm-up."""
+        if self._session is not None:
+            start = time.perf_counter()
+            _run(self._session, feeds)
+            return (time.perf_counter() - start) * 1e3
+        spent = 0.0
+
+        def timed(session: onnxruntime.InferenceSession, values: Feeds) -> Feeds:
+            nonlocal spent
+            result = _run(session, values)
+            times = []
+            for _ in range(repeat):
+                start = time.perf_counter()
+                _run(session, values)
+                times.append(time.perf_counter() - start)
+            spent += min(times)
+            return result
+
+        self._walk(feeds, timed)
+        return spent * 1e3
+
+    def _walk(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], Feeds]) -> Feeds:
+        if self._session is not None:
+            return step(self._session, feeds)
+        values = dict(feeds)
+        for index, segment in enumerate(self._segments):
+            session = self._open(segment)
+            values |= step(session, {name: values[name] for name in segment.inputs})
+            del session
+            later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
+            values = {name: value for name, value in values.items() if name in later}
+        return {name: values[name] for name in self.outputs}
+
+
+def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
+    names = [output.name for output in session.get_outputs()]
+    wanted = {entry.name for entry in session.get_inputs()}
+    try:
+        values = session.run(names, {name: value for name, value in feeds.items() if name in wanted})
+    except Exception as error:
+        raise UsageError(f"the model cannot be run with inputs {_describe(feeds)}: {error}") from error
+    return dict(zip(names, values, strict=True))
+
+
+def _describe(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
+
+
+@contextmanager
+def open_runner(
+    model: ir.Model, *, threads: int, library: bool, budget: int, work: Path, path: Path | None = None
+) -> Iterator[Runner]:
+    """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
+
+    ``budget`` (bytes) bounds the weights that one session may hold.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    try:
+        outputs = [value.name or "" for value in model.graph.outputs]
+        if model_io.weight_bytes(model) <= budget:
+            if path is None:
+                model_io.save_model(model, scratch)
+                path = scratch / "model.onnx"
+            inputs = tuple(value.name or "" for value in model.graph.inputs)
+            yield Runner([_Segment(path, inputs, tuple(outputs))], outputs, threads, library)
+        else:
+            yield Runner(_split(model, scratch, budget), outputs, threads, library)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tensor_bytes(node: ir.Node) -> int:
+    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    return sum(tensor.nbytes for tensor in constants)
+
+
+def _split(model: ir.Model, scratch: Path, budget: int) -> list[_Segment]:
+    """Cut the nodes, in topological order, into runs that hold at most ``budget`` bytes of weights each."""
+    model = model.clone()
+    model.graph.sort()
+    groups: list[list[ir.Node]] = [[]]
+    held = 0
+    for node in model.graph:
+        size = _tensor_bytes(node)
+        if groups[-1] and held + size > budget:
+            groups.append([])
+            held = 0
+        groups[-1].append(node)
+        held += size
+    position: dict[int, int] = {}
+    for index, group in enumerate(groups):
+        for node in group:
+            position[id(node)] = index
+            position.update({id(inner): index for graph in _subgraphs(node) for inner in graph.all_nodes()})
+    outputs = {id(value) for value in model.graph.outputs}
+    segments = []
+    for index, group in enumerate(groups):
+        needed: dict[str, ir.Value] = {}
+        made: dict[str, ir.Value] = {}
+        for node in group:
+            for value in _reads(node):
+                producer = value.producer()
+                from_before = producer is not None and position.get(id(producer), index) < index
+                if from_before or (producer is None and value.is_graph_input() and not value.is_initializer()):
+                    needed[value.name or ""] = value
+            for value in node.outputs:
+                later = any(position[id(user)] > index for user in value.consumers())
+                if id(value) in outputs or later:
+                    made[value.name or ""] = value
+        if not made:
+            continue
+        part = ir.Model(
+            ir.convenience.extract(model.graph, list(needed.values()), list(made.values())),
+            ir_version=model.ir_version,
+            functions=[function.clone() for function in model.functions.values()],
+        )
+        part.graph.opset_imports.update(model.opset_imports)
+        folder = scratch / f"segment{index}"
+        folder.mkdir()
+        model_io.save_model(part, folder)
+        segments.append(_Segment(folder / "model.onnx", tuple(needed), tuple(made)))
+    return segments
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.value
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.value
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads, those that its subgraphs take from outside included."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in _subgraphs(node):
+        for inner in graph.all_nodes():
+            yield from (value for value in inner.inputs if value is not None)
+        yield from (value for value in graph.outputs if value is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times faster the second thing is: the median over rounds of first / second, with its middle half.
+
+    ``first_ms`` and ``second_ms`` are medians in milliseconds.
+    """
+
+    first_ms: float
+    second_ms: float
+    median: float
+    low: float
+    high: float
+
+
+def interleave(runs: Sequence[Callable[[], float]], *, rounds: int, seconds: float) -> list[list[float]]:
+    """Call every run once a round, in turn, so that drift of the machine hits all alike.
+
+    Each run returns its own milliseconds. Two warm-up rounds are not counted. Stops after ``rounds``, or earlier
+    once ``seconds`` have passed and at least five rounds are in.
+    """
+    for _ in range(2):
+        for run in runs:
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - start > seconds:
+            break
+        for run, record in zip(runs, times, strict=True):
+            record.append(run())
+    return times
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """The ratio first / second of interleaved times, round by round."""
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    quarter = len(ratios) // 4
+    return Ratio(
+        statistics.median(first),
+        statistics.median(second),
+        statistics.median(ratios),
+        ratios[quarter],
+        ratios[-1 - quarter],
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def evict_caches(size: int = 16 << 20) -> None:
+    """Walk over a buffer larger than the private caches, so that the next run starts as inside a whole model."""
+    np.add.reduce(_EVICT[: size // 8])
+
+
+_EVICT = np.zeros(16 << 17)

@@ -1,0 +1,145 @@
+"""``sparse-onnx optimize``: the main job."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparse_onnx.tools.console import (
+    end_progress,
+    format_bytes,
+    format_ms,
+    format_option,
+    progress_line,
+    quiet_option,
+    table,
+)
+
+__all__ = ["command", "summary_table"]
+
+
+@click.command(short_help="Compile a model into a smaller, faster, verified one.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write (required unless --dry-run).")
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; the other options override it.")
+@click.option("--method", help="Pruning method: magnitude, random or threshold.")
+@click.option("--sparsity", type=float, help="Share of zeros to reach, in [0, 1).")
+@click.option("--mask-structure", help="unstructured, N:M (keep N of M), or block:RxC.")
+@click.option("--scope", help="layer or global.")
+@click.option("--targets", multiple=True, help="Layers to prune: name, op type, or re:REGEX; repeatable.")
+@click.option("--ignore", multiple=True, help="Layers to leave alone: name, op type, or re:REGEX; repeatable.")
+@click.option("--calibration-data", type=click.Path(path_type=Path), help=".npz with real inputs.")
+@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to decide and time for; repeatable.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]")
+@click.option("--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]")
+@click.option("--max-drop", type=float, help="Goal: 1 - cosine to the original's outputs, at most.")
+@click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
+@click.option("--no-benchmark", is_flag=True, help="Decide by a table, for another machine, instead of timing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@format_option
+@quiet_option
+def command(
+    model: Path,
+    output: Path | None,
+    recipe: Path | None,
+    method: str | None,
+    sparsity: float | None,
+    mask_structure: str | None,
+    scope: str | None,
+    targets: tuple[str, ...],
+    ignore: tuple[str, ...],
+    calibration_data: Path | None,
+    input_shape: tuple[str, ...],
+    threads: int | None,
+    min_speedup: float | None,
+    max_drop: float | None,
+    seed: int | None,
+    no_benchmark: bool,
+    dry_run: bool,
+    overwrite: bool,
+    output_format: str,
+    quiet: bool,
+) -> int:
+    """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
+
+    Without pruning options the zeros that the model already has are used.
+    """
+    from sparse_onnx.compiler import optimize
+    from sparse_onnx.inputs import parse_shape_flags
+
+    if output is None and not dry_run:
+        raise click.UsageError("say where to write with -o DIR (or --dry-run)", click.get_current_context())
+    result = optimize(
+        model,
+        output or Path(),
+        recipe=recipe,
+        method=method,
+        sparsity=sparsity,
+        mask_structure=mask_structure,
+        scope=scope,
+        targets=targets or None,
+        ignore=ignore or None,
+        calibration_data=calibration_data,
+        input_shapes=parse_shape_flags(input_shape) or None,
+        threads=threads,
+        min_speedup=min_speedup,
+        max_drop=max_drop,
+        seed=seed,
+        benchmark=not no_benchmark,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        progress=progress_line(quiet),
+    )
+    end_progress(quiet)
+    if output_format == "json":
+        click.echo(json.dumps({**result.report, "exit_code": result.exit_code}, indent=2))
+    else:
+        click.echo(summary_table(result.report))
+        if result.exit_code == 4:
+            goal = result.report["goal"]
+            click.echo(f"Goal not met: 1 - cosine is {goal['drop']:.4f}, allowed {goal['max_drop']}.", err=True)
+        if result.exit_code == 5:
+            click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
+        if result.folder is not None:
+            click.echo(f"Written to {result.folder} (report.html shows every layer).", err=True)
+    return result.exit_code
+
+
+def summary_table(report: dict[str, Any]) -> str:
+    """The closing table: at most 15 lines."""
+    summary, layers = report["summary"], report["layers"]
+    sparse = [row for row in layers if row["decision"] == "sparse"]
+    rows = [["", "before", "after", "change"]]
+    if summary["speedup"] is not None:
+        interval = f"{summary['speedup']:.2f}x ({summary['speedup_low']:.2f}-{summary['speedup_high']:.2f})"
+        rows.append(["latency", format_ms(summary["dense_ms"]), format_ms(summary["optimized_ms"]), interval])
+    after = summary["bytes_after"]
+    ratio = f"{summary['bytes_before'] / after:.2f}x smaller" if after else "-"
+    rows.append(["size", format_bytes(summary["bytes_before"]), format_bytes(after), ratio])
+    rows.append(["zeros in linears", "", f"{summary['sparsity']:.1%}", ""])
+    rows.append(["layers sparse", "", f"{len(sparse)} of {len(layers)}", f"{summary['sparse_flops_fraction']:.0%} of work"])
+    checks = report["verification"]
+    if checks:
+        exact = checks["against_pruned_dense"]["relative_error"]
+        rows.append(["error, compiled against pruned dense", "", f"{exact:.1e}", "with library"])
+        alone = checks["without_library"]["relative_error"]
+        rows.append(["", "", f"{alone:.1e}", "without"])
+        if summary["relative_error"] is not None:
+            drift = f"cosine {summary['cosine']:.4f}"
+            rows.append(["error, against the original", "", f"{summary['relative_error']:.1e}", drift])
+    reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
+    reasons.update(_short(place["reason"]) for place in report["declined"])
+    text = table(rows[1:], rows[0])
+    for reason, count in reasons.most_common(3):
+        text += f"\nkept dense: {count} x {reason}"
+    return text
+
+
+def _short(reason: str) -> str:
+    """Reasons without their numbers, so that equal ones can be counted."""
+    return reason.split(": ", 1)[-1] if "zeros: " in reason else "not faster" if "below min_speedup" in reason else reason
