@@ -34,8 +34,8 @@ def difference(expected: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
     return float(np.abs(one[finite] - other[finite]).max(initial=0.0)), scale or 1.0
 
 
-def check_parity(model: ir.Model, module: Any, cases: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> float:
-    """Run ``model`` in ONNX Runtime and ``module`` in torch on each case (arguments, keyword arguments).
+def check_parity(model: ir.Model, module: Any, cases: Sequence[Mapping[str, Any]]) -> float:
+    """Run ``model`` in ONNX Runtime and ``module`` in torch on each case: its inputs in order, by keyword.
 
     Returns the largest absolute difference. Raises VerificationError when an output is further from torch
     than 1e-4 of its largest value (16 units in the last place for narrower types than float32), or when the
@@ -52,19 +52,19 @@ def check_parity(model: ir.Model, module: Any, cases: Sequence[tuple[tuple[Any, 
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise VerificationError(f"ONNX Runtime does not load the exported model: {error}") from error
-        for arguments, keywords in cases:
-            largest = max(largest, _check_case(session, module, arguments, keywords))
+        for case in cases:
+            largest = max(largest, _check_case(session, module, case))
         del session  # releases the mapped file before the folder goes
     return largest
 
 
-def _check_case(session: Any, module: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> float:
+def _check_case(session: Any, module: Any, case: Mapping[str, Any]) -> float:
     torch = require("torch")
     inputs = session.get_inputs()
-    tensors = dict(zip([value.name for value in inputs], [*arguments, *keywords.values()], strict=True))
+    tensors = dict(zip([value.name for value in inputs], case.values(), strict=True))
     where = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors.items())
     with torch.no_grad():
-        result = module(*arguments, **keywords)
+        result = module(**case)
     leaves = require("torch.utils._pytree").tree_leaves(result)
     expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     try:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
+from sparse_onnx.passes.options import check_types
 
 __all__ = [
     "MODULE_KEY",
@@ -31,6 +32,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Stage",
+    "fingerprint",
     "in_memory",
 ]
 
@@ -122,17 +124,27 @@ class Pass(abc.ABC):
     stage: ClassVar[Stage]
     idempotent: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        try:
+            check_types(self)
+            self.check()
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}") from error
+
+    def check(self) -> None:  # noqa: B027  # most passes have nothing to add
+        """Raise UsageError if an option is out of range or the options do not fit together."""
+
     @abc.abstractmethod
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         """Change ``model`` in place and tell what was done."""
 
     def __call__(self, model: ir.Model, context: PassContext | None = None) -> PassResult:
-        before = _fingerprint(model)
+        before = fingerprint(model)
         start = time.perf_counter()
         result = self.apply(model, context or PassContext())
         if not isinstance(result, PassResult) or result.model is not model:
             raise PassError(f"pass {self.name}: apply() must return a PassResult with the model it was given")
-        if result.modified != (_fingerprint(model) != before):
+        if result.modified != (fingerprint(model) != before):
             said = "modified" if result.modified else "not modified"
             raise PassError(f"pass {self.name} reports the model as {said}, which is not true")
         return dataclasses.replace(result, seconds=time.perf_counter() - start)
@@ -216,14 +228,17 @@ class _Identity:
         return id(self.thing)
 
 
-def _fingerprint(model: ir.Model) -> list[Any]:
-    """Changes when a node, an edge, an attribute or a tensor object of the model does."""
-    parts: list[Any] = [model.ir_version, sorted(model.opset_imports.items())]
-    graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
+def fingerprint(model: ir.Model) -> list[Any]:
+    """Changes when a node, an edge, an attribute, a tensor object or a tensor's metadata of the model does."""
+    parts: list[Any] = [model.ir_version, sorted(model.opset_imports.items()), list(model.functions)]
+    graphs = [model.graph, *model.graph.subgraphs()]
+    for function in model.functions.values():
+        graphs += [function.graph, *function.subgraphs()]
     for graph in graphs:
         parts.append([value.name for value in graph.inputs])
         parts.append([value.name if value is not None else None for value in graph.outputs])
-        parts.append([(name, _Identity(value.const_value)) for name, value in graph.initializers.items()])
+        for name, value in graph.initializers.items():
+            parts.append((name, _Identity(value.const_value), sorted(value.metadata_props.items())))
         for node in graph:
             inputs = [value.name if value is not None else None for value in node.inputs]
             attributes = [(name, _Identity(attribute)) for name, attribute in node.attributes.items()]

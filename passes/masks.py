@@ -135,7 +135,8 @@ def keep_mask(
     if structure.kind == "n:m":
         return _keep_n_of_m(score, *structure.size)
     units = unit_scores(score, structure, norm)
-    pruned, _ = below(units, find_cut(lambda: (units,), round(share * units.size)))
+    cut = find_cut(lambda: (units,), round(share * units.size), _key_dtype(units))
+    pruned, _ = below(units, cut)
     return expand(~pruned, structure, (score.shape[0], score.shape[1]))
 
 
@@ -148,7 +149,9 @@ def unit_scores(score: np.ndarray, structure: MaskStructure, norm: Norm = "l2") 
     rows, columns = structure.tile((K, N))
     if (rows, columns) == (1, 1):
         return score
-    wide = np.abs(score, dtype=np.float64) if norm == "l1" else np.square(score, dtype=np.float64)
+    wide = score.astype(np.float64)
+    with np.errstate(over="ignore"):  # an overflow ranks as Inf: kept
+        wide = np.abs(wide, out=wide) if norm == "l1" else np.square(wide, out=wide)
     return np.asarray(wide.reshape(K // rows, rows, N // columns, columns).sum(axis=(1, 3)))
 
 
@@ -170,78 +173,80 @@ def obeys(mask: np.ndarray, structure: MaskStructure) -> bool:
 def _keep_n_of_m(score: np.ndarray, keep: int, group: int) -> np.ndarray:
     """Rank by comparing all pairs of a group: exact, the same on every machine, and no sorting of short rows."""
     K, N = score.shape
-    keys = _keys(score).reshape(K // group, group, N)
+    dtype = _key_dtype(score)
+    keys = _keys(score, dtype).reshape(K // group, group, N)
     rank = np.zeros(keys.shape, np.min_scalar_type(group))
     for first in range(group):
         for second in range(first + 1, group):
             first_wins = keys[:, first] > keys[:, second]
             rank[:, first] += first_wins
             rank[:, second] += ~first_wins
-    return ((rank >= group - keep) | (keys >= _infinity(keys.dtype))).reshape(K, N)
+    return ((rank >= group - keep) | (keys >= _infinity(dtype))).reshape(K, N)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Names the k smallest scores of a sequence: all below ``key``, and the first ``ties`` equal to it."""
+    """Names the k smallest scores of a sequence: those whose bits, as ``dtype``, are below ``key``, and the
+    first ``ties`` of those equal to it."""
 
     key: int
     ties: int
+    dtype: type[np.float32 | np.float64] = np.float32
 
 
-def _keys(score: np.ndarray) -> np.ndarray:
-    """Unsigned integers in the order of |score|, NaN and Inf last: uint32, or uint64 for float64 scores."""
-    if score.dtype.itemsize > 4:
-        return np.asarray(score, np.float64).view(np.uint64) & np.uint64(0x7FFF_FFFF_FFFF_FFFF)
-    return np.asarray(score, np.float32).view(np.uint32) & np.uint32(0x7FFF_FFFF)
+def _key_dtype(score: np.ndarray) -> type[np.float32 | np.float64]:
+    return np.float64 if score.dtype.itemsize > 4 else np.float32
 
 
-def _infinity(dtype: np.dtype) -> int:
-    return 0x7FF0_0000_0000_0000 if dtype.itemsize > 4 else 0x7F80_0000
+def _keys(score: np.ndarray, dtype: type[np.float32 | np.float64]) -> np.ndarray:
+    """Unsigned integers in the order of |score|, NaN and Inf last."""
+    bits = np.uint64 if dtype is np.float64 else np.uint32
+    return np.asarray(score, dtype).view(bits) & bits(np.iinfo(bits).max >> 1)
 
 
-def _key_chunks(scores: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for score in scores:
-        flat = score.reshape(-1)
-        for start in range(0, flat.size, _STEP):
-            yield _keys(flat[start : start + _STEP])
+def _infinity(dtype: type[np.float32 | np.float64]) -> int:
+    return int(_keys(np.array(np.inf), dtype))
 
 
-def find_cut(scores: Callable[[], Iterable[np.ndarray]], count: int) -> Cut:
+def find_cut(
+    scores: Callable[[], Iterable[np.ndarray]], count: int, dtype: type[np.float32 | np.float64] = np.float32
+) -> Cut:
     """The cut below which the ``count`` smallest finite |scores| lie, over all arrays and in their order.
 
-    ``scores()`` must yield the same arrays, all float64 or none, each time it is called: twice (four times for
-    float64). If there are fewer finite scores than ``count``, all of them lie below.
+    ``scores()`` must yield the same arrays each time it is called: twice for float32 and four times for
+    float64, the ``dtype`` in which they are compared. With fewer finite scores than ``count``, all lie below.
     """
-    prefix, left, shift = 0, count, 0
-    first = True
-    while first or shift > 0:
+    bits = np.dtype(dtype).itemsize * 8
+    prefix, left = 0, count
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        leading = shift + _DIGIT == bits
         histogram = np.zeros(1 << _DIGIT, np.int64)
-        if not first:
-            shift -= _DIGIT
-        for keys in _key_chunks(scores()):
-            if first:
-                shift = keys.dtype.itemsize * 8 - _DIGIT
-                infinity = _infinity(keys.dtype) >> shift
-            else:
-                keys = keys[keys >> (shift + _DIGIT) == prefix]
-            digits = (keys >> shift & 0xFFFF).astype(np.intp)
+        for keys in _key_chunks(scores(), dtype):
+            wanted = keys if leading else keys[keys >> (shift + _DIGIT) == prefix]
+            digits = (wanted >> shift & ((1 << _DIGIT) - 1)).astype(np.intp)
             histogram += np.bincount(digits, minlength=histogram.size)
-        if first:
-            left = min(left, int(histogram[:infinity].sum())) if shift else 0
-            if left <= 0:
-                return Cut(0, 0)
-            first = False
+        if leading:
+            left = min(left, int(histogram[: _infinity(dtype) >> shift].sum()))
+        if left <= 0:
+            return Cut(0, 0, dtype)
         reached = np.cumsum(histogram)
         digit = int(np.searchsorted(reached, left))
         left -= int(reached[digit] - histogram[digit])
         prefix = prefix << _DIGIT | digit
-    return Cut(prefix, left)
+    return Cut(prefix, left, dtype)
+
+
+def _key_chunks(scores: Iterable[np.ndarray], dtype: type[np.float32 | np.float64]) -> Iterator[np.ndarray]:
+    for score in scores:
+        flat = score.reshape(-1)
+        for start in range(0, flat.size, _STEP):
+            yield _keys(flat[start : start + _STEP], dtype)
 
 
 def below(score: np.ndarray, cut: Cut) -> tuple[np.ndarray, Cut]:
     """Where ``score`` lies below ``cut`` (bool, same shape), and the cut for the next array of the sequence."""
-    keys = _keys(score.reshape(-1))
+    keys = _keys(score, cut.dtype).reshape(-1)
     mask = keys < cut.key
     ties = np.flatnonzero(keys == cut.key)[: cut.ties]
     mask[ties] = True
-    return mask.reshape(score.shape), Cut(cut.key, cut.ties - ties.size)
+    return mask.reshape(score.shape), dataclasses.replace(cut, ties=cut.ties - ties.size)

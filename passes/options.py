@@ -16,10 +16,10 @@ from sparse_onnx.errors import UsageError
 __all__ = ["check_types", "require", "unknown"]
 
 
-def require(holds: bool, where: str, option: str, value: object, allowed: str) -> None:
-    """Raise a UsageError that names the place, the option, its value and what is allowed, unless ``holds``."""
+def require(holds: bool, option: str, value: object, allowed: str) -> None:
+    """Raise a UsageError that names the option, its value and what is allowed, unless ``holds``."""
     if not holds:
-        raise UsageError(f"{where}: {option} must be {allowed}, not {reprlib.repr(value)}")
+        raise UsageError(f"{option} must be {allowed}, not {reprlib.repr(value)}")
 
 
 def unknown(what: str, word: object, known: Iterable[str]) -> str:
@@ -30,7 +30,7 @@ def unknown(what: str, word: object, known: Iterable[str]) -> str:
     return f"unknown {what} {reprlib.repr(word)}{nearest} (valid: {', '.join(names) or 'none'})"
 
 
-def check_types(options: Any, where: str) -> None:
+def check_types(options: Any) -> None:
     """Raise a UsageError unless every field of the dataclass ``options`` holds a value of its declared type.
 
     Understood are bool, int, float (finite; an int will do), str, None, ``Literal``, unions of these,
@@ -39,7 +39,7 @@ def check_types(options: Any, where: str) -> None:
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         value, hint = getattr(options, field.name), hints[field.name]
-        require(_fits(value, hint), where, field.name, value, _describe(hint))
+        require(_fits(value, hint), field.name, value, _describe(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -77,6 +77,7 @@ def zeros_of(weight: Weight) -> int:
     """The number of weights that are zero (-0.0 counts, NaN does not)."""
     matrix = weight.matrix()
     zeros = int(matrix.size - np.count_nonzero(matrix))
+    del matrix
     weight.release()
     return zeros
 
@@ -158,7 +159,8 @@ def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context
         output.metadata_props.update(linear.output.metadata_props)
         node = ir.node(
             sparse_matmul.OP_TYPES[linear.activation],
-            [linear.x, *stored, bias],
+            # Not linear.x: that may be the replaced output of a layer lowered before this one.
+            [linear.nodes[0].inputs[0], *stored, bias],
             dict(packed.attributes),
             domain=sparse_matmul.DOMAIN,
             outputs=[output],

@@ -61,7 +61,10 @@ class Weight:
         return stored.T if self.transposed else stored
 
     def release(self) -> None:
-        """Drop the mapped pages of a tensor that lies in a file; the next read maps them again."""
+        """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
+
+        Arrays that were read from it must be gone: a mapping lives as long as its last view.
+        """
         if isinstance(self.tensor, ir.ExternalTensor):
             self.tensor.release()
 

@@ -445,9 +445,10 @@ def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol)
     """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
     if original is None:
         return None
-    before, after = original.numpy().astype(np.float64), pruned.numpy().astype(np.float64)
+    before, after = np.array(original.numpy(), np.float64), np.array(pruned.numpy(), np.float64)
     norm = float(np.linalg.norm(before))
     error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    del before, after
     for tensor in (original, pruned):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()

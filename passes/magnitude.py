@@ -1,0 +1,88 @@
+"""``prune.magnitude``: set the weights of smallest absolute value to zero.
+
+Before: any linear ``Y = X · W``, W [K, N]. After: the same, with W ∘ mask in place of W.
+
+The importance of an element is |w|, that of a block or an output channel the ``norm`` of its elements
+(S. Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015; H. Li et al.,
+Pruning Filters for Efficient ConvNets, 2017, for norms of groups). With ``scope`` "layer" every weight gets
+the same sparsity; with "global" one threshold serves all selected weights together, so layers of large
+weights keep more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.masks import (
+    MaskStructure,
+    Norm,
+    below,
+    expand,
+    find_cut,
+    keep_mask,
+    resolve_sparsity,
+    unit_scores,
+)
+from sparse_onnx.passes.pruning import PruningPass
+from sparse_onnx.passes.weights import Weight
+
+__all__ = ["Magnitude"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Magnitude(PruningPass):
+    """Prune to ``sparsity`` in [0, 1) with ``mask_structure``; zeros that are already there count.
+
+    ``sparsity`` is left out for N:M, which implies it. ``norm`` matters for blocks and channels only.
+    """
+
+    name: ClassVar[str] = "prune.magnitude"
+    sparsity: float | None = None
+    mask_structure: str = "unstructured"
+    scope: Literal["layer", "global"] = "layer"
+    norm: Norm = "l2"
+
+    @property
+    def structure(self) -> MaskStructure:
+        return MaskStructure.parse(self.mask_structure)
+
+    def check(self) -> None:
+        super().check()
+        resolve_sparsity(self.sparsity, self.structure)
+        if self.scope == "global" and self.structure.kind in ("n:m", "channel"):
+            why = "has the same sparsity in every layer" if self.structure.kind == "n:m" else "differs in size by layer"
+            raise UsageError(f"scope 'global' needs unstructured or block:RxC; {self.mask_structure} {why}")
+
+    def asked_zeros(self, size: int) -> int | None:
+        return None if self.scope == "global" else round(resolve_sparsity(self.sparsity, self.structure) * size)
+
+    def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
+        if self.scope == "global":
+            yield from self._global_masks(weights)
+            return
+        for weight in weights:
+            yield keep_mask(np.abs(weight.matrix()), self.sparsity, self.structure, self.norm)
+
+    def _global_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
+        def score(weight: Weight) -> np.ndarray:
+            return unit_scores(np.abs(weight.matrix()), self.structure, self.norm)
+
+        def scores() -> Iterator[np.ndarray]:
+            for weight in weights:
+                yield score(weight)
+                weight.release()
+
+        rows, columns = self.structure.tile((1, 1))
+        units = sum(weight.tensor.size for weight in weights) // (rows * columns)
+        wide = rows * columns > 1 or any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
+        share = resolve_sparsity(self.sparsity, self.structure)
+        cut = find_cut(scores, round(share * units), np.float64 if wide else np.float32)
+        for weight in weights:
+            pruned, cut = below(score(weight), cut)
+            yield expand(~pruned, self.structure, weight.shape)

@@ -1,0 +1,151 @@
+"""What all pruning passes share: choose the weights, apply one mask to each, count zeros, and name what was left.
+
+One weight is in memory at a time. Zeros that are already there stay, so a mask structure that a weight had
+before holds afterwards too.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.base import STRUCTURE_KEY, Declined, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.masks import MaskStructure, obeys, structure_reason
+from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
+
+__all__ = ["PruningPass", "choose_weights"]
+
+
+def choose_weights(
+    model: ir.Model, selection: Selection, structure: MaskStructure
+) -> tuple[list[Weight], list[tuple[str, str]]]:
+    """The weights that ``selection`` takes and ``structure`` fits, and (place, reason) of all others.
+
+    Raises UsageError if an entry of the targets matches no weight.
+    """
+    found, declined = find_weights(model)
+    reasons = dict(declined)
+    for entry in selection.unmatched(found):
+        if entry in reasons:
+            raise UsageError(f"targets: {entry!r} cannot be pruned: it {reasons[entry]}")
+        some = ", ".join(repr(weight.name) for weight in found[:8])
+        names = f"the model has for example {some}" if some else "the model has no linear with a constant weight"
+        raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a linear; {names}")
+    chosen = []
+    for weight in found:
+        reason = selection.reason_against(weight) or structure_reason(weight.shape, structure)
+        if reason is None:
+            chosen.append(weight)
+        else:
+            declined.append((weight.name, reason))
+    return chosen, declined
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningPass(Pass):
+    """Base of passes that set weights to zero and change nothing else.
+
+    ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`. A subclass
+    implements :meth:`keep_masks`, and :attr:`structure` and :meth:`asked_zeros` where they apply.
+    """
+
+    stage: ClassVar[Stage] = Stage.PRUNE
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    def check(self) -> None:
+        Selection(self.targets, self.ignore)
+
+    @property
+    def structure(self) -> MaskStructure:
+        return MaskStructure()
+
+    def asked_zeros(self, size: int) -> int | None:
+        """How many zeros a weight of ``size`` elements shall have, or None if that is not asked of each weight."""
+        return None
+
+    @abc.abstractmethod
+    def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
+        """For each weight in turn, where to keep it: bool [K, N]. NaN and Inf must be kept."""
+
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        weights, left = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
+        declined = [self.declined(place, reason) for place, reason in left]
+        layers: list[LayerChange] = []
+        modified, sparser, broken = False, 0, 0
+        size = before = after = 0
+        for index, (weight, keep) in enumerate(zip(weights, self.keep_masks(weights), strict=True)):
+            pruned = _pruned(weight, keep)
+            weight.release()
+            if pruned.non_finite and self.structure.kind == "n:m" and not obeys(keep, self.structure):
+                reason = f"more NaN or Inf values in a group than {self.structure} keeps"
+                declined.append(self.declined(weight.name, reason))
+                pruned = dataclasses.replace(pruned, stored=None, zeros_after=pruned.zeros_before)
+            else:
+                modified |= self._write(weight, pruned, context)
+                if pruned.non_finite:
+                    reason = f"{pruned.non_finite} NaN or Inf values kept"
+                    declined.append(self.declined(weight.name, reason))
+            asked = self.asked_zeros(keep.size)
+            sparser += asked is not None and pruned.zeros_before > asked
+            size, broken = size + keep.size, broken + pruned.non_finite
+            before, after = before + pruned.zeros_before, after + pruned.zeros_after
+            if pruned.stored is not None:
+                layers.append(LayerChange(weight.name, keep.size, pruned.zeros_before, pruned.zeros_after))
+            share = f"{100 * pruned.zeros_after / keep.size:.1f} % zeros"
+            context.progress(f"{weight.name}: {self.structure}, {share} ({index + 1}/{len(weights)})")
+        statistics: dict[str, int | float] = {
+            "weights": len(weights),
+            "changed": len(layers),
+            "elements": size,
+            "zeros_before": before,
+            "zeros_after": after,
+            "sparsity": after / size if size else 0.0,
+            "already_sparser": sparser,
+            "non_finite": broken,
+        }
+        return PassResult(model, modified, statistics, tuple(declined), tuple(layers))
+
+    def _write(self, weight: Weight, pruned: _Pruned, context: PassContext) -> bool:
+        """Put the new weight and the note of its structure into the model; whether that changed anything."""
+        changed = pruned.stored is not None
+        if pruned.stored is not None:
+            weight.value.const_value = context.store(pruned.stored, weight.name)
+        unstructured = self.structure.kind == "unstructured"
+        known = weight.value.metadata_props.get(STRUCTURE_KEY)
+        # A finer structure that is already there outlives unstructured pruning: zeros are only added.
+        if pruned.zeros_after and known != str(self.structure) and (known is None or not unstructured):
+            if changed or not unstructured:
+                weight.value.metadata_props[STRUCTURE_KEY] = str(self.structure)
+                changed = True
+        return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pruned:
+    """A weight under a mask; ``stored`` is the new array as the model stores it, None if nothing changed."""
+
+    stored: np.ndarray | None
+    zeros_before: int
+    zeros_after: int
+    non_finite: int
+
+
+def _pruned(weight: Weight, keep: np.ndarray) -> _Pruned:
+    matrix = weight.matrix()
+    present = matrix != 0
+    zeros_before = matrix.size - int(np.count_nonzero(present))
+    lost = int(np.count_nonzero(present & ~keep))
+    non_finite = matrix.size - int(np.count_nonzero(np.isfinite(matrix)))
+    stored = None
+    if lost:
+        pruned = np.array(matrix, order="K")
+        np.copyto(pruned, 0, where=~keep)
+        stored = np.ascontiguousarray(pruned.T if weight.transposed else pruned)
+    return _Pruned(stored, zeros_before, zeros_before + lost, non_finite)

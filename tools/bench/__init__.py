@@ -1,0 +1,1 @@
+"""Makers of benchmark models, and benchmarks."""
