@@ -68,5 +68,7 @@ def traceable(inputs: Inputs, axes: Mapping[str, Mapping[int, NamedAxis]]) -> In
 
 def larger_or_smaller(inputs: Inputs, axes: Mapping[str, Mapping[int, NamedAxis]]) -> Iterator[Inputs]:
     """``inputs`` of twice, then of half the size along the named axes, as far as their bounds allow."""
-    yield resized(inputs, axes, lambda axis, present: axis.clip(2 * present))
-    yield resized(inputs, axes, lambda axis, present: axis.clip(present // 2))
+    for factor in (2.0, 0.5):
+        other = resized(inputs, axes, lambda axis, present, by=factor: axis.clip(int(by * present)))
+        if any(other[name].shape != inputs[name].shape for name in axes):
+            yield other

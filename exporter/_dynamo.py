@@ -20,7 +20,9 @@ OPSETS = range(18, 24)
 """The opsets that torch's exporter writes by itself; older ones would go through a lossy conversion."""
 
 
-def trace(module: Any, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any] | None, opset: int) -> ir.Model:
+def trace(
+    module: Any, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any] | None, opset: int
+) -> ir.Model:
     """Export ``module`` with ``torch.onnx.export(dynamo=True)``; graph inputs have the names of ``inputs``.
 
     Raises UsageError for an opset out of 18..23 and for a module that torch cannot trace.
@@ -50,11 +52,12 @@ def trace(module: Any, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, A
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep warnings and logs about the exporter's inner life from the user; failures are raised anyway."""
+    """Keep reports about the exporter's inner life from the user; failures are raised anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:

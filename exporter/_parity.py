@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.errors import VerificationError
+from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.exporter._extras import require
+from sparse_onnx.model_io import save_model
+from sparse_onnx.runtime import open_session
 
 __all__ = ["check_parity", "difference"]
 
@@ -41,20 +42,15 @@ def check_parity(model: ir.Model, module: Any, cases: Sequence[Mapping[str, Any]
     than 1e-4 of its largest value (16 units in the last place for narrower types than float32), or when the
     model does not run at all.
     """
-    ort = require("onnxruntime", "cpu")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     largest = 0.0
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(model, path, external_data="model.onnx.data")
         try:
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise VerificationError(f"ONNX Runtime does not load the exported model: {error}") from error
+            session = open_session(save_model(model, folder), threads=0, library=False)
+        except UsageError as error:
+            raise VerificationError(f"the exported model cannot be used: {error}") from error
         for case in cases:
             largest = max(largest, _check_case(session, module, case))
-        del session  # releases the mapped file before the folder goes
+        del session  # it maps the file that the folder holds
     return largest
 
 

@@ -39,7 +39,7 @@ def export_frozen(
     opset: int,
     cases: Sequence[Mapping[str, Any]],
 ) -> ExportResult:
-    """Export a module that is ready for inference, by keyword inputs, and compare it with torch on ``cases``."""
+    """Export a module in its inference form, inputs by keyword, and compare it with torch on ``cases``."""
     model = trace(module, example, dynamic_shapes, opset)
     state = {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -49,6 +49,7 @@ def export_frozen(
     distance = check_parity(model, module, cases)
     names = [value.name or "" for value in model.graph.inputs]
     shapes = tuple(
-        {name: tuple(tensor.shape) for name, tensor in zip(names, case.values(), strict=True)} for case in cases
+        {name: tuple(tensor.shape) for name, tensor in zip(names, case.values(), strict=True)}
+        for case in cases
     )
     return ExportResult(model, distance, shapes)

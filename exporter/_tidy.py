@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["MODULE_KEY", "tidy"]
+from sparse_onnx.passes.base import MODULE_KEY
 
-MODULE_KEY = "sparse_onnx.module"
-"""Metadata of a node: the path of the torch module that it comes from, such as ``encoder.layer.0``."""
+__all__ = ["tidy"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
@@ -43,7 +42,9 @@ class _Names:
         value.name = self.unique(wish)
 
 
-def tidy(model: ir.Model, state: Mapping[str, Any], input_names: list[str], output_names: list[str]) -> None:
+def tidy(
+    model: ir.Model, state: Mapping[str, Any], input_names: Sequence[str], output_names: Sequence[str]
+) -> None:
     """Name inputs, outputs, initializers and nodes of ``model`` in place, and strip all other metadata.
 
     ``state`` holds the torch tensors of the module by name, tied ones under each of their names. Short name
@@ -83,27 +84,27 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _name_inputs_and_outputs(graph: ir.Graph, input_names: list[str], output_names: list[str]) -> None:
+def _defined(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+
+
+def _name_inputs_and_outputs(
+    graph: ir.Graph, input_names: Sequence[str], output_names: Sequence[str]
+) -> None:
     wishes = [*zip(graph.inputs, input_names, strict=False), *zip(graph.outputs, output_names, strict=False)]
-    final = {name for _, name in wishes}
-    names = _Names(final)
+    wished = {name for _, name in wishes}
     holders = {id(value) for value, _ in wishes}
-    for value in [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]:
-        if id(value) not in holders and value.name:
-            if value.name in final:
-                names.rename(value, value.name)
-            else:
-                names.unique(value.name)
+    others = [value for value in _defined(graph) if id(value) not in holders]
+    names = _Names([*wished, *(value.name for value in others if value.name)])
+    for value in others:
+        if value.name in wished:
+            value.name = names.unique(value.name)
     for value, name in wishes:
         value.name = name
 
 
 def _name_initializers(graph: ir.Graph, state: Mapping[str, Any], modules: Mapping[ir.Node, str]) -> None:
-    names = _Names(
-        name
-        for value in [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]
-        if (name := value.name)
-    )
+    names = _Names(value.name for value in _defined(graph) if value.name)
     origins = {
         id(value): origin for value in graph.initializers.values() if (origin := _origin(value, state))
     }

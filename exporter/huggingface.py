@@ -34,8 +34,10 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _AXES = {0: "batch", 1: "sequence"}
 
 
-def export_huggingface(folder: str | os.PathLike[str], *, task: str | None = None, opset: int = 20) -> ExportResult:
-    """Export the text encoder in ``folder`` (``config.json``, weights) as float32, and check it against torch.
+def export_huggingface(
+    folder: str | os.PathLike[str], *, task: str | None = None, opset: int = 20
+) -> ExportResult:
+    """Export the text encoder in ``folder`` (``config.json``, weights) as float32 and check it against torch.
 
     ``task``: one of :data:`TASKS`; by default what the checkpoint's ``architectures`` say. Inputs are
     ``input_ids``, ``attention_mask`` and, if the model tells segments apart, ``token_type_ids``, all int64
@@ -54,7 +56,9 @@ def export_huggingface(folder: str | os.PathLike[str], *, task: str | None = Non
         and (name != "token_type_ids" or getattr(module.config, "type_vocab_size", 0) > 1)
     ]
     longest = _longest(module.config)
-    cases = [_example(module.config, names, batch, min(length, longest)) for batch, length in ((2, 16), (3, 37))]
+    cases = [
+        _example(module.config, names, batch, min(length, longest)) for batch, length in ((2, 16), (3, 37))
+    ]
     return export_frozen(
         module,
         cases[0],
@@ -101,8 +105,8 @@ def _load(folder: Path, task: str | None) -> Any:
         module.pooler = None  # a checkpoint without a pooler: its output would be random
     elif missing:
         raise UsageError(
-            f"{folder} has no weights for {', '.join(sorted(missing)[:3])}{', …' if len(missing) > 3 else ''}, which "
-            f"{task} needs; choose another task of {', '.join(TASKS)}"
+            f"{folder} has no weights for {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}, "
+            f"which {task} needs; choose another task of {', '.join(TASKS)}"
         )
     return module.eval()
 

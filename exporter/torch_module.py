@@ -79,7 +79,9 @@ def _by_name(module: Any, example: tuple[Any, ...] | Mapping[str, Any]) -> Input
     return inputs
 
 
-def _shapes_by_name(inputs: Inputs, dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
+def _shapes_by_name(
+    inputs: Inputs, dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None
+) -> dict[str, Any]:
     if dynamic_shapes is None:
         return dict.fromkeys(inputs)
     if not isinstance(dynamic_shapes, Mapping):

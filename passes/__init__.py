@@ -1,1 +1,33 @@
-"""Placeholder."""
+"""Passes: changes of an ``onnx_ir.Model``, one subject per module; :data:`PASSES` lists those of recipes."""
+
+from __future__ import annotations
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.base import Pass
+from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.options import unknown
+from sparse_onnx.passes.random_pruning import Random
+from sparse_onnx.passes.threshold import Threshold
+
+__all__ = ["PASSES", "pass_by_name"]
+
+PASSES: tuple[type[Pass], ...] = (  # sorted by name
+    Constants,
+    Duplicates,
+    FoldWeights,
+    Identities,
+    Unused,
+    Magnitude,
+    Random,
+    Threshold,
+)
+
+
+def pass_by_name(name: str) -> type[Pass]:
+    """The pass that recipes call ``name``; UsageError with the nearest name and the list if there is none."""
+    by_name = {cls.name: cls for cls in PASSES}
+    if name not in by_name:
+        raise UsageError(unknown("modifier", name, by_name))
+    return by_name[name]

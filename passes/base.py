@@ -3,8 +3,9 @@
 A pass is a frozen dataclass whose fields are its options, validated when it is built. Calling it changes an
 ``onnx_ir.Model`` in place and returns a :class:`PassResult`. A :class:`Pipeline` is a pass made of passes.
 
-The base class, not the author, checks the promise: the result has the right type, and ``modified`` is true
-exactly if the graph or a tensor changed. A failure names the pass, the passes that ran before it, and the cause.
+The base class, not the author, checks the types of the options and the promise: the result has the right
+type, and ``modified`` is true exactly if the graph or a tensor changed. A failure names the pass, the passes
+that ran before it, and the cause.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -169,7 +171,7 @@ class Pipeline(Pass):
 
     def __post_init__(self) -> None:
         ordered = tuple(_flatten(self.passes))
-        for first, second in zip(ordered, ordered[1:], strict=False):
+        for first, second in itertools.pairwise(ordered):
             if second.stage < first.stage:
                 raise UsageError(
                     f"{second.name} ({second.stage.name.lower()}) cannot run after {first.name} "
@@ -186,7 +188,9 @@ class Pipeline(Pass):
                     raise
                 raise type(error)(f"{error} (in pass {step.name}{_after(steps)})") from error
             except Exception as error:
-                raise PassError(f"pass {step.name} failed{_after(steps)}: {type(error).__name__}: {error}") from error
+                raise PassError(
+                    f"pass {step.name} failed{_after(steps)}: {type(error).__name__}: {error}"
+                ) from error
             steps.append((step.name, result))
         statistics: dict[str, int | float] = {}
         for name, result in steps:
@@ -229,7 +233,7 @@ class _Identity:
 
 
 def fingerprint(model: ir.Model) -> list[Any]:
-    """Changes when a node, an edge, an attribute, a tensor object or a tensor's metadata of the model does."""
+    """Changes when a node, edge, attribute, tensor object or a tensor's metadata of the model does."""
     parts: list[Any] = [model.ir_version, sorted(model.opset_imports.items()), list(model.functions)]
     graphs = [model.graph, *model.graph.subgraphs()]
     for function in model.functions.values():

@@ -59,8 +59,9 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph) -> Linear 
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and not _is_bias(bias, N):
             return "is a Gemm whose C is no constant bias"
-    elif (add := _only_user(output, "Add")) is not None and (other := _other(add, output)) is not None:
-        if _is_bias(other, N):
+    elif (add := _only_user(output, "Add")) is not None:
+        other = _other(add, output)
+        if other is not None and _is_bias(other, N):
             bias, output = other, add.outputs[0]
             nodes.append(add)
     for activation, matcher in _ACTIVATIONS.items():

@@ -56,11 +56,17 @@ class Magnitude(PruningPass):
         super().check()
         resolve_sparsity(self.sparsity, self.structure)
         if self.scope == "global" and self.structure.kind in ("n:m", "channel"):
-            why = "has the same sparsity in every layer" if self.structure.kind == "n:m" else "differs in size by layer"
-            raise UsageError(f"scope 'global' needs unstructured or block:RxC; {self.mask_structure} {why}")
+            why = (
+                "is the same in every layer"
+                if self.structure.kind == "n:m"
+                else "has another size in every layer"
+            )
+            raise UsageError(f"scope 'global' needs unstructured or block:RxC: {self.mask_structure} {why}")
 
     def asked_zeros(self, size: int) -> int | None:
-        return None if self.scope == "global" else round(resolve_sparsity(self.sparsity, self.structure) * size)
+        return (
+            None if self.scope == "global" else round(resolve_sparsity(self.sparsity, self.structure) * size)
+        )
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         if self.scope == "global":

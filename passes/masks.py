@@ -56,7 +56,7 @@ class MaskStructure:
 
     @staticmethod
     def parse(text: str) -> MaskStructure:
-        """Read ``unstructured``, ``2:4``, ``block:4x1`` or ``channel``. UsageError with the nearest form otherwise."""
+        """Read ``unstructured``, ``2:4``, ``block:4x1`` or ``channel``; UsageError with the nearest form."""
         if text == "unstructured":
             return MaskStructure()
         if text == "channel":
@@ -67,7 +67,9 @@ class MaskStructure:
                 return MaskStructure("n:m", (keep, group))
         if match := re.fullmatch(r"block:([1-9]\d{0,3})x([1-9]\d{0,3})", text):
             return MaskStructure("block", (int(match[1]), int(match[2])))
-        raise UsageError(f"mask_structure {text[:40]!r} is not known; the nearest is {_nearest(text)!r} ({_FORMS})")
+        raise UsageError(
+            f"mask_structure {text[:40]!r} is not known; the nearest is {_nearest(text)!r} ({_FORMS})"
+        )
 
     def __str__(self) -> str:
         if self.kind == "n:m":
@@ -90,7 +92,9 @@ def _nearest(text: str) -> str:
     if len(numbers) == 2:
         group = max(*numbers, 2)
         return f"{min(max(min(numbers), 1), group - 1)}:{group}"
-    return difflib.get_close_matches(text, ("unstructured", "channel", "2:4", "block:4x1"), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(text, ("unstructured", "channel", "2:4", "block:4x1"), n=1, cutoff=0.0)[
+        0
+    ]
 
 
 def resolve_sparsity(sparsity: float | None, structure: MaskStructure) -> float:
@@ -98,7 +102,9 @@ def resolve_sparsity(sparsity: float | None, structure: MaskStructure) -> float:
     if structure.kind == "n:m":
         implied = 1 - structure.size[0] / structure.size[1]
         if sparsity is not None and abs(sparsity - implied) > 5e-4:  # 0.667 is meant as 2/3
-            raise UsageError(f"mask_structure {structure} implies sparsity {implied:g}, not {sparsity:g}: leave one out")
+            raise UsageError(
+                f"mask_structure {structure} implies sparsity {implied:g}, not {sparsity:g}: leave one out"
+            )
         return implied
     if sparsity is None:
         raise UsageError(f"mask_structure {structure} needs a sparsity")
@@ -164,14 +170,14 @@ def expand(units: np.ndarray, structure: MaskStructure, shape: tuple[int, int]) 
 
 
 def obeys(mask: np.ndarray, structure: MaskStructure) -> bool:
-    """Whether ``mask`` [K, N] (true or non-zero: kept) has at most N kept in every group of an N:M structure."""
+    """Whether ``mask`` [K, N] (not zero: kept) keeps at most N in every group of an N:M structure."""
     keep, group = structure.size
     K, N = mask.shape
     return bool((np.count_nonzero(mask.reshape(K // group, group, N), axis=1) <= keep).all())
 
 
 def _keep_n_of_m(score: np.ndarray, keep: int, group: int) -> np.ndarray:
-    """Rank by comparing all pairs of a group: exact, the same on every machine, and no sorting of short rows."""
+    """Rank by comparing all pairs of a group: exact, and faster than sorting short rows."""
     K, N = score.shape
     dtype = _key_dtype(score)
     keys = _keys(score, dtype).reshape(K // group, group, N)
@@ -200,8 +206,9 @@ def _key_dtype(score: np.ndarray) -> type[np.float32 | np.float64]:
 
 def _keys(score: np.ndarray, dtype: type[np.float32 | np.float64]) -> np.ndarray:
     """Unsigned integers in the order of |score|, NaN and Inf last."""
-    bits = np.uint64 if dtype is np.float64 else np.uint32
-    return np.asarray(score, dtype).view(bits) & bits(np.iinfo(bits).max >> 1)
+    if dtype is np.float64:
+        return np.bitwise_and(np.asarray(score, dtype).view(np.uint64), np.uint64((1 << 63) - 1))
+    return np.bitwise_and(np.asarray(score, dtype).view(np.uint32), np.uint32((1 << 31) - 1))
 
 
 def _infinity(dtype: type[np.float32 | np.float64]) -> int:
@@ -244,7 +251,7 @@ def _key_chunks(scores: Iterable[np.ndarray], dtype: type[np.float32 | np.float6
 
 
 def below(score: np.ndarray, cut: Cut) -> tuple[np.ndarray, Cut]:
-    """Where ``score`` lies below ``cut`` (bool, same shape), and the cut for the next array of the sequence."""
+    """Where ``score`` lies below ``cut`` (bool, same shape), and the cut for the next array."""
     keys = _keys(score, cut.dtype).reshape(-1)
     mask = keys < cut.key
     ties = np.flatnonzero(keys == cut.key)[: cut.ties]

@@ -23,7 +23,7 @@ def require(holds: bool, option: str, value: object, allowed: str) -> None:
 
 
 def unknown(what: str, word: object, known: Iterable[str]) -> str:
-    """A sentence that says that ``word`` is no valid ``what``, gives the nearest valid one, and lists them all."""
+    """Say that ``word`` is no valid ``what``, which valid one is nearest, and which there are."""
     names = sorted(known)
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     nearest = f"; the nearest is {near[0]!r}" if near else ""
@@ -69,7 +69,9 @@ def _describe(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(arg) for arg in args if arg is not type(None))
     if origin is tuple:
-        return f"a list ({_describe(args[0])} each)"
+        return f"a list of {_describe(args[0]).split()[-1]}s"
     if origin is Mapping:
-        return f"a mapping of names ({_describe(args[1])} each)"
-    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a string"}[hint]
+        return f"names with {_describe(args[1])} each"
+    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a string"}.get(
+        hint, str(hint)
+    )

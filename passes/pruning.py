@@ -1,4 +1,4 @@
-"""What all pruning passes share: choose the weights, apply one mask to each, count zeros, and name what was left.
+"""What all pruning passes share: choose the weights, mask each, count zeros, and name what was left.
 
 One weight is in memory at a time. Zeros that are already there stay, so a mask structure that a weight had
 before holds afterwards too.
@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import STRUCTURE_KEY, Declined, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.base import STRUCTURE_KEY, LayerChange, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.masks import MaskStructure, obeys, structure_reason
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 
@@ -34,9 +34,12 @@ def choose_weights(
     for entry in selection.unmatched(found):
         if entry in reasons:
             raise UsageError(f"targets: {entry!r} cannot be pruned: it {reasons[entry]}")
-        some = ", ".join(repr(weight.name) for weight in found[:8])
-        names = f"the model has for example {some}" if some else "the model has no linear with a constant weight"
-        raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a linear; {names}")
+        known = "the model has no linear with a constant weight"
+        if found:
+            known = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
+        raise UsageError(
+            f"targets: {entry!r} matches no weight, node, module or op type of a linear; {known}"
+        )
     chosen = []
     for weight in found:
         reason = selection.reason_against(weight) or structure_reason(weight.shape, structure)
@@ -51,8 +54,8 @@ def choose_weights(
 class PruningPass(Pass):
     """Base of passes that set weights to zero and change nothing else.
 
-    ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`. A subclass
-    implements :meth:`keep_masks`, and :attr:`structure` and :meth:`asked_zeros` where they apply.
+    ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`. A
+    subclass implements :meth:`keep_masks`, and :attr:`structure` and :meth:`asked_zeros` where they apply.
     """
 
     stage: ClassVar[Stage] = Stage.PRUNE
@@ -67,7 +70,7 @@ class PruningPass(Pass):
         return MaskStructure()
 
     def asked_zeros(self, size: int) -> int | None:
-        """How many zeros a weight of ``size`` elements shall have, or None if that is not asked of each weight."""
+        """How many zeros every weight of ``size`` elements shall have, or None if there is no such number."""
         return None
 
     @abc.abstractmethod
@@ -117,14 +120,15 @@ class PruningPass(Pass):
         changed = pruned.stored is not None
         if pruned.stored is not None:
             weight.value.const_value = context.store(pruned.stored, weight.name)
-        unstructured = self.structure.kind == "unstructured"
         known = weight.value.metadata_props.get(STRUCTURE_KEY)
-        # A finer structure that is already there outlives unstructured pruning: zeros are only added.
-        if pruned.zeros_after and known != str(self.structure) and (known is None or not unstructured):
-            if changed or not unstructured:
-                weight.value.metadata_props[STRUCTURE_KEY] = str(self.structure)
-                changed = True
-        return changed
+        if self.structure.kind == "unstructured":
+            # A structure that is already there outlives unstructured pruning: zeros are only added.
+            news = changed and known is None
+        else:
+            news = pruned.zeros_after > 0 and known != str(self.structure)
+        if news:
+            weight.value.metadata_props[STRUCTURE_KEY] = str(self.structure)
+        return changed or news
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Before: any linear ``Y = X · W``, W [K, N]. After: the same, with W ∘ mask in place of W.
 
-Every non-zero element draws a uniform score, and the lowest go as in ``prune.magnitude`` (blocks and channels by
-the L2 norm of their scores, so those that already hold zeros tend to go first). The draw depends only on
+Every non-zero element draws a uniform score, and the lowest go as in ``prune.magnitude`` (blocks and channels
+by the L2 norm of their scores, so those that already hold zeros tend to go first). The draw depends only on
 ``seed`` and the weight's name, not on the order or number of other weights.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Random"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(PruningPass):
-    """Prune to ``sparsity`` in [0, 1) with ``mask_structure``; zeros that are already there stay and count."""
+    """Prune to ``sparsity`` in [0, 1) with ``mask_structure``; zeros that are there stay and count."""
 
     name: ClassVar[str] = "prune.random"
     sparsity: float | None = None

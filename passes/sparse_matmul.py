@@ -138,14 +138,18 @@ class LowerSparseMatMul(Pass):
             if wanted:
                 lowered.append(candidate)
         if self.layers is not None and (unknown := set(self.layers) - {c.weight.name for c in lowered}):
-            raise UsageError(f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a linear")
+            raise UsageError(
+                f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a linear"
+            )
         for index, candidate in enumerate(lowered):
             context.progress(f"lowering {index + 1}/{len(lowered)} {candidate.weight.name}")
             _lower(model, candidate, packer(candidate.weight), context)
         if lowered:
             _add_functions(model)
         linears = sum(len(candidate.linears) for candidate in lowered)
-        return PassResult(model, bool(lowered), {"weights": len(lowered), "linears": linears}, tuple(declined))
+        return PassResult(
+            model, bool(lowered), {"weights": len(lowered), "linears": linears}, tuple(declined)
+        )
 
 
 def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context: PassContext) -> None:
@@ -154,7 +158,10 @@ def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context
     for linear in candidate.linears:
         bias = _bias(model.graph, linear, context)
         output = ir.Value(
-            name=linear.output.name, type=linear.output.type, shape=linear.output.shape, doc_string=linear.output.doc_string
+            name=linear.output.name,
+            type=linear.output.type,
+            shape=linear.output.shape,
+            doc_string=linear.output.doc_string,
         )
         output.metadata_props.update(linear.output.metadata_props)
         node = ir.node(
@@ -189,7 +196,9 @@ def _drop_if_unused(graph: ir.Graph, value: ir.Value) -> None:
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -211,7 +220,9 @@ def _bias(graph: ir.Graph, linear: Linear, context: PassContext) -> ir.Value:
 def _add_functions(model: ir.Model) -> None:
     opset = model.opset_imports[""]
     model.opset_imports[sparse_matmul.DOMAIN] = sparse_matmul.VERSION
-    used: Iterable[str] = {node.op_type for node in model.graph.all_nodes() if node.domain == sparse_matmul.DOMAIN}
+    used: Iterable[str] = {
+        node.op_type for node in model.graph.all_nodes() if node.domain == sparse_matmul.DOMAIN
+    }
     for op_type in sorted(used):
         function = ir.from_proto(sparse_ops.sparse_matmul.function_body(op_type, opset))
         model.functions[function.identifier()] = function

@@ -150,7 +150,9 @@ def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
         elif value.is_graph_output():
             declined.append((name, "is also a graph output"))
         elif tensor is None or tensor.dtype not in _FLOATS:
-            declined.append((name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"))
+            declined.append(
+                (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
+            )
         elif len(tensor.shape) != 2:
             declined.append((name, f"has rank {len(tensor.shape)}, not 2"))
         elif tensor.size == 0:

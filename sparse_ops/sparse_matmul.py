@@ -115,7 +115,9 @@ def pack(weight: np.ndarray, *, chunk: int = DEFAULT_CHUNK, block: int = DEFAULT
     Raises ValueError for another rank or dtype, an empty weight, or a ``chunk`` or ``block`` out of range.
     """
     if weight.ndim != 2 or weight.dtype != np.float32 or 0 in weight.shape:
-        raise ValueError(f"pack() takes a non-empty float32 matrix [K, N], not {weight.dtype}{list(weight.shape)}")
+        raise ValueError(
+            f"pack() takes a non-empty float32 matrix [K, N], not {weight.dtype}{list(weight.shape)}"
+        )
     if not 1 <= chunk <= 255 or not 1 <= block <= 256:
         raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
     K, N = weight.shape
@@ -303,6 +305,8 @@ _BODY = """
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
-    text = _BODY.format(domain=DOMAIN, opset=opset, op_type=op_type, activation=_ACTIVATION_BODIES[ACTIVATIONS[op_type]])
+    text = _BODY.format(
+        domain=DOMAIN, opset=opset, op_type=op_type, activation=_ACTIVATION_BODIES[ACTIVATIONS[op_type]]
+    )
     proto: Any = onnx.parser.parse_function(text)
     return proto

@@ -52,7 +52,9 @@ def _hyphens(token: str) -> str:
     return token.replace("_", "-")
 
 
-@click.group(cls=_Commands, context_settings={"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands, context_settings={"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(metadata.version("sparse-onnx"), prog_name="sparse-onnx")
 def cli() -> None:
     """Make sparse models actually run faster, on stock ONNX Runtime.
@@ -64,7 +66,8 @@ def cli() -> None:
 
 def _wants_json(arguments: list[str]) -> bool:
     return "--format=json" in arguments or any(
-        first == "--format" and second == "json" for first, second in zip(arguments, arguments[1:], strict=False)
+        first == "--format" and second == "json"
+        for first, second in zip(arguments, arguments[1:], strict=False)
     )
 
 

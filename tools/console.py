@@ -54,7 +54,9 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) ->
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))] if every else []
     lines = []
     for row in every:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [row[0].ljust(widths[0])] + [
+            cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     if header:
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -24,21 +24,32 @@ __all__ = ["command", "summary_table"]
 
 @click.command(short_help="Compile a model into a smaller, faster, verified one.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write (required unless --dry-run).")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write (required unless --dry-run)."
+)
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; the other options override it.")
 @click.option("--method", help="Pruning method: magnitude, random or threshold.")
 @click.option("--sparsity", type=float, help="Share of zeros to reach, in [0, 1).")
 @click.option("--mask-structure", help="unstructured, N:M (keep N of M), or block:RxC.")
 @click.option("--scope", help="layer or global.")
+@click.option("--theta", type=float, help="For method threshold: smaller absolute values become zero.")
 @click.option("--targets", multiple=True, help="Layers to prune: name, op type, or re:REGEX; repeatable.")
-@click.option("--ignore", multiple=True, help="Layers to leave alone: name, op type, or re:REGEX; repeatable.")
+@click.option(
+    "--ignore", multiple=True, help="Layers to leave alone: name, op type, or re:REGEX; repeatable."
+)
 @click.option("--calibration-data", type=click.Path(path_type=Path), help=".npz with real inputs.")
 @click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to decide and time for; repeatable.")
-@click.option("--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]")
-@click.option("--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
+)
+@click.option(
+    "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
+)
 @click.option("--max-drop", type=float, help="Goal: 1 - cosine to the original's outputs, at most.")
 @click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
-@click.option("--no-benchmark", is_flag=True, help="Decide by a table, for another machine, instead of timing.")
+@click.option(
+    "--no-benchmark", is_flag=True, help="Decide by a table, for another machine, instead of timing."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @format_option
@@ -51,6 +62,7 @@ def command(
     sparsity: float | None,
     mask_structure: str | None,
     scope: str | None,
+    theta: float | None,
     targets: tuple[str, ...],
     ignore: tuple[str, ...],
     calibration_data: Path | None,
@@ -82,6 +94,7 @@ def command(
         sparsity=sparsity,
         mask_structure=mask_structure,
         scope=scope,
+        theta=theta,
         targets=targets or None,
         ignore=ignore or None,
         calibration_data=calibration_data,
@@ -102,7 +115,9 @@ def command(
         click.echo(summary_table(result.report))
         if result.exit_code == 4:
             goal = result.report["goal"]
-            click.echo(f"Goal not met: 1 - cosine is {goal['drop']:.4f}, allowed {goal['max_drop']}.", err=True)
+            click.echo(
+                f"Goal not met: 1 - cosine is {goal['drop']:.4f}, allowed {goal['max_drop']}.", err=True
+            )
         if result.exit_code == 5:
             click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
         if result.folder is not None:
@@ -122,7 +137,14 @@ def summary_table(report: dict[str, Any]) -> str:
     ratio = f"{summary['bytes_before'] / after:.2f}x smaller" if after else "-"
     rows.append(["size", format_bytes(summary["bytes_before"]), format_bytes(after), ratio])
     rows.append(["zeros in linears", "", f"{summary['sparsity']:.1%}", ""])
-    rows.append(["layers sparse", "", f"{len(sparse)} of {len(layers)}", f"{summary['sparse_flops_fraction']:.0%} of work"])
+    rows.append(
+        [
+            "layers sparse",
+            "",
+            f"{len(sparse)} of {len(layers)}",
+            f"{summary['sparse_flops_fraction']:.0%} of work",
+        ]
+    )
     checks = report["verification"]
     if checks:
         exact = checks["against_pruned_dense"]["relative_error"]
@@ -142,4 +164,6 @@ def summary_table(report: dict[str, Any]) -> str:
 
 def _short(reason: str) -> str:
     """Reasons without their numbers, so that equal ones can be counted."""
-    return reason.split(": ", 1)[-1] if "zeros: " in reason else "not faster" if "below min_speedup" in reason else reason
+    if "below min_speedup" in reason:
+        return "not faster"
+    return reason.split(": ", 1)[-1] if "zeros: " in reason else reason

@@ -20,12 +20,14 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::generic:
       return "generic";
+    case Isa::reference:
+      return "reference";
   }
   return "";
 }
 
 bool isa_supported(Isa isa) {
-  if (isa == Isa::generic) return true;
+  if (isa == Isa::generic || isa == Isa::reference) return true;
 #if defined(__x86_64__)
   // The compiler's run-time library asks CPUID, and XGETBV for what the operating system saves.
   __builtin_cpu_init();

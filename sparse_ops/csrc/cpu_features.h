@@ -3,8 +3,9 @@
 
 namespace sparse_ops {
 
-// From the most to the least capable; `generic` is the baseline that the compiler targets.
-enum class Isa { avx512, avx2, generic };
+// From the most to the least capable. `generic` is the baseline that the compiler targets; `reference` marks plain
+// loops, which are never chosen but by the name of the kernel.
+enum class Isa { avx512, avx2, generic, reference };
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -38,7 +38,9 @@ def _norm(x: np.ndarray) -> float:
 def _one(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float, float, float]:
     if not np.array_equal(np.isnan(reference), np.isnan(candidate)):
         return np.inf, np.inf, 0.0, 0.0
-    a, b = (np.nan_to_num(x.astype(np.float64), posinf=np.finfo(np.float32).max) for x in (reference, candidate))
+    a, b = (
+        np.nan_to_num(x.astype(np.float64), posinf=np.finfo(np.float32).max) for x in (reference, candidate)
+    )
     difference, scale = _norm(a - b), _norm(a)
     relative = difference / scale if scale else (0.0 if difference == 0 else np.inf)
     rows_a, rows_b = (x.reshape(x.shape[0] if x.ndim else 1, -1) for x in (a, b))
@@ -48,7 +50,12 @@ def _one(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float, fl
     cosines = np.where(norms > 0, dots / np.where(norms > 0, norms, 1), equal.astype(float))
     last_a, last_b = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (a, b))
     agreement = float((last_a.argmax(1) == last_b.argmax(1)).mean()) if last_a.size else 1.0
-    return float(np.abs(a - b).max(initial=0)), relative, float(cosines.mean()) if cosines.size else 1.0, agreement
+    return (
+        float(np.abs(a - b).max(initial=0)),
+        relative,
+        float(cosines.mean()) if cosines.size else 1.0,
+        agreement,
+    )
 
 
 def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Difference:
@@ -65,11 +72,16 @@ def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Differenc
                 raise VerificationError(f"the candidate has no output {name!r}; it has {', '.join(got)}")
             a, b = expected[name], got[name]
             if a.shape != b.shape:
-                raise VerificationError(f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}")
+                raise VerificationError(
+                    f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
+                )
             parts.append((a, b))
         results = [_one(a, b) for a, b in parts]
         weights = [max(1, a.shape[0] if a.ndim else 1) for a, _ in parts]
-        squares = [(_norm(np.nan_to_num(a.astype(np.float64))) ** 2, r[1]) for (a, _), r in zip(parts, results, strict=True)]
+        squares = [
+            (_norm(np.nan_to_num(a.astype(np.float64))) ** 2, r[1])
+            for (a, _), r in zip(parts, results, strict=True)
+        ]
         total = sum(square for square, _ in squares)
         relative = max(r[1] for r in results)
         if total > 0 and np.isfinite(relative):

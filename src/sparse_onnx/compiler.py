@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import Difference, compare
-from sparse_onnx.errors import UsageError, VerificationError
+from sparse_onnx.errors import VerificationError
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.base import STRUCTURE_KEY, Declined, PassContext, PassResult, Pipeline
@@ -28,9 +28,9 @@ from sparse_onnx.passes.guard import Decision
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
 from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer, find_candidates
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
-from sparse_onnx.runtime import Ratio, interleave, open_runner, ratio
+from sparse_onnx.runtime import Ratio, interleave, open_runner, ratio, session_budget
 
-__all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize", "session_budget"]
+__all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize"]
 
 MAX_COMPILER_ERROR = 1e-4
 """Largest relative error of the compiled model against the pruned dense one: both compute the same in float32."""
@@ -57,12 +57,6 @@ class OptimizeResult:
         return None if value is None else float(value)
 
 
-def session_budget(nbytes: int) -> int:
-    """Bytes of weights that one session may hold for a model of ``nbytes``: all of a model up to 1.5 GiB; of a
-    larger one a 16th, so that weights, ORT's packed copies and activations together stay under half of it."""
-    return nbytes if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
-
-
 def optimize(
     model: str | Path,
     output: str | Path,
@@ -72,6 +66,7 @@ def optimize(
     sparsity: float | None = None,
     mask_structure: str | None = None,
     scope: str | None = None,
+    theta: float | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     calibration_data: str | Path | None = None,
@@ -91,8 +86,8 @@ def optimize(
         model: An ``.onnx`` file or a Hugging Face model folder.
         output: The folder to write: model.onnx, model.onnx.data, recipe.yaml, report.json, report.html.
         recipe: A recipe file or object; the other arguments override it.
-        method, sparsity, mask_structure, scope, targets, ignore: Pruning; without ``method`` and ``sparsity``
-            the zeros that are already there are used.
+        method, sparsity, mask_structure, scope, theta, targets, ignore: Pruning; without ``method`` and
+            ``sparsity`` the zeros that are already there are used.
         calibration_data: An .npz with real inputs, used to verify.
         input_shapes: Shapes to decide and time for, by input name.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
@@ -114,6 +109,7 @@ def optimize(
         sparsity=sparsity,
         mask_structure=mask_structure,
         scope=scope,
+        theta=theta,
         targets=targets,
         ignore=ignore,
         calibration_data=None if calibration_data is None else str(calibration_data),
@@ -147,7 +143,13 @@ class _Job:
     """One compilation: the state that its steps share."""
 
     def __init__(
-        self, source: Path, recipe: Recipe, benchmark: bool, say: Callable[[str], None], folder: Path, work: Path
+        self,
+        source: Path,
+        recipe: Recipe,
+        benchmark: bool,
+        say: Callable[[str], None],
+        folder: Path,
+        work: Path,
     ) -> None:
         self.source, self.recipe, self.benchmark, self.say = source, recipe, benchmark, say
         self.folder, self.work = folder, work
@@ -168,7 +170,9 @@ class _Job:
             self.path = exported / "model.onnx"
         return model_io.load_model(self.path)
 
-    def prepare(self, model: ir.Model, pipeline: Pipeline, context: PassContext) -> tuple[PassResult, PassResult]:
+    def prepare(
+        self, model: ir.Model, pipeline: Pipeline, context: PassContext
+    ) -> tuple[PassResult, PassResult]:
         """Clean up and prune; ``declined`` collects what was left alone."""
         cleaned = Pipeline(CLEAN_PASSES)(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -219,7 +223,9 @@ class _Job:
                     decisions = guard.decide_by_table(candidates)
             optimized, decisions, timing = self.lower(model, decisions, packer, context)
             if not any(decision.sparse for decision in decisions) and not pruned.modified:
-                optimized = model_io.load_model(self.path)  # nothing gained: the model as it was, not even cleaned
+                optimized = model_io.load_model(
+                    self.path
+                )  # nothing gained: the model as it was, not even cleaned
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
@@ -265,7 +271,9 @@ class _Job:
             node.outputs[0].shape = ir.Shape([None])
             probe.graph.append(node)
             probe.graph.outputs.append(node.outputs[0])
-        with open_runner(probe, threads=self.threads, library=False, budget=self.budget, work=self.work) as runner:
+        with open_runner(
+            probe, threads=self.threads, library=False, budget=self.budget, work=self.work
+        ) as runner:
             self.say("running the dense model")
             timed = runner.run(self.feeds)
             shapes = {name: tuple(int(dim) for dim in timed[_SHAPE_OUTPUT + name]) for name in names}
@@ -292,7 +300,9 @@ class _Job:
             if not names or timing.median >= 1:
                 return optimized, decided, timing
             self.say(f"the whole model is slower ({timing.median:.2f}x): giving up layers")
-            sparse = sorted((d for d in decided if d.sparse), key=lambda d: (d.dense_ms or 0) - (d.sparse_ms or 0))
+            sparse = sorted(
+                (d for d in decided if d.sparse), key=lambda d: (d.dense_ms or 0) - (d.sparse_ms or 0)
+            )
             dropped = {id(decision) for decision in sparse[: math.ceil(len(sparse) / 2)]}
             decided = [
                 dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
@@ -311,7 +321,10 @@ class _Job:
             else:
                 with self.open_written(optimized) as sparse:
                     if sparse.whole:
-                        runs = [lambda: dense.milliseconds(self.feeds), lambda: sparse.milliseconds(self.feeds)]
+                        runs = [
+                            lambda: dense.milliseconds(self.feeds),
+                            lambda: sparse.milliseconds(self.feeds),
+                        ]
                         times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
                         return ratio(times[0], times[1])
         with self.open_written(optimized) as sparse:
@@ -345,7 +358,12 @@ class _Job:
         if changed:
             original = model_io.load_model(self.path)
             with open_runner(
-                original, threads=self.threads, library=False, budget=self.budget, work=self.work, path=self.path
+                original,
+                threads=self.threads,
+                library=False,
+                budget=self.budget,
+                work=self.work,
+                path=self.path,
             ) as runner:
                 loss = compare([runner.run(feeds) for feeds in samples], ours)
         else:
@@ -388,7 +406,9 @@ class _Job:
                     "sparse_ms": decision.sparse_ms,
                     "speedup_low": decision.low,
                     "speedup_high": decision.high,
-                    "relative_error": 0.0 if original is weight.tensor else _weight_error(original, weight.tensor),
+                    "relative_error": 0.0
+                    if original is weight.tensor
+                    else _weight_error(original, weight.tensor),
                 }
             )
         return rows
@@ -429,7 +449,11 @@ class _Job:
                 "relative_error": loss.get("relative_error"),
                 "cosine": loss.get("cosine"),
             },
-            "goal": {"max_drop": goal, "drop": drop, "met": goal is None or (drop is not None and drop <= goal)},
+            "goal": {
+                "max_drop": goal,
+                "drop": drop,
+                "met": goal is None or (drop is not None and drop <= goal),
+            },
             "verification": verification,
             "layers": layers,
             "declined": [dataclasses.asdict(place) for place in self.declined],

@@ -16,7 +16,15 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 
-__all__ = ["Feeds", "InputSpec", "generate", "input_specs", "parse_shape_flags", "read_samples", "resolve_shapes"]
+__all__ = [
+    "Feeds",
+    "InputSpec",
+    "generate",
+    "input_specs",
+    "parse_shape_flags",
+    "read_samples",
+    "resolve_shapes",
+]
 
 Feeds = dict[str, np.ndarray]
 
@@ -43,7 +51,9 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
         if value.name in model.graph.initializers:
             continue
         if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
-            raise UsageError(f"input {value.name!r} is no tensor with a known rank and numeric type: cannot be run")
+            raise UsageError(
+                f"input {value.name!r} is no tensor with a known rank and numeric type: cannot be run"
+            )
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
         specs.append(InputSpec(value.name or "", value.dtype.numpy(), dims, _table_rows(value)))
     return tuple(specs)
@@ -73,7 +83,9 @@ def parse_shape_flags(flags: Sequence[str]) -> dict[str, tuple[int, ...]]:
         except ValueError:
             shape = ()
         if not name or not shape or min(shape) < 1:
-            raise UsageError(f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128")
+            raise UsageError(
+                f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128"
+            )
         shapes[name] = shape
     return shapes
 
@@ -99,13 +111,17 @@ def resolve_shapes(
     known = {spec.name: spec for spec in specs}
     for name, shape in given.items():
         if name not in known:
-            raise UsageError(f"--input-shape names {name!r}; the inputs are {'; '.join(s.describe() for s in specs)}")
+            raise UsageError(
+                f"--input-shape names {name!r}; the inputs are {'; '.join(s.describe() for s in specs)}"
+            )
         spec = known[name]
         fits = len(shape) == len(spec.shape) and all(
             not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, shape, strict=True)
         )
         if not fits:
-            raise UsageError(f"--input-shape {name}:{','.join(map(str, shape))} does not fit {spec.describe()}")
+            raise UsageError(
+                f"--input-shape {name}:{','.join(map(str, shape))} does not fit {spec.describe()}"
+            )
     symbols = {
         dim: size
         for name, shape in given.items()
@@ -171,14 +187,23 @@ def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> l
         raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
     missing = [spec.name for spec in specs if spec.name not in arrays]
     if missing:
-        raise UsageError(f"{path} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}")
+        raise UsageError(
+            f"{path} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}"
+        )
     checked: Feeds = {}
     for spec in specs:
         array = arrays[spec.name]
         if array.ndim != len(spec.shape) or array.size == 0:
-            raise UsageError(f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
-        if any(isinstance(d, int) and i > 0 and d != s for i, (d, s) in enumerate(zip(spec.shape, array.shape, strict=True))):
-            raise UsageError(f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
+            raise UsageError(
+                f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
+            )
+        if any(
+            isinstance(d, int) and i > 0 and d != s
+            for i, (d, s) in enumerate(zip(spec.shape, array.shape, strict=True))
+        ):
+            raise UsageError(
+                f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
+            )
         if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
             raise UsageError(f"{path}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

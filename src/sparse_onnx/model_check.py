@@ -29,6 +29,7 @@ __all__ = [
     "PROTOBUF_LIMIT",
     "attributes",
     "check_model",
+    "is_constant",
     "quote",
     "scopes",
     "sparse_tensors",
@@ -48,6 +49,7 @@ _NEWEST_TYPE = ir.DataType.INT2  # of IR version 13
 
 _Attribute = onnx.AttributeProto
 _Scope = onnx.GraphProto | onnx.FunctionProto
+_Owner = onnx.NodeProto | onnx.FunctionProto
 
 # The field that holds a type's elements when `raw_data` does not; `int32_data` holds all the others.
 _TYPED_FIELDS = {
@@ -75,22 +77,27 @@ def scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
     while pending:
         scope = pending.pop()
         yield scope
-        for _, attribute in attributes(scope):
+        for _, _, attribute in attributes(scope):
             pending.extend(_subgraphs(attribute))
 
 
-def attributes(scope: _Scope) -> Iterator[tuple[str, onnx.AttributeProto]]:
-    """``(place, attribute)`` of the nodes of ``scope`` (not of subgraphs), and a function's defaults.
+def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto]]:
+    """``(place, owner, attribute)`` of the nodes of ``scope`` (not of subgraphs), and a function's defaults.
 
     References to a function's attributes hold no value and are left out.
     """
     for node in scope.node:
         for attribute in node.attribute:
             if not attribute.ref_attr_name:
-                yield f"attribute {quote(attribute.name)} of {_describe(node)}", attribute
+                yield f"attribute {quote(attribute.name)} of {_describe(node)}", node, attribute
     if isinstance(scope, onnx.FunctionProto):
         for attribute in scope.attribute_proto:
-            yield f"attribute {quote(attribute.name)} of function {quote(scope.name)}", attribute
+            yield f"attribute {quote(attribute.name)} of function {quote(scope.name)}", scope, attribute
+
+
+def is_constant(node: onnx.NodeProto) -> bool:
+    """Whether ``node`` is the standard operator Constant."""
+    return node.op_type == "Constant" and node.domain in _DEFAULT_DOMAINS
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
@@ -99,7 +106,7 @@ def tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
         if isinstance(scope, onnx.GraphProto):
             for tensor in scope.initializer:
                 yield f"initializer {quote(tensor.name)}", tensor
-        for place, attribute in attributes(scope):
+        for place, _, attribute in attributes(scope):
             if attribute.type == _Attribute.TENSOR:
                 yield place, attribute.t
             elif attribute.type == _Attribute.TENSORS:
@@ -115,7 +122,7 @@ def sparse_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.SparseTen
         if isinstance(scope, onnx.GraphProto):
             for sparse in scope.sparse_initializer:
                 yield f"sparse initializer {quote(sparse.values.name)}", sparse
-        for place, attribute in attributes(scope):
+        for place, _, attribute in attributes(scope):
             if attribute.type == _Attribute.SPARSE_TENSOR:
                 yield place, attribute.sparse_tensor
             elif attribute.type == _Attribute.SPARSE_TENSORS:
@@ -261,14 +268,20 @@ class _ModelCheck:
             infos += [*scope.input, *scope.output]
         for info in infos:
             self._check_type(info.type, f"value {quote(info.name)}")
-        for place, attribute in attributes(scope):
+        for place, owner, attribute in attributes(scope):
             if attribute.type == _Attribute.UNDEFINED:
-                self._fail(place, "has no type that this version knows; export it again")
+                self._fail(place, "has no type, or one that is too new; export it again")
             for type_proto in (attribute.tp, *attribute.type_protos):
                 self._check_type(type_proto, place)
-            sparse = attribute.type in (_Attribute.SPARSE_TENSOR, _Attribute.SPARSE_TENSORS)
-            if sparse and attribute.name != "sparse_value":
+            constant = isinstance(owner, onnx.NodeProto) and is_constant(owner)
+            if attribute.type == _Attribute.SPARSE_TENSORS or (
+                attribute.type == _Attribute.SPARSE_TENSOR and not constant
+            ):
                 self._fail(place, "sparse tensors are supported as initializers and in Constant nodes only")
+        for node in scope.node:
+            for attribute in node.attribute:
+                if attribute.ref_attr_name and attribute.type in (_Attribute.GRAPH, _Attribute.GRAPHS):
+                    self._fail(_describe(node), "takes a graph from its function; inline the function")
 
     def _check_type(self, type_proto: onnx.TypeProto, place: str) -> None:
         kind = type_proto.WhichOneof("value")

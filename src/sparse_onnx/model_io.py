@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import google.protobuf.message
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
@@ -37,10 +37,10 @@ from sparse_onnx.storage import (
     OutputFolder,
     PathLike,
     Spool,
-    format_size,
     release_mapping,
     write_error,
 )
+from sparse_onnx.units import format_bytes
 
 __all__ = [
     "OutputFolder",
@@ -54,6 +54,8 @@ __all__ = [
 _EXTERNAL_BYTES = 256  # tensors of this size and above leave the model file
 _PAGE_BYTES = 64 * 1024  # tensors of this size and above start on a page, smaller ones on a cache line
 _PAGE, _CACHE_LINE = 4096, 64
+
+_FILES = "sparse_onnx.files"  # key of a lazy tensor's metadata: the files that it reads
 
 
 # Reading
@@ -82,7 +84,7 @@ def load_model(path: PathLike) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = " ".join(str(cause).split())
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise ModelFileError(f"{path}: not a valid ONNX graph: {quote(reason)}; export it again") from error
     for slot in _tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
@@ -106,7 +108,7 @@ def _read_proto(path: Path) -> onnx.ModelProto:
             raise ModelFileError(f"{path}: is empty; export or copy the model again")
         if status.st_size > PROTOBUF_LIMIT:
             raise ModelFileError(
-                f"{path}: {format_size(status.st_size)} are more than an ONNX file can hold (2 GiB); "
+                f"{path}: {format_bytes(status.st_size)} are more than an ONNX file can hold (2 GiB); "
                 "export the model with external data"
             )
         data = path.read_bytes()
@@ -119,8 +121,8 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     if data[4:8] == b"ORTM":
         raise ModelFileError(f"{path}: is in the ORT format; give the .onnx file that it was made from")
     try:
-        proto = onnx.ModelProto.FromString(data)
-    except google.protobuf.message.DecodeError as error:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
         raise ModelFileError(
             f"{path}: is not an ONNX model, or is cut off ({error}); export or copy it again"
         ) from error
@@ -179,7 +181,7 @@ def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTens
             for sparse in scope.sparse_initializer:
                 stand_in(sparse, f"sparse initializer {quote(sparse.values.name)}", scope.initializer.add())
             del scope.sparse_initializer[:]
-        for place, attribute in attributes(scope):
+        for place, _, attribute in attributes(scope):
             if attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
                 stand_in(attribute.sparse_tensor, place, attribute.t)
                 attribute.ClearField("sparse_tensor")
@@ -195,14 +197,16 @@ def _lazy_dense(sparse: onnx.SparseTensorProto, place: str, folder: Path) -> ir.
     _linear_indices(indices.numpy(), shape, place)  # proved now; kept on disk until they are used
     release_mapping(indices)
 
-    def unpack() -> ir.Tensor:
+    def unpack() -> ir.TensorProtocol:
         dense = np.zeros(shape, values.dtype.numpy())
         dense.reshape(-1)[_linear_indices(indices.numpy(), shape, place)] = values.numpy()
         release_mapping(indices)
         release_mapping(values)
         return ir.Tensor(dense, dtype=values.dtype, name=values.name)
 
-    return ir.LazyTensor(unpack, values.dtype, ir.Shape(shape), name=values.name)
+    tensor = ir.LazyTensor(unpack, values.dtype, ir.Shape(shape), name=values.name)
+    tensor.meta[_FILES] = [part.path for part in (values, indices) if isinstance(part, ir.ExternalTensor)]
+    return tensor
 
 
 def _linear_indices(indices: np.ndarray, shape: tuple[int, ...], place: str) -> np.ndarray:
@@ -213,7 +217,7 @@ def _linear_indices(indices: np.ndarray, shape: tuple[int, ...], place: str) -> 
         raise ModelFileError(f"{place}: an index lies outside shape {list(shape)}; export it again")
     # Row-major strides in elements.
     strides = np.append(np.cumprod(limits[:0:-1])[::-1], 1)
-    linear = columns @ strides
+    linear: np.ndarray = columns @ strides
     if np.unique(linear).size != linear.size:
         raise ModelFileError(f"{place}: an index is given twice; export it again")
     return linear
@@ -232,8 +236,12 @@ class _Slot:
     undo: Callable[[], None]
 
 
+def _roots(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    return [model.graph, *model.functions.values()]
+
+
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for root in (model.graph, *model.functions.values()):
+    for root in _roots(model):
         for graph in (root, *root.subgraphs()):
             if isinstance(graph, ir.Graph):
                 yield from graph.initializers.values()
@@ -246,7 +254,7 @@ def _tensor_slots(model: ir.Model) -> Iterator[_Slot]:
             raise ValueError(f"initializer {value.name!r} has no data")
         put = partial(setattr, value, "const_value")
         yield _Slot(value.const_value, True, put, partial(put, value.const_value))
-    for root in (model.graph, *model.functions.values()):
+    for root in _roots(model):
         if isinstance(root, ir.Function):
             yield from _attribute_slots(root, constant=False)
         for node in root.all_nodes():
@@ -349,7 +357,7 @@ def save_model(model: ir.Model, folder: PathLike, *, name: str = "model") -> Pat
         raise write_error(error, folder, needed) from error
     if free < needed:
         raise HostError(
-            f"{folder}: {format_size(needed)} are needed but {format_size(free)} are free; "
+            f"{folder}: {format_bytes(needed)} are needed but {format_bytes(free)} are free; "
             "free space or choose another disk"
         )
     with contextlib.ExitStack() as pending:
@@ -449,35 +457,34 @@ def _serialize(model: ir.Model, slots: Sequence[_Slot], layout: _Layout, data_na
         proto = ir.to_proto(model)
     try:
         content: bytes = proto.SerializeToString(deterministic=True)
-    except (google.protobuf.message.EncodeError, ValueError):
+    except (EncodeError, ValueError):
         raise too_large from None
     return content
 
 
 def _stored(tensor: ir.TensorProtocol, offset: int | None, data_name: str) -> ir.TensorProtocol:
     """What stands for ``tensor`` in the model file: a reference into the data file, or a copy."""
-    shape = tensor.shape.numpy()
+    name, shape, doc = tensor.name or "", ir.Shape(tensor.shape.numpy()), tensor.doc_string
+    stored: ir.TensorProtocol
     if offset is not None:
-        return ir.ExternalTensor(
-            data_name,
-            offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(shape),
-            name=tensor.name or "",
-            doc_string=tensor.doc_string,
-            metadata_props=dict(tensor.metadata_props),
+        stored = ir.ExternalTensor(
+            data_name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, doc_string=doc
         )
-    if tensor.dtype == ir.DataType.STRING:
-        return ir.serde.TensorProtoTensor(ir.serde.serialize_tensor(tensor))
-    buffer = io.BytesIO()
-    _copy(tensor, _Sink(buffer, Path(), 0))
-    proto = onnx.TensorProto(name=tensor.name, data_type=tensor.dtype, dims=shape, raw_data=buffer.getvalue())
-    if tensor.doc_string:
-        proto.doc_string = tensor.doc_string
-    for key, value in sorted(tensor.metadata_props.items()):
-        proto.metadata_props.add(key=key, value=value)
-    return ir.serde.TensorProtoTensor(proto)
+    elif isinstance(tensor, ir.StringTensor):
+        stored = ir.StringTensor(tensor.string_data(), shape=shape, name=name, doc_string=doc)
+    else:
+        buffer = io.BytesIO()
+        _copy(tensor, _Sink(buffer, Path(), 0))
+        proto = onnx.TensorProto(
+            name=name,
+            data_type=tensor.dtype,
+            dims=tensor.shape.numpy(),
+            raw_data=buffer.getvalue(),
+            doc_string=doc or None,
+        )
+        stored = ir.serde.TensorProtoTensor(proto)
+    stored.metadata_props.update(tensor.metadata_props)
+    return stored
 
 
 # The IR version that first knows a type; types not listed are older than 8.
@@ -498,7 +505,7 @@ _TYPE_VERSIONS = {
 def _needed_ir_version(model: ir.Model, slots: Sequence[_Slot]) -> int:
     needed = 11 if model.device_configurations else min(max(model.ir_version, 8), 9)
     types = {slot.tensor.dtype for slot in slots}
-    for root in (model.graph, *model.functions.values()):
+    for root in _roots(model):
         for graph in (root, *root.subgraphs()):
             types.update(value.dtype for value in (*graph.inputs, *graph.outputs) if value.dtype is not None)
         for node in root.all_nodes():
@@ -521,7 +528,12 @@ def _needed_ir_version(model: ir.Model, slots: Sequence[_Slot]) -> int:
 
 
 def _check_sources(slots: Sequence[_Slot], data_path: Path) -> None:
-    sources = {slot.tensor.path for slot in slots if isinstance(slot.tensor, ir.ExternalTensor)}
+    sources: set[str] = set()
+    for slot in slots:
+        if isinstance(slot.tensor, ir.ExternalTensor):
+            sources.add(slot.tensor.path)
+        elif isinstance(slot.tensor, ir.LazyTensor):
+            sources.update(slot.tensor.meta.get(_FILES, ()))
     for source in sources:
         with contextlib.suppress(OSError):
             if os.path.samefile(source, data_path):

@@ -72,9 +72,13 @@ class StageClock:
             yield
         finally:
             seconds = round(perf_counter() - start, 3)
-            self.stages.append({"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)})
+            self.stages.append(
+                {"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)}
+            )
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write ``report`` with sorted layout, so that equal reports are equal bytes."""
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )

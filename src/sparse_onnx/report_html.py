@@ -58,7 +58,9 @@ def _verdict(report: dict[str, Any]) -> dict[str, str]:
             "detail": "The dense model was written. Why each layer stayed dense is in the table below.",
         }
     if speedup is None:
-        title = "Plan only: nothing was written" if summary["bytes_after"] is None else "Written, but not timed"
+        title = (
+            "Plan only: nothing was written" if summary["bytes_after"] is None else "Written, but not timed"
+        )
         detail = f"{sparse} of {len(report['layers'])} layers are sparse by a table, not by timing on this machine."
         return {"kind": "plain", "title": title, "detail": detail}
     detail = (
@@ -81,10 +83,20 @@ def _facts(report: dict[str, Any]) -> list[dict[str, str]]:
     facts = []
     if summary["optimized_ms"] is not None:
         facts.append(
-            {"label": "Latency", "value": format_ms(summary["optimized_ms"]), "note": f"was {format_ms(summary['dense_ms'])}"}
+            {
+                "label": "Latency",
+                "value": format_ms(summary["optimized_ms"]),
+                "note": f"was {format_ms(summary['dense_ms'])}",
+            }
         )
     size = format_bytes(before if after is None else after)
-    note = "before" if after is None else f"was {format_bytes(before)}, {before / after:.2f}× smaller" if after else ""
+    note = (
+        "before"
+        if after is None
+        else f"was {format_bytes(before)}, {before / after:.2f}× smaller"
+        if after
+        else ""
+    )
     facts.append({"label": "Size", "value": size, "note": note})
     if summary["cosine"] is not None:
         error = f"relative error {format_number(summary['relative_error'])}"
@@ -108,8 +120,11 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _layer(row: dict[str, Any]) -> dict[str, Any]:
     timed = row["dense_ms"] is not None and row["sparse_ms"]
+    title = row["module"] or row["name"]
     return {
         **row,
+        "title": title,
+        "subtitle": "" if row["name"] in (title, f"{title}.weight") else row["name"],
         "dimensions": " × ".join(str(size) for size in row["shape"]),
         "size": row["shape"][0] * row["shape"][1],
         "speedup": row["dense_ms"] / row["sparse_ms"] if timed else None,

@@ -38,7 +38,14 @@ __all__ = [
     "open_session",
     "peak_rss_bytes",
     "ratio",
+    "session_budget",
 ]
+
+
+def session_budget(nbytes: int) -> int:
+    """Bytes of weights that one session may hold for a model of ``nbytes``: all of a model up to 1.5 GiB; of a
+    larger one a 16th, so that weights, ORT's packed copies and activations together stay under half of it."""
+    return nbytes if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
 def open_session(
@@ -52,7 +59,9 @@ def open_session(
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise HostError(f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'") from error
+        raise HostError(
+            f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
+        ) from error
     from sparse_onnx.sparse_ops import register
 
     options = ort.SessionOptions()
@@ -79,7 +88,9 @@ class _Segment:
 class Runner:
     """Runs one model: ``run(feeds)`` gives all outputs by name; ``milliseconds(feeds)`` times one run."""
 
-    def __init__(self, segments: Sequence[_Segment], outputs: Sequence[str], threads: int, library: bool) -> None:
+    def __init__(
+        self, segments: Sequence[_Segment], outputs: Sequence[str], threads: int, library: bool
+    ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
         self._threads, self._library = threads, library
@@ -169,7 +180,9 @@ def open_runner(
 
 
 def _tensor_bytes(node: ir.Node) -> int:
-    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    constants = [
+        value.const_value for value in node.inputs if value is not None and value.const_value is not None
+    ]
     return sum(tensor.nbytes for tensor in constants)
 
 
@@ -200,7 +213,9 @@ def _split(model: ir.Model, scratch: Path, budget: int) -> list[_Segment]:
             for value in _reads(node):
                 producer = value.producer()
                 from_before = producer is not None and position.get(id(producer), index) < index
-                if from_before or (producer is None and value.is_graph_input() and not value.is_initializer()):
+                if from_before or (
+                    producer is None and value.is_graph_input() and not value.is_initializer()
+                ):
                     needed[value.name or ""] = value
             for value in node.outputs:
                 later = any(position[id(user)] > index for user in value.consumers())

@@ -28,9 +28,13 @@ def InferenceSession(
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise HostError(f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'") from error
+        raise HostError(
+            f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
+        ) from error
     from sparse_onnx.sparse_ops import register
 
     sess_options = sess_options or ort.SessionOptions()
     register(sess_options)
-    return ort.InferenceSession(str(path), sess_options, providers=providers or ["CPUExecutionProvider"], **options)
+    return ort.InferenceSession(
+        str(path), sess_options, providers=providers or ["CPUExecutionProvider"], **options
+    )

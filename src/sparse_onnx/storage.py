@@ -21,8 +21,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.units import format_bytes
 
-__all__ = ["OutputFolder", "PathLike", "Spool", "format_size", "release_mapping", "write_error"]
+__all__ = ["OutputFolder", "PathLike", "Spool", "release_mapping", "write_error"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -34,21 +35,13 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 def write_error(error: OSError, path: Path, needed: int = 0) -> HostError:
     """What to tell the user when writing ``needed`` bytes to ``path`` ended in ``error``."""
     if error.errno in _NO_SPACE:
-        wanted = f"{format_size(needed)} are needed: " if needed else ""
+        wanted = f"{format_bytes(needed)} are needed: " if needed else ""
         return HostError(
             f"{path}: no space left ({error.strerror}); {wanted}free space or choose another disk"
         )
     if error.errno in _NO_PERMISSION:
         return HostError(f"{path}: no permission to write ({error.strerror}); choose another folder")
     return HostError(f"{path}: cannot be written: {error.strerror or error}; choose another folder")
-
-
-def format_size(nbytes: int) -> str:
-    """``nbytes`` for a message, in decimal units."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} bytes"
 
 
 def release_mapping(tensor: ir.TensorProtocol) -> None:
@@ -116,7 +109,7 @@ class Spool:
             offset,
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self._folder,
         )
@@ -143,12 +136,12 @@ class Spool:
         self.close()
 
 
-def _bytes_view(tensor: ir.Tensor) -> memoryview:
+def _bytes_view(tensor: ir.TensorProtocol) -> memoryview:
     """The bytes of an array's tensor; a copy only where elements are packed or strided."""
     array = tensor.numpy()
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 class OutputFolder:
@@ -220,7 +213,7 @@ class OutputFolder:
                 ) from failure
 
     def _sibling(self, suffix: str) -> Path:
-        return self._path.with_name(f".{self._path.name}.{self._tag}.{suffix}")
+        return self._path.parent / f".{self._path.name}.{self._tag}.{suffix}"
 
     def _check(self) -> None:
         path = self._path
@@ -240,7 +233,7 @@ class OutputFolder:
         entries = list(os.scandir(path))
         strange = [e.name for e in entries if e.name.startswith(".") or not e.is_file(follow_symlinks=False)]
         if strange:
-            self._refuse(f"holds {quote(strange[0])}, which this program did not write")
+            self._refuse(f"holds {strange[0]!r}, which this program did not write")
         if entries and not {"model.onnx", "report.json"} & {entry.name for entry in entries}:
             self._refuse("holds neither model.onnx nor report.json, so it is no result of this program")
 

@@ -121,7 +121,9 @@ def test_fuses_no_more_than_it_may(body, outputs):
 )
 def test_declines_with_reason(body, reason):
     ones = ",".join(["1"] * K * N)
-    model = build(body, extra=f", float[{K}, {N}] W2 = {{{ones}}}, float[1, {K}] fixed = {{{','.join(['1'] * K)}}}")
+    model = build(
+        body, extra=f", float[{K}, {N}] W2 = {{{ones}}}, float[1, {K}] fixed = {{{','.join(['1'] * K)}}}"
+    )
     weight = next(weight for weight in find_weights(model)[0] if weight.name == "W")
     result = match_linear(weight, weight.nodes[0], model.graph)
     assert isinstance(result, str)

@@ -65,7 +65,15 @@ def test_replaces_pattern_and_keeps_answers():
     assert result.statistics == {"weights": 2, "linears": 2}
     assert sorted(op_types(model)) == ["Add", "MatMul", "Relu", "SparseMatMul", "SparseMatMulGelu"]
     assert [(d.place, d.reason) for d in result.declined] == [("W3", "10.2% zeros, fewer than 50.0%")]
-    assert set(model.graph.initializers) >= {"W1.values", "W1.offsets", "W1.counts", "W1.rows", "b1", "b2", "W3"}
+    assert set(model.graph.initializers) >= {
+        "W1.values",
+        "W1.offsets",
+        "W1.counts",
+        "W1.rows",
+        "b1",
+        "b2",
+        "W3",
+    }
     assert not {"W1", "W2"} & set(model.graph.initializers)
     np.testing.assert_allclose(run(model, X=X)[0], before[0], rtol=1e-5, atol=1e-5)
 

@@ -77,7 +77,7 @@ def save_legacy(module: Any, path: Path) -> None:
             opset_version=LEGACY_OPSET,
             input_names=list(inputs),
             output_names=["logits"],
-            dynamic_axes={**{name: DYNAMIC_AXES for name in inputs}, "logits": {0: "batch"}},
+            dynamic_axes={**dict.fromkeys(inputs, DYNAMIC_AXES), "logits": {0: "batch"}},
         )
     model = onnx.load(path)
     model.ir_version = LEGACY_IR_VERSION
@@ -95,7 +95,7 @@ def save_dynamo(module: Any, path: Path) -> None:
         dynamo=True,
         opset_version=OPSET,
         output_names=["logits"],
-        dynamic_shapes={name: DYNAMIC_AXES for name in inputs},
+        dynamic_shapes=dict.fromkeys(inputs, DYNAMIC_AXES),
         verbose=False,
     )
     onnx_ir.save(program.model, path, external_data="model.onnx.data")

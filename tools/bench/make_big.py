@@ -28,7 +28,9 @@ def _weight(name: str, shape: tuple[int, int], seed: int, sparsity: float) -> ir
         return ir.tensor(array, name=name)
 
     tensor = ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape(shape), name=name)
-    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape), const_value=tensor)
+    return ir.Value(
+        name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape), const_value=tensor
+    )
 
 
 def big_model(gigabytes: float, width: int = 4096, sparsity: float = 0.0) -> ir.Model:
@@ -63,7 +65,9 @@ def big_model(gigabytes: float, width: int = 4096, sparsity: float = 0.0) -> ir.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--width", type=int, default=4096)

@@ -1,1 +1,1 @@
-"""The model that ``sparse-onnx demo`` runs: a syntax highlighter for Python, byte by byte, trained and pruned."""
+"""The model that ``sparse-onnx demo`` runs: a pruned syntax highlighter for Python, byte by byte."""

@@ -32,11 +32,18 @@ WINDOW = 128
 """Bytes that the model sees at once."""
 
 _INDEX = {name: index for index, name in enumerate(CLASSES)}
-_LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENCODING)
+_LAYOUT = (
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.COMMENT,
+    tokenize.ENCODING,
+)
 
 
 def standard_library() -> Iterator[tuple[str, bytes]]:
-    """(name, source) of every ASCII module of this Python's standard library, tests left out, in fixed order."""
+    """(name, source) of every ASCII module of the standard library in a fixed order, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
@@ -62,7 +69,9 @@ def label(source: bytes) -> np.ndarray:
     for index, token in enumerate(tokens):
         depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
         after = tokens[index + 1].string if index + 1 < len(tokens) else ""
-        name = _class_of(token, solid[-1] if solid else None, tokens[index - 1] if index else None, after, depth)
+        name = _class_of(
+            token, solid[-1] if solid else None, tokens[index - 1] if index else None, after, depth
+        )
         if name is not None:
             begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
             classes[begin:end] = _INDEX[name]

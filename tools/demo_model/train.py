@@ -1,4 +1,4 @@
-"""Train the demo's model: ``python -m sparse_onnx.tools.demo_model.train FOLDER`` (about ten minutes, two cores).
+"""Train the demo's model: ``python -m sparse_onnx.tools.demo_model.train FOLDER``. Ten minutes on two cores.
 
 One transformer learns to highlight Python, dense. From there two copies go on for the same number of steps on
 the same batches: one stays dense, one is pruned by magnitude on the cubic schedule of Zhu and Gupta ("To
@@ -111,7 +111,7 @@ def train(
     rate: Callable[[float], float],
     prune: bool = False,
 ) -> None:
-    """AdamW; ``rate`` maps progress 0..1 to the factor of the learning rate. ``prune`` follows the schedule."""
+    """AdamW; ``rate`` maps progress 0..1 to a factor of the learning rate; ``prune`` follows the schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     weights = prunable(model) if prune else []
     masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
@@ -185,7 +185,11 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     example = torch.from_numpy(test_text[:2]).long()
     exported = export_torch(
-        pruned, (example,), input_names=["text"], output_names=["scores"], dynamic_shapes={"text": {0: "batch"}}
+        pruned,
+        (example,),
+        input_names=["text"],
+        output_names=["scores"],
+        dynamic_shapes={"text": {0: "batch"}},
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -1,50 +1,46 @@
-// Y = act(X . W + bias) in float32, W in the chunked_csc format (described in sparse_ops/sparse_matmul.py).
-//
-// A kernel works on tiles of `tile` tokens. X is first transposed, tile by tile, into panels [K, tile], so that one
-// stored weight multiplies whole vectors of tokens. Then each (tile, block of output channels) is one independent
-// task, which accumulates chunk by chunk and writes its part of Y with bias and activation applied.
+// Choosing kernels and running them over all tokens: Y = act(X . W + bias).
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <span>
 
-#include "cpu_features.h"
+#include "kernels/spmm/kernel.h"
 
 namespace sparse_ops::spmm {
 
-enum class Activation { none, relu, gelu, gelu_tanh, silu };
+// Every kernel that was compiled, best first.
+std::span<const Kernel* const> kernels();
 
-// A weight whose arrays were checked (check.h). Nothing is owned, and `values` may have any alignment.
-struct Weight {
-  size_t K, N;
-  size_t chunk, block;
-  size_t chunks, blocks;  // K / chunk and N / block, rounded up
-  const unsigned char* values;  // float32
-  const uint8_t* offsets;
-  const uint8_t* counts;
-  const uint8_t* rows;
-  const uint64_t* block_entries;  // [blocks] index of the first entry of each block
-  const unsigned char* bias;      // float32 [N], any alignment
-  Activation activation;
+// The kernel of that name, or nullptr.
+const Kernel* find_kernel(const char* name);
+
+// Whether the accumulators of `kernel` suffice for blocks of that size.
+bool fits(const Kernel& kernel, size_t block);
+
+// The best kernel of `isa` for a weight and a number of tokens.
+const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens);
+
+// Which kernels one call uses. Full tiles come first; the last, partial one may have a smaller kernel.
+struct Plan {
+  const Kernel* full;
+  const Kernel* last;
+  size_t tokens;
+  size_t strip;          // tokens whose panels are in memory at a time, a multiple of full->tile
+  size_t scratch_bytes;  // 64-byte aligned memory that run() needs
+};
+Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
+
+// Where tasks run. `run` calls task(context, i) once for every i in 0..total-1, in any order and on any thread, and
+// returns when all are done; false means that it could not.
+class Workers {
+ public:
+  virtual bool run(size_t total, void (*task)(void* context, size_t index), void* context) = 0;
+
+ protected:
+  ~Workers() = default;
 };
 
-// The accumulators of one task live on the stack: tile * block may not exceed this.
-constexpr size_t kMaxAccumulators = 16384;
-
-struct Kernel {
-  const char* name;
-  Isa isa;
-  size_t tile;  // tokens
-
-  // Transpose `tokens` <= tile rows of `x` [tokens, K] into `panel` [K, tile]; missing tokens become zeros.
-  void (*transpose)(const float* x, size_t tokens, size_t K, float* panel);
-
-  // One block of output channels for one tile: rows 0..tokens-1 of `y` [tokens, N], columns of that block only.
-  void (*multiply)(const Weight& weight, size_t block, const float* panel, size_t tokens, float* y);
-
-  // Run about `steps` independent fused multiply-adds per accumulator in the kernel's vectors; returns the number
-  // of floating-point operations done. For measuring what the machine could reach.
-  double (*peak)(size_t steps);
-};
+// `x` [tokens, K] to `y` [tokens, N], row-major. False only if `workers` failed.
+bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);
 
 }  // namespace sparse_ops::spmm

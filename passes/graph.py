@@ -1,0 +1,47 @@
+"""Small questions to a graph and small changes of it that several passes need."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+__all__ = ["all_graphs", "drop_if_unused", "is_standard", "release", "value_names"]
+
+
+def is_standard(node: ir.Node, *op_types: str) -> bool:
+    """Whether ``node`` is one of these operators of the ONNX standard."""
+    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def all_graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph, the functions' graphs, and all their subgraphs."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    for function in model.functions.values():
+        graphs += [function.graph, *function.subgraphs()]
+    return graphs
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """All names of values in the main graph and its subgraphs; a new value needs another one."""
+    names: set[str | None] = set()
+    for graph in model.graphs():
+        names.update(value.name for value in graph.inputs)
+        names.update(graph.initializers)
+        names.update(value.name for node in graph for value in node.outputs)
+    return {name for name in names if name}
+
+
+def drop_if_unused(value: ir.Value) -> bool:
+    """Remove an initializer that nothing uses and that is no input or output; whether it went."""
+    graph = value.graph
+    if not isinstance(graph, ir.Graph) or not value.is_initializer() or value.uses():
+        return False
+    if value.is_graph_input() or value.is_graph_output():
+        return False
+    del graph.initializers[value.name or ""]
+    return True
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Unmap a tensor that lies in a file; the next read maps it again. No array read from it may be alive."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()

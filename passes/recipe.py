@@ -1,0 +1,449 @@
+"""Recipes: what to do with a model, as a YAML file and as a value.
+
+::
+
+    version: 1
+    stages:
+      - name: prune
+        modifiers:
+          - prune.magnitude: {sparsity: 0.8, ignore: ["re:.*classifier.*"]}
+          - prune.threshold: {theta: 1e-4}
+    target: {shapes: {input_ids: [1, 128]}, threads: 4}
+    calibration: {data: samples.npz, num_calibration_samples: 64, seed: 0}
+    goal: {max_drop: 0.01, min_speedup: 1.05}
+
+A modifier is a pass by its ``name`` with its options. Everything is optional but ``version``. Numbers and
+words are read as in YAML 1.2 (``1e-4`` is a number; ``2:4``, ``on`` and dates are words), aliases and tags
+are refused, and every unknown or repeated key is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import reprlib
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.passes import PASSES, pass_by_name
+from sparse_onnx.passes.base import Pass, Pipeline, Stage
+from sparse_onnx.passes.options import check_types, require, unknown
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "Calibration",
+    "Goal",
+    "Recipe",
+    "RecipeStage",
+    "Target",
+    "dump_recipe",
+    "load_recipe",
+    "override",
+    "parse_recipe",
+    "recipe_from_flags",
+]
+
+DEFAULT_METHOD = "magnitude"
+"""The pruning method where flags ask for a sparsity or a mask structure and nothing names a method."""
+
+_VERSION = 1
+_MAX_BYTES = 1 << 20
+_METHOD_PREFIX = "prune."
+_FLAG_OF_FIELD = {"data": "calibration_data"}  # fields whose name alone would say too little
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """A part of a recipe: a frozen dataclass whose fields are the keys."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError if a value is out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(_Section):
+    """What to decide and time for: input ``shapes`` by name, and ``threads`` (None: all cores)."""
+
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    threads: int | None = None
+
+    def check(self) -> None:
+        for name, shape in self.shapes.items():
+            require(all(size >= 1 for size in shape), f"shapes.{name}", list(shape), "sizes of 1 or more")
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration(_Section):
+    """Real inputs: the ``data`` file and how many samples to use (None: all); ``seed`` of generated ones."""
+
+    data: str | None = None
+    num_calibration_samples: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        number = self.num_calibration_samples
+        require(number is None or number >= 1, "num_calibration_samples", number, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal(_Section):
+    """``max_drop``: what quality may be lost, at most; ``min_speedup``: what a layer must gain, at least."""
+
+    max_drop: float | None = None
+    min_speedup: float = 1.02
+
+    def check(self) -> None:
+        require(self.max_drop is None or self.max_drop >= 0, "max_drop", self.max_drop, "0 or more")
+        require(self.min_speedup > 0, "min_speedup", self.min_speedup, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeStage:
+    """Modifiers under one name, which is for the reader."""
+
+    name: str
+    modifiers: tuple[Pass, ...]
+
+
+_SECTIONS: dict[str, type[_Section]] = {"target": Target, "calibration": Calibration, "goal": Goal}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """See the module's docstring. Built only if the order of the modifiers is right and none comes twice."""
+
+    stages: tuple[RecipeStage, ...] = ()
+    target: Target = dataclasses.field(default_factory=Target)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    goal: Goal = dataclasses.field(default_factory=Goal)
+
+    def __post_init__(self) -> None:
+        seen: list[Pass] = []
+        for modifier in self.modifiers():
+            if modifier in seen:
+                raise UsageError(f"{modifier.name} comes twice with the same options: leave one out")
+            seen.append(modifier)
+        self.pipeline()
+
+    def modifiers(self) -> Iterator[Pass]:
+        for stage in self.stages:
+            yield from stage.modifiers
+
+    def pipeline(self) -> Pipeline:
+        """All modifiers in order; UsageError if a later stage would undo an earlier one."""
+        return Pipeline(tuple(self.modifiers()))
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file of at most 1 MiB.
+
+    Raises UsageError that says what is wrong and where, HostError if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such recipe file") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path}: is a folder, not a recipe file") from error
+    except OSError as error:
+        raise HostError(f"{path}: cannot be read: {error.strerror}") from error
+    with _at(str(path)):
+        if len(data) > _MAX_BYTES:
+            raise UsageError("larger than 1 MiB, so no recipe")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError("is not text in UTF-8") from error
+        return parse_recipe(text)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read a recipe from YAML text; UsageError says what is wrong and where."""
+    try:
+        document = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"not valid YAML: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise UsageError("not a recipe: nested too deeply") from error
+    top = _mapping(document, "the recipe", {"version", "stages", *_SECTIONS})
+    version = top.get("version")
+    if version != _VERSION or isinstance(version, bool):
+        raise UsageError(f"version must be {_VERSION}, not {reprlib.repr(version)}")
+    sections: dict[str, Any] = {}
+    for key, cls in _SECTIONS.items():
+        with _at(key):
+            sections[key] = _build(cls, _mapping(top.get(key), "it", _fields(cls)))
+    entries = enumerate(_list(top.get("stages"), "stages"))
+    return Recipe(tuple(_stage(entry, f"stages[{index}]") for index, entry in entries), **sections)
+
+
+def _stage(entry: Any, where: str) -> RecipeStage:
+    keys = _mapping(entry, where, {"name", "modifiers"})
+    name = keys.get("name")
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"{where}: name must be a word, not {reprlib.repr(name)}")
+    modifiers = []
+    for index, item in enumerate(_list(keys.get("modifiers"), f"{where}.modifiers")):
+        with _at(f"{where}.modifiers[{index}]"):
+            if not isinstance(item, Mapping) or len(item) != 1:
+                raise UsageError(
+                    "must be one pass with its options, such as 'prune.magnitude: {sparsity: 0.8}'"
+                )
+            ((word, options),) = item.items()
+            cls = pass_by_name(word)
+            modifiers.append(_build(cls, _mapping(options, word, _fields(cls))))
+    return RecipeStage(name, tuple(modifiers))
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Put the place in front of the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+_T = typing.TypeVar("_T")
+
+
+def _build(cls: type[_T], options: Mapping[str, Any]) -> _T:
+    """``cls`` with ``options``; those that are None are not given, and lists become tuples."""
+    given = {key: _frozen(value) for key, value in options.items() if value is not None}
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # all are dataclasses
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in given]:
+        raise UsageError(f"{getattr(cls, 'name', cls.__name__)}: {' and '.join(missing)} must be given")
+    return cls(**given)
+
+
+def _fields(cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _mapping(value: Any, where: str, known: set[str]) -> Mapping[str, Any]:
+    """``value``, checked to have only ``known`` keys; nothing at all means no keys."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: must be keys and values, not {_kind(value)}")
+    for key in value:
+        if key not in known:
+            raise UsageError(f"{where}: {unknown('key', key, known)}")
+    return value
+
+
+def _list(value: Any, where: str) -> Sequence[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: must be a list (lines that start with '- '), not {_kind(value)}")
+    return value
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {dict: "keys and values", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return f"{getattr(error, 'problem', None) or getattr(error, 'reason', 'unreadable')}{place}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types with the words of YAML 1.2, without aliases, tags and repeated keys."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.__class__ is yaml.AliasEvent:
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(None, None, "tags (!name) are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                problem = f"the key {key.value[:40]!r} comes twice"
+                raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _decimal(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+_WORDS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]{1,18}", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that a reader of YAML 1.1 or 1.2 would take for something else."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        return super().increase_indent(flow, False)
+
+
+for _tag, (_pattern, _first) in _WORDS.items():
+    for _cls in (_Loader, _Dumper):
+        _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text with every option that has a value; reading it gives an equal recipe."""
+    stages = [
+        {
+            "name": stage.name,
+            "modifiers": [{modifier.name: _plain(modifier.options())} for modifier in stage.modifiers],
+        }
+        for stage in recipe.stages
+    ]
+    document: dict[str, Any] = {"version": _VERSION, "stages": stages}
+    for key in _SECTIONS:
+        document[key] = _plain(dataclasses.asdict(getattr(recipe, key)))
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def recipe_from_flags(method: str | None = None, **flags: Any) -> Recipe:
+    """The recipe that flags alone describe; see :func:`override`."""
+    return override(Recipe(), method, **flags)
+
+
+def override(recipe: Recipe, method: str | None = None, **flags: Any) -> Recipe:
+    """``recipe`` with the flags of a command line, which win over it; flags that are None are not given.
+
+    ``method`` names a pruning pass without its ``prune.``. It is added, or takes the place of the recipe's
+    only pruning modifier and then inherits the options that both have. Without it, ``sparsity`` or
+    ``mask_structure`` on a recipe without pruning mean :data:`DEFAULT_METHOD`. Every other flag is set
+    wherever its name is a field: in all pruning modifiers, and in the sections of the recipe
+    (``calibration_data`` stands for the calibration's ``data``).
+
+    Raises UsageError for an unknown method, and for a flag that applies to nothing.
+    """
+    given = {key: _frozen(value) for key, value in flags.items() if value is not None}
+    pruning = [modifier for modifier in recipe.modifiers() if modifier.stage is Stage.PRUNE]
+    if method is None and not pruning and {"sparsity", "mask_structure"} & given.keys():
+        method = DEFAULT_METHOD
+    changed: dict[Pass, Pass] = {}
+    added: tuple[RecipeStage, ...] = ()
+    if method is None:
+        changed = {old: _build(type(old), _own(old) | _of(type(old), given)) for old in pruning}
+    elif not pruning:
+        cls = _method(method)
+        added = (RecipeStage("prune", (_build(cls, _of(cls, given)),)),)
+    elif len(pruning) == 1:
+        cls = _method(method)
+        changed = {pruning[0]: _build(cls, _of(cls, _own(pruning[0]) | given))}
+    else:
+        names = ", ".join(modifier.name for modifier in pruning)
+        raise UsageError(f"method {method!r} cannot take the place of several pruning modifiers ({names})")
+    stages = [
+        RecipeStage(stage.name, tuple(changed.get(modifier, modifier) for modifier in stage.modifiers))
+        for stage in recipe.stages
+    ]
+    result = Recipe((*stages, *added), **_override_sections(recipe, given))
+    pruning = [modifier for modifier in result.modifiers() if modifier.stage is Stage.PRUNE]
+    useful = _section_flags().union(*(_fields(type(modifier)) for modifier in pruning))
+    for flag in given:
+        if flag not in useful:
+            raise UsageError(_useless(flag, pruning))
+    return result
+
+
+def _own(modifier: Pass) -> dict[str, Any]:
+    return {name: getattr(modifier, name) for name in _fields(type(modifier))}
+
+
+def _of(cls: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in _fields(cls)}
+
+
+def _override_sections(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    sections: dict[str, Any] = {}
+    for key, cls in _SECTIONS.items():
+        flags = {name: _FLAG_OF_FIELD.get(name, name) for name in _fields(cls)}
+        values = {name: given[flag] for name, flag in flags.items() if flag in given}
+        sections[key] = dataclasses.replace(getattr(recipe, key), **values)
+    return sections
+
+
+def _section_flags() -> set[str]:
+    return {_FLAG_OF_FIELD.get(name, name) for cls in _SECTIONS.values() for name in _fields(cls)}
+
+
+def _methods() -> dict[str, type[Pass]]:
+    prefix = _METHOD_PREFIX
+    return {cls.name.removeprefix(prefix): cls for cls in PASSES if cls.name.startswith(prefix)}
+
+
+def _method(method: str) -> type[Pass]:
+    methods = _methods()
+    if method not in methods:
+        raise UsageError(unknown("method", method, methods))
+    return methods[method]
+
+
+def _useless(flag: str, pruning: Sequence[Pass]) -> str:
+    """Why ``flag`` applies to nothing."""
+    methods = _methods()
+    takers = ", ".join(name for name, cls in methods.items() if flag in _fields(cls))
+    if not takers:
+        return unknown("option", flag, _section_flags().union(*(_fields(cls) for cls in methods.values())))
+    if pruning:
+        return f"{flag} is no option of {' or '.join(p.name for p in pruning)}; it is one of method {takers}"
+    return f"{flag} has no effect, since nothing is pruned: give a method ({takers})"

@@ -1,0 +1,109 @@
+#include "kernels/spmm/spmm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/spmm/table.h"
+
+namespace sparse_ops::spmm {
+namespace {
+
+constexpr const Kernel* kKernels[] = {
+#define SPMM_KERNEL(name) &name,
+#include "kernels/spmm/kernels.inc"
+#undef SPMM_KERNEL
+};
+
+constexpr size_t kPanelBytes = size_t{16} << 20;  // of all panels together; a call with more tokens goes in strips
+constexpr size_t kSlice = 256;                    // input channels transposed by one task
+
+size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+
+// Everything that the tasks of one strip of tokens need.
+struct Strip {
+  const Plan& plan;
+  const Weight& weight;
+  const float* x;
+  float* y;
+  float* panels;
+  size_t tokens;
+  size_t tiles;
+  size_t slices;
+
+  size_t first_token(size_t tile) const { return tile * plan.full->tile; }
+  size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - first_token(tile)); }
+  const Kernel& kernel(size_t tile) const { return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full; }
+  float* panel(size_t tile) const { return panels + round_up(plan.full->tile * weight.K, 16) * tile; }
+};
+
+void transpose_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  const size_t tile = index / strip.slices, K = strip.weight.K;
+  const size_t begin = index % strip.slices * kSlice;
+  strip.kernel(tile).transpose(strip.x + strip.first_token(tile) * K, strip.tile_tokens(tile), K, begin,
+                               std::min(begin + kSlice, K), strip.panel(tile));
+}
+
+// Neighbouring tasks share a block of the weight, which then comes from the cache.
+void multiply_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  const size_t block = index / strip.tiles, tile = index % strip.tiles;
+  strip.kernel(tile).multiply(strip.weight, block, strip.panel(tile), strip.tile_tokens(tile),
+                              strip.y + strip.first_token(tile) * strip.weight.N);
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
+  const size_t panel_bytes = round_up(full.tile * weight.K, 16) * sizeof(float);
+  const size_t tiles = std::max<size_t>(1, (tokens + full.tile - 1) / full.tile);
+  const size_t at_once = std::min(tiles, std::max<size_t>(1, kPanelBytes / panel_bytes));
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes};
+}
+
+}  // namespace
+
+std::span<const Kernel* const> kernels() { return kKernels; }
+
+const Kernel* find_kernel(const char* name) {
+  for (const Kernel* kernel : kKernels) {
+    if (std::strcmp(kernel->name, name) == 0) return kernel;
+  }
+  return nullptr;
+}
+
+bool fits(const Kernel& kernel, size_t block) { return kernel.tile * block <= kMaxAccumulators; }
+
+const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {
+  const size_t cache = static_cast<size_t>(l1_cache_bytes());
+  const Kernel* best = nullptr;
+  for (const Kernel* kernel : kKernels) {  // from wide tiles to narrow ones
+    if (kernel->isa != isa || !fits(*kernel, weight.block)) continue;
+    // Activations of a chunk that spill from the first-level cache cost more than a narrower tile.
+    if (weight.chunk * kernel->tile * sizeof(float) > cache) continue;
+    if (best == nullptr || kernel->tile >= tokens) best = kernel;
+  }
+  return *best;  // a tile of 4 passes with any chunk and block
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, Isa isa) {
+  const Kernel& full = select_kernel(isa, weight, tokens);
+  return make_plan(weight, tokens, full, select_kernel(isa, weight, tokens % full.tile));
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
+  return make_plan(weight, tokens, kernel, kernel);
+}
+
+bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
+  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
+    const size_t tokens = std::min(plan.strip, plan.tokens - first);
+    const size_t tiles = (tokens + plan.full->tile - 1) / plan.full->tile;
+    const size_t slices = (weight.K + kSlice - 1) / kSlice;
+    Strip strip{plan,   weight, x + first * weight.K, y + first * weight.N, static_cast<float*>(scratch),
+                tokens, tiles,  slices};
+    if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
+    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
+  }
+  return true;
+}
+
+}  // namespace sparse_ops::spmm

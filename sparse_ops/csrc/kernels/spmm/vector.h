@@ -1,0 +1,78 @@
+// Float vectors of any power of two of lanes, over compiler vector extensions.
+//
+// Everything here and in the headers built on it has internal linkage and calls no inline function of another
+// header: else the linker could keep the copy compiled for wide vectors and run it on a processor that lacks them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>  // index_sequence: types only
+
+namespace sparse_ops::spmm {
+namespace {
+
+template <size_t kLanes>
+struct VectorOf {
+  typedef float Float __attribute__((vector_size(kLanes * 4)));
+  typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+};
+template <size_t kLanes>
+using Vector = typename VectorOf<kLanes>::Float;
+template <size_t kLanes>
+using IntVector = typename VectorOf<kLanes>::Int;
+
+template <size_t kLanes>
+inline Vector<kLanes> load(const void* from) {
+  Vector<kLanes> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <size_t kLanes>
+inline void store(void* to, Vector<kLanes> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+template <size_t kLanes>
+inline Vector<kLanes> splat(float s) {
+  return s - Vector<kLanes>{};  // x - 0 is x for every x: what is left is the broadcast
+}
+
+inline float load_float(const unsigned char* from) {
+  float value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+// Lane l of the result is lane kIndices[l] of `a` followed by `b`.
+template <size_t kLanes, size_t... kIndices>
+inline Vector<kLanes> pick(Vector<kLanes> a, Vector<kLanes> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, static_cast<int>(kIndices)...);
+#else
+  return __builtin_shuffle(a, b, IntVector<kLanes>{static_cast<int32_t>(kIndices)...});
+#endif
+}
+
+// Of two rows of a matrix that lie d apart, exchange the d x d blocks off the diagonal.
+template <size_t kLanes, size_t d, size_t... l>
+inline void exchange(Vector<kLanes>& a, Vector<kLanes>& b, std::index_sequence<l...>) {
+  const Vector<kLanes> low = pick<kLanes, (l & d ? kLanes + l - d : l)...>(a, b);
+  b = pick<kLanes, (l & d ? kLanes + l : l + d)...>(a, b);
+  a = low;
+}
+
+// Transpose a kLanes x kLanes matrix in registers, by halves: first the two big blocks, last single elements.
+template <size_t kLanes, size_t d = kLanes / 2>
+inline void transpose_square(Vector<kLanes>* rows) {
+  if constexpr (d > 0) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kLanes; ++i) {
+      if ((i & d) == 0) exchange<kLanes, d>(rows[i], rows[i + d], std::make_index_sequence<kLanes>());
+    }
+    transpose_square<kLanes, d / 2>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace sparse_ops::spmm

@@ -1,0 +1,13 @@
+#include "kernels/spmm/generic.h"
+#include "kernels/spmm/table.h"
+
+namespace sparse_ops::spmm {
+
+constexpr Kernel avx512_t128 = make_kernel<16, 8, 1>("avx512_t128", Isa::avx512);
+constexpr Kernel avx512_t64 = make_kernel<16, 4, 2>("avx512_t64", Isa::avx512);
+constexpr Kernel avx512_t32 = make_kernel<16, 2, 4>("avx512_t32", Isa::avx512);
+constexpr Kernel avx512_t16 = make_kernel<16, 1, 4>("avx512_t16", Isa::avx512);
+constexpr Kernel avx512_t8 = make_kernel<8, 1, 4>("avx512_t8", Isa::avx512);
+constexpr Kernel avx512_t4 = make_kernel<4, 1, 4>("avx512_t4", Isa::avx512);
+
+}  // namespace sparse_ops::spmm

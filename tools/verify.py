@@ -1,0 +1,110 @@
+"""``sparse-onnx verify``: an optimized model against its original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sparse_onnx.errors import VerificationError
+from sparse_onnx.tools.console import end_progress, format_option, progress_line, quiet_option, table
+from sparse_onnx.tools.model_argument import model_file
+from sparse_onnx.units import format_number, format_share
+
+if TYPE_CHECKING:
+    from sparse_onnx.verification import VerifyResult
+
+__all__ = ["command", "result_table"]
+
+
+@click.command(short_help="Compare an optimized model with its original.")
+@click.argument("original", type=click.Path(path_type=Path))
+@click.argument("optimized", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=click.Path(path_type=Path), help=".npz with real inputs; generated ones if absent."
+)
+@click.option(
+    "--max-relative-error", type=float, default=1e-4, show_default=True, help="Largest that passes."
+)
+@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. of generated inputs; repeatable.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: all cores]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of generated inputs.")
+@format_option
+@quiet_option
+def command(
+    original: Path,
+    optimized: Path,
+    data: Path | None,
+    max_relative_error: float,
+    input_shape: tuple[str, ...],
+    threads: int | None,
+    seed: int,
+    output_format: str,
+    quiet: bool,
+) -> int:
+    """Run ORIGINAL and OPTIMIZED on the same inputs and compare their outputs.
+
+    Both are .onnx files or output folders of `sparse-onnx optimize`. OPTIMIZED is run with the kernel library
+    and without it. Exit code 3 if an output differs by more than --max-relative-error.
+    """
+    from sparse_onnx.inputs import parse_shape_flags
+    from sparse_onnx.verification import verify
+
+    result = verify(
+        model_file(original),
+        model_file(optimized),
+        data=data,
+        max_relative_error=max_relative_error,
+        input_shapes=parse_shape_flags(input_shape),
+        threads=threads,
+        seed=seed,
+        progress=progress_line(quiet),
+    )
+    end_progress(quiet)
+    if output_format == "json":
+        click.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        click.echo(result_table(result))
+    for line in result.skipped:
+        click.echo(f"Not run, as the original refuses it: {line}", err=True)
+    if result.passed:
+        click.echo(f"Verified on {'; '.join(result.inputs)}.", err=True)
+        return 0
+    click.echo(f"Error: {_failure(result)}", err=True)
+    return VerificationError.exit_code
+
+
+def result_table(result: VerifyResult) -> str:
+    """One row for each way in which the optimized model was run."""
+    rows = [
+        [
+            name.replace("_", " "),
+            format_number(difference.relative_error),
+            format_number(difference.max_abs),
+            f"{difference.cosine:.6f}",
+            format_share(difference.top1_agreement),
+            difference.worst_output,
+        ]
+        for name, difference in result.differences.items()
+    ]
+    header = [
+        "optimized model",
+        "relative error",
+        "largest difference",
+        "cosine",
+        "same top-1",
+        "worst output",
+    ]
+    return table(rows, header)
+
+
+def _failure(result: VerifyResult) -> str:
+    name, worst = max(result.differences.items(), key=lambda item: item[1].relative_error)
+    return (
+        f"relative error {format_number(worst.relative_error)} at output {worst.worst_output!r}, run "
+        f"{name.replace('_', ' ')}; allowed {result.max_relative_error:g}. For a pruned model this is the "
+        "compression loss: to check the compiler alone, compare against the pruned dense model; to accept the "
+        "loss, raise --max-relative-error."
+    )
