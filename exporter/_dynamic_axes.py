@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sparse_onnx.exporter._extras import require
@@ -68,7 +69,11 @@ def traceable(inputs: Inputs, axes: Mapping[str, Mapping[int, NamedAxis]]) -> In
 
 def larger_or_smaller(inputs: Inputs, axes: Mapping[str, Mapping[int, NamedAxis]]) -> Iterator[Inputs]:
     """``inputs`` of twice, then of half the size along the named axes, as far as their bounds allow."""
-    for factor in (2.0, 0.5):
-        other = resized(inputs, axes, lambda axis, present, by=factor: axis.clip(int(by * present)))
+    for scale in (lambda size: 2 * size, lambda size: size // 2):
+        other = resized(inputs, axes, partial(_scaled, scale))
         if any(other[name].shape != inputs[name].shape for name in axes):
             yield other
+
+
+def _scaled(scale: Callable[[int], int], axis: NamedAxis, present: int) -> int:
+    return axis.clip(scale(present))

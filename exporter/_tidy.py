@@ -51,8 +51,8 @@ def tidy(
     lists leave the rest as it is.
     """
     modules = {node: module_path(node) for node in _nodes(model)}
-    _name_inputs_and_outputs(model.graph, input_names, output_names)
-    _name_initializers(model.graph, state, modules)
+    _name_inputs_and_outputs(model, input_names, output_names)
+    _name_initializers(model, state, modules)
     _strip(model)
     names = _Names(())
     for node, module in modules.items():
@@ -84,17 +84,14 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _defined(graph: ir.Graph) -> list[ir.Value]:
-    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-
-
 def _name_inputs_and_outputs(
-    graph: ir.Graph, input_names: Sequence[str], output_names: Sequence[str]
+    model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]
 ) -> None:
+    graph = model.graph
     wishes = [*zip(graph.inputs, input_names, strict=False), *zip(graph.outputs, output_names, strict=False)]
     wished = {name for _, name in wishes}
     holders = {id(value) for value, _ in wishes}
-    others = [value for value in _defined(graph) if id(value) not in holders]
+    others = [value for value in _values(model) if id(value) not in holders]
     names = _Names([*wished, *(value.name for value in others if value.name)])
     for value in others:
         if value.name in wished:
@@ -103,8 +100,9 @@ def _name_inputs_and_outputs(
         value.name = name
 
 
-def _name_initializers(graph: ir.Graph, state: Mapping[str, Any], modules: Mapping[ir.Node, str]) -> None:
-    names = _Names(value.name for value in _defined(graph) if value.name)
+def _name_initializers(model: ir.Model, state: Mapping[str, Any], modules: Mapping[ir.Node, str]) -> None:
+    graph = model.graph
+    names = _Names(value.name for value in _values(model) if value.name)
     origins = {
         id(value): origin for value in graph.initializers.values() if (origin := _origin(value, state))
     }

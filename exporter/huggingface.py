@@ -105,8 +105,8 @@ def _load(folder: Path, task: str | None) -> Any:
         module.pooler = None  # a checkpoint without a pooler: its output would be random
     elif missing:
         raise UsageError(
-            f"{folder} has no weights for {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}, "
-            f"which {task} needs; choose another task of {', '.join(TASKS)}"
+            f"{folder} has no weights for {', '.join(sorted(missing)[:3])}{' …' if len(missing) > 3 else ''}: "
+            f"{task} needs them; choose another task of {', '.join(TASKS)}"
         )
     return module.eval()
 

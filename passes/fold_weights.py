@@ -289,7 +289,7 @@ def _cast(node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
         raise _NotFoldedError(f"stored as {source} and cast to {to}: a quantized weight stays as stored")
     with np.errstate(over="ignore"):  # as the Cast itself: what is too large becomes Inf
         cast: np.ndarray = inputs[0].astype(to.numpy())
-        return cast
+    return cast
 
 
 def _multiply(_node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
@@ -297,7 +297,8 @@ def _multiply(_node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
     if math.prod(shape) > max(inputs[0].size, inputs[1].size):
         raise _NotFoldedError("an outer product, which would grow when folded")
     with np.errstate(all="ignore"):  # as the Mul itself: Inf and NaN go through
-        return np.multiply(inputs[0], inputs[1])
+        product: np.ndarray = np.multiply(inputs[0], inputs[1])
+    return product
 
 
 def _reshape(node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:

@@ -284,10 +284,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if event.__class__ is yaml.AliasEvent:
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", mark)
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(None, None, "tags (!name) are not allowed", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, "tags (!name) are not allowed", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

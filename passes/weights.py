@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = ["DEFAULT_IGNORE", "Selection", "Weight", "find_weights"]
 
@@ -169,7 +170,7 @@ def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
                 found.append(Weight(value, nodes, bool(kinds[0][0])))
     for function in model.functions.values():
         linears = sum(node.op_type in ("MatMul", "Gemm") for node in function.all_nodes())
-        if linears:
+        if linears and function.domain != DOMAIN:  # the bodies of our own operators are no layers
             declined.append((f"{function.domain}::{function.name}", f"{linears} linears inside a function"))
     order = {id(node): index for index, node in enumerate(model.graph.all_nodes())}
     found.sort(key=lambda weight: min(order.get(id(node), len(order)) for node in weight.nodes))

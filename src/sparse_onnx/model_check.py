@@ -282,6 +282,9 @@ class _ModelCheck:
             for attribute in node.attribute:
                 if attribute.ref_attr_name and attribute.type in (_Attribute.GRAPH, _Attribute.GRAPHS):
                     self._fail(_describe(node), "takes a graph from its function; inline the function")
+            for device in node.device_configurations:
+                if not device.configuration_id or not all(spec.tensor_name for spec in device.sharding_spec):
+                    self._fail(_describe(node), "has a device configuration without names; export it again")
 
     def _check_type(self, type_proto: onnx.TypeProto, place: str) -> None:
         kind = type_proto.WhichOneof("value")

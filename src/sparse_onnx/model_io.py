@@ -288,10 +288,21 @@ def _identity(tensor: ir.TensorProtocol) -> object:
     return id(tensor)
 
 
+def _strings(tensor: ir.TensorProtocol) -> list[bytes]:
+    if isinstance(tensor, ir.StringTensor):
+        return list(tensor.string_data())
+    elements = tensor.numpy().reshape(-1).tolist()
+    return [element.encode() if isinstance(element, str) else element for element in elements]
+
+
+def _nbytes(tensor: ir.TensorProtocol) -> int:
+    return sum(map(len, _strings(tensor))) if tensor.dtype == ir.DataType.STRING else tensor.nbytes
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, subgraphs included; tensors that share their storage count once."""
     values = [value.const_value for value in _initializers(model)]
-    return sum({_identity(tensor): tensor.nbytes for tensor in values if tensor is not None}.values())
+    return sum({_identity(tensor): _nbytes(tensor) for tensor in values if tensor is not None}.values())
 
 
 # Writing
@@ -338,7 +349,7 @@ def save_model(model: ir.Model, folder: PathLike, *, name: str = "model") -> Pat
         HostError: no space or no permission.
     """
     folder = Path(os.path.abspath(folder))
-    if not name or Path(name).name != name:
+    if name in ("", "..") or Path(name).name != name:
         raise UsageError(f"{quote(name)} is no file name; give a name without folders")
     path, data_path = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
     slots = list(_tensor_slots(model))
@@ -444,7 +455,7 @@ def _serialize(model: ir.Model, slots: Sequence[_Slot], layout: _Layout, data_na
         "the graph without its weights takes more than 2 GiB, which no ONNX file can hold; "
         "turn large string or attribute tensors into model inputs"
     )
-    inside = {_identity(slot.tensor): slot.tensor.nbytes for slot in slots if layout.offset(slot) is None}
+    inside = {_identity(slot.tensor): _nbytes(slot.tensor) for slot in slots if layout.offset(slot) is None}
     if sum(inside.values()) > PROTOBUF_LIMIT:
         raise too_large
     ir_version = _needed_ir_version(model, slots)
@@ -470,8 +481,8 @@ def _stored(tensor: ir.TensorProtocol, offset: int | None, data_name: str) -> ir
         stored = ir.ExternalTensor(
             data_name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, doc_string=doc
         )
-    elif isinstance(tensor, ir.StringTensor):
-        stored = ir.StringTensor(tensor.string_data(), shape=shape, name=name, doc_string=doc)
+    elif tensor.dtype == ir.DataType.STRING:
+        stored = ir.StringTensor(_strings(tensor), shape=shape, name=name, doc_string=doc)
     else:
         buffer = io.BytesIO()
         _copy(tensor, _Sink(buffer, Path(), 0))

@@ -16,12 +16,13 @@ from sparse_onnx.runtime import peak_rss_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SCHEMA_VERSION", "StageClock", "environment", "write_json"]
+__all__ = ["SCHEMA_VERSION", "StageClock", "available_cores", "cpu_name", "environment", "write_json"]
 
 SCHEMA_VERSION = 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -46,7 +47,7 @@ def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:
     """The machine and the software that the numbers of a report hold for."""
     packages = ("sparse-onnx", "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "numpy")
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "isa": isa,
         "threads": threads,

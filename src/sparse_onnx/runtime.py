@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io
+from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.sparse_ops import sparse_matmul
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -43,9 +44,9 @@ __all__ = [
 
 
 def session_budget(nbytes: int) -> int:
-    """Bytes of weights that one session may hold for a model of ``nbytes``: all of a model up to 1.5 GiB; of a
-    larger one a 16th, so that weights, ORT's packed copies and activations together stay under half of it."""
-    return nbytes if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
+    """Bytes of weights that one session may hold for a model of ``nbytes``: 1.5 GiB for all models up to that; of
+    a larger one a 16th, so that weights, ORT's packed copies and activations together stay under half of it."""
+    return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
 def open_session(
@@ -62,8 +63,6 @@ def open_session(
         raise HostError(
             f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
         ) from error
-    from sparse_onnx.sparse_ops import register
-
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -71,7 +70,7 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if library:
-        register(options)
+        sparse_ops.register(options)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions have no common base but Exception
@@ -80,9 +79,23 @@ def open_session(
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
+    """``model`` is None if the file at ``path`` exists already; else it is written on first use."""
+
     path: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    model: ir.Model | None = None
+
+    def write(self, values: Feeds) -> None:
+        """Write the file if it is not there. ORT wants typed inputs, and a model need not say the types of the
+        values inside it: they are those of ``values``."""
+        if self.model is None or self.path.exists():
+            return
+        for value in self.model.graph.inputs:
+            if value.type is None:
+                value.type = ir.TensorType(ir.DataType.from_numpy(values[value.name or ""].dtype))
+        self.path.parent.mkdir()
+        model_io.save_model(self.model, self.path.parent)
 
 
 class Runner:
@@ -134,6 +147,7 @@ class Runner:
             return step(self._session, feeds)
         values = dict(feeds)
         for index, segment in enumerate(self._segments):
+            segment.write(values)
             session = self._open(segment)
             values |= step(session, {name: values[name] for name in segment.inputs})
             del session
@@ -167,33 +181,35 @@ def open_runner(
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
-        if model_io.weight_bytes(model) <= budget:
+        if max(model_io.weight_bytes(model), sum(_session_bytes(n, library) for n in model.graph)) <= budget:
             if path is None:
                 model_io.save_model(model, scratch)
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             yield Runner([_Segment(path, inputs, tuple(outputs))], outputs, threads, library)
         else:
-            yield Runner(_split(model, scratch, budget), outputs, threads, library)
+            yield Runner(_split(model, scratch, budget, library), outputs, threads, library)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tensor_bytes(node: ir.Node) -> int:
-    constants = [
-        value.const_value for value in node.inputs if value is not None and value.const_value is not None
-    ]
-    return sum(tensor.nbytes for tensor in constants)
+def _session_bytes(node: ir.Node, library: bool) -> int:
+    """Weights that a session holds for ``node``; without the library a compressed one is unfolded to dense."""
+    constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    stored = sum(tensor.nbytes for tensor in constants)
+    if library or node.domain != sparse_matmul.DOMAIN:
+        return stored
+    return stored + 4 * node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
 
 
-def _split(model: ir.Model, scratch: Path, budget: int) -> list[_Segment]:
+def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_Segment]:
     """Cut the nodes, in topological order, into runs that hold at most ``budget`` bytes of weights each."""
     model = model.clone()
     model.graph.sort()
     groups: list[list[ir.Node]] = [[]]
     held = 0
     for node in model.graph:
-        size = _tensor_bytes(node)
+        size = _session_bytes(node, library)
         if groups[-1] and held + size > budget:
             groups.append([])
             held = 0
@@ -229,10 +245,8 @@ def _split(model: ir.Model, scratch: Path, budget: int) -> list[_Segment]:
             functions=[function.clone() for function in model.functions.values()],
         )
         part.graph.opset_imports.update(model.opset_imports)
-        folder = scratch / f"segment{index}"
-        folder.mkdir()
-        model_io.save_model(part, folder)
-        segments.append(_Segment(folder / "model.onnx", tuple(needed), tuple(made)))
+        path = scratch / f"segment{index}" / "model.onnx"
+        segments.append(_Segment(path, tuple(needed), tuple(made), part))
     return segments
 
 

@@ -221,9 +221,9 @@ class OutputFolder:
             raise UsageError(f"{path.parent}: is no folder; create it first, or choose another output folder")
         if not os.path.lexists(path):
             return
-        real = path.resolve()
+        real = Path(os.path.realpath(path))
         for source in (*self._sources, ".", os.path.expanduser("~")):
-            inside = Path(source).resolve()
+            inside = Path(os.path.realpath(source))
             if real == inside or real in inside.parents:
                 self._refuse(f"holds {inside}")
         if path.is_symlink() or not path.is_dir():

@@ -21,9 +21,9 @@ from sparse_onnx import model_io
 from sparse_onnx.comparison import Difference, compare
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, read_samples, resolve_shapes
+from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import open_runner, session_budget
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = ["VerifyResult", "verify"]
 
@@ -132,8 +132,8 @@ def verify(
         ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
         refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
         differences = {}
-        ours = any(node.domain == DOMAIN for node in models[1].graph.all_nodes())
-        for name in ("with_library", "without_library") if ours else ("without_library",):
+        ways = ("with_library", "without_library") if uses_library(models[1]) else ("without_library",)
+        for name in ways:
             say(f"running the optimized model {name.replace('_', ' ')}")
             library = name == "with_library"
             outputs, _ = _run(models[1], paths[1], batches, work / name, threads=count, library=library)

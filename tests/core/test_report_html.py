@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sparse_onnx.report_html import render_html, write_html
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}

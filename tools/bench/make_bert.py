@@ -9,7 +9,6 @@ say, only on where the zeros are, so a random model is enough.
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import click
 
 __all__ = ["command"]
 
-OPSET = 20
 LEGACY_OPSET = 14
 LEGACY_IR_VERSION = 8
 DYNAMIC_AXES = {0: "batch", 1: "sequence"}
@@ -84,21 +82,19 @@ def save_legacy(module: Any, path: Path) -> None:
     onnx.save(model, path)
 
 
-def save_dynamo(module: Any, path: Path) -> None:
-    import onnx_ir
-    import torch
+def save(module: Any, path: Path) -> None:
+    """Write ``path`` and its data file with :func:`sparse_onnx.exporter.export_torch`."""
+    from sparse_onnx.exporter import export_torch
+    from sparse_onnx.model_io import save_model
 
     inputs = example_inputs(module)
-    program = torch.onnx.export(
+    result = export_torch(
         module,
-        kwargs=inputs,
-        dynamo=True,
-        opset_version=OPSET,
+        inputs,
         output_names=["logits"],
         dynamic_shapes=dict.fromkeys(inputs, DYNAMIC_AXES),
-        verbose=False,
     )
-    onnx_ir.save(program.model, path, external_data="model.onnx.data")
+    save_model(result.model, path.parent)
 
 
 @click.command()
@@ -111,8 +107,8 @@ def command(folder: Path, sparsity: tuple[float, ...], legacy: bool) -> None:
     for level in (0.0, *sparsity):
         path = folder / (f"s{round(100 * level)}" if level else "dense") / "model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        (save_legacy if legacy else save_dynamo)(prune(module, level), path)
-        click.echo(path, file=sys.stderr)
+        (save_legacy if legacy else save)(prune(module, level), path)
+        click.echo(path, err=True)
 
 
 if __name__ == "__main__":

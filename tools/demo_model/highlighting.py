@@ -28,6 +28,12 @@ CLASSES = (
     "comment",
     "operator",
 )
+# From Python 3.12 on, an f-string is a token for each literal part.
+_STRINGS = {tokenize.STRING} | {
+    getattr(tokenize, name)
+    for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END")
+    if hasattr(tokenize, name)
+}
 WINDOW = 128
 """Bytes that the model sees at once."""
 
@@ -60,7 +66,7 @@ def is_held_out(name: str) -> bool:
 
 
 def label(source: bytes) -> np.ndarray:
-    """The class of every byte of an ASCII Python file, uint8. Raises SyntaxError for what is no Python."""
+    """The class of every byte of an ASCII Python file, uint8. Raises SyntaxError or TokenError for what is no Python."""
     starts = np.cumsum([0, *(len(line) for line in source.splitlines(keepends=True))])
     classes = np.zeros(len(source), np.uint8)
     tokens = list(tokenize.tokenize(io.BytesIO(source).readline))
@@ -94,7 +100,7 @@ def _class_of(
         return "number"
     if token.type == tokenize.OP:
         return "operator"
-    if token.type == tokenize.STRING:
+    if token.type in _STRINGS:
         opens = neighbour is None or neighbour.type in _LAYOUT
         return "docstring" if opens and depth == 0 else "string"
     if token.type != tokenize.NAME:

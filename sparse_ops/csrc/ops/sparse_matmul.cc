@@ -1,5 +1,8 @@
 #include "ops/sparse_matmul.h"
 
+#include <array>
+#include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -18,10 +21,14 @@ constexpr const char* kInputNames[kInputCount] = {"X", "values", "offsets", "cou
 constexpr OrtElementType kInputTypes[kInputCount] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8, ORT_UINT8, ORT_UINT8, ORT_FLOAT};
 constexpr const char* kFormat = "chunked_csc";
 
+// A description, and behind it what its callbacks need.
 struct Op : OrtCustomOp {
+  const OrtApi* api;
   const char* name;
   Activation activation;
 };
+
+const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 class Kernel {
  public:
@@ -220,4 +227,57 @@ void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
   check_status(api.ShapeInferContext_SetOutputTypeShape(context, 0, y.get()));
 }
 
-const OrtApi* shape_api = nullptr;  // the callback for shapes is not given the table of functions
+Op make_op(const OrtApi& api, const char* name, Activation activation) {
+  Op op{};
+  op.version = kOrtApiVersion;
+  op.GetName = [](const OrtCustomOp* o) { return self(o).name; };
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+  op.GetInputType = [](const OrtCustomOp*, size_t index) { return kInputTypes[index]; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputCount; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
+  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info, void** kernel) {
+    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const Kernel& k = *static_cast<Kernel*>(kernel);
+    return guarded(k.api(), [&] { k.compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
+    return guarded(*self(o).api, [&] { infer_shape(*self(o).api, context); });
+  };
+  op.api = &api;
+  op.name = name;
+  op.activation = activation;
+  return op;
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api) {
+  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
+  static std::mutex mutex;
+  static auto& sets = *new std::map<const OrtApi*, std::array<Op, 5>>;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = sets.try_emplace(&api);
+  if (is_new) {
+    place->second = {make_op(api, "SparseMatMul", Activation::none), make_op(api, "SparseMatMulRelu", Activation::relu),
+                     make_op(api, "SparseMatMulGelu", Activation::gelu),
+                     make_op(api, "SparseMatMulGeluTanh", Activation::gelu_tanh),
+                     make_op(api, "SparseMatMulSilu", Activation::silu)};
+  }
+  std::vector<const OrtCustomOp*> ops;
+  for (const Op& op : place->second) ops.push_back(&op);
+  return ops;
+}
+
+}  // namespace sparse_ops

@@ -1,7 +1,7 @@
 // The operators SparseMatMul*, one op type per activation; contract in sparse_ops/sparse_matmul.py.
 #pragma once
 
-#include <span>
+#include <vector>
 
 #include "ort_abi.h"
 
@@ -9,7 +9,7 @@ namespace sparse_ops {
 
 constexpr const char* kDomain = "sparse_onnx";
 
-// Descriptions for OrtCustomOpDomain, alive as long as the library is loaded.
-std::span<const OrtCustomOp* const> sparse_matmul_ops();
+// Descriptions of the operators for the runtime that `api` belongs to. They live as long as the library is loaded.
+std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api);
 
 }  // namespace sparse_ops

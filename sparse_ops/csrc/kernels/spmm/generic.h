@@ -70,9 +70,9 @@ void activate(Activation activation, float* data, size_t size) {
 // acc [channels, kTile] into `y`, whose rows are `stride` floats apart: y[t, n] = acc[n, t] for t < tokens.
 template <size_t kLanes, size_t kTile>
 void store_transposed(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
-  size_t n = 0;
-  for (; n + kLanes <= channels; n += kLanes) {
-    for (size_t t = 0; t < tokens; t += kLanes) {
+  const size_t whole = channels - channels % kLanes;
+  for (size_t t = 0; t < tokens; t += kLanes) {  // few rows of y at a time: far rows compete for the same cache sets
+    for (size_t n = 0; n < whole; n += kLanes) {
       Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
       for (size_t i = 0; i < kLanes; ++i) square[i] = load<kLanes>(acc + (n + i) * kTile + t);
@@ -83,7 +83,7 @@ void store_transposed(const float* acc, size_t channels, size_t tokens, size_t s
       }
     }
   }
-  for (; n < channels; ++n) {
+  for (size_t n = whole; n < channels; ++n) {
     for (size_t t = 0; t < tokens; ++t) y[t * stride + n] = acc[n * kTile + t];
   }
 }
@@ -126,8 +126,8 @@ void multiply(const Weight& w, size_t block, const float* panel, size_t tokens, 
 template <size_t kLanes, size_t kVectors>
 void transpose(const float* x, size_t tokens, size_t K, size_t begin, size_t end, float* panel) {
   constexpr size_t kTile = kLanes * kVectors;
-  size_t k = begin;
-  for (; k + kLanes <= end; k += kLanes) {
+  const size_t whole = end - (end - begin) % kLanes;
+  for (size_t k = begin; k < whole; k += kLanes) {
     for (size_t t = 0; t < kTile; t += kLanes) {
       Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
@@ -139,7 +139,7 @@ void transpose(const float* x, size_t tokens, size_t K, size_t begin, size_t end
       for (size_t i = 0; i < kLanes; ++i) store<kLanes>(panel + (k + i) * kTile + t, square[i]);
     }
   }
-  for (; k < end; ++k) {
+  for (size_t k = whole; k < end; ++k) {
     for (size_t t = 0; t < kTile; ++t) panel[k * kTile + t] = t < tokens ? x[t * K + k] : 0.0f;
   }
 }

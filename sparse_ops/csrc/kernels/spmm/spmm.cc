@@ -15,9 +15,15 @@ constexpr const Kernel* kKernels[] = {
 };
 
 constexpr size_t kPanelBytes = size_t{16} << 20;  // of all panels together; a call with more tokens goes in strips
+constexpr size_t kCacheLine = 64;                 // panels begin at one, so that no vector straddles two
 constexpr size_t kSlice = 256;                    // input channels transposed by one task
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+
+// Floats of the panel of one tile.
+size_t panel_size(const Kernel& kernel, const Weight& weight) {
+  return round_up(kernel.tile * weight.K, kCacheLine / sizeof(float));
+}
 
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
@@ -33,7 +39,7 @@ struct Strip {
   size_t first_token(size_t tile) const { return tile * plan.full->tile; }
   size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - first_token(tile)); }
   const Kernel& kernel(size_t tile) const { return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full; }
-  float* panel(size_t tile) const { return panels + round_up(plan.full->tile * weight.K, 16) * tile; }
+  float* panel(size_t tile) const { return panels + panel_size(*plan.full, weight) * tile; }
 };
 
 void transpose_task(void* context, size_t index) {
@@ -53,10 +59,10 @@ void multiply_task(void* context, size_t index) {
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
-  const size_t panel_bytes = round_up(full.tile * weight.K, 16) * sizeof(float);
+  const size_t panel_bytes = panel_size(full, weight) * sizeof(float);
   const size_t tiles = std::max<size_t>(1, (tokens + full.tile - 1) / full.tile);
   const size_t at_once = std::min(tiles, std::max<size_t>(1, kPanelBytes / panel_bytes));
-  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes};
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
 }
 
 }  // namespace
@@ -94,12 +100,12 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
 }
 
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
+  float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t tokens = std::min(plan.strip, plan.tokens - first);
     const size_t tiles = (tokens + plan.full->tile - 1) / plan.full->tile;
     const size_t slices = (weight.K + kSlice - 1) / kSlice;
-    Strip strip{plan,   weight, x + first * weight.K, y + first * weight.N, static_cast<float*>(scratch),
-                tokens, tiles,  slices};
+    Strip strip{plan, weight, x + first * weight.K, y + first * weight.N, panels, tokens, tiles, slices};
     if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
     if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
   }

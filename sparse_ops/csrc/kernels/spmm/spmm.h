@@ -25,7 +25,7 @@ struct Plan {
   const Kernel* last;
   size_t tokens;
   size_t strip;          // tokens whose panels are in memory at a time, a multiple of full->tile
-  size_t scratch_bytes;  // 64-byte aligned memory that run() needs
+  size_t scratch_bytes;  // memory that run() needs, any alignment
 };
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);

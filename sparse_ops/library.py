@@ -1,0 +1,191 @@
+"""The compiled library: where it is, what it offers, and its kernels without ONNX Runtime.
+
+Sessions need only :func:`register` (or ``SessionOptions.register_custom_ops_library(str(library_path()))``).
+The environment variable ``SPARSE_ONNX_FORCE_ISA`` (``avx512``, ``avx2`` or ``generic``) forces an instruction
+set; one that is unknown or not supported by the processor is an error, here and when a session is created.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, FormatError, PackedWeight
+
+__all__ = ["LibraryInfo", "check", "info", "library_path", "peak", "register", "run", "select"]
+
+_FILE_NAME = "libsparse_ops.so"
+_MESSAGE_SIZE = 512
+
+
+class _Weight(ctypes.Structure):
+    """``SparseOnnxWeight`` of c_api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("K", "N", "chunk", "block")),
+        *(
+            field
+            for name in ("values", "offsets", "counts", "rows", "bias")
+            for field in ((name, ctypes.c_void_p), (f"{name}_count", ctypes.c_size_t))
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class LibraryInfo:
+    """What the library is and would use here.
+
+    ``kernels`` are the names of the kernels that this processor can run, best first; ``isa`` is the
+    instruction set in use.
+    """
+
+    path: Path
+    version: str
+    isa: str
+    kernels: tuple[str, ...]
+
+
+def library_path() -> Path:
+    """The library's file. Raises HostError where the package was installed without it."""
+    folder = resources.files("sparse_onnx.sparse_ops")
+    path = Path(str(folder.joinpath(_FILE_NAME)))
+    if not path.is_file():
+        raise HostError(
+            f"the kernel library {_FILE_NAME} is not installed beside sparse_onnx.sparse_ops (looked at {path}); "
+            "install the package with a C++ compiler at hand: pip install ."
+        )
+    return path
+
+
+def register(session_options: Any) -> None:
+    """Make ``onnxruntime.SessionOptions`` know the operators. Doing it twice is harmless."""
+    session_options.register_custom_ops_library(str(library_path()))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise HostError(f"the kernel library cannot be loaded: {error}") from error
+    text, size, message = ctypes.c_char_p, ctypes.c_size_t, (ctypes.c_char_p, ctypes.c_size_t)
+    weight, floats = ctypes.POINTER(_Weight), ctypes.c_void_p
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "sparse_onnx_version": (text, ()),
+        "sparse_onnx_isa": (text, message),
+        "sparse_onnx_kernel_name": (text, (size,)),
+        "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
+        "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
+        "sparse_onnx_run": (ctypes.c_int, (weight, ctypes.c_int, text, floats, size, floats, *message)),
+        "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, size)),
+        "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def info() -> LibraryInfo:
+    """Raises HostError if the library is missing or ``SPARSE_ONNX_FORCE_ISA`` is wrong."""
+    library = _library()
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    isa = library.sparse_onnx_isa(message, _MESSAGE_SIZE)
+    if isa is None:
+        raise HostError(message.value.decode())
+    names = []
+    while name := library.sparse_onnx_kernel_name(len(names)):
+        names.append(name)
+    kernels = tuple(name.decode() for name in names if library.sparse_onnx_kernel_supported(name))
+    return LibraryInfo(library_path(), library.sparse_onnx_version().decode(), isa.decode(), kernels)
+
+
+def select(packed: PackedWeight, tokens: int) -> str:
+    """Name of the kernel that a session here uses for ``tokens`` tokens."""
+    name = _library().sparse_onnx_select(packed.chunk, packed.block, tokens)
+    if name is None:
+        info()  # raises if the forced instruction set is what is wrong
+        raise FormatError(f"no kernel takes chunk {packed.chunk} and block {packed.block}")
+    return str(name.decode())
+
+
+def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
+    weight = _Weight(K=packed.K, N=packed.N, chunk=packed.chunk, block=packed.block)
+    for name, array in {**packed.arrays(), "bias": bias}.items():
+        dtype = np.float32 if name in ("values", "bias") else np.uint8
+        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+            raise FormatError(f"{name} must be a contiguous vector of {np.dtype(dtype).name}")
+        setattr(weight, name, array.ctypes.data)
+        setattr(weight, f"{name}_count", array.size)
+    return weight
+
+
+def check(packed: PackedWeight) -> None:
+    """Raise FormatError unless the library accepts the stored arrays. The same code checks every session."""
+    bias = np.zeros(max(packed.N, 0), np.float32)
+    weight = _weight(packed, bias)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    if _library().sparse_onnx_check(ctypes.byref(weight), message, _MESSAGE_SIZE):
+        raise FormatError(message.value.decode())
+
+
+def run(
+    x: npt.NDArray[np.float32],
+    packed: PackedWeight,
+    bias: npt.NDArray[np.float32],
+    activation: str = "none",
+    kernel: str | None = None,
+) -> npt.NDArray[np.float32]:
+    """``act(x · W + bias)`` [..., N] float32 for ``x`` [..., K], in the calling thread.
+
+    ``kernel`` names one of :attr:`LibraryInfo.kernels`; without it the library chooses as in a session. Raises
+    FormatError for wrong arrays, ValueError for an unknown activation or a kernel that cannot run here.
+    """
+    if activation not in OP_TYPES:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(OP_TYPES)}")
+    if x.dtype != np.float32 or x.ndim < 1 or x.shape[-1] != packed.K:
+        raise ValueError(f"x must be float32 [..., {packed.K}], not {x.dtype}{list(x.shape)}")
+    library = _library()
+    weight = _weight(packed, bias)
+    check(packed)
+    if bias.size != packed.N:
+        raise FormatError(f"bias must have {packed.N} elements, not {bias.size}")
+    if kernel is not None and not library.sparse_onnx_kernel_supported(kernel.encode()):
+        raise ValueError(f"no kernel {kernel!r} can run here; there are {', '.join(info().kernels)}")
+    x = np.ascontiguousarray(x)
+    y = np.empty((*x.shape[:-1], packed.N), np.float32)
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    failed = library.sparse_onnx_run(
+        ctypes.byref(weight),
+        list(OP_TYPES).index(activation),
+        kernel.encode() if kernel is not None else None,
+        x.ctypes.data,
+        x.size // packed.K,
+        y.ctypes.data,
+        message,
+        _MESSAGE_SIZE,
+    )
+    if failed:
+        raise ValueError(message.value.decode())
+    return y
+
+
+def peak(kernel: str, seconds: float = 0.1) -> float:
+    """Floating-point operations per second that multiply-adds in registers reach in vectors as wide as the kernel's.
+
+    One thread, the best of short runs during about ``seconds``. The kernel must be one of
+    :attr:`LibraryInfo.kernels`, else ValueError.
+    """
+    result = float(_library().sparse_onnx_peak(kernel.encode(), seconds))
+    if result == 0:
+        raise ValueError(f"no kernel {kernel!r} can run here; there are {', '.join(info().kernels)}")
+    return result

@@ -1,0 +1,222 @@
+"""What a model file holds: operators, weights and their zeros, and what the compiler can do with them.
+
+Weights are read one at a time and in pieces, so that a model of any size is inspected in little memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import model_io
+from sparse_onnx.layer_timing import sparse_nodes
+from sparse_onnx.passes.base import MODULE_KEY, PassContext, Pipeline
+from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.sparse_matmul import find_candidates
+from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN
+
+__all__ = ["LARGE", "count_values", "inspect_model"]
+
+LARGE = 2 * 10**9
+"""Bytes of weights above which a model cannot be one protobuf file, and is said to be large."""
+
+_PIECE = 1 << 22
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml")
+
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    """Everything about the model file at ``path`` as one JSON document.
+
+    ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
+    operator. Its ``state`` is ``sparse`` (a sparse operator already), ``can be sparse``, ``folded`` (not there any
+    more after the clean-up) or ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
+
+    Raises:
+        ModelFileError: The file is missing or cannot be read as a model.
+    """
+    model = model_io.load_model(path)
+    data = sorted({tensor.path for tensor in _external(model)})
+    files = {str(file): Path(str(file)).stat().st_size for file in (path, *data)}
+    operators = Counter(f"{_domain(node.domain)}::{node.op_type}" for node in model.graph.all_nodes())
+    weight_bytes = model_io.weight_bytes(model)
+    document: dict[str, Any] = {
+        "file": str(path),
+        "files": files,
+        "file_bytes": sum(files.values()),
+        "weight_bytes": weight_bytes,
+        "large": weight_bytes > LARGE,
+        "ir_version": model.ir_version,
+        "opsets": {_domain(domain): version for domain, version in sorted(model.opset_imports.items())},
+        "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
+        "inputs": [
+            _describe(value) for value in model.graph.inputs if value.name not in model.graph.initializers
+        ],
+        "outputs": [_describe(value) for value in model.graph.outputs],
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "functions": [f"{domain}::{name}" for domain, name, _ in model.functions],
+        "custom_operators": _custom(model),
+    }
+    rows = [*_stored(model), *_plain(model)]
+    states, places = _states(model)
+    left = {value.name for value in _initializers(model)}
+    for row in rows:
+        if row["state"] is None:
+            gone = ("folded", "merged with an equal one or folded by the clean-up")
+            stays = ("stays", f"used by {row['op_type']}")
+            row["state"], row["reason"] = states.get(row["name"], stays if row["name"] in left else gone)
+    listed = {row["name"] for row in rows}
+    size = sum(row["size"] for row in rows)
+    return {
+        **document,
+        "weights": rows,
+        "declined": [{"place": place, "reason": reason} for place, reason in places if place not in listed],
+        "total": {
+            "weights": size,
+            "zeros": sum(row["zeros"] for row in rows),
+            "sparsity": sum(row["zeros"] for row in rows) / size if size else 0.0,
+            "nan": sum(row["nan"] for row in rows),
+            "inf": sum(row["inf"] for row in rows),
+            "can_be_sparse": sum(row["state"] == "can be sparse" for row in rows),
+            "sparse": sum(row["state"] == "sparse" for row in rows),
+        },
+    }
+
+
+def count_values(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
+    """(zeros, NaN, Inf) of a float tensor, in pieces; a tensor in a file is unmapped again."""
+    flat = tensor.numpy().reshape(-1)
+    zeros = nan = inf = 0
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        zeros += int(np.count_nonzero(piece == 0))
+        nan += int(np.count_nonzero(np.isnan(piece)))
+        inf += int(np.count_nonzero(np.isinf(piece)))
+        del piece
+    del flat
+    model_io.release_mapping(tensor)
+    return zeros, nan, inf
+
+
+def _domain(domain: str) -> str:
+    return domain or "ai.onnx"
+
+
+def _describe(value: ir.Value) -> str:
+    shape = "?" if value.shape is None else ", ".join(str(dim) for dim in value.shape)
+    return f"{value.name}: {value.dtype.name if value.dtype is not None else '?'}[{shape}]"
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in _initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+
+
+def _custom(model: ir.Model) -> list[dict[str, Any]]:
+    """Operators outside the standard: how often, and who can run them."""
+    counts = Counter(
+        (node.domain, node.op_type) for node in model.graph.all_nodes() if node.domain not in ("", "ai.onnx")
+    )
+    bodies = {(domain, name) for domain, name, _ in model.functions}
+    rows = []
+    for (domain, op_type), count in sorted(counts.items()):
+        known = domain == DOMAIN and op_type in ACTIVATIONS
+        if known:
+            who = "the kernel library"
+        elif domain in _RUNTIME_DOMAINS:
+            who = "ONNX Runtime"
+        elif (domain, op_type) in bodies:
+            who = "its function body"
+        else:
+            who = "unknown: neither the kernel library, ONNX Runtime nor a function body"
+        body = (domain, op_type) in bodies
+        rows.append(
+            {
+                "domain": domain,
+                "op_type": op_type,
+                "count": count,
+                "known": known,
+                "body": body,
+                "run_by": who,
+            }
+        )
+    return rows
+
+
+def _stored(model: ir.Model) -> Iterator[dict[str, Any]]:
+    """One row for each stored weight of sparse operators; operators may share one."""
+    seen = set()
+    for node in sparse_nodes(model):
+        values = node.inputs[1]
+        if values is None or values.const_value is None or values.name in seen:
+            continue
+        seen.add(values.name)
+        K, N = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+        padding, nan, inf = count_values(values.const_value)
+        stored = [value.const_value for value in node.inputs[1:5] if value is not None and value.const_value]
+        yield {
+            "name": (values.name or "").removesuffix(".values"),
+            "module": node.metadata_props.get(MODULE_KEY, ""),
+            "op_type": node.op_type,
+            "shape": [K, N],
+            "size": K * N,
+            "dtype": values.const_value.dtype.name,
+            "bytes": sum(tensor.nbytes for tensor in stored),
+            "zeros": K * N - (values.const_value.size - padding),
+            "nan": nan,
+            "inf": inf,
+            "mask_structure": node.attributes.get_string("mask_structure", "unstructured"),
+            "state": "sparse",
+            "reason": "",
+        }
+
+
+def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
+    """One row for each float initializer of rank 2 or more."""
+    for value in _initializers(model):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
+            continue
+        users = list(dict.fromkeys(use.node for use in value.uses()))
+        zeros, nan, inf = count_values(tensor)
+        yield {
+            "name": value.name or "?",
+            "module": users[0].metadata_props.get(MODULE_KEY, "") if users else "",
+            "op_type": ", ".join(dict.fromkeys(user.op_type for user in users)) or "nothing",
+            "shape": [int(dim) for dim in tensor.shape.numpy()],
+            "size": tensor.size,
+            "dtype": tensor.dtype.name,
+            "bytes": tensor.nbytes,
+            "zeros": zeros,
+            "nan": nan,
+            "inf": inf,
+            "mask_structure": "",
+            "state": None,
+            "reason": "",
+        }
+
+
+def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
+    """What the compiler would do with each weight, by name, and the places that it leaves alone.
+
+    Changes ``model``: the clean-up runs first, as it does in the compiler.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
+        Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
+        candidates, places = find_candidates(model)
+        states = {place: ("stays", reason) for place, reason in places}
+        for candidate in candidates:
+            states[candidate.weight.name] = ("can be sparse", "")
+    return states, places

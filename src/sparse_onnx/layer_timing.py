@@ -1,0 +1,183 @@
+"""Time single layers of a model: each alone, sparse against dense, at the shape that it has in the model.
+
+The dense side of a sparse operator is its own function body: without the library, ONNX Runtime unpacks the
+stored weight when the session is created and runs the same MatMul as for a dense model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from sparse_onnx import model_io
+from sparse_onnx.inputs import Feeds, InputSpec, generate
+from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
+from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = [
+    "LayerTiming",
+    "sparse_nodes",
+    "sparsity_of",
+    "time_pair",
+    "time_sparse_layers",
+    "uses_library",
+    "value_shapes",
+]
+
+_SHAPE_OUTPUT = "sparse_onnx.shape."
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTiming:
+    """One sparse operator. ``x_shape`` is the shape of its activations, ``sparsity`` the share of weights that
+    are not stored, ``times`` dense against sparse."""
+
+    name: str
+    module: str
+    op_type: str
+    x_shape: tuple[int, ...]
+    weight_shape: tuple[int, int]
+    sparsity: float
+    times: Ratio
+
+
+def time_pair(
+    models: Sequence[ir.Model],
+    libraries: Sequence[bool],
+    feeds: Feeds,
+    *,
+    threads: int,
+    work: Path,
+    rounds: int = 15,
+    seconds: float = 1.0,
+) -> Ratio:
+    """Two models in turn on the same ``feeds``, each in a session with or without the kernel library.
+
+    Before every run a buffer larger than the private caches is walked over, since inside a whole model the other
+    layers' weights pass through them. Scratch files go to ``work``.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="layer-", dir=work))
+    try:
+        runs: list[Callable[[], float]] = []
+        for index, (model, library) in enumerate(zip(models, libraries, strict=True)):
+            path = model_io.save_model(model, scratch, name=f"model{index}")
+            session = open_session(path, threads=threads, library=library)
+
+            def run(session: onnxruntime.InferenceSession = session) -> float:
+                evict_caches()
+                start = time.perf_counter()
+                session.run(None, feeds)
+                return (time.perf_counter() - start) * 1e3
+
+            runs.append(run)
+        first, second = interleave(runs, rounds=rounds, seconds=seconds)
+        return ratio(first, second)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def uses_library(model: ir.Model) -> bool:
+    """True if an operator of the kernel library occurs anywhere in the graph or its subgraphs."""
+    return any(node.domain == DOMAIN for node in model.graph.all_nodes())
+
+
+def sparse_nodes(model: ir.Model) -> list[ir.Node]:
+    """The sparse matrix products of the main graph, in its order."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in ACTIVATIONS]
+
+
+def sparsity_of(node: ir.Node) -> float:
+    """The share of weights that a sparse operator does not store (an empty segment stores one zero)."""
+    values = node.inputs[1]
+    assert values is not None
+    assert values.const_value is not None
+    size = node.attributes.get_int("K", 1) * node.attributes.get_int("N", 1)
+    return max(0.0, 1 - values.const_value.size / size)
+
+
+def value_shapes(
+    model: ir.Model,
+    names: Collection[str],
+    feeds: Feeds,
+    *,
+    threads: int,
+    library: bool,
+    budget: int,
+    work: Path,
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that values of the main graph take on ``feeds``, by running the model once."""
+    probe = model.clone()
+    made = [value for node in probe.graph for value in node.outputs]
+    values = {value.name: value for value in (*probe.graph.inputs, *made)}
+    for name in sorted(names):
+        node = ir.node("Shape", [values[name]])
+        node.outputs[0].name = _SHAPE_OUTPUT + name
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        node.outputs[0].shape = ir.Shape([None])
+        probe.graph.append(node)
+        probe.graph.outputs.append(node.outputs[0])
+    with open_runner(probe, threads=threads, library=library, budget=budget, work=work) as runner:
+        outputs = runner.run(feeds)
+    return {name: tuple(int(size) for size in outputs[_SHAPE_OUTPUT + name]) for name in names}
+
+
+def time_sparse_layers(
+    model: ir.Model,
+    feeds: Feeds,
+    *,
+    threads: int,
+    budget: int,
+    work: Path,
+    progress: Callable[[str], None],
+) -> list[LayerTiming]:
+    """Every sparse operator of ``model`` against its dense form, at the shapes that ``feeds`` lead to.
+
+    Operators of equal shape, sparsity and activation are timed once.
+    """
+    nodes = sparse_nodes(model)
+    names = {node.inputs[0].name or "" for node in nodes if node.inputs[0] is not None}
+    shapes = value_shapes(model, names, feeds, threads=threads, library=True, budget=budget, work=work)
+    measured: dict[tuple[object, ...], Ratio] = {}
+    timings = []
+    for index, node in enumerate(nodes):
+        x = node.inputs[0]
+        assert x is not None
+        shape = shapes[x.name or ""]
+        weight_shape = (node.attributes.get_int("K", 0), node.attributes.get_int("N", 0))
+        sparsity = sparsity_of(node)
+        name = node.name or node.outputs[0].name or "?"
+        key = (node.op_type, weight_shape, shape, round(sparsity, 2))
+        if key not in measured:
+            progress(f"timing layer {index + 1}/{len(nodes)} {name}")
+            measured[key] = _time_node(model, node, shape, threads=threads, work=work)
+        module = node.metadata_props.get(MODULE_KEY, "")
+        timings.append(LayerTiming(name, module, node.op_type, shape, weight_shape, sparsity, measured[key]))
+    return timings
+
+
+def _time_node(model: ir.Model, node: ir.Node, shape: tuple[int, ...], *, threads: int, work: Path) -> Ratio:
+    x = node.inputs[0]
+    assert x is not None
+    part = ir.Model(
+        ir.convenience.extract(model.graph, [x], [node.outputs[0]]),
+        ir_version=model.ir_version,
+        functions=[function.clone() for function in model.functions.values() if function.domain == DOMAIN],
+    )
+    part.graph.opset_imports.update(model.opset_imports)
+    source, result = part.graph.inputs[0], part.graph.outputs[0]
+    source.shape = ir.Shape(shape)
+    source.type = result.type = ir.TensorType(ir.DataType.FLOAT)
+    spec = InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None)
+    feeds = generate([spec], {spec.name: shape})
+    return time_pair([part, part], [False, True], feeds, threads=threads, work=work)

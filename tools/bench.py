@@ -1,0 +1,263 @@
+"""``sparse-onnx bench``: model files timed side by side, and sparse layers against dense ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.tools.console import end_progress, format_option, progress_line, quiet_option, table
+from sparse_onnx.tools.model_argument import model_file
+from sparse_onnx.units import format_ms, format_share
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sparse_onnx.inputs import Feeds
+    from sparse_onnx.layer_timing import LayerTiming
+
+__all__ = ["command"]
+
+_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One row of the benchmark: a model file, and whether the kernel library is registered for it."""
+
+    label: str
+    path: Path
+    model: ir.Model
+    library: bool
+    feeds: Feeds
+
+
+@click.command(short_help="Time models side by side, and sparse layers against dense ones.")
+@click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to time with; repeatable.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to time with.  [default: all cores]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help=f"Runs of each model at most; past {_SECONDS:.0f} s at least five.",
+)
+@click.option("--compare", type=click.Choice(["dense"]), help="Time each model without the library, too.")
+@click.option("--layers", is_flag=True, help="Time every sparse layer alone, against its dense form.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the generated inputs.")
+@format_option
+@quiet_option
+def command(
+    models: tuple[Path, ...],
+    input_shape: tuple[str, ...],
+    threads: int | None,
+    rounds: int,
+    compare: str | None,
+    layers: bool,
+    seed: int,
+    output_format: str,
+    quiet: bool,
+) -> int:
+    """Time MODELS (.onnx files, or output folders of `sparse-onnx optimize`), one run of each in turn.
+
+    Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
+    middle half.
+    """
+    from sparse_onnx.inputs import parse_shape_flags
+    from sparse_onnx.report import available_cores, environment
+
+    say = progress_line(quiet)
+    count = threads or available_cores()
+    entries = _entries(models, parse_shape_flags(input_shape), compare == "dense", seed, say)
+    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
+        rows, done = _time(entries, count, rounds, Path(scratch), say)
+        timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
+    end_progress(quiet)
+    if output_format == "json":
+        document = {
+            "environment": environment(threads=count, seed=seed, isa=_isa(entries)),
+            "rounds": done,
+            "models": rows,
+            "layers": {label: [_layer(timing) for timing in found] for label, found in timings.items()},
+        }
+        click.echo(json.dumps(document, indent=2))
+        return 0
+    click.echo(_table(rows))
+    click.echo(
+        f"{done} rounds, {count} thread{'s' if count > 1 else ''}, {_describe(entries[0].feeds)}", err=True
+    )
+    if not all(row["whole"] for row in rows):
+        click.echo(
+            "Models above the memory budget ran in parts: their times are sums, without ratios.", err=True
+        )
+    for label, found in timings.items():
+        click.echo(f"\n{label}\n{_layer_table(found)}" if found else f"\n{label}: no sparse layer")
+    return 0
+
+
+def _entries(
+    paths: Sequence[Path],
+    given: Mapping[str, tuple[int, ...]],
+    with_dense: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[_Entry]:
+    from sparse_onnx import inputs, model_io
+    from sparse_onnx.layer_timing import uses_library
+
+    loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
+    specs = [inputs.input_specs(model) for _, _, model in loaded]
+    known = {spec.name: spec.describe() for group in specs for spec in group}
+    if strange := [name for name in given if name not in known]:
+        raise UsageError(f"--input-shape names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
+    entries = []
+    for (label, path, model), group in zip(loaded, specs, strict=True):
+        names = {spec.name for spec in group}
+        shapes, guessed = inputs.resolve_shapes(group, {k: v for k, v in given.items() if k in names})
+        for name, size in guessed.items():
+            say(f"{label}: dimension {name} is taken as {size}; say --input-shape for another")
+        feeds = inputs.generate(group, shapes, seed)
+        library = uses_library(model)
+        if with_dense and library:
+            entries.append(_Entry(f"{label} (dense)", path, model, False, feeds))
+        elif with_dense:
+            say(f"{label} has no operator of the library: it is dense already")
+        entries.append(_Entry(label, path, model, library, feeds))
+    return entries
+
+
+def _time(
+    entries: Sequence[_Entry], threads: int, rounds: int, work: Path, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the result, and how many rounds were run."""
+    from sparse_onnx import model_io
+    from sparse_onnx.runtime import interleave, open_runner, ratio, session_budget
+
+    with ExitStack() as stack:
+        runners = []
+        for entry in entries:
+            say(f"opening {entry.label}")
+            runner = open_runner(
+                entry.model,
+                threads=threads,
+                library=entry.library,
+                budget=session_budget(model_io.weight_bytes(entry.model)),
+                work=work,
+                path=entry.path,
+            )
+            runners.append(stack.enter_context(runner))
+        say(f"timing {len(entries)} models")
+        runs = [
+            _run(runner.milliseconds, entry.feeds) for runner, entry in zip(runners, entries, strict=True)
+        ]
+        times = interleave(runs, rounds=rounds, seconds=_SECONDS)
+    rows = []
+    for entry, runner, own in zip(entries, runners, times, strict=True):
+        against = ratio(times[0], own)
+        rows.append(
+            {
+                "model": entry.label,
+                "library": entry.library,
+                "weight_bytes": model_io.weight_bytes(entry.model),
+                "whole": runner.whole,
+                "min_ms": min(own),
+                "median_ms": against.second_ms,
+                "speedup": against.median,
+                "speedup_low": against.low,
+                "speedup_high": against.high,
+            }
+        )
+    return rows, len(times[0])
+
+
+def _run(milliseconds: Callable[[Feeds], float], feeds: Feeds) -> Callable[[], float]:
+    return lambda: milliseconds(feeds)
+
+
+def _time_layers(
+    entries: Sequence[_Entry], threads: int, work: Path, say: Callable[[str], None]
+) -> dict[str, list[LayerTiming]]:
+    from sparse_onnx import model_io
+    from sparse_onnx.layer_timing import time_sparse_layers
+    from sparse_onnx.runtime import session_budget
+
+    return {
+        entry.label: time_sparse_layers(
+            entry.model,
+            entry.feeds,
+            threads=threads,
+            budget=session_budget(model_io.weight_bytes(entry.model)),
+            work=work,
+            progress=say,
+        )
+        for entry in entries
+        if entry.library
+    }
+
+
+def _isa(entries: Sequence[_Entry]) -> str:
+    from sparse_onnx import sparse_ops
+
+    return sparse_ops.info().isa if any(entry.library for entry in entries) else "library not used"
+
+
+def _describe(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        [row["model"], format_ms(row["min_ms"]), format_ms(row["median_ms"]), _interval(row)] for row in rows
+    ]
+    return table(cells, ["model", "min", "median", "speedup (middle half)"])
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['speedup']:.2f}x ({row['speedup_low']:.2f}-{row['speedup_high']:.2f})"
+
+
+def _layer(timing: LayerTiming) -> dict[str, Any]:
+    return {
+        "name": timing.name,
+        "module": timing.module,
+        "op_type": timing.op_type,
+        "x_shape": list(timing.x_shape),
+        "weight_shape": list(timing.weight_shape),
+        "sparsity": timing.sparsity,
+        "dense_ms": timing.times.first_ms,
+        "sparse_ms": timing.times.second_ms,
+        "speedup": timing.times.median,
+        "speedup_low": timing.times.low,
+        "speedup_high": timing.times.high,
+    }
+
+
+def _layer_table(timings: Sequence[LayerTiming]) -> str:
+    """Equal layers, which are timed once, share a row."""
+    groups: dict[tuple[object, ...], list[LayerTiming]] = {}
+    for timing in timings:
+        groups.setdefault((timing.op_type, timing.weight_shape, timing.x_shape, timing.times), []).append(
+            timing
+        )
+    cells = []
+    for group in groups.values():
+        first, row = group[0], _layer(group[0])
+        shape = f"{math.prod(first.x_shape[:-1])} x {first.weight_shape[0]} x {first.weight_shape[1]}"
+        times = [format_ms(row["dense_ms"]), format_ms(row["sparse_ms"]), _interval(row)]
+        cells.append(
+            [first.module or first.name, str(len(group)), shape, format_share(first.sparsity), *times]
+        )
+    total = [sum(getattr(timing.times, key) for timing in timings) for key in ("first_ms", "second_ms")]
+    cells.append(["all", str(len(timings)), "", "", *map(format_ms, total), f"{total[0] / total[1]:.2f}x"])
+    return table(
+        cells, ["layer", "equal", "rows x K x N", "zeros", "dense", "sparse", "speedup (middle half)"]
+    )
