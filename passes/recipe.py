@@ -187,8 +187,9 @@ def parse_recipe(text: str) -> Recipe:
         raise UsageError(f"version must be {_VERSION}, not {reprlib.repr(version)}")
     sections: dict[str, Any] = {}
     for key, cls in _SECTIONS.items():
+        options = _mapping(top.get(key), key, _fields(cls))
         with _at(key):
-            sections[key] = _build(cls, _mapping(top.get(key), "it", _fields(cls)))
+            sections[key] = _build(cls, options)
     entries = enumerate(_list(top.get("stages"), "stages"))
     return Recipe(tuple(_stage(entry, f"stages[{index}]") for index, entry in entries), **sections)
 

@@ -108,10 +108,10 @@ def _text(summary: dict[str, Any]) -> str:
     ]
     for key in ("inputs", "outputs"):
         lines += [f"{key[:-1]:9} {name} [{', '.join(dims)}]" for name, dims in summary[key].items()]
-    shapes = [
-        " ".join("x".join(map(str, shape)) for shape in run.values()) for run in summary["compared_shapes"]
+    runs = [
+        dict.fromkeys("x".join(map(str, shape)) for shape in run.values())
+        for run in summary["compared_shapes"]
     ]
-    lines.append(
-        f"checked   largest difference from torch {summary['max_abs_difference']:.1e}, at {', '.join(shapes)}"
-    )
+    difference = f"largest difference from torch {summary['max_abs_difference']:.1e}"
+    lines.append(f"checked   {difference}, at {', '.join(' '.join(run) for run in runs)}")
     return "\n".join(lines)

@@ -211,7 +211,7 @@ def modifiers(text):
             modifiers("[prune.random: {sparsity: 0.5, seed: -1}]"),
             "prune.random: seed must be 0 or more, not -1",
         ),
-        ("version: 1\ntarget: [1]", "target: it: must be keys and values, not a list"),
+        ("version: 1\ntarget: [1]", "target: must be keys and values, not a list"),
         ("version: 1\ntarget: {shapes: {x: [0]}}", "target: shapes.x must be sizes of 1 or more, not [0]"),
         (
             "version: 1\ntarget: {shapes: {x: [a]}}",
@@ -226,7 +226,7 @@ def modifiers(text):
         ),
         ("version: 1\ngoal: {min_speedup: 0}", "goal: min_speedup must be above 0, not 0"),
         ("version: 1\ngoal: {max_drop: -1}", "goal: max_drop must be 0 or more, not -1"),
-        ("version: 1\ngoal: {maxdrop: 1}", "goal: it: unknown key 'maxdrop'; the nearest is 'max_drop'"),
+        ("version: 1\ngoal: {maxdrop: 1}", "goal: unknown key 'maxdrop'; the nearest is 'max_drop'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(text, message):

@@ -1,6 +1,6 @@
 """Write BERT-base files for benchmarks: random weights from seed 0, dense and magnitude-pruned.
 
-``python -m sparse_onnx.tools.bench.make_bert FOLDER --sparsity 0.5 --sparsity 0.9`` writes
+``python -m sparse_onnx.tools.benchmarks.make_bert FOLDER --sparsity 0.5 --sparsity 0.9`` writes
 ``FOLDER/dense/model.onnx``, ``FOLDER/s50/model.onnx`` and so on. ``--legacy`` uses the TorchScript exporter
 at opset 14 and IR version 8 instead, which older engines need. Speed does not depend on what the weights
 say, only on where the zeros are, so a random model is enough.

@@ -1,6 +1,6 @@
 """Make a model of any size, for tests of bounded memory: residual blocks of two linears with GELU in between.
 
-    python -m sparse_onnx.tools.bench.make_big FOLDER [--gigabytes 3] [--width 4096] [--sparsity 0]
+    python -m sparse_onnx.tools.benchmarks.make_big FOLDER [--gigabytes 3] [--width 4096] [--sparsity 0]
 
 Weights are random (seeded, standard deviation 1/sqrt(K)) and are made one at a time while the file is written, so
 that the generator itself stays small. ``--sparsity`` gives every weight that share of zeros.

@@ -1,0 +1,274 @@
+"""``sparse-onnx inspect``: the document, and the text made from it."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from sparse_onnx import inspection
+
+
+def rows_by_name(document):
+    return {row["name"]: row for row in document["weights"]}
+
+
+def save(folder, text, **arrays):
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    onnx.save(proto, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_dense_model(run_cli, dense):
+    ran = run_cli("inspect", dense, "--format", "json")
+    assert ran.code == 0
+    document = ran.json()
+    assert document["file"] == str(dense)
+    assert document["file_bytes"] == dense.stat().st_size
+    assert document["weight_bytes"] == 4 * (64 * 96 + 96 + 96 * 48 + 48)
+    assert document["large"] is False
+    assert document["ir_version"] == 9
+    assert document["opsets"] == {"ai.onnx": 20}
+    assert document["inputs"] == ["X: FLOAT[batch, sequence, 64]"]
+    assert document["outputs"] == ["Y: FLOAT[batch, sequence, 48]"]
+    assert document["operators"] == {"ai.onnx::Add": 2, "ai.onnx::MatMul": 2, "ai.onnx::Gelu": 1}
+    assert document["custom_operators"] == []
+    rows = rows_by_name(document)
+    assert list(rows) == ["W0", "W1"]
+    assert rows["W0"]["module"] == "layers.0"
+    assert rows["W0"]["shape"] == [64, 96]
+    assert rows["W0"]["dtype"] == "FLOAT"
+    assert rows["W0"]["bytes"] == 4 * 64 * 96
+    assert rows["W0"]["zeros"] == 0
+    assert rows["W0"]["state"] == "can be sparse"
+    assert document["total"]["weights"] == 64 * 96 + 96 * 48
+    assert document["total"]["can_be_sparse"] == 2
+    assert document["declined"] == []
+
+
+def test_zeros_are_counted_exactly(run_cli, pruned):
+    document = run_cli("inspect", pruned, "--format", "json").json()
+    proto = onnx.load(pruned)
+    expected = {t.name: int((onnx.numpy_helper.to_array(t) == 0).sum()) for t in proto.graph.initializer}
+    assert {row["name"]: row["zeros"] for row in document["weights"]} == {"W0": expected["W0"], "W1": expected["W1"]}
+    assert document["total"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_compiled_model(run_cli, pruned, compiled):
+    document = run_cli("inspect", compiled, "--format", "json").json()
+    assert set(document["files"]) == {str(compiled / name) for name in ("model.onnx", "model.onnx.data")}
+    custom = {row["op_type"]: row for row in document["custom_operators"]}
+    assert custom.keys() == {"SparseMatMul", "SparseMatMulGelu"}
+    for row in custom.values():
+        assert row["domain"] == "sparse_onnx"
+        assert row["count"] == 1
+        assert row["known"]
+        assert row["body"]
+        assert row["run_by"] == "the kernel library"
+    before = rows_by_name(run_cli("inspect", pruned, "--format", "json").json())
+    after = rows_by_name(document)
+    assert after.keys() == before.keys()
+    for name, row in after.items():
+        assert row["state"] == "sparse"
+        assert row["zeros"] == before[name]["zeros"]
+        assert row["shape"] == before[name]["shape"]
+        assert row["bytes"] < before[name]["bytes"]
+    assert after["W0"]["op_type"] == "SparseMatMulGelu"
+    assert after["W0"]["mask_structure"] == "unstructured"
+    assert document["total"]["sparse"] == 2
+    assert document["declined"] == [], "the bodies of our own operators are no layers"
+
+
+def test_empty_segments_are_not_taken_for_weights(run_cli, tmp_path, save_chain):
+    """At 99.9 % zeros most stored values are the explicit zeros of empty segments."""
+    from sparse_onnx import model_io
+    from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+
+    source = save_chain("sparser", sparsity=0.999)
+    model = model_io.load_model(source)
+    LowerSparseMatMul(min_sparsity=0.5)(model)
+    model_io.save_model(model, tmp_path / "sparser")
+    dense, sparse = (run_cli("inspect", path, "--format", "json").json() for path in (source, tmp_path / "sparser"))
+    assert sparse["total"]["zeros"] == dense["total"]["zeros"] > 0.99 * dense["total"]["weights"]
+
+
+def test_nan_and_inf_are_counted_and_warned_of(run_cli, save_chain):
+    path = save_chain("broken", nan=True)
+    total = run_cli("inspect", path, "--format", "json").json()["total"]
+    assert (total["nan"], total["inf"]) == (1, 1)
+    assert "Warning: 1 NaN and 1 Inf values, in W1" in run_cli("inspect", path).out
+
+
+def test_what_stays_and_why(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20, "other" : 1, "com.microsoft" : 1]>
+        g (int64[n] ids, float[8, 8] given) => (float[n, 8] Y, float[n, 8] Z)
+        {
+            e = Gather(table, ids)
+            a = MatMul(e, half)
+            h = Cast<to = 10>(e)
+            b = MatMul(e, given)
+            Y = MatMul(b, plain)
+            m = Mul(plain2, mask)
+            c = MatMul(e, m)
+            d = com.microsoft.Gelu(c)
+            Z = other.Thing(d, a)
+        }""",
+        table=np.ones((5, 8), np.float32),
+        half=np.ones((8, 8), np.float64),
+        plain=np.eye(8, dtype=np.float32),
+        plain2=np.full((8, 8), 2, np.float32),
+        mask=np.eye(8, dtype=np.float32),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    rows = rows_by_name(document)
+    assert rows["table"]["state"] == "stays"
+    assert rows["table"]["reason"] == "used by Gather"
+    assert rows["half"]["state"] == "stays"
+    assert "dtype DOUBLE" in rows["half"]["reason"]
+    assert rows["plain"]["state"] == "can be sparse"
+    assert rows["plain"]["zeros"] == 56
+    assert rows["plain2"]["state"] == "can be sparse", "the mask is folded into it, as optimize does"
+    custom = {row["op_type"]: row["run_by"] for row in document["custom_operators"]}
+    assert custom["Gelu"] == "ONNX Runtime"
+    assert custom["Thing"].startswith("unknown")
+    text = run_cli("inspect", path).out
+    assert "1 left as they are: used by Gather" in text
+    assert "1 other::Thing, run by unknown" in text
+
+
+def test_function_body_counts_as_known(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20, "mine" : 1]>
+        g (float[n] X) => (float[n] Y) { Y = mine.Twice(X) }
+        <opset_import: ["" : 20], domain: "mine"> Twice (x) => (y) { y = Add(x, x) }""",
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert document["functions"] == ["mine::Twice"]
+    (row,) = document["custom_operators"]
+    assert row["run_by"] == "its function body"
+    assert not row["known"]
+
+
+def test_subgraphs_are_seen(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20]>
+        g (bool c, float[n, 4] X) => (float[n, 4] Y)
+        {
+            Y = If (c) <
+                then_branch = t () => (float[n, 4] A) { A = MatMul(X, W) },
+                else_branch = f () => (float[n, 4] B) { B = Neg(X) }
+            >
+        }""",
+        W=np.eye(4, dtype=np.float32),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert document["operators"] == {"ai.onnx::If": 1, "ai.onnx::MatMul": 1, "ai.onnx::Neg": 1}
+    (row,) = document["weights"]
+    assert row["state"] == "stays"
+    assert "If, Loop or Scan" in row["reason"]
+
+
+def test_model_without_weights(run_cli, tmp_path):
+    path = save(tmp_path, '<ir_version: 9, opset_import: ["" : 20]> g (float[n] X) => (float[n] Y) { Y = Relu(X) }')
+    ran = run_cli("inspect", path)
+    assert ran.code == 0
+    assert "0 weights in 0 tensors, 0.0% zeros; 0 can be sparse, 0 are" in ran.out
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert document["weights"] == []
+    assert document["total"]["sparsity"] == 0
+
+
+def test_equal_weights_that_the_clean_up_merges(run_cli, tmp_path):
+    weight = np.arange(256, dtype=np.float32).reshape(16, 16)
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20]> g (float[n, 16] X) => (float[n, 16] Y)
+        { a = MatMul(X, A) Y = MatMul(a, B) }""",
+        A=weight,
+        B=weight,
+    )
+    states = {row["name"]: row["state"] for row in run_cli("inspect", path, "--format", "json").json()["weights"]}
+    assert sorted(states.values()) == ["can be sparse", "folded"]
+
+
+def many(folder, count):
+    steps, arrays, last = [], {}, "X"
+    for index in range(count):
+        out = "Y" if index == count - 1 else f"h{index}"
+        steps.append(f"{out} = MatMul({last}, W{index})")
+        arrays[f"W{index}"] = np.full((4, 4), index, np.float32)
+        last = out
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[n, 4] X) => (float[n, 4] Y)'
+    return save(folder, f"{text} {{ {' '.join(steps)} }}", **arrays)
+
+
+def test_text_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
+    path = many(tmp_path, 60)
+    short, long = run_cli("inspect", path).out, run_cli("inspect", path, "--all").out
+    assert sum(line.startswith("W") for line in short.splitlines()) == 40
+    assert "20 smaller weights are not shown; --all shows them" in short
+    assert sum(line.startswith("W") for line in long.splitlines()) == 60
+    assert "not shown" not in long
+
+
+def test_operator_list_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
+    kinds = ["Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Neg", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Tanh"]
+    steps = [f"v{i + 1} = {kind}(v{i})" for i, kind in enumerate(kinds)]
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[n] v0) => (float[n] v13)'
+    path = save(tmp_path, f"{text} {{ {' '.join(steps)} }}")
+    assert "and 1 other kinds" in run_cli("inspect", path).out
+    assert "1 Tanh" in run_cli("inspect", path, "--all").out
+
+
+def test_large_models_are_said_to_be_large(run_cli, dense, monkeypatch):
+    monkeypatch.setattr(inspection, "LARGE", 1000)
+    assert run_cli("inspect", dense, "--format", "json").json()["large"] is True
+    assert "more than 2 GB" in run_cli("inspect", dense).out
+
+
+def test_weights_larger_than_a_piece_are_counted_whole(run_cli, pruned, monkeypatch):
+    whole = run_cli("inspect", pruned, "--format", "json").out
+    monkeypatch.setattr(inspection, "_PIECE", 7)
+    assert run_cli("inspect", pruned, "--format", "json").out == whole
+
+
+def test_file_is_not_changed(run_cli, compiled):
+    before = {path.name: path.read_bytes() for path in compiled.iterdir()}
+    run_cli("inspect", compiled)
+    assert {path.name: path.read_bytes() for path in compiled.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_float_types(run_cli, tmp_path, dtype):
+    name = "float16" if dtype == np.float16 else "double"
+    path = save(
+        tmp_path,
+        f'<ir_version: 9, opset_import: ["" : 20]> g ({name}[n, 4] X) => ({name}[n, 4] Y) {{ Y = MatMul(X, W) }}',
+        W=np.diag([1, 2, 3, np.nan]).astype(dtype),
+    )
+    (row,) = run_cli("inspect", path, "--format", "json").json()["weights"]
+    assert (row["zeros"], row["nan"]) == (12, 1)
+    assert row["state"] == "stays"
+
+
+def test_missing_and_damaged_files_are_exit_2(run_cli, tmp_path):
+    (tmp_path / "junk.onnx").write_bytes(b"not a model")
+    for path in (tmp_path / "nosuch.onnx", tmp_path / "junk.onnx", tmp_path):
+        ran = run_cli("inspect", path, "--format", "json")
+        assert ran.code == 2
+        assert json.loads(ran.out)["exit_code"] == 2
+        assert str(path) in ran.err
+
+
+def test_bfloat16_values_are_counted():
+    import ml_dtypes
+    import onnx_ir as ir
+
+    values = np.array([0.0, -0.0, 1.0, np.nan, np.inf], ml_dtypes.bfloat16)
+    assert inspection.count_values(ir.tensor(values)) == (2, 1, 1)
