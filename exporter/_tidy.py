@@ -14,6 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sparse_onnx.errors import UsageError
+from sparse_onnx.exporter._extras import require
 from sparse_onnx.passes.base import MODULE_KEY
 
 __all__ = ["tidy"]
@@ -48,7 +50,7 @@ def tidy(
     """Name inputs, outputs, initializers and nodes of ``model`` in place, and strip all other metadata.
 
     ``state`` holds the torch tensors of the module by name, tied ones under each of their names. Short name
-    lists leave the rest as it is.
+    lists leave the rest as it is. Raises UsageError for names that are too many or not distinct.
     """
     modules = {node: module_path(node) for node in _nodes(model)}
     _name_inputs_and_outputs(model, input_names, output_names)
@@ -88,8 +90,16 @@ def _name_inputs_and_outputs(
     model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]
 ) -> None:
     graph = model.graph
+    for kind, values, wanted in (
+        ("input", graph.inputs, input_names),
+        ("output", graph.outputs, output_names),
+    ):
+        if len(wanted) > len(values):
+            raise UsageError(f"{len(wanted)} {kind} names are given, but the model has {len(values)} {kind}s")
     wishes = [*zip(graph.inputs, input_names, strict=False), *zip(graph.outputs, output_names, strict=False)]
     wished = {name for _, name in wishes}
+    if len(wished) < len(wishes):
+        raise UsageError(f"input and output names must differ: {', '.join(name for _, name in wishes)}")
     holders = {id(value) for value, _ in wishes}
     others = [value for value in _values(model) if id(value) not in holders]
     names = _Names([*wished, *(value.name for value in others if value.name)])
@@ -124,11 +134,14 @@ def _name_initializers(model: ir.Model, state: Mapping[str, Any], modules: Mappi
 
 
 def _origin(value: ir.Value, state: Mapping[str, Any]) -> str | None:
-    """The parameter that ``value`` holds, as it was or folded by constant arithmetic (say, transposed)."""
+    """The tensor that ``value`` holds, as it was or folded by constant arithmetic: transposed, masked, scaled."""
     if value.name in state:
         return value.name
     text = value.metadata_props.get(_FOLDED_FROM)
     sources = [name for name in ast.literal_eval(text) if name in state] if text else []
+    if len(sources) > 1:  # a weight and its mask: the weight gives the name
+        parameter = require("torch").nn.Parameter
+        sources = [name for name in sources if isinstance(state[name], parameter)]
     return sources[0] if len(sources) == 1 else None
 
 

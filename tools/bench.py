@@ -146,7 +146,7 @@ def _time(
         runners = []
         for entry in entries:
             say(f"opening {entry.label}")
-            runner = open_runner(
+            opening = open_runner(
                 entry.model,
                 threads=threads,
                 library=entry.library,
@@ -154,7 +154,7 @@ def _time(
                 work=work,
                 path=entry.path,
             )
-            runners.append(stack.enter_context(runner))
+            runners.append(stack.enter_context(opening))
         say(f"timing {len(entries)} models")
         runs = [
             _run(runner.milliseconds, entry.feeds) for runner, entry in zip(runners, entries, strict=True)

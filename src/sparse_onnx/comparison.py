@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,13 +16,17 @@ __all__ = ["Difference", "compare"]
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of a candidate's float outputs from the reference's.
+    """Of a candidate's outputs from the reference's, over all batches; of each figure that of the worst output.
 
     max_abs: largest absolute difference.
-    relative_error: ‖candidate − reference‖₂ / ‖reference‖₂ of the worst output.
-    cosine: mean over samples (first axis) of the cosine between the two, of the worst output.
-    top1_agreement: share of rows (last axis) whose largest element is the same one, of the worst output.
+    relative_error: ‖candidate − reference‖₂ / ‖reference‖₂.
+    cosine: mean over samples (first axis) of the cosine between the two.
+    top1_agreement: share of rows (last axis) whose largest element is the same one.
     worst_output: the output with the largest relative error.
+
+    NaN and Inf must stand in the same places, with the same sign, and then count as no difference; if they do
+    not, the differences are infinite and the others 0. Integer and bool outputs are equal or not, whatever the
+    distance: each unequal element counts as 1 in 1, and cosine and agreement are the share of equal elements.
     """
 
     max_abs: float
@@ -31,40 +36,28 @@ class Difference:
     worst_output: str
 
 
-def _norm(x: np.ndarray) -> float:
-    return float(np.linalg.norm(x.reshape(-1)))
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """What adds up over batches; ``cosine`` and ``agreeing`` are sums over ``samples`` and ``rows``."""
+
+    max_abs: float
+    difference: float  # squared norms
+    reference: float
+    cosine: float
+    samples: int
+    agreeing: float
+    rows: int
 
 
-def _one(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float, float, float]:
-    if not np.array_equal(np.isnan(reference), np.isnan(candidate)):
-        return np.inf, np.inf, 0.0, 0.0
-    a, b = (
-        np.nan_to_num(x.astype(np.float64), posinf=np.finfo(np.float32).max) for x in (reference, candidate)
-    )
-    difference, scale = _norm(a - b), _norm(a)
-    relative = difference / scale if scale else (0.0 if difference == 0 else np.inf)
-    rows_a, rows_b = (x.reshape(x.shape[0] if x.ndim else 1, -1) for x in (a, b))
-    norms = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
-    dots = np.einsum("ij,ij->i", rows_a, rows_b)
-    equal = (rows_a == rows_b).all(1)
-    cosines = np.where(norms > 0, dots / np.where(norms > 0, norms, 1), equal.astype(float))
-    last_a, last_b = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (a, b))
-    agreement = float((last_a.argmax(1) == last_b.argmax(1)).mean()) if last_a.size else 1.0
-    return (
-        float(np.abs(a - b).max(initial=0)),
-        relative,
-        float(cosines.mean()) if cosines.size else 1.0,
-        agreement,
-    )
+_BROKEN = _Sums(math.inf, math.inf, 0.0, 0.0, 1, 0.0, 1)
 
 
 def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Difference:
     """Compare the outputs of two models on the same batches (one dict of arrays a batch).
 
-    Integer and bool outputs must be equal to count as no difference: each unequal element counts as 1.
     Raises VerificationError if names or shapes differ.
     """
-    worst: list[tuple[float, float, float, float, str]] = []
+    results = []
     for name in reference[0]:
         parts = []
         for expected, got in zip(reference, candidate, strict=True):
@@ -72,27 +65,61 @@ def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Differenc
                 raise VerificationError(f"the candidate has no output {name!r}; it has {', '.join(got)}")
             a, b = expected[name], got[name]
             if a.shape != b.shape:
-                raise VerificationError(
-                    f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
-                )
-            parts.append((a, b))
-        results = [_one(a, b) for a, b in parts]
-        weights = [max(1, a.shape[0] if a.ndim else 1) for a, _ in parts]
-        squares = [
-            (_norm(np.nan_to_num(a.astype(np.float64))) ** 2, r[1])
-            for (a, _), r in zip(parts, results, strict=True)
-        ]
-        total = sum(square for square, _ in squares)
-        relative = max(r[1] for r in results)
-        if total > 0 and np.isfinite(relative):
-            relative = float(np.sqrt(sum(square * error**2 for square, error in squares) / total))
-        cosine = float(np.average([r[2] for r in results], weights=weights))
-        agreement = float(np.average([r[3] for r in results], weights=weights))
-        worst.append((max(r[0] for r in results), relative, cosine, agreement, name))
+                raise VerificationError(f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}")
+            parts.append(_sums(a, b) if a.dtype.kind == "f" else _unequal(a, b))
+        results.append(_total(parts, name))
     return Difference(
-        max(row[0] for row in worst),
-        max(row[1] for row in worst),
-        min(row[2] for row in worst),
-        min(row[3] for row in worst),
-        max(worst, key=lambda row: row[1])[4],
+        max(result.max_abs for result in results),
+        max(result.relative_error for result in results),
+        min(result.cosine for result in results),
+        min(result.top1_agreement for result in results),
+        max(results, key=lambda result: result.relative_error).worst_output,
     )
+
+
+def _total(parts: Sequence[_Sums], name: str) -> Difference:
+    if _BROKEN in parts:
+        return Difference(math.inf, math.inf, 0.0, 0.0, name)
+    difference, scale = sum(part.difference for part in parts), sum(part.reference for part in parts)
+    samples, rows = sum(part.samples for part in parts), sum(part.rows for part in parts)
+    relative = math.sqrt(difference / scale) if scale else math.inf if difference else 0.0
+    return Difference(
+        max(part.max_abs for part in parts),
+        relative,
+        sum(part.cosine for part in parts) / samples if samples else 1.0,
+        sum(part.agreeing for part in parts) / rows if rows else 1.0,
+        name,
+    )
+
+
+def _sums(reference: np.ndarray, candidate: np.ndarray) -> _Sums:
+    if not reference.size:
+        return _Sums(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0)
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], candidate[~finite], equal_nan=True):
+        return _BROKEN
+    if not np.isfinite(candidate[finite]).all():
+        return _BROKEN
+    a, b = (np.where(finite, x, 0).astype(np.float64) for x in (reference, candidate))
+    samples_a, samples_b = (x.reshape(x.shape[0] if x.ndim else 1, -1) for x in (a, b))
+    norms = np.linalg.norm(samples_a, axis=1) * np.linalg.norm(samples_b, axis=1)
+    dots = np.einsum("ij,ij->i", samples_a, samples_b)
+    equal = (samples_a == samples_b).all(1)  # exactly 1 for these, zeros included
+    cosines = np.where(equal, 1.0, np.clip(dots / np.where(norms > 0, norms, 1), -1, 1))
+    rows_a, rows_b = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (a, b))
+    agreeing = rows_a.argmax(1) == rows_b.argmax(1)
+    return _Sums(
+        float(np.abs(a - b).max()),
+        float(np.square(a - b).sum()),
+        float(np.square(a).sum()),
+        float(cosines.sum()),
+        cosines.size,
+        float(agreeing.sum()),
+        agreeing.size,
+    )
+
+
+def _unequal(reference: np.ndarray, candidate: np.ndarray) -> _Sums:
+    unequal = int(np.count_nonzero(reference != candidate))
+    size = reference.size
+    return _Sums(float(unequal > 0), unequal, size, size - unequal, size, size - unequal, size)

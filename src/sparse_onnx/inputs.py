@@ -86,18 +86,20 @@ def parse_shape_flags(flags: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise UsageError(
                 f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128"
             )
+        if name in shapes:
+            raise UsageError(f"--input-shape gives {name!r} twice")
         shapes[name] = shape
     return shapes
 
 
 def _guess(symbol: str | None, position: int, rank: int) -> int:
     name = (symbol or "").lower()
+    if "past" in name or "cache" in name:
+        return 0
     if "batch" in name or position == 0:
         return 1
     if any(word in name for word in ("height", "width")) or rank == 4:
         return 224
-    if "past" in name or "cache" in name:
-        return 0
     return 128
 
 
@@ -122,12 +124,11 @@ def resolve_shapes(
             raise UsageError(
                 f"--input-shape {name}:{','.join(map(str, shape))} does not fit {spec.describe()}"
             )
-    symbols = {
-        dim: size
-        for name, shape in given.items()
-        for dim, size in zip(known[name].shape, shape, strict=True)
-        if isinstance(dim, str)
-    }
+    symbols: dict[str, int] = {}
+    for name, shape in given.items():
+        for dim, size in zip(known[name].shape, shape, strict=True):
+            if isinstance(dim, str) and symbols.setdefault(dim, size) != size:
+                raise UsageError(f"--input-shape makes dimension {dim} both {symbols[dim]} and {size}")
     guessed: dict[str, int] = {}
     shapes = {}
     for spec in specs:
@@ -175,15 +176,16 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
 def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> list[Feeds]:
     """Real inputs from an ``.npz`` file: one array an input, samples along the first axis, cut into batches.
 
-    Integer and float arrays are cast to the input's type if that loses nothing.
+    Arrays are cast to the input's type if that loses nothing but precision.
     """
     expected = "; ".join(spec.describe() for spec in specs)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; expected an .npz with {expected}") from error
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
+        # TypeError: a single .npy array, which is no context
         raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
     missing = [spec.name for spec in specs if spec.name not in arrays]
     if missing:
@@ -206,15 +208,20 @@ def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> l
             )
         if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
             raise UsageError(f"{path}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise UsageError(f"{path}: {spec.name} holds NaN or Inf")
-        checked[spec.name] = np.ascontiguousarray(array.astype(spec.dtype))
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = array.astype(spec.dtype, order="C")
+        if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+            raise UsageError(f"{path}: {spec.name} holds NaN, Inf or values beyond {spec.dtype}")
+        if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
+            raise UsageError(f"{path}: {spec.name} holds values beyond {spec.dtype}")
+        checked[spec.name] = cast
     lengths = {name: array.shape[0] for name, array in checked.items() if array.ndim}
     if len(set(lengths.values())) > 1:
         raise UsageError(f"{path}: the arrays differ in their number of samples: {lengths}")
     total = next(iter(lengths.values()), 1)
     fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
-    step = min([batch, *(size for size in fixed if isinstance(size, int))])
-    if fixed and total % step:
+    step = next(iter(fixed), batch)
+    if total % step and fixed:
         raise UsageError(f"{path}: {total} samples are no multiple of the model's fixed batch of {step}")
-    return [{name: array[i : i + step] for name, array in checked.items()} for i in range(0, total, step)]
+    starts = range(0, total, step)
+    return [{k: array[i : i + step] if array.ndim else array for k, array in checked.items()} for i in starts]

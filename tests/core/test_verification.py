@@ -13,7 +13,15 @@ from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.verification import verify
 
 
-def write(folder, body, *, name="a", inputs="float[batch, sequence, 8] X", outputs="float[batch, sequence, 8] Y", **arrays):
+def write(
+    folder,
+    body,
+    *,
+    name="a",
+    inputs="float[batch, sequence, 8] X",
+    outputs="float[batch, sequence, 8] Y",
+    **arrays,
+):
     proto = onnx.parser.parse_model(
         f'<ir_version: 9, opset_import: ["" : 20]> g ({inputs}) => ({outputs}) {{ {body} }}'
     )
@@ -138,12 +146,24 @@ def test_order_of_inputs_and_outputs_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"inputs": "float[batch, sequence, 8] Z", "body": "Y = Relu(Z)"}, "inputs: X only in the original; Z only"),
-        ({"inputs": "float[batch, 8] X", "outputs": "float[batch, 8] Y"}, "float32.batch, 8. in the optimized"),
-        ({"inputs": "double[batch, sequence, 8] X", "outputs": "double[batch, sequence, 8] Y"}, "float64"),
-        ({"outputs": "float[batch, sequence, 8] Z", "body": "Z = Relu(X)"}, "outputs: Y only in the original"),
         (
-            {"outputs": "float[batch, sequence, 8] Y, float[batch, sequence, 8] Z", "body": "Y = Relu(X) Z = Neg(X)"},
+            {"inputs": "float[batch, sequence, 8] Z", "body": "Y = Relu(Z)"},
+            "inputs: X only in the original; Z only",
+        ),
+        (
+            {"inputs": "float[batch, 8] X", "outputs": "float[batch, 8] Y"},
+            "float32.batch, 8. in the optimized",
+        ),
+        ({"inputs": "double[batch, sequence, 8] X", "outputs": "double[batch, sequence, 8] Y"}, "float64"),
+        (
+            {"outputs": "float[batch, sequence, 8] Z", "body": "Z = Relu(X)"},
+            "outputs: Y only in the original",
+        ),
+        (
+            {
+                "outputs": "float[batch, sequence, 8] Y, float[batch, sequence, 8] Z",
+                "body": "Y = Relu(X) Z = Neg(X)",
+            },
             "outputs: Z only in the optimized",
         ),
     ],
@@ -159,7 +179,9 @@ def test_outputs_of_different_shape(tmp_path):
     outputs = "float[a, b, c] Y"
     first = write(tmp_path, "Y = Identity(X)", name="a", outputs=outputs)
     second = write(tmp_path, "Y = Transpose<perm = [0, 2, 1]>(X)", name="b", outputs=outputs)
-    with pytest.raises(VerificationError, match=r"output 'Y' has shape \[1, 8, 128\] instead of \[1, 128, 8\]"):
+    with pytest.raises(
+        VerificationError, match=r"output 'Y' has shape \[1, 8, 128\] instead of \[1, 128, 8\]"
+    ):
         verify(first, second)
 
 

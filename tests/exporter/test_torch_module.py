@@ -130,6 +130,22 @@ def test_tied_weights_are_named_after_the_modules_that_use_them() -> None:
     np.testing.assert_array_equal(weights["output.weight"], weights["embedding.weight"].T)
 
 
+def test_branches_are_named_too() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Linear(4, 4)
+            self.right = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.left(x), lambda x: self.right(x), (x,))
+
+    result = export_torch(seeded(Branches), (torch.ones(2, 4),))
+    assert {"left.weight", "right.weight", "left.bias", "right.bias"} <= set(initializers(result))
+    inner = [node.name for node in result.model.graph.all_nodes() if node.op_type == "Gemm"]
+    assert len(inner) == len(set(inner)) == 2
+
+
 def test_node_and_value_names_are_unique() -> None:
     graph = export_torch(seeded(Residual).eval(), (torch.randn(2, 5, 16),)).model.graph
     nodes = [node.name for node in graph]
@@ -208,6 +224,22 @@ def test_pruned_weights_are_exported_as_zeros_without_a_mask() -> None:
     assert (weights["second.weight"] == 0).mean() == 0.75
     assert "Mul" not in {node.op_type for node in result.model.graph}
     assert not any("mask" in name or "orig" in name for name in weights)
+
+
+def test_a_weight_under_a_mask_of_ones_own_keeps_its_name() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+            self.register_buffer("mask", (torch.rand(8, 8) > 0.5).float())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight * self.mask)
+
+    module = seeded(Masked)
+    weights = initializers(export_torch(module, (torch.randn(2, 8),)))
+    np.testing.assert_array_equal(weights["weight"], (module.weight * module.mask).detach().numpy())
+    assert list(weights) == ["weight"]
 
 
 def test_the_callers_module_is_not_changed() -> None:
@@ -348,6 +380,18 @@ def test_static_shapes_are_compared_once() -> None:
         (nn.Linear(2, 2), (torch.ones(1, 2),), {"dynamic_shapes": {"x": BATCH}}, r"names \['x'\]"),
         (nn.Linear(2, 2), (torch.ones(1, 2),), {"dynamic_shapes": (BATCH, BATCH)}, "2 entries for 1 inputs"),
         (nn.Linear(2, 2), (torch.ones(1, 3),), {}, "torch cannot export Linear"),
+        (
+            nn.Linear(2, 2),
+            (torch.ones(1, 2),),
+            {"output_names": ["a", "b"]},
+            "2 output names .* has 1 outputs",
+        ),
+        (
+            nn.Linear(2, 2),
+            (torch.ones(1, 2),),
+            {"input_names": ["a"], "output_names": ["a"]},
+            "must differ: a, a",
+        ),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(module: object, example: object, options: dict, message: str) -> None:

@@ -91,7 +91,11 @@ def test_number_of_a_command_is_the_exit_code(run_cli, monkeypatch, code):
         (errors.HostError("no library"), 6, "Error: no library\n"),
         (errors.PassError("pass x failed"), 1, "Error: pass x failed\n"),
         (click.UsageError("not so"), 2, "Error: not so\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 6, "Error: /x/y: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            6,
+            "Error: /x/y: No space left on device\n",
+        ),
         (OSError(errno.EACCES, "Permission denied", "/x/y"), 6, "Error: /x/y: Permission denied\n"),
         (MemoryError(), 6, "Error: out of memory\n"),
         (KeyboardInterrupt(), 130, "interrupted"),

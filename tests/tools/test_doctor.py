@@ -42,7 +42,9 @@ def one_check(monkeypatch, *findings):
 
 
 def test_text_of_a_healthy_machine(run_cli, monkeypatch):
-    one_check(monkeypatch, doctor.Finding("thing", "ok", "fine"), doctor.Finding("long thing", "note", "so", "do"))
+    one_check(
+        monkeypatch, doctor.Finding("thing", "ok", "fine"), doctor.Finding("long thing", "note", "so", "do")
+    )
     ran = run_cli("doctor")
     assert ran.code == 0
     assert ran.out.splitlines() == [
@@ -153,7 +155,9 @@ def test_forced_instructions_are_told(monkeypatch):
 
 def test_instructions_that_do_not_exist_are_a_problem(monkeypatch):
     monkeypatch.setenv("SPARSE_ONNX_FORCE_ISA", "mmx")
-    monkeypatch.setattr(doctor, "_CHECKS", (("kernel library", doctor._library), ("self-test", doctor._self_test)))
+    monkeypatch.setattr(
+        doctor, "_CHECKS", (("kernel library", doctor._library), ("self-test", doctor._self_test))
+    )
     found = by_subject(doctor.examine())
     assert found["kernel library"].status == "problem"
     assert "SPARSE_ONNX_FORCE_ISA" in found["kernel library"].detail

@@ -52,7 +52,10 @@ def test_zeros_are_counted_exactly(run_cli, pruned):
     document = run_cli("inspect", pruned, "--format", "json").json()
     proto = onnx.load(pruned)
     expected = {t.name: int((onnx.numpy_helper.to_array(t) == 0).sum()) for t in proto.graph.initializer}
-    assert {row["name"]: row["zeros"] for row in document["weights"]} == {"W0": expected["W0"], "W1": expected["W1"]}
+    assert {row["name"]: row["zeros"] for row in document["weights"]} == {
+        "W0": expected["W0"],
+        "W1": expected["W1"],
+    }
     assert document["total"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
 
 
@@ -90,7 +93,9 @@ def test_empty_segments_are_not_taken_for_weights(run_cli, tmp_path, save_chain)
     model = model_io.load_model(source)
     LowerSparseMatMul(min_sparsity=0.5)(model)
     model_io.save_model(model, tmp_path / "sparser")
-    dense, sparse = (run_cli("inspect", path, "--format", "json").json() for path in (source, tmp_path / "sparser"))
+    dense, sparse = (
+        run_cli("inspect", path, "--format", "json").json() for path in (source, tmp_path / "sparser")
+    )
     assert sparse["total"]["zeros"] == dense["total"]["zeros"] > 0.99 * dense["total"]["weights"]
 
 
@@ -175,7 +180,9 @@ def test_subgraphs_are_seen(run_cli, tmp_path):
 
 
 def test_model_without_weights(run_cli, tmp_path):
-    path = save(tmp_path, '<ir_version: 9, opset_import: ["" : 20]> g (float[n] X) => (float[n] Y) { Y = Relu(X) }')
+    path = save(
+        tmp_path, '<ir_version: 9, opset_import: ["" : 20]> g (float[n] X) => (float[n] Y) { Y = Relu(X) }'
+    )
     ran = run_cli("inspect", path)
     assert ran.code == 0
     assert "0 weights in 0 tensors, 0.0% zeros; 0 can be sparse, 0 are" in ran.out
@@ -193,7 +200,9 @@ def test_equal_weights_that_the_clean_up_merges(run_cli, tmp_path):
         A=weight,
         B=weight,
     )
-    states = {row["name"]: row["state"] for row in run_cli("inspect", path, "--format", "json").json()["weights"]}
+    states = {
+        row["name"]: row["state"] for row in run_cli("inspect", path, "--format", "json").json()["weights"]
+    }
     assert sorted(states.values()) == ["can be sparse", "folded"]
 
 
@@ -218,7 +227,21 @@ def test_text_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
 
 
 def test_operator_list_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
-    kinds = ["Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Neg", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Tanh"]
+    kinds = [
+        "Abs",
+        "Ceil",
+        "Cos",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Neg",
+        "Relu",
+        "Round",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Tanh",
+    ]
     steps = [f"v{i + 1} = {kind}(v{i})" for i, kind in enumerate(kinds)]
     text = '<ir_version: 9, opset_import: ["" : 20]> g (float[n] v0) => (float[n] v13)'
     path = save(tmp_path, f"{text} {{ {' '.join(steps)} }}")
