@@ -25,8 +25,6 @@ from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
 from sparse_onnx.passes.options import check_types
 
 __all__ = [
-    "MODULE_KEY",
-    "STRUCTURE_KEY",
     "Declined",
     "LayerChange",
     "Pass",
@@ -37,12 +35,6 @@ __all__ = [
     "fingerprint",
     "in_memory",
 ]
-
-MODULE_KEY = "sparse_onnx.module"
-"""Metadata of a node: the path of the framework's module that it came from."""
-
-STRUCTURE_KEY = "sparse_onnx.mask_structure"
-"""Metadata of an initializer: the mask structure that a pruning pass gave it."""
 
 
 class Stage(enum.IntEnum):

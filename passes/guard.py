@@ -8,8 +8,6 @@ walked over, since in a model the other layers' weights pass through them. Equal
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io, sparse_ops
+from sparse_onnx import sparse_ops
+from sparse_onnx.layer_timing import time_pair
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.linear_pattern import Linear
 from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, PackedTensors, Packer
-from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_session, ratio
+from sparse_onnx.runtime import Ratio
 
 __all__ = ["MIN_SPARSITY", "TABLE_SPARSITY", "Decision", "decide", "decide_by_table"]
 
@@ -30,8 +29,6 @@ MIN_SPARSITY = 0.3
 
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
-
-_ROUNDS, _SECONDS = 15, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,38 +113,17 @@ def _measure(
     threads: int,
     work: Path,
 ) -> Ratio:
-    scratch = Path(tempfile.mkdtemp(prefix="layer-", dir=work))
-    try:
-        dense = ir.Model(
-            ir.convenience.extract(model.graph, [linear.x], [linear.output]), ir_version=model.ir_version
-        )
-        dense.graph.opset_imports.update(model.opset_imports)
-        dense.graph.inputs[0].shape = ir.Shape(shape)
-        dense.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        dense.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        sparse = dense.clone()
-        name = candidate.weight.name
-        LowerSparseMatMul(layers=(name,), packer=_Packed(packed))(sparse)
-        runs = []
-        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        for kind, part in (("dense", dense), ("sparse", sparse)):
-            folder = scratch / kind
-            folder.mkdir()
-            model_io.save_model(part, folder)
-            session = open_session(folder / "model.onnx", threads=threads, library=kind == "sparse")
-            feeds = {dense.graph.inputs[0].name: x}
-
-            def run(session: object = session, feeds: dict[str, np.ndarray] = feeds) -> float:
-                evict_caches()
-                start = time.perf_counter()
-                session.run(None, feeds)  # type: ignore[attr-defined]  # ORT has no types
-                return (time.perf_counter() - start) * 1e3
-
-            runs.append(run)
-        times = interleave(runs, rounds=_ROUNDS, seconds=_SECONDS)
-        return ratio(times[0], times[1])
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    dense = ir.Model(
+        ir.convenience.extract(model.graph, [linear.x], [linear.output]), ir_version=model.ir_version
+    )
+    dense.graph.opset_imports.update(model.opset_imports)
+    x, y = dense.graph.inputs[0], dense.graph.outputs[0]
+    x.shape = ir.Shape(shape)
+    x.type = y.type = ir.TensorType(ir.DataType.FLOAT)
+    sparse = dense.clone()
+    LowerSparseMatMul(layers=(candidate.weight.name,), packer=_Packed(packed))(sparse)
+    feeds = {x.name or "": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    return time_pair([dense, sparse], [False, True], feeds, threads=threads, work=work)
 
 
 class _Packed(Packer):

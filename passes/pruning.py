@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import STRUCTURE_KEY, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.masks import MaskStructure, obeys, structure_reason
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 

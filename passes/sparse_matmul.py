@@ -20,9 +20,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import sparse_ops
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import MODULE_KEY, STRUCTURE_KEY, Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
+from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.linear_pattern import Linear, match_linear
 from sparse_onnx.passes.weights import Weight, find_weights
 from sparse_onnx.sparse_ops import sparse_matmul
@@ -197,7 +197,7 @@ def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor
     )
     graph.register_initializer(value)
     return value
@@ -224,5 +224,5 @@ def _add_functions(model: ir.Model) -> None:
         node.op_type for node in model.graph.all_nodes() if node.domain == sparse_matmul.DOMAIN
     }
     for op_type in sorted(used):
-        function = ir.from_proto(sparse_ops.sparse_matmul.function_body(op_type, opset))
+        function = ir.serde.deserialize_function(sparse_matmul.function_body(op_type, opset))
         model.functions[function.identifier()] = function

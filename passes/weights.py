@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = ["DEFAULT_IGNORE", "Selection", "Weight", "find_weights"]

@@ -102,7 +102,7 @@ def info() -> LibraryInfo:
     isa = library.sparse_onnx_isa(message, _MESSAGE_SIZE)
     if isa is None:
         raise HostError(message.value.decode())
-    names = []
+    names: list[bytes] = []
     while name := library.sparse_onnx_kernel_name(len(names)):
         names.append(name)
     kernels = tuple(name.decode() for name in names if library.sparse_onnx_kernel_supported(name))

@@ -31,8 +31,8 @@ Cost: 5 bytes an entry and 2 bytes a segment, against 4 bytes a weight in dense 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -183,20 +183,18 @@ def unpack(packed: PackedWeight) -> np.ndarray:
     return dense[:, : packed.N]
 
 
+_FLOAT64: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda y: y,
+    "relu": lambda y: np.maximum(y, 0),
+    "gelu": lambda y: 0.5 * y * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2))),
+    "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+}
+
+
 def reference(x: np.ndarray, packed: PackedWeight, bias: np.ndarray, activation: str = "none") -> np.ndarray:
-    """What the operator computes, in float64: the oracle of the tests."""
-    y = x.astype(np.float64) @ unpack(packed).astype(np.float64) + bias
-    if activation == "relu":
-        return np.maximum(y, 0)
-    if activation == "gelu":
-        return 0.5 * y * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2)))
-    if activation == "gelu_tanh":
-        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-    if activation == "silu":
-        return y / (1 + np.exp(-y))
-    if activation != "none":
-        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(OP_TYPES)}")
-    return y
+    """What the operator computes, in float64: the oracle of the tests. ``activation`` is a key of OP_TYPES."""
+    return _FLOAT64[activation](x.astype(np.float64) @ unpack(packed).astype(np.float64) + bias)
 
 
 # The last lines of each body: from `h` to `Y`. The forms are those that ORT's own fusions look for.
@@ -309,5 +307,5 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     text = _BODY.format(
         domain=DOMAIN, opset=opset, op_type=op_type, activation=_ACTIVATION_BODIES[ACTIVATIONS[op_type]]
     )
-    proto: Any = onnx.parser.parse_function(text)
+    proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto

@@ -12,7 +12,7 @@ import sparse_onnx
 def modules():
     found = [sparse_onnx.__name__]
     for info in pkgutil.walk_packages(sparse_onnx.__path__, "sparse_onnx."):
-        if not info.name.endswith("__main__") and "demo_model" not in info.name:
+        if not info.name.endswith(("__main__", "libsparse_ops")):
             found.append(info.name)
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -66,8 +67,7 @@ def cli() -> None:
 
 def _wants_json(arguments: list[str]) -> bool:
     return "--format=json" in arguments or any(
-        first == "--format" and second == "json"
-        for first, second in zip(arguments, arguments[1:], strict=False)
+        first == "--format" and second == "json" for first, second in itertools.pairwise(arguments)
     )
 
 

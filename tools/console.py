@@ -32,6 +32,7 @@ def end_progress(quiet: bool) -> None:
 
 
 def format_bytes(count: float | None) -> str:
+    """A size in words; "-" if it is not known."""
     if count is None:
         return "-"
     for unit in ("B", "kB", "MB", "GB"):
@@ -42,6 +43,7 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_ms(milliseconds: float | None) -> str:
+    """A time in words; "-" if it is not known."""
     if milliseconds is None:
         return "-"
     return f"{milliseconds:.1f} ms" if milliseconds >= 10 else f"{milliseconds:.3f} ms"

@@ -65,7 +65,9 @@ def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Differenc
                 raise VerificationError(f"the candidate has no output {name!r}; it has {', '.join(got)}")
             a, b = expected[name], got[name]
             if a.shape != b.shape:
-                raise VerificationError(f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}")
+                raise VerificationError(
+                    f"output {name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
+                )
             parts.append(_sums(a, b) if a.dtype.kind == "f" else _unequal(a, b))
         results.append(_total(parts, name))
     return Difference(

@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import Difference, compare
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes import guard
-from sparse_onnx.passes.base import STRUCTURE_KEY, Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import Decision
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
 from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer, find_candidates
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
-from sparse_onnx.runtime import Ratio, interleave, open_runner, ratio, session_budget
+from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 
 __all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize"]
 
@@ -37,7 +40,6 @@ MAX_COMPILER_ERROR = 1e-4
 
 _WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
 _MAX_SAMPLES = 64
-_SHAPE_OUTPUT = "sparse_onnx.shape."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,25 +263,12 @@ class _Job:
         self, model: ir.Model, candidates: Sequence[Candidate], samples: Sequence[Feeds]
     ) -> tuple[list[Feeds], dict[str, tuple[int, ...]]]:
         """Outputs of the pruned dense model on the samples, and the shape of every linear's input at the target."""
-        probe = model.clone()
-        values = {value.name: value for value in (*probe.graph.inputs, *_outputs(probe))}
-        names = sorted({linear.x.name or "" for candidate in candidates for linear in candidate.linears})
-        for name in names:
-            node = ir.node("Shape", [values[name]])
-            node.outputs[0].name = _SHAPE_OUTPUT + name
-            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-            node.outputs[0].shape = ir.Shape([None])
-            probe.graph.append(node)
-            probe.graph.outputs.append(node.outputs[0])
-        with open_runner(
-            probe, threads=self.threads, library=False, budget=self.budget, work=self.work
-        ) as runner:
+        names = {linear.x.name or "" for candidate in candidates for linear in candidate.linears}
+        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
-            timed = runner.run(self.feeds)
-            shapes = {name: tuple(int(dim) for dim in timed[_SHAPE_OUTPUT + name]) for name in names}
-            outputs = [timed if feeds is self.feeds else runner.run(feeds) for feeds in samples]
-        kept = [{k: v for k, v in values.items() if not k.startswith(_SHAPE_OUTPUT)} for values in outputs]
-        return kept, shapes
+            timed, shapes = shapes_in(runner.run(self.feeds))
+            outputs = [timed if feeds is self.feeds else shapes_in(runner.run(feeds))[0] for feeds in samples]
+        return outputs, shapes
 
     def lower(
         self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
@@ -314,12 +303,11 @@ class _Job:
     def time_whole(self, optimized: ir.Model) -> Ratio:
         """The original against what was written, interleaved."""
         original = model_io.load_model(self.path)
-        common = {"threads": self.threads, "budget": self.budget, "work": self.work}
-        with open_runner(original, library=False, path=self.path, **common) as dense:
+        with self.open(original, self.path, library=False) as dense:
             if not dense.whole:
                 first = [dense.milliseconds(self.feeds)]
             else:
-                with self.open_written(optimized) as sparse:
+                with self.open(optimized, self.written) as sparse:
                     if sparse.whole:
                         runs = [
                             lambda: dense.milliseconds(self.feeds),
@@ -327,27 +315,28 @@ class _Job:
                         ]
                         times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
                         return ratio(times[0], times[1])
-        with self.open_written(optimized) as sparse:
+        with self.open(optimized, self.written) as sparse:
             return ratio(first, [sparse.milliseconds(self.feeds)])
 
-    def open_written(self, optimized: ir.Model, *, library: bool = True) -> Any:
+    @property
+    def written(self) -> Path:
+        return self.folder / "model.onnx"
+
+    def open(
+        self, model: ir.Model, path: Path | None, *, library: bool = True
+    ) -> AbstractContextManager[Runner]:
         return open_runner(
-            optimized,
-            threads=self.threads,
-            library=library,
-            budget=self.budget,
-            work=self.work,
-            path=self.folder / "model.onnx",
+            model, threads=self.threads, library=library, budget=self.budget, work=self.work, path=path
         )
 
     def verify(
         self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
     ) -> dict[str, Any]:
         """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
-        with self.open_written(optimized) as runner:
+        with self.open(optimized, self.written) as runner:
             ours = [runner.run(feeds) for feeds in samples]
         compiled = compare(reference, ours)
-        with self.open_written(optimized, library=False) as runner:
+        with self.open(optimized, self.written, library=False) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
         for what, difference in (("with the library", compiled), ("without it", portable)):
             if not difference.relative_error <= MAX_COMPILER_ERROR:
@@ -357,14 +346,7 @@ class _Job:
                 )
         if changed:
             original = model_io.load_model(self.path)
-            with open_runner(
-                original,
-                threads=self.threads,
-                library=False,
-                budget=self.budget,
-                work=self.work,
-                path=self.path,
-            ) as runner:
+            with self.open(original, self.path, library=False) as runner:
                 loss = compare([runner.run(feeds) for feeds in samples], ours)
         else:
             loss = compiled
@@ -459,10 +441,6 @@ class _Job:
             "declined": [dataclasses.asdict(place) for place in self.declined],
             "stages": self.clock.stages,
         }
-
-
-def _outputs(model: ir.Model) -> list[ir.Value]:
-    return [value for node in model.graph for value in node.outputs]
 
 
 def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:

@@ -162,7 +162,7 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
             feeds[spec.name] = np.ones(shape, spec.dtype)
         elif np.issubdtype(spec.dtype, np.integer):
             if "position" in name:
-                values = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
+                values: np.ndarray = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
             elif spec.rows is not None and "type" not in name:
                 values = rng.integers(0, spec.rows, shape)
             else:

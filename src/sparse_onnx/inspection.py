@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.layer_timing import sparse_nodes
-from sparse_onnx.passes.base import MODULE_KEY, PassContext, Pipeline
+from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.sparse_matmul import find_candidates
 from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.inputs import Feeds, InputSpec, generate
-from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
 from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LayerTiming",
+    "shapes_in",
     "sparse_nodes",
     "sparsity_of",
     "time_pair",
     "time_sparse_layers",
     "uses_library",
-    "value_shapes",
+    "with_shape_outputs",
 ]
 
 _SHAPE_OUTPUT = "sparse_onnx.shape."
@@ -106,17 +107,8 @@ def sparsity_of(node: ir.Node) -> float:
     return max(0.0, 1 - values.const_value.size / size)
 
 
-def value_shapes(
-    model: ir.Model,
-    names: Collection[str],
-    feeds: Feeds,
-    *,
-    threads: int,
-    library: bool,
-    budget: int,
-    work: Path,
-) -> dict[str, tuple[int, ...]]:
-    """The shapes that values of the main graph take on ``feeds``, by running the model once."""
+def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """A copy of ``model`` that also tells the shapes of these values of its main graph; see :func:`shapes_in`."""
     probe = model.clone()
     made = [value for node in probe.graph for value in node.outputs]
     values = {value.name: value for value in (*probe.graph.inputs, *made)}
@@ -127,9 +119,18 @@ def value_shapes(
         node.outputs[0].shape = ir.Shape([None])
         probe.graph.append(node)
         probe.graph.outputs.append(node.outputs[0])
-    with open_runner(probe, threads=threads, library=library, budget=budget, work=work) as runner:
-        outputs = runner.run(feeds)
-    return {name: tuple(int(size) for size in outputs[_SHAPE_OUTPUT + name]) for name in names}
+    return probe
+
+
+def shapes_in(outputs: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:
+    """Outputs of a model made by :func:`with_shape_outputs`: those of the model itself, and the shapes by name."""
+    own = {name: value for name, value in outputs.items() if not name.startswith(_SHAPE_OUTPUT)}
+    shapes = {
+        name.removeprefix(_SHAPE_OUTPUT): tuple(int(size) for size in value)
+        for name, value in outputs.items()
+        if name.startswith(_SHAPE_OUTPUT)
+    }
+    return own, shapes
 
 
 def time_sparse_layers(
@@ -147,7 +148,9 @@ def time_sparse_layers(
     """
     nodes = sparse_nodes(model)
     names = {node.inputs[0].name or "" for node in nodes if node.inputs[0] is not None}
-    shapes = value_shapes(model, names, feeds, threads=threads, library=True, budget=budget, work=work)
+    probe = with_shape_outputs(model, names)
+    with open_runner(probe, threads=threads, library=True, budget=budget, work=work) as runner:
+        _, shapes = shapes_in(runner.run(feeds))
     measured: dict[tuple[object, ...], Ratio] = {}
     timings = []
     for index, node in enumerate(nodes):

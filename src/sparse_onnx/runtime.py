@@ -7,6 +7,7 @@ amount of weights, one session at a time; the values between them pass through n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import resource
 import shutil
@@ -102,14 +103,21 @@ class Runner:
     """Runs one model: ``run(feeds)`` gives all outputs by name; ``milliseconds(feeds)`` times one run."""
 
     def __init__(
-        self, segments: Sequence[_Segment], outputs: Sequence[str], threads: int, library: bool
+        self,
+        segments: Sequence[_Segment],
+        outputs: Sequence[str],
+        threads: int,
+        library: bool,
+        constants: Feeds | None = None,
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
         self._threads, self._library = threads, library
-        self._session = self._open(segments[0]) if len(segments) == 1 else None
+        self._constants = constants or {}
+        self._session = self._open(segments[0]) if len(segments) == 1 and not self._constants else None
 
-    def _open(self, segment: _Segment) -> onnxruntime.InferenceSession:
+    def _open(self, segment: _Segment, values: Feeds | None = None) -> onnxruntime.InferenceSession:
+        segment.write(values or {})
         return open_session(segment.path, threads=self._threads, library=self._library)
 
     @property
@@ -145,10 +153,9 @@ class Runner:
     def _walk(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], Feeds]) -> Feeds:
         if self._session is not None:
             return step(self._session, feeds)
-        values = dict(feeds)
+        values = {**self._constants, **feeds}
         for index, segment in enumerate(self._segments):
-            segment.write(values)
-            session = self._open(segment)
+            session = self._open(segment, values)
             values |= step(session, {name: values[name] for name in segment.inputs})
             del session
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
@@ -188,7 +195,12 @@ def open_runner(
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             yield Runner([_Segment(path, inputs, tuple(outputs))], outputs, threads, library)
         else:
-            yield Runner(_split(model, scratch, budget, library), outputs, threads, library)
+            constants = {
+                value.name or "": value.const_value.numpy()
+                for value in model.graph.outputs
+                if value.const_value is not None and value.is_initializer()
+            }
+            yield Runner(_split(model, scratch, budget, library), outputs, threads, library, constants)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -229,9 +241,8 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
             for value in _reads(node):
                 producer = value.producer()
                 from_before = producer is not None and position.get(id(producer), index) < index
-                if from_before or (
-                    producer is None and value.is_graph_input() and not value.is_initializer()
-                ):
+                from_outside = value.is_graph_input() and not value.is_initializer()
+                if from_before or (from_outside and value.graph is model.graph):
                     needed[value.name or ""] = value
             for value in node.outputs:
                 later = any(position[id(user)] > index for user in value.consumers())
@@ -319,9 +330,12 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def evict_caches(size: int = 16 << 20) -> None:
+def evict_caches() -> None:
     """Walk over a buffer larger than the private caches, so that the next run starts as inside a whole model."""
-    np.add.reduce(_EVICT[: size // 8])
+    np.add.reduce(_eviction_buffer())
 
 
-_EVICT = np.zeros(16 << 17)
+@functools.cache
+def _eviction_buffer() -> np.ndarray:
+    # Not zeros: pages that were never written are all the same page in memory, which evicts nothing.
+    return np.ones((16 << 20) // 8)

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import STRUCTURE_KEY, PassContext
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.masks import MaskStructure, obeys
 from sparse_onnx.passes.random_pruning import Random

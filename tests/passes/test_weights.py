@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.weights import Selection, find_weights
 
 HEAD = '<ir_version: 9, opset_import: ["" : 17]>'

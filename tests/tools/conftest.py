@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 from sparse_onnx import model_io
-from sparse_onnx.passes.base import MODULE_KEY
+from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.tools import cli
 

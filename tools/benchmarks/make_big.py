@@ -34,7 +34,7 @@ def _weight(name: str, shape: tuple[int, int], seed: int, sparsity: float) -> ir
 
 
 def big_model(gigabytes: float, width: int = 4096, sparsity: float = 0.0) -> ir.Model:
-    """A model with ``gigabytes`` (10^9 bytes) of float32 weights in ``width`` x ``width`` matrices, at least one block."""
+    """A model with ``gigabytes`` (10^9 bytes) of float32 weights, in blocks of two ``width`` x ``width`` matrices."""
     blocks = max(1, round(gigabytes * 1e9 / (2 * 4 * width * width)))
     x = ir.val("x", ir.DataType.FLOAT, ["batch", width])
     ones, zeros = (

@@ -53,7 +53,9 @@ def tokens(texts: list[str], length: int = 128) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -64,9 +66,9 @@ def main() -> None:
     dense.mkdir(parents=True, exist_ok=True)
     exported = export_huggingface(encoder_folder())
     model_io.save_model(exported.model, dense)
-    names = {value.name for value in exported.model.graph.inputs}
+    names = {value.name or "" for value in exported.model.graph.inputs}
     samples = {name: array for name, array in tokens(passages()[:64]).items() if name in names}
-    np.savez(folder / "samples.npz", **samples)
+    np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # names are never allow_pickle
     rows = []
     for sparsity in arguments.sparsity:
         for batch in arguments.batch:

@@ -66,7 +66,7 @@ def is_held_out(name: str) -> bool:
 
 
 def label(source: bytes) -> np.ndarray:
-    """The class of every byte of an ASCII Python file, uint8. Raises SyntaxError or TokenError for what is no Python."""
+    """The class of every byte of ASCII Python source, uint8. Raises SyntaxError or TokenError for anything else."""
     starts = np.cumsum([0, *(len(line) for line in source.splitlines(keepends=True))])
     classes = np.zeros(len(source), np.uint8)
     tokens = list(tokenize.tokenize(io.BytesIO(source).readline))

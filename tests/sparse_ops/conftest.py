@@ -1,0 +1,95 @@
+"""Sparse weights and one-layer models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import sparse_matmul as sm
+
+NODE = "encoder/layer.3/query"
+
+
+def _sparse(K: int, N: int, density: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((K, N)).astype(np.float32)
+    return np.where(rng.random((K, N)) < density, weight, np.float32(0))
+
+
+def _model(
+    packed: sm.PackedWeight,
+    bias: np.ndarray,
+    op_type: str = "SparseMatMul",
+    *,
+    x_shape: Sequence[int | str] | None = ("tokens", None),
+    arrays: Mapping[str, np.ndarray] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    with_body: bool = True,
+) -> onnx.ModelProto:
+    """One layer, node name NODE. ``arrays`` and ``attributes`` replace some of the packed ones (None: left out),
+    ``inputs`` names arrays that become inputs of the graph instead of initializers."""
+    stored = {**packed.arrays(), "bias": bias, **(arrays or {})}
+    wanted = {**packed.attributes(), "mask_structure": "unstructured", **(attributes or {})}
+    node = onnx.helper.make_node(op_type, ["X", *stored], ["Y"], name=NODE, domain=sm.DOMAIN)
+    node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
+    if x_shape is not None:
+        x_shape = [*x_shape[:-1], packed.K if x_shape[-1] is None else x_shape[-1]]
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "layer",
+        [
+            onnx.helper.make_tensor_value_info("X", float32, x_shape),
+            *(
+                onnx.helper.make_tensor_value_info(
+                    name, onnx.helper.np_dtype_to_tensor_dtype(stored[name].dtype), stored[name].shape
+                )
+                for name in inputs
+            ),
+        ],
+        [onnx.helper.make_tensor_value_info("Y", float32, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items() if name not in inputs],
+    )
+    return onnx.helper.make_model(
+        graph,
+        ir_version=9,
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        functions=[sm.function_body(op_type, 17)] if with_body else [],
+    )
+
+
+def _open_session(
+    model: onnx.ModelProto, *, library: bool = True, threads: int = 1, options: Any = None
+) -> onnxruntime.InferenceSession:
+    options = options or onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if library:
+        sparse_ops.register(options)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def sparse() -> Callable[..., np.ndarray]:
+    """``sparse(K, N, density, seed=0)``"""
+    return _sparse
+
+
+@pytest.fixture
+def layer_model() -> Callable[..., onnx.ModelProto]:
+    return _model
+
+
+@pytest.fixture
+def open_session() -> Callable[..., onnxruntime.InferenceSession]:
+    return _open_session
+
+
+@pytest.fixture
+def node_name() -> str:
+    return NODE

@@ -1,0 +1,161 @@
+"""The storage format: packing, validating, unpacking, and what each rule refuses."""
+
+import dataclasses
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+
+from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.sparse_matmul import FormatError, PackedWeight, pack, unpack, validate
+
+SPECIAL = st.sampled_from([0.0, 0.0, 0.0, -0.0, 1.0, -2.5, np.inf, -np.inf, np.nan, 1e-45, 3e38])
+WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=SPECIAL)
+
+
+@given(weight=WEIGHTS, chunk=st.integers(1, 255), block=st.integers(1, 256))
+@settings(max_examples=200, deadline=None)
+def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, block):
+    packed = pack(weight, chunk=chunk, block=block)
+    validate(packed)
+    sparse_ops.check(packed)
+    dense = unpack(packed)
+    assert dense.dtype == np.float32
+    # Bit for bit, but for the sign of zero.
+    np.testing.assert_array_equal(
+        (dense + np.float32(0)).view(np.int32), (weight + np.float32(0)).view(np.int32)
+    )
+    padding = packed.blocks * packed.block * packed.chunks
+    assert packed.values.size <= np.count_nonzero(weight) + padding
+    segment = np.split(packed.counts, packed.chunks * packed.blocks)
+    assert all((np.diff(group.astype(int)) <= 0).all() for group in segment)
+
+
+def test_negative_zero_is_not_stored():
+    packed = pack(np.array([[-0.0, 1.0]], np.float32), chunk=1, block=2)
+    assert packed.values.tolist() == [0.0, 1.0]
+    assert not np.signbit(packed.values).any()
+
+
+@pytest.mark.parametrize(
+    ("weight", "chunk", "block"),
+    [
+        (np.zeros((4, 4), np.float64), 4, 4),
+        (np.zeros((4, 4), np.float16), 4, 4),
+        (np.zeros(4, np.float32), 4, 4),
+        (np.zeros((0, 4), np.float32), 4, 4),
+        (np.zeros((4, 0), np.float32), 4, 4),
+        (np.zeros((4, 4), np.float32), 0, 4),
+        (np.zeros((4, 4), np.float32), 256, 4),
+        (np.zeros((4, 4), np.float32), 4, 0),
+        (np.zeros((4, 4), np.float32), 4, 257),
+    ],
+)
+def test_pack_refuses(weight, chunk, block):
+    with pytest.raises(ValueError, match=r"float32 matrix|chunk must lie"):
+        pack(weight, chunk=chunk, block=block)
+
+
+def with_item(array: np.ndarray, index: int, value: int) -> np.ndarray:
+    changed = array.copy()
+    changed[index] = value
+    return changed
+
+
+# What each case breaks, and a word that the messages of Python and of the library share.
+BROKEN = {
+    "chunk zero": (lambda p: {"chunk": 0}, "chunk"),
+    "chunk too large": (lambda p: {"chunk": 256}, "chunk"),
+    "block zero": (lambda p: {"block": 0}, "block"),
+    "block too large": (lambda p: {"block": 257}, "block"),
+    "K zero": (lambda p: {"K": 0}, "K"),
+    "N negative": (lambda p: {"N": -5}, "N"),
+    "K of another weight": (lambda p: {"K": p.K + p.chunk}, "counts"),
+    "K too small": (lambda p: {"K": p.K - 1}, "offset"),
+    "N of another weight": (lambda p: {"N": p.N + p.block}, "counts"),
+    "counts short": (lambda p: {"counts": p.counts[:-1]}, "counts"),
+    "counts empty": (lambda p: {"counts": p.counts[:0]}, "counts"),
+    "rows long": (lambda p: {"rows": np.append(p.rows, np.uint8(0))}, "rows"),
+    "values short": (lambda p: {"values": p.values[:-1]}, "values"),
+    "offsets short": (lambda p: {"offsets": p.offsets[:-1]}, "offsets"),
+    "count zero": (lambda p: {"counts": with_item(p.counts, 3, 0)}, "count"),
+    "count past the chunk": (lambda p: {"counts": with_item(p.counts, 3, p.chunk + 1)}, "count"),
+    "one more counted": (lambda p: {"counts": with_item(p.counts, -1, p.counts[-1] + 1)}, "values"),
+    "row twice": (lambda p: {"rows": with_item(p.rows, 1, p.rows[0])}, "rows"),
+    "row past the block": (lambda p: {"rows": with_item(p.rows, 1, p.block)}, "rows"),
+    "offset twice": (lambda p: {"offsets": with_item(p.offsets, 1, p.offsets[0])}, "offsets"),
+    "offset past the chunk": (
+        lambda p: {"offsets": with_item(p.offsets, int(p.counts[0]) - 1, p.chunk)},
+        "offset",
+    ),
+    "offset past K": (lambda p: {"offsets": with_item(p.offsets, -1, p.K % p.chunk)}, "offset"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_library_refuses(case, sparse):
+    packed = pack(sparse(50, 30, 0.6), chunk=16, block=8)
+    change, word = BROKEN[case]
+    with pytest.raises(FormatError, match=word):
+        sparse_ops.check(dataclasses.replace(packed, **change(packed)))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in BROKEN if not c.startswith(("chunk", "block", "K zero", "N neg"))]
+)
+def test_validate_refuses(case, sparse):
+    packed = pack(sparse(50, 30, 0.6), chunk=16, block=8)
+    change, word = BROKEN[case]
+    with pytest.raises(FormatError, match=word):
+        validate(dataclasses.replace(packed, **change(packed)))
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_python_and_library_judge_every_byte_alike(data):
+    """One byte of the stored tensors changed at random: both accept it or both refuse it."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 20)))
+    weight = np.where(rng.random((23, 11)) < 0.4, rng.random((23, 11), np.float32), np.float32(0))
+    packed = pack(
+        weight, chunk=data.draw(st.sampled_from([1, 5, 8, 23])), block=data.draw(st.sampled_from([1, 4, 11]))
+    )
+    name = data.draw(st.sampled_from(["offsets", "counts", "rows"]))
+    array = getattr(packed, name)
+    index, value = data.draw(st.integers(0, array.size - 1)), data.draw(st.integers(0, 255))
+    changed = dataclasses.replace(packed, **{name: with_item(array, index, value)})
+
+    def accepts(judge) -> bool:
+        try:
+            judge(changed)
+        except FormatError:
+            return False
+        return True
+
+    assert accepts(validate) == accepts(sparse_ops.check)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 21, 26])
+@pytest.mark.parametrize("op_type", sm.ACTIVATIONS)
+def test_function_body_is_valid_onnx(op_type, opset):
+    body = sm.function_body(op_type, opset)
+    assert (body.domain, body.name) == (sm.DOMAIN, op_type)
+    onnx.checker.check_function(body, _checker_context(opset))
+
+
+def _checker_context(opset: int) -> onnx.checker.C.CheckerContext:
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = 8
+    context.opset_imports = {"": opset, sm.DOMAIN: sm.VERSION}
+    return context
+
+
+def test_a_weight_takes_five_bytes_an_entry(sparse):
+    weight = sparse(768, 768, 0.1)
+    packed = pack(weight)
+    assert packed.nbytes == 5 * packed.values.size + 2 * packed.counts.size
+    assert packed.nbytes < 0.15 * weight.nbytes
+    assert isinstance(packed, PackedWeight)

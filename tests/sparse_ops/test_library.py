@@ -1,0 +1,180 @@
+"""The library through its C interface: every kernel, every instruction set, every mistake."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparse_onnx
+from sparse_onnx import sparse_ops
+from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops import library
+from sparse_onnx.sparse_ops import sparse_matmul as sm
+
+CSRC = Path(__file__).resolve().parents[2] / "sparse_ops" / "csrc"
+ISAS = ("avx512", "avx2", "generic")
+KERNELS = sparse_ops.info().kernels
+
+
+def tolerance(x: np.ndarray, packed: sm.PackedWeight, bias: np.ndarray) -> np.ndarray:
+    """What rounding in float32 may amount to; no activation is steeper than 1.13."""
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(sm.unpack(packed)) + np.abs(bias)
+    return 1.13 * np.finfo(np.float32).eps * (packed.K + 8) * magnitude
+
+
+def test_info():
+    info = sparse_ops.info()
+    assert info.path == sparse_ops.library_path()
+    assert info.version == sparse_onnx.__version__
+    assert info.isa in ISAS
+    assert {"generic_t4", "reference"} <= set(info.kernels)
+    assert any(name.startswith(info.isa) for name in info.kernels)
+
+
+@pytest.mark.parametrize("activation", sm.OP_TYPES)
+@pytest.mark.parametrize("kernel", [*KERNELS, None])
+def test_every_kernel_computes_the_reference(kernel, activation, sparse):
+    packed = sm.pack(sparse(131, 67, 0.3))
+    rng = np.random.default_rng(1)
+    bias = rng.standard_normal(67).astype(np.float32)
+    for tokens in (1, 2, 7, 33, 130):
+        x = rng.standard_normal((tokens, 131)).astype(np.float32)
+        got = sparse_ops.run(x, packed, bias, activation, kernel)
+        error = np.abs(got - sm.reference(x, packed, bias, activation))
+        assert (error <= tolerance(x, packed, bias)).all()
+
+
+@pytest.mark.parametrize("shape", [(131,), (0, 131), (2, 3, 131), (2, 0, 3, 131)])
+def test_leading_dimensions_are_kept(shape, sparse):
+    packed = sm.pack(sparse(131, 20, 0.3))
+    x = np.ones(shape, np.float32)
+    got = sparse_ops.run(x, packed, np.zeros(20, np.float32))
+    assert got.shape == (*shape[:-1], 20)
+    np.testing.assert_allclose(got, x @ sm.unpack(packed), rtol=1e-5, atol=1e-5)
+
+
+def test_strided_input_is_copied(sparse):
+    packed = sm.pack(sparse(16, 8, 0.5))
+    x = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32).T
+    got = sparse_ops.run(x, packed, np.zeros(8, np.float32))
+    np.testing.assert_allclose(got, x @ sm.unpack(packed), rtol=1e-5, atol=1e-5)
+
+
+def test_run_refuses(sparse):
+    packed, bias = sm.pack(sparse(16, 8, 0.5)), np.zeros(8, np.float32)
+    x = np.zeros((3, 16), np.float32)
+    with pytest.raises(ValueError, match=r"x must be float32 \[..., 16\]"):
+        sparse_ops.run(np.zeros((3, 15), np.float32), packed, bias)
+    with pytest.raises(ValueError, match="x must be float32"):
+        sparse_ops.run(x.astype(np.float64), packed, bias)
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        sparse_ops.run(x, packed, bias, "tanh")
+    with pytest.raises(ValueError, match="no kernel 'avx9000'"):
+        sparse_ops.run(x, packed, bias, kernel="avx9000")
+    with pytest.raises(sm.FormatError, match="bias"):
+        sparse_ops.run(x, packed, bias[:-1])
+    with pytest.raises(sm.FormatError, match="bias must be a contiguous vector of float32"):
+        sparse_ops.run(x, packed, bias.astype(np.float64))
+
+
+def test_widest_tiles_refuse_large_blocks(sparse):
+    packed = sm.pack(sparse(16, 300, 0.5), block=256)
+    x, bias = np.ones((2, 16), np.float32), np.zeros(300, np.float32)
+    for kernel in KERNELS:
+        if kernel.endswith("_t128"):
+            with pytest.raises(ValueError, match="block is too large"):
+                sparse_ops.run(x, packed, bias, kernel=kernel)
+    np.testing.assert_allclose(sparse_ops.run(x, packed, bias), x @ sm.unpack(packed), rtol=1e-5, atol=1e-5)
+
+
+def test_select_names_a_kernel_of_the_active_instruction_set(sparse):
+    packed = sm.pack(sparse(768, 64, 0.1))
+    isa = sparse_ops.info().isa
+    chosen = [library.select(packed, tokens) for tokens in (1, 4, 5, 16, 64, 1000)]
+    assert all(name.startswith(isa) for name in chosen)
+    tiles = [int(name.rpartition("_t")[2]) for name in chosen]
+    assert tiles == sorted(tiles)
+    assert tiles[0] == 4
+
+
+def test_peak():
+    assert library.peak("generic_t4", 0.01) > 1e8
+    with pytest.raises(ValueError, match="no kernel 'nothing'"):
+        library.peak("nothing", 0.01)
+
+
+def test_missing_library_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(HostError, match="not installed.*pip install"):
+        sparse_ops.library_path()
+
+
+def in_subprocess(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+FORCED = """
+import json, numpy as np
+from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import library, sparse_matmul as sm
+rng = np.random.default_rng(0)
+weight = rng.standard_normal((200, 90)).astype(np.float32) * (rng.random((200, 90)) < 0.2)
+packed, bias = sm.pack(weight.astype(np.float32)), rng.standard_normal(90).astype(np.float32)
+x = rng.standard_normal((77, 200)).astype(np.float32)
+error = np.abs(sparse_ops.run(x, packed, bias, "gelu") - sm.reference(x, packed, bias, "gelu")).max()
+print(json.dumps([sparse_ops.info().isa, library.select(packed, 77), float(error)]))
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_forced_instruction_set_is_the_one_that_runs(isa):
+    result = in_subprocess(FORCED, isa)
+    if not any(name.startswith(isa) for name in KERNELS):
+        assert "lacks" in result.stderr
+        return
+    active, kernel, error = json.loads(result.stdout)
+    assert active == isa
+    assert kernel.startswith(isa)
+    assert error < 2e-5
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2", "sse", "reference"])
+def test_unknown_instruction_set_is_refused(isa):
+    result = in_subprocess("from sparse_onnx import sparse_ops; sparse_ops.info()", isa)
+    assert result.returncode != 0
+    assert "HostError: SPARSE_ONNX_FORCE_ISA is none of avx512, avx2, generic" in result.stderr
+
+
+def test_every_kernel_source_is_in_its_table():
+    sources = {path for path in CSRC.glob("kernels/**/*.cc") if path.stem not in ("spmm", "check")}
+    assert len(sources) >= 4
+    for source in sources:
+        table = (source.parent / "kernels.inc").read_text()
+        rows = set(re.findall(r"^SPMM_KERNEL\((\w+)\)$", table, re.MULTILINE))
+        defined = set(re.findall(r"^constexpr Kernel (\w+) =", source.read_text(), re.MULTILINE))
+        assert defined, source
+        assert defined <= rows, source
+        rows_of_source = {row for row in rows if row.split("_")[0] == source.stem.removeprefix("x86_")}
+        assert rows_of_source == defined, source
+
+
+def test_only_documented_symbols_are_exported():
+    text = (CSRC / "c_api.h").read_text()
+    documented = set(re.findall(r"\b(sparse_onnx_\w+)\(", text)) | {"RegisterCustomOps"}
+    loaded = library._library()
+    assert all(hasattr(loaded, name) for name in documented)
+    assert "local: *;" in (CSRC / "exports.map").read_text()
