@@ -73,9 +73,10 @@ def export_huggingface(
 def _load(folder: Path, task: str | None) -> Any:
     """The module in ``folder``, float32, in evaluation mode, with attention that any runtime can read."""
     if not (folder / "config.json").is_file():
+        reason = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise UsageError(
-            f"{folder} is no Hugging Face model folder: it has no config.json. Models are read from the disk "
-            "only; download one first, for example with `hf download NAME --local-dir FOLDER`"
+            f"{folder} is no Hugging Face model folder: {reason}. Models are read from the disk only; "
+            "download one first, for example with `hf download NAME --local-dir FOLDER`"
         )
     if task is not None and task not in TASKS:
         raise UsageError(f"unknown task {task!r}; known: {', '.join(TASKS)}")

@@ -86,7 +86,7 @@ class Magnitude(PruningPass):
 
         rows, columns = self.structure.tile((1, 1))
         units = sum(weight.tensor.size for weight in weights) // (rows * columns)
-        wide = rows * columns > 1 or any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
+        wide = any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
         share = resolve_sparsity(self.sparsity, self.structure)
         cut = find_cut(scores, round(share * units), np.float64 if wide else np.float32)
         for weight in weights:

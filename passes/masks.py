@@ -147,18 +147,21 @@ def keep_mask(
 
 
 def unit_scores(score: np.ndarray, structure: MaskStructure, norm: Norm = "l2") -> np.ndarray:
-    """One score for each unit of ``structure``: [K / rows, N / columns], float64 but for single elements.
+    """One score for each unit of ``structure``: [K / rows, N / columns].
 
-    The L2 norm is left squared: only the order matters.
+    Norms are summed in float64 and given as float32, or as float64 where ``score`` is.
     """
     K, N = score.shape
     rows, columns = structure.tile((K, N))
     if (rows, columns) == (1, 1):
         return score
-    wide = score.astype(np.float64)
-    with np.errstate(over="ignore"):  # an overflow ranks as Inf: kept
-        wide = np.abs(wide, out=wide) if norm == "l1" else np.square(wide, out=wide)
-    return np.asarray(wide.reshape(K // rows, rows, N // columns, columns).sum(axis=(1, 3)))
+    units = np.abs(np.asarray(score, _key_dtype(score))).reshape(K // rows, rows, N // columns, columns)
+    with np.errstate(over="ignore"):  # what overflows ranks as Inf: kept
+        if norm == "l1":
+            sums = np.einsum("irjc->ij", units, dtype=np.float64)
+        else:
+            sums = np.sqrt(np.einsum("irjc,irjc->ij", units, units, dtype=np.float64))
+        return np.asarray(sums, units.dtype)
 
 
 def expand(units: np.ndarray, structure: MaskStructure, shape: tuple[int, int]) -> np.ndarray:

@@ -29,7 +29,8 @@ def test_public_names_exist_and_are_documented(name):
         return
     for entry in public:
         value = getattr(module, entry)
-        if inspect.isfunction(value) or inspect.isclass(value):
+        documented = inspect.isfunction(value) or inspect.isclass(value)
+        if documented and getattr(value, "__module__", "").startswith("sparse_onnx"):
             assert inspect.getdoc(value), f"{entry} has no docstring"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.tools.console import end_progress, format_option, progress_line, quiet_option, table
+from sparse_onnx.tools.console import format_option, progress, quiet_option, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_ms, format_share
 
@@ -75,13 +75,12 @@ def command(
     from sparse_onnx.inputs import parse_shape_flags
     from sparse_onnx.report import available_cores, environment
 
-    say = progress_line(quiet)
     count = threads or available_cores()
-    entries = _entries(models, parse_shape_flags(input_shape), compare == "dense", seed, say)
-    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
-        rows, done = _time(entries, count, rounds, Path(scratch), say)
-        timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
-    end_progress(quiet)
+    with progress(quiet) as say:
+        entries = _entries(models, parse_shape_flags(input_shape), compare == "dense", seed, say)
+        with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
+            rows, done = _time(entries, count, rounds, Path(scratch), say)
+            timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
     if output_format == "json":
         document = {
             "environment": environment(threads=count, seed=seed, isa=_isa(entries)),

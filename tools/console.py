@@ -1,13 +1,16 @@
-"""What the commands show: progress on stderr, tables, sizes and times in words."""
+"""What the commands share: options, progress on stderr, tables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
-__all__ = ["format_bytes", "format_ms", "format_option", "progress_line", "quiet_option", "table"]
+__all__ = ["format_option", "progress", "quiet_option", "table"]
+
+_CLEAR = "\r\x1b[K"
 
 format_option = click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
@@ -16,37 +19,19 @@ format_option = click.option(
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 
 
-def progress_line(quiet: bool) -> Callable[[str], None]:
-    """A function that shows one line of progress: in place on a terminal, line by line elsewhere."""
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A function that shows one line of progress: in place on a terminal, line by line elsewhere. The live line
+    is gone at the end, also after an error."""
+    live = sys.stderr.isatty()
     if quiet:
-        return lambda _line: None
-    if sys.stderr.isatty():
-        return lambda line: click.echo(f"\r\x1b[K{line[:110]}", err=True, nl=False)
-    return lambda line: click.echo(line, err=True)
-
-
-def end_progress(quiet: bool) -> None:
-    """Leave the terminal's live line."""
-    if not quiet and sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)
-
-
-def format_bytes(count: float | None) -> str:
-    """A size in words; "-" if it is not known."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
-
-
-def format_ms(milliseconds: float | None) -> str:
-    """A time in words; "-" if it is not known."""
-    if milliseconds is None:
-        return "-"
-    return f"{milliseconds:.1f} ms" if milliseconds >= 10 else f"{milliseconds:.3f} ms"
+        yield lambda _line: None
+        return
+    try:
+        yield lambda line: click.echo(f"{_CLEAR}{line[:110]}" if live else line, err=True, nl=not live)
+    finally:
+        if live:
+            click.echo(_CLEAR, err=True, nl=False)
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import end_progress, format_option, progress_line, quiet_option
+from sparse_onnx.tools.console import format_option, progress, quiet_option
 
 __all__ = ["command"]
 
@@ -57,27 +57,26 @@ def _run(
     original = scratch / "original.onnx"
     original.write_bytes(lzma.decompress((assets / "model.onnx.xz").read_bytes()))
     trained = json.loads((assets / "results.json").read_text(encoding="utf-8"))
-    progress = progress_line(quiet)
-    with resources.as_file(assets / "held_out.npz") as held_out:
-        with np.load(held_out) as file:
-            text, classes = file["text"].astype(np.int64), file["classes"]
-        result = sparse_onnx.optimize(
-            original,
-            output or scratch / "optimized",
-            input_shapes={"text": (BATCH, text.shape[1])},
-            calibration_data=held_out,
-            threads=threads,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    assert result.folder is not None  # only a dry run has none
-    progress("counting right classes on held-out source")
-    optimized = result.folder / "model.onnx"
-    accuracy = {
-        "before": _accuracy(original, text, classes, threads, library=False),
-        "after": _accuracy(optimized, text, classes, threads, library=True),
-    }
-    end_progress(quiet)
+    with progress(quiet) as say:
+        with resources.as_file(assets / "held_out.npz") as held_out:
+            with np.load(held_out) as file:
+                text, classes = file["text"].astype(np.int64), file["classes"]
+            result = sparse_onnx.optimize(
+                original,
+                output or scratch / "optimized",
+                input_shapes={"text": (BATCH, text.shape[1])},
+                calibration_data=held_out,
+                threads=threads,
+                overwrite=overwrite,
+                progress=say,
+            )
+        assert result.folder is not None  # only a dry run has none
+        say("counting right classes on held-out source")
+        optimized = result.folder / "model.onnx"
+        accuracy = {
+            "before": _accuracy(original, text, classes, threads, library=False),
+            "after": _accuracy(optimized, text, classes, threads, library=True),
+        }
     if output is not None:
         shutil.copyfile(original, output / original.name)
     return {

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_OPTIONS = {"dynamic_shapes", "input_names", "output_names"}
+
 
 @click.command(short_help="Export a Hugging Face folder or a torch module to ONNX.")
 @click.argument("source")
@@ -55,10 +57,11 @@ def _export(source: str, task: str | None, opset: int) -> ExportResult:
     if task is not None:
         raise UsageError("--task is for Hugging Face folders; a function says itself what to export")
     module, inputs, options = _call(source)
-    try:
-        return export_torch(module, inputs, opset=opset, **options)
-    except TypeError as error:
-        raise UsageError(f"{source} returns options that export_torch() does not take: {error}") from error
+    if unknown := options.keys() - _OPTIONS:
+        raise UsageError(
+            f"{source} returns the options {sorted(unknown)}; known: {', '.join(sorted(_OPTIONS))}"
+        )
+    return export_torch(module, inputs, opset=opset, **options)
 
 
 def _call(source: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -72,19 +75,25 @@ def _call(source: str) -> tuple[Any, Any, dict[str, Any]]:
     sys.path.insert(0, str(Path.cwd()))  # a console script does not look there by itself
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{source} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module raises
+        raise UsageError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
     if not callable(function):
         raise UsageError(f"{source} is no function")
-    result = function()
+    try:
+        result = function()
+    except Exception as error:  # whatever the function raises
+        raise UsageError(f"{source} failed: {type(error).__name__}: {error}") from error
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise UsageError(
             f"{source} must return (module, example_inputs) or (module, example_inputs, options)"
         )
-    module, inputs, *options = result
-    return module, inputs, dict(*options)
+    module, inputs, *rest = result
+    options = rest[0] if rest else {}
+    if not isinstance(options, dict):
+        raise UsageError(f"{source} returns {type(options).__name__} for its options, not a dict")
+    return module, inputs, options
 
 
 def _summary(result: ExportResult, output: Path, size: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _weights(rows: Sequence[dict[str, Any]], show_all: bool) -> str:
     ]
     text = table(cells, ["weight", "operator", "shape", "dtype", "zeros", "stored", "state"])
     hidden = len(rows) - len(cells)
-    return text + (f"\n{hidden} smaller weights are not shown; --all shows them" if hidden else "")
+    return text + (f"\n{hidden} more weights are not shown; --all shows them" if hidden else "")
 
 
 def _total(document: dict[str, Any]) -> str:

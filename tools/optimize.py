@@ -9,15 +9,8 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import (
-    end_progress,
-    format_bytes,
-    format_ms,
-    format_option,
-    progress_line,
-    quiet_option,
-    table,
-)
+from sparse_onnx.tools.console import format_option, progress, quiet_option, table
+from sparse_onnx.units import format_bytes, format_ms
 
 __all__ = ["command", "summary_table"]
 
@@ -86,29 +79,29 @@ def command(
 
     if output is None and not dry_run:
         raise click.UsageError("say where to write with -o DIR (or --dry-run)", click.get_current_context())
-    result = optimize(
-        model,
-        output or Path(),
-        recipe=recipe,
-        method=method,
-        sparsity=sparsity,
-        mask_structure=mask_structure,
-        scope=scope,
-        theta=theta,
-        targets=targets or None,
-        ignore=ignore or None,
-        calibration_data=calibration_data,
-        input_shapes=parse_shape_flags(input_shape) or None,
-        threads=threads,
-        min_speedup=min_speedup,
-        max_drop=max_drop,
-        seed=seed,
-        benchmark=not no_benchmark,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        progress=progress_line(quiet),
-    )
-    end_progress(quiet)
+    with progress(quiet) as say:
+        result = optimize(
+            model,
+            output or Path(),
+            recipe=recipe,
+            method=method,
+            sparsity=sparsity,
+            mask_structure=mask_structure,
+            scope=scope,
+            theta=theta,
+            targets=targets or None,
+            ignore=ignore or None,
+            calibration_data=calibration_data,
+            input_shapes=parse_shape_flags(input_shape) or None,
+            threads=threads,
+            min_speedup=min_speedup,
+            max_drop=max_drop,
+            seed=seed,
+            benchmark=not no_benchmark,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=say,
+        )
     if output_format == "json":
         click.echo(json.dumps({**result.report, "exit_code": result.exit_code}, indent=2))
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparse_onnx.errors import VerificationError
-from sparse_onnx.tools.console import end_progress, format_option, progress_line, quiet_option, table
+from sparse_onnx.tools.console import format_option, progress, quiet_option, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_number, format_share
 
@@ -52,17 +52,17 @@ def command(
     from sparse_onnx.inputs import parse_shape_flags
     from sparse_onnx.verification import verify
 
-    result = verify(
-        model_file(original),
-        model_file(optimized),
-        data=data,
-        max_relative_error=max_relative_error,
-        input_shapes=parse_shape_flags(input_shape),
-        threads=threads,
-        seed=seed,
-        progress=progress_line(quiet),
-    )
-    end_progress(quiet)
+    with progress(quiet) as say:
+        result = verify(
+            model_file(original),
+            model_file(optimized),
+            data=data,
+            max_relative_error=max_relative_error,
+            input_shapes=parse_shape_flags(input_shape),
+            threads=threads,
+            seed=seed,
+            progress=say,
+        )
     if output_format == "json":
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:

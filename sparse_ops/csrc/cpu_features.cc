@@ -1,14 +1,38 @@
 #include "cpu_features.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace sparse_ops {
 namespace {
 
 constexpr Isa kIsas[] = {Isa::avx512, Isa::avx2, Isa::generic};
+
+#if defined(__x86_64__)
+constexpr bool all(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
+
+// What the processor offers (CPUID) and the operating system saves when it switches threads (XGETBV).
+bool processor_has(Isa isa) {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  constexpr uint32_t kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28;
+  if (!all(c, kFma | kOsXsave | kAvx)) return false;
+  uint32_t low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr uint32_t kYmmSaved = 0x06, kZmmSaved = 0xe6;
+  if (!all(low, kYmmSaved)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr uint32_t kAvx2 = 1u << 5, kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
+  if (isa == Isa::avx2) return all(b, kAvx2);
+  return all(b, kAvx2 | kF | kDq | kBw | kVl) && all(low, kZmmSaved);
+}
+#endif
 
 }  // namespace
 
@@ -29,12 +53,8 @@ const char* isa_name(Isa isa) {
 bool isa_supported(Isa isa) {
   if (isa == Isa::generic || isa == Isa::reference) return true;
 #if defined(__x86_64__)
-  // The compiler's run-time library asks CPUID, and XGETBV for what the operating system saves.
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == Isa::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  static const bool avx2 = processor_has(Isa::avx2), avx512 = processor_has(Isa::avx512);
+  return isa == Isa::avx2 ? avx2 : avx512;
 #else
   return false;
 #endif

@@ -6,6 +6,7 @@ file, so the template escapes everything, and a content policy in the page forbi
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sparse_onnx.units import format_bytes, format_ms, format_number, format_sha
 __all__ = ["render_html", "write_html"]
 
 _MAX_BARS = 60
+_SIMILAR = 0.98
+"""Below this cosine to the original's outputs the page warns, and its headline is no good news."""
 
 
 def write_html(report: dict[str, Any], path: Path) -> None:
@@ -43,33 +46,39 @@ def render_html(report: dict[str, Any]) -> str:
     )
 
 
-def _verdict(report: dict[str, Any]) -> dict[str, str]:
-    """The headline, one sentence below it, and its kind: good, plain or bad."""
-    summary, goal = report["summary"], report["goal"]
-    sparse = sum(row["decision"] == "sparse" for row in report["layers"])
-    speedup = summary["speedup"]
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """The headline, a sentence below it, and its kind (good, plain or bad), which is its colour."""
+
+    kind: str
+    title: str
+    detail: str
+    warning: str = ""
+
+
+def _verdict(report: dict[str, Any]) -> _Verdict:
+    summary, goal, layers = report["summary"], report["goal"], report["layers"]
+    sparse = f"{sum(row['decision'] == 'sparse' for row in layers)} of {len(layers)} layers sparse"
+    speedup, low = summary["speedup"], summary["speedup_low"]
+    if summary["bytes_after"] is None:
+        return _Verdict("plain", "Plan only: nothing was written", f"{sparse} by a table; nothing was timed")
     if not goal["met"]:
         detail = f"1 − cosine is {_drop(goal['drop'])}, the goal allows {goal['max_drop']}; this is the best so far"
-        return {"kind": "bad", "title": "Goal not met", "detail": detail}
-    if not sparse:
-        return {
-            "kind": "plain",
-            "title": "Nothing was faster in sparse form",
-            "detail": "The dense model was written. Why each layer stayed dense is in the table below.",
-        }
+        return _Verdict("bad", "Goal not met", detail)
+    if sparse.startswith("0 "):
+        detail = "The dense model was written. Why each layer stayed dense is in the table below."
+        return _Verdict("plain", "Nothing was faster in sparse form", detail)
+    warning = ""
+    cosine = summary["cosine"]
+    if cosine is None or cosine < _SIMILAR:
+        far = "not a number" if cosine is None else f"{cosine:.3f}"
+        warning = f"The outputs are no longer the original's (cosine {far}): check the accuracy on your task."
     if speedup is None:
-        title = (
-            "Plan only: nothing was written" if summary["bytes_after"] is None else "Written, but not timed"
-        )
-        detail = f"{sparse} of {len(report['layers'])} layers are sparse by a table, not by timing on this machine."
-        return {"kind": "plain", "title": title, "detail": detail}
-    detail = (
-        f"middle half of the rounds: {summary['speedup_low']:.2f}× to {summary['speedup_high']:.2f}×, "
-        f"with {sparse} of {len(report['layers'])} layers sparse"
-    )
-    if summary["speedup_low"] < 1:
-        return {"kind": "plain", "title": f"{speedup:.2f}× the speed, within the noise", "detail": detail}
-    return {"kind": "good", "title": f"{speedup:.2f}× faster", "detail": detail}
+        return _Verdict("plain", "Written, but not timed", f"{sparse} by a table, not by timing", warning)
+    detail = f"middle half of the rounds: {low:.2f}× to {summary['speedup_high']:.2f}×, with {sparse}"
+    if low < 1:
+        return _Verdict("plain", f"{speedup:.2f}× the speed, within the noise", detail, warning)
+    return _Verdict("plain" if warning else "good", f"{speedup:.2f}× faster", detail, warning)
 
 
 def _drop(drop: float | None) -> str:
@@ -119,7 +128,7 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _layer(row: dict[str, Any]) -> dict[str, Any]:
-    timed = row["dense_ms"] is not None and row["sparse_ms"]
+    low, high = row["speedup_low"], row["speedup_high"]
     title = row["module"] or row["name"]
     return {
         **row,
@@ -127,7 +136,7 @@ def _layer(row: dict[str, Any]) -> dict[str, Any]:
         "subtitle": "" if row["name"] in (title, f"{title}.weight") else row["name"],
         "dimensions": " × ".join(str(size) for size in row["shape"]),
         "size": row["shape"][0] * row["shape"][1],
-        "speedup": row["dense_ms"] / row["sparse_ms"] if timed else None,
+        "speedup": "-" if low is None or high is None else f"{low:.2f}–{high:.2f}×",
     }
 
 

@@ -151,7 +151,7 @@ def test_ordinary_report(report: dict[str, Any]) -> None:
     assert "0.98765 relative error 1.2e-01" in text
     assert "2 × also used by Gather" in text
     assert "head.weight, other.weight" in text
-    assert "encoder.layer.1 768 × 3072 90.0% unstructured 5.000 ms 1.000 ms 5.00×" in text
+    assert "encoder.layer.1 768 × 3072 90.0% unstructured 5.000 ms 1.000 ms 3.90–4.20×" in text
     assert "10.0% zeros: too few" in text
     assert "Test CPU, 2 cores usable, 1 threads used" in text
     assert "input_ids [1, 128]" in text
@@ -173,6 +173,24 @@ def test_rendering_leaves_the_report_as_it_was(report: dict[str, Any]) -> None:
 
 def test_equal_reports_give_equal_pages(report: dict[str, Any]) -> None:
     assert render_html(report) == render_html(copy.deepcopy(report))
+
+
+@pytest.mark.parametrize(("cosine", "warned"), [(0.98, False), (1.0, False), (0.979, True), (None, True)])
+def test_lost_accuracy_is_no_good_news(report: dict[str, Any], cosine: float | None, warned: bool) -> None:
+    report["summary"]["cosine"] = cosine
+    source = render_html(report)
+    assert "2.50× faster" in source
+    assert ("The outputs are no longer the original&#39;s" in source) == warned
+    assert ('class="verdict good"' in source) == (not warned)
+
+
+def test_plan_without_sparse_layers_does_not_speak_of_a_written_model(report: dict[str, Any]) -> None:
+    for row in report["layers"]:
+        row["decision"] = "dense"
+    report["summary"]["bytes_after"] = None
+    text = Page(render_html(report)).text
+    assert "Plan only: nothing was written" in text
+    assert "The dense model was written" not in text
 
 
 def test_within_the_noise(report: dict[str, Any]) -> None:

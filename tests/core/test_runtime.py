@@ -49,7 +49,10 @@ def check_split(source, feeds, folder, *, budget=300, whole=False):
         np.testing.assert_array_equal(got[name], value, strict=True)
 
 
-CHAIN = ("(float[n, 8] X) => (float[n, 8] Y)", "a = MatMul(X, A) b = Relu(a) c = MatMul(b, B) Y = MatMul(c, C)")
+CHAIN = (
+    "(float[n, 8] X) => (float[n, 8] Y)",
+    "a = MatMul(X, A) b = Relu(a) c = MatMul(b, B) Y = MatMul(c, C)",
+)
 
 
 def test_chain(tmp_path):
@@ -117,7 +120,9 @@ def test_output_that_is_an_input(tmp_path):
 
 def test_output_that_is_an_initializer(tmp_path):
     arrays = weights("A", "B")
-    source = model("(float[n, 8] X) => (float[n, 8] Y, float[8, 8] B)", "a = MatMul(X, A) Y = MatMul(a, B)", **arrays)
+    source = model(
+        "(float[n, 8] X) => (float[n, 8] Y, float[8, 8] B)", "a = MatMul(X, A) Y = MatMul(a, B)", **arrays
+    )
     check_split(source, {"X": X}, tmp_path)
     single = model("(float[n, 8] X) => (float[n, 8] Y, float[8, 8] B)", "Y = MatMul(X, B)", B=arrays["B"])
     check_split(single, {"X": X}, tmp_path, budget=10)
@@ -125,7 +130,9 @@ def test_output_that_is_an_initializer(tmp_path):
 
 def test_shared_weight_is_in_every_segment_that_needs_it(tmp_path):
     body = "a = MatMul(X, A) b = MatMul(a, A) c = Relu(b) Y = MatMul(c, A)"
-    check_split(model("(float[n, 8] X) => (float[n, 8] Y)", body, **weights("A")), {"X": X}, tmp_path, budget=200)
+    check_split(
+        model("(float[n, 8] X) => (float[n, 8] Y)", body, **weights("A")), {"X": X}, tmp_path, budget=200
+    )
 
 
 def test_values_without_a_declared_type(tmp_path):
@@ -289,12 +296,15 @@ def test_inputs_that_the_model_refuses(tmp_path, budget):
 
 def test_scratch_is_removed_after_an_error(tmp_path):
     source = model(*CHAIN, **weights("A", "B", "C"))
-    with (
-        pytest.raises(KeyError),
-        open_runner(source, threads=1, library=False, budget=300, work=tmp_path) as runner,
-    ):
-        runner.run({"X": X})
-        raise KeyError
+
+    def fail():
+        with open_runner(source, threads=1, library=False, budget=300, work=tmp_path) as runner:
+            runner.run({"X": X})
+            assert list(tmp_path.iterdir()) != []
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -108,9 +108,9 @@ def test_global_scope_over_several_dtypes(from_text):
         U=np.array([[1, 4], [2, 8]], np.float32),
         V=np.array([[1 + 1e-12, 1 - 1e-12], [3, 2 + 1e-12]], np.float64),
     )
-    Magnitude(sparsity=0.5, scope="global")(model)
-    assert matrices(model)["U"].tolist() == [[0, 4], [0, 8]]
-    assert matrices(model)["V"].tolist() == [[0, 0], [3, 2 + 1e-12]]
+    Magnitude(sparsity=0.25, scope="global")(model)
+    assert matrices(model)["U"].tolist() == [[0, 4], [2, 8]]
+    assert matrices(model)["V"].tolist() == [[1 + 1e-12, 0], [3, 2 + 1e-12]]
 
 
 @pytest.mark.parametrize("cls", [Magnitude, Random])
@@ -228,6 +228,21 @@ def test_random_depends_on_the_seed_and_the_name_only(from_text, model):
     other = from_text(f"{HEAD} g (float[B, 8] X) => (float[B, 6] Y) {{ Y = MatMul(X, U) }}", U=U)
     Random(sparsity=0.5, seed=2)(other)
     assert (matrices(other)["U"] != matrices(alone)["U"]).any()
+
+
+def test_random_draws_anew_for_every_weight(from_text):
+    tensors = {"U": np.ones((8, 8), np.float32), "V": np.ones((8, 8), np.float32)}
+    model = from_text(
+        f"{HEAD} g (float[B, 8] X) => (float[B, 8] Y) {{ A = MatMul(X, U) Y = MatMul(A, V) }}", **tensors
+    )
+    Random(sparsity=0.5)(model)
+    assert (matrices(model)["U"] != matrices(model)["V"]).any()
+
+
+def test_random_keeps_a_weight_of_nothing_but_nan(model):
+    model.graph.initializers["U"].const_value = ir.tensor(np.full((8, 6), np.nan, np.float32), name="U")
+    Random(sparsity=0.9, targets=("U",))(model)
+    assert np.isnan(matrices(model)["U"]).all()
 
 
 def test_random_takes_all_places_alike(from_text):

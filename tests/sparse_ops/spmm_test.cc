@@ -323,8 +323,8 @@ void test_dispatch() {
     const IsaChoice choice = choose_isa(isa_name(isa));
     expect((choice.error == nullptr) == isa_supported(isa), std::string("forcing ") + isa_name(isa));
     if (choice.error == nullptr) expect(choice.isa == isa, std::string("forcing does not force ") + isa_name(isa));
-    for (size_t block : {1, 64, 256}) {
-      for (size_t chunk : {1, 128, 255}) {
+    for (size_t block : {size_t{1}, size_t{64}, size_t{256}}) {
+      for (size_t chunk : {size_t{1}, size_t{128}, size_t{255}}) {
         Weight weight{};
         weight.chunk = chunk;
         weight.block = block;
@@ -333,13 +333,21 @@ void test_dispatch() {
           if (kernel->isa == isa) narrowest = std::min(narrowest, kernel->tile);
         }
         if (narrowest == 1000) continue;
-        for (size_t tokens : {1, 5, 64, 1000}) {
+        for (size_t tokens : {size_t{1}, size_t{5}, size_t{64}, size_t{1000}}) {
           const Kernel& kernel = select_kernel(isa, weight, tokens);
           expect(kernel.isa == isa && fits(kernel, block), std::string("wrong kernel ") + kernel.name);
           expect(kernel.tile == narrowest || kernel.tile < 2 * tokens, std::string("too wide: ") + kernel.name);
         }
       }
     }
+  }
+  Weight long_weight{};  // a million input channels: narrow tiles keep the scratch memory small
+  long_weight.K = size_t{1} << 20;
+  long_weight.chunk = 128;
+  long_weight.block = 64;
+  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
+    if (!isa_supported(isa)) continue;
+    expect(make_plan(long_weight, 1000, isa).scratch_bytes < (size_t{40} << 20), "scratch memory is not bounded");
   }
   expect(find_kernel("reference") != nullptr && find_kernel("nothing") == nullptr, "find_kernel");
 

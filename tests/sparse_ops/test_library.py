@@ -111,7 +111,7 @@ def test_peak():
 
 def test_missing_library_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
-    with pytest.raises(HostError, match="not installed.*pip install"):
+    with pytest.raises(HostError, match=r"not installed.*pip install"):
         sparse_ops.library_path()
 
 

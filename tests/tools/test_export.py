@@ -29,6 +29,12 @@ def module_only():
 def wrong_option():
     return torch.nn.Linear(4, 3), (torch.ones(2, 4),), {"axes": 1}
 
+def wrong_options():
+    return torch.nn.Linear(4, 3), (torch.ones(2, 4),), ["dynamic_shapes"]
+
+def fails():
+    return 1 / 0
+
 number = 7
 """
 
@@ -93,7 +99,9 @@ def test_an_existing_folder_stays_without_overwrite(folder: Path) -> None:
         (":f", "cannot be imported"),
         ("{module}:number", "is no function"),
         ("{module}:module_only", r"must return \(module, example_inputs\)"),
-        ("{module}:wrong_option", r"export_torch\(\) does not take"),
+        ("{module}:wrong_option", r"the options \['axes'\]; known: dynamic_shapes"),
+        ("{module}:wrong_options", "returns list for its options"),
+        ("{module}:fails", "failed: ZeroDivisionError"),
         ("hub/name", "is no Hugging Face model folder"),
         (".", "is no Hugging Face model folder"),
     ],

@@ -221,7 +221,7 @@ def test_text_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
     path = many(tmp_path, 60)
     short, long = run_cli("inspect", path).out, run_cli("inspect", path, "--all").out
     assert sum(line.startswith("W") for line in short.splitlines()) == 40
-    assert "20 smaller weights are not shown; --all shows them" in short
+    assert "20 more weights are not shown; --all shows them" in short
     assert sum(line.startswith("W") for line in long.splitlines()) == 60
     assert "not shown" not in long
 

@@ -20,7 +20,8 @@ import numpy as np
 import sparse_onnx
 from sparse_onnx import model_io
 from sparse_onnx.exporter import export_huggingface
-from sparse_onnx.tools.console import format_bytes, format_ms, table
+from sparse_onnx.tools.console import table
+from sparse_onnx.units import format_bytes, format_ms
 
 __all__ = ["encoder_folder", "passages", "tokens"]
 

@@ -79,15 +79,19 @@ const Kernel* find_kernel(const char* name) {
 bool fits(const Kernel& kernel, size_t block) { return kernel.tile * block <= kMaxAccumulators; }
 
 const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {
-  const size_t cache = static_cast<size_t>(l1_cache_bytes());
+  // Activations of one chunk that spill from the first-level cache cost more than a narrower tile, and the panel of
+  // one tile must stay small however large K is.
+  const size_t cache = static_cast<size_t>(l1_cache_bytes()) / sizeof(float);
+  const size_t memory = 2 * kPanelBytes / sizeof(float);
   const Kernel* best = nullptr;
-  for (const Kernel* kernel : kKernels) {  // from wide tiles to narrow ones
-    if (kernel->isa != isa || !fits(*kernel, weight.block)) continue;
-    // Activations of a chunk that spill from the first-level cache cost more than a narrower tile.
-    if (weight.chunk * kernel->tile * sizeof(float) > cache) continue;
+  const Kernel* narrowest = nullptr;
+  for (const Kernel* kernel : kKernels) {  // of one instruction set: from wide tiles to narrow ones
+    if (kernel->isa != isa) continue;
+    narrowest = kernel;
+    if (!fits(*kernel, weight.block) || kernel->tile * weight.chunk > cache || kernel->tile * weight.K > memory) continue;
     if (best == nullptr || kernel->tile >= tokens) best = kernel;
   }
-  return *best;  // a tile of 4 passes with any chunk and block
+  return best != nullptr ? *best : *narrowest;
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa) {
