@@ -81,13 +81,12 @@ class FoldWeights(Pass):
                     if value not in group:
                         group.append(value)
             for values in groups.values():
-                try:
-                    _fold(values, model, context)
+                reason = _fold(values, model, context)
+                if reason is None:
                     folded[kind] += 1
-                except _NotFoldedError as reason:
-                    if kind == "weights":
-                        user = next(iter(values[0].uses())).node
-                        declined.append(self.declined(user.name or values[0].name or "?", str(reason)))
+                elif kind == "weights":
+                    user = next(iter(values[0].uses())).node
+                    declined.append(self.declined(user.name or values[0].name or "?", reason))
         statistics: dict[str, int | float] = {**folded}
         return PassResult(model, any(folded.values()), statistics, tuple(declined))
 
@@ -165,20 +164,33 @@ def _constants(model: ir.Model) -> _Known:
     return known
 
 
-def _fold(values: Sequence[ir.Value], model: ir.Model, context: PassContext) -> None:
-    """Replace ``values``, which are computed the same way, by one initializer.
-
-    Raises _NotFoldedError if they must stay.
-    """
+def _fold(values: Sequence[ir.Value], model: ir.Model, context: PassContext) -> str | None:
+    """Replace ``values``, which are computed the same way, by one initializer; the reason if they must stay."""
     nodes = list(_nodes_behind(values))
     leaves = _leaves(values, nodes)
     weight = _weight(leaves)
+    reason, array = None, np.empty(0)
     if blocker := _other_use(weight, values, set(nodes)):
-        raise _NotFoldedError(f"{weight.name} {blocker}: folding would store it twice")
-    array = _evaluate(values[0])
+        reason = f"{weight.name} {blocker}: folding would store it twice"
+    else:
+        try:
+            array = _evaluate(values[0])
+        except _NotFoldedError as error:
+            reason = str(error)
     for leaf in leaves:
         if leaf.const_value is not None:
             release(leaf.const_value)
+    if reason is None:
+        _replace(values, weight, array, model, context)
+    return reason
+
+
+def _replace(
+    values: Sequence[ir.Value], weight: ir.Value, array: np.ndarray, model: ir.Model, context: PassContext
+) -> None:
+    """Put ``array`` in place of ``values``, and remove the nodes and tensors behind them."""
+    nodes = list(_nodes_behind(values))
+    leaves = _leaves(values, nodes)
     graph, old_name = weight.graph, weight.name or ""
     assert isinstance(graph, ir.Graph)  # functions are not walked
     name = old_name.removesuffix("_orig")

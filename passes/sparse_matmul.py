@@ -24,6 +24,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.linear_pattern import Linear, match_linear
+from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight, find_weights
 from sparse_onnx.sparse_ops import sparse_matmul
 
@@ -117,9 +118,8 @@ class LowerSparseMatMul(Pass):
     layers: tuple[str, ...] | None = None
     packer: Packer | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_sparsity <= 1:
-            raise UsageError(f"{self.name}: min_sparsity must lie in [0, 1], not {self.min_sparsity}")
+    def check(self) -> None:
+        require(0 <= self.min_sparsity <= 1, "min_sparsity", self.min_sparsity, "in [0, 1]")
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         packer = self.packer or Packer(context)
@@ -197,7 +197,10 @@ def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(list(tensor.shape.numpy())),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value

@@ -10,6 +10,7 @@ from sparse_onnx.passes import PASSES
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.random_pruning import Random
+from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.threshold import Threshold
 
 RNG = np.random.default_rng(11)
@@ -182,6 +183,8 @@ OPTIONS = {
     "prune.threshold": [Threshold(theta=0.5)],
 }
 STEPS = [step for cls in PASSES for step in OPTIONS.get(cls.name) or [cls()]]
+# No modifier of recipes: the compiler runs it, behind the guard.
+STEPS.append(LowerSparseMatMul(min_sparsity=0.0))
 FEEDS = {
     "X": RNG.standard_normal((8, 8)).astype(np.float32),
     "I": np.array([0, 3, 1], np.int64),

@@ -328,3 +328,13 @@ def test_the_new_weight_is_its_own_and_the_file_is_let_go(tmp_path, from_text, b
     assert array.flags.c_contiguous
     assert array.flags.owndata
     np.testing.assert_array_equal(array, W)
+
+
+@pytest.mark.parametrize("stays", ["quantized by hand", "two masks", "tied to an embedding"])
+def test_a_file_is_let_go_also_if_nothing_is_folded(tmp_path, from_text, stays):
+    body, tensors, _ = STAYS[stays]
+    source = build(from_text, body, outputs="float[B, N] Y", **tensors)
+    ir.save(source, tmp_path / "model.onnx", external_data="data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "model.onnx")
+    assert not FoldWeights()(model).modified
+    assert all(value.const_value.raw is None for value in model.graph.initializers.values())

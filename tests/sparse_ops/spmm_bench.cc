@@ -5,7 +5,7 @@
 // Without a kernel: what a session would choose. Without shapes: those of BERT-base. GFLOP/s are counted on the
 // non-zeros; "dense" counts every weight of the dense layer instead. "peak" is the share of what multiply-adds in
 // registers reach, measured in between. Activations and outputs are warm in the caches, and so is a weight that
-// fits. Each number is the best of several runs, in processor time, so that a busy machine disturbs it little.
+// fits. Times are processor time, the lower quartile of many runs, so that a busy machine disturbs them little.
 
 #include <cstdio>
 #include <cstdlib>
@@ -36,21 +36,25 @@ class ThisThread final : public Workers {
   }
 };
 
+// Seconds of one call: the lower quartile of many, since the clock of a busy or virtual machine errs both ways.
 template <class Function>
-double best_time(Function function) {
-  double best = 1e30;
+double time_of(Function function) {
+  std::vector<double> times;
   const double start = now();
-  for (int i = 0; i < 5 || now() - start < 0.15; ++i) {
+  while (times.size() < 7 || now() - start < 0.2) {
     const double before = now();
     function();
-    best = std::min(best, now() - before);
+    times.push_back(now() - before);
   }
-  return best;
+  const auto quartile = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 4);
+  std::nth_element(times.begin(), quartile, times.end());
+  return *quartile;
 }
 
-double best_peak(const Kernel& kernel) {
+double measured_peak(const Kernel& kernel) {
   double operations = 0;
-  return 1 / best_time([&] { operations = kernel.peak(100000); }) * operations;
+  const double seconds = time_of([&] { operations = kernel.peak(100000); });
+  return operations / seconds;
 }
 
 void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activation activation, const Kernel* kernel) {
@@ -68,8 +72,8 @@ void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activa
     const Plan plan = kernel != nullptr ? make_plan(checked.weight, tokens, *kernel)
                                         : make_plan(checked.weight, tokens, active_isa().isa);
     std::vector<char> scratch(plan.scratch_bytes);
-    const double peak = best_peak(*plan.full);
-    const double time = best_time([&] { run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); });
+    const double peak = measured_peak(*plan.full);
+    const double time = time_of([&] { run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); });
     const double dense = 2.0 * static_cast<double>(K * N * tokens) / time;
     const double useful = 2.0 * static_cast<double>(random.values.size() * tokens) / time;
     std::printf("%4zux%-5zu %4zu tokens %3.0f%%  %-12s %9.1f us %7.1f GFLOP/s %8.1f dense  %5.1f%% of peak %.1f\n", K, N,

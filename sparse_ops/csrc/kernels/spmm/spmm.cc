@@ -50,10 +50,10 @@ void transpose_task(void* context, size_t index) {
                                std::min(begin + kSlice, K), strip.panel(tile));
 }
 
-// Neighbouring tasks share a block of the weight, which then comes from the cache.
+// Neighbouring tasks share a panel, which then comes from the cache; the weight streams past it.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  const size_t block = index / strip.tiles, tile = index % strip.tiles;
+  const size_t tile = index / strip.weight.blocks, block = index % strip.weight.blocks;
   strip.kernel(tile).multiply(strip.weight, block, strip.panel(tile), strip.tile_tokens(tile),
                               strip.y + strip.first_token(tile) * strip.weight.N);
 }
