@@ -35,10 +35,11 @@ int guarded(char* message, size_t size, Function&& function) noexcept {
   }
 }
 
-std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation, spmm::CheckedWeight& result) {
-  const spmm::StoredWeight stored = {w.K,         w.N,           w.chunk,       w.block,        w.values,
-                                     w.value_count, w.offsets,   w.offset_count, w.counts,      w.count_count,
-                                     w.rows,      w.row_count,   w.bias,        w.bias_count};
+std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation,
+                         spmm::CheckedWeight& result) {
+  const spmm::StoredWeight stored = {w.K,           w.N,         w.chunk,        w.block,     w.values,
+                                     w.value_count, w.offsets,   w.offset_count, w.counts,    w.count_count,
+                                     w.rows,        w.row_count, w.bias,         w.bias_count};
   return spmm::check(stored, activation, result);
 }
 
@@ -50,8 +51,8 @@ class ThisThread final : public spmm::Workers {
   }
 };
 
-std::string run(const SparseOnnxWeight& stored, int activation, const char* name, const float* x, size_t tokens,
-                float* y) {
+std::string run(const SparseOnnxWeight& stored, int activation, const char* name, const float* x,
+                size_t tokens, float* y) {
   if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_SILU) return "unknown activation";
   spmm::CheckedWeight checked;
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
@@ -65,7 +66,9 @@ std::string run(const SparseOnnxWeight& stored, int activation, const char* name
     const spmm::Kernel* kernel = spmm::find_kernel(name);
     if (kernel == nullptr) return std::string("no kernel is named ") + name;
     if (!isa_supported(kernel->isa)) return std::string("this processor cannot run the kernel ") + name;
-    if (!spmm::fits(*kernel, checked.weight.block)) return std::string("the block is too large for the kernel ") + name;
+    if (!spmm::fits(*kernel, checked.weight)) {
+      return std::string("the chunk or the block is too large for the kernel ") + name;
+    }
     plan = spmm::make_plan(checked.weight, tokens, *kernel);
   }
   const std::unique_ptr<char[]> scratch(new char[plan.scratch_bytes]);
@@ -105,8 +108,8 @@ int sparse_onnx_check(const SparseOnnxWeight* weight, char* message, size_t mess
   });
 }
 
-int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* kernel, const float* x, size_t tokens,
-                    float* y, char* message, size_t message_size) {
+int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* kernel, const float* x,
+                    size_t tokens, float* y, char* message, size_t message_size) {
   return guarded(message, message_size, [&] { return run(*weight, activation, kernel, x, tokens, y); });
 }
 

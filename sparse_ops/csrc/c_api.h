@@ -1,6 +1,6 @@
 /* The library without ONNX Runtime: for tests, benchmarks and diagnosis, from C or through a foreign function
- * interface. Sessions need none of this; they use RegisterCustomOps. All functions are thread-safe and none throws,
- * prints or aborts. */
+ * interface. Sessions need none of this; they use RegisterCustomOps. All functions are thread-safe and none
+ * throws, prints or aborts. */
 #ifndef SPARSE_ONNX_C_API_H_
 #define SPARSE_ONNX_C_API_H_
 
@@ -13,8 +13,8 @@
 extern "C" {
 #endif
 
-/* The attributes and tensors of one operator; layout and rules in sparse_ops/sparse_matmul.py. The arrays of floats may
- * have any alignment. */
+/* The attributes and tensors of one operator; layout and rules in sparse_ops/sparse_matmul.py. The arrays of
+ * floats may have any alignment. */
 typedef struct SparseOnnxWeight {
   int64_t K, N, chunk, block;
   const void* values; /* float32 */
@@ -35,7 +35,8 @@ enum { SPARSE_ONNX_NONE, SPARSE_ONNX_RELU, SPARSE_ONNX_GELU, SPARSE_ONNX_GELU_TA
 /* Version of the package that the library was built from. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_version(void);
 
-/* Name of the instruction set in use. If SPARSE_ONNX_FORCE_ISA is wrong: NULL, and the reason in `message`. */
+/* Name of the instruction set in use. If SPARSE_ONNX_FORCE_ISA is wrong: NULL, and the reason in `message`.
+ */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_isa(char* message, size_t message_size);
 
 /* Name of the kernel number `index` of the table, best first; NULL past the end. */
@@ -48,17 +49,19 @@ SPARSE_ONNX_EXPORT int sparse_onnx_kernel_supported(const char* kernel);
  * `message`. */
 SPARSE_ONNX_EXPORT int sparse_onnx_check(const SparseOnnxWeight* weight, char* message, size_t message_size);
 
-/* y [tokens, N] = activation(x [tokens, K] . weight + bias), row-major, in the calling thread. `kernel` names a kernel
- * of the table, or is NULL for what a session would choose. Returns 0, or 1 and the reason in `message`. */
+/* y [tokens, N] = activation(x [tokens, K] . weight + bias), row-major, in the calling thread. `kernel` names
+ * a kernel of the table, or is NULL for what a session would choose. Returns 0, or 1 and the reason in
+ * `message`. */
 SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* kernel,
-                                       const float* x, size_t tokens, float* y, char* message, size_t message_size);
+                                       const float* x, size_t tokens, float* y, char* message,
+                                       size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight with that chunk and block and `tokens`
- * tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
+/* Name of the kernel that a session would use for a full tile of a weight with that chunk and block and
+ * `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t chunk, int64_t block, size_t tokens);
 
-/* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as wide as the
- * kernel's; measured for about `seconds`. 0 if the kernel cannot run here. */
+/* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as
+ * wide as the kernel's; measured for about `seconds`. 0 if the kernel cannot run here. */
 SPARSE_ONNX_EXPORT double sparse_onnx_peak(const char* kernel, double seconds);
 
 #ifdef __cplusplus

@@ -65,7 +65,8 @@ IsaChoice choose_isa(const char* forced) {
     for (Isa isa : kIsas) {
       if (std::strcmp(forced, isa_name(isa)) != 0) continue;
       if (isa_supported(isa)) return {isa, nullptr};
-      return {isa, "SPARSE_ONNX_FORCE_ISA names an instruction set that this processor or operating system lacks"};
+      return {isa,
+              "SPARSE_ONNX_FORCE_ISA names an instruction set that this processor or operating system lacks"};
     }
     return {Isa::generic, "SPARSE_ONNX_FORCE_ISA is none of avx512, avx2, generic"};
   }

@@ -3,8 +3,8 @@
 
 namespace sparse_ops {
 
-// From the most to the least capable. `generic` is the baseline that the compiler targets; `reference` marks plain
-// loops, which are never chosen but by the name of the kernel.
+// From the most to the least capable. `generic` is the baseline that the compiler targets; `reference` marks
+// plain loops, which are never chosen but by the name of the kernel.
 enum class Isa { avx512, avx2, generic, reference };
 
 const char* isa_name(Isa isa);
@@ -15,8 +15,8 @@ struct IsaChoice {
   const char* error;  // nullptr, or what is wrong with the forced name
 };
 
-// The best supported set, or the one named by `forced` (the value of SPARSE_ONNX_FORCE_ISA; nullptr or empty: not
-// forced). A name that is unknown or not supported here is an error, never a silent fallback.
+// The best supported set, or the one named by `forced` (the value of SPARSE_ONNX_FORCE_ISA; nullptr or empty:
+// not forced). A name that is unknown or not supported here is an error, never a silent fallback.
 IsaChoice choose_isa(const char* forced);
 
 // choose_isa with the value found in the environment.

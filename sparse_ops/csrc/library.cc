@@ -14,8 +14,8 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
   int registered = 0;
   check_status(api.HasSessionConfigEntry(options, kRegistered, &registered));
   if (registered) return;
-  // The runtime keeps the domain by pointer and never says when it is done with it: it is not freed, unless this
-  // registration fails.
+  // The runtime keeps the domain by pointer and never says when it is done with it: it is not freed, unless
+  // this registration fails.
   Owned<OrtCustomOpDomain> domain(api.ReleaseCustomOpDomain);
   check_status(api.CreateCustomOpDomain(kDomain, domain.out()));
   for (const OrtCustomOp* op : sparse_matmul_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
@@ -27,7 +27,8 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
 }  // namespace
 }  // namespace sparse_ops
 
-extern "C" SPARSE_ONNX_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+extern "C" SPARSE_ONNX_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                           const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(sparse_ops::kOrtApiVersion);
   if (api == nullptr) {
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "sparse_onnx: ONNX Runtime 1.17 or newer is needed");

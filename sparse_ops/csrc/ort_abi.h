@@ -1,7 +1,7 @@
 // The part of ONNX Runtime's stable C ABI that this library uses, declared from its documented layout.
 //
-// The table of functions only ever grows, and its API version 17 is offered by every runtime from 1.17 on. Functions
-// behind slot 275 must not be called. Every status that a function returns is owned by the caller.
+// The table of functions only ever grows, and its API version 17 is offered by every runtime from 1.17 on.
+// Functions behind slot 275 must not be called. Every status that a function returns is owned by the caller.
 #pragma once
 
 #include <cstddef>
@@ -37,31 +37,35 @@ struct OrtApi {
   OrtSlot unused_1[1];
   const char* (*GetErrorMessage)(const OrtStatus* status);  // 2
   OrtSlot unused_3[23];
-  OrtStatus* (*CreateCustomOpDomain)(const char* domain, OrtCustomOpDomain** out);             // 26
-  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain* domain, const OrtCustomOp* op);          // 27
-  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);      // 28
+  OrtStatus* (*CreateCustomOpDomain)(const char* domain, OrtCustomOpDomain** out);         // 26
+  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain* domain, const OrtCustomOp* op);      // 27
+  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);  // 28
   OrtSlot unused_29[22];
   OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** out);  // 51
   OrtSlot unused_52[5];
-  OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo** out);                                 // 57
-  OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo* info, OrtElementType type);                    // 58
-  OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo* info, const int64_t* dims, size_t count);             // 59
-  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info, OrtElementType* out);              // 60
-  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo* info, size_t* out);                        // 61
-  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* dims, size_t count);             // 62
-  OrtStatus* (*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo* info, const char** names, size_t count);  // 63
-  OrtStatus* (*GetTensorShapeElementCount)(const OrtTensorTypeAndShapeInfo* info, size_t* out);                // 64
-  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** out);                 // 65
+  OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo** out);                      // 57
+  OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo* info, OrtElementType type);         // 58
+  OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo* info, const int64_t* dims, size_t count);  // 59
+  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info, OrtElementType* out);   // 60
+  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo* info, size_t* out);             // 61
+  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* dims, size_t count);  // 62
+  OrtStatus* (*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo* info, const char** names,
+                                      size_t count);                                             // 63
+  OrtStatus* (*GetTensorShapeElementCount)(const OrtTensorTypeAndShapeInfo* info, size_t* out);  // 64
+  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** out);   // 65
   OrtSlot unused_66[9];
   OrtStatus* (*AllocatorAlloc)(OrtAllocator* allocator, size_t size, void** out);  // 75
   OrtStatus* (*AllocatorFree)(OrtAllocator* allocator, void* memory);              // 76
   OrtSlot unused_77[9];
-  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* out);  // 86
+  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name,
+                                             int64_t* out);  // 86
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name, char* out,
                                               size_t* size);  // 87
   OrtSlot unused_88[2];
-  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** out);  // 90
-  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dims, size_t count,
+  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index,
+                                       const OrtValue** out);  // 90
+  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dims,
+                                        size_t count,
                                         OrtValue** out);  // 91
   OrtSlot unused_92[1];
   void (*ReleaseStatus)(OrtStatus* status);  // 93
@@ -78,8 +82,8 @@ struct OrtApi {
   OrtSlot unused_195[42];
   OrtStatus* (*HasSessionConfigEntry)(const OrtSessionOptions* options, const char* key, int* out);  // 237
   OrtSlot unused_238[6];
-  OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo* info, char* out, size_t* size);     // 244
-  OrtStatus* (*KernelInfo_GetLogger)(const OrtKernelInfo* info, const OrtLogger** out);         // 245
+  OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo* info, char* out, size_t* size);  // 244
+  OrtStatus* (*KernelInfo_GetLogger)(const OrtKernelInfo* info, const OrtLogger** out);      // 245
   OrtSlot unused_246[1];
   OrtStatus* (*Logger_LogMessage)(const OrtLogger* logger, OrtLoggingLevel level, const char* message,
                                   const char* file, int line, const char* function);  // 247
@@ -95,12 +99,14 @@ struct OrtApi {
   OrtStatus* (*ShapeInferContext_GetAttribute)(const OrtShapeInferContext* context, const char* name,
                                                const OrtOpAttr** out);  // 269
   OrtStatus* (*ShapeInferContext_SetOutputTypeShape)(const OrtShapeInferContext* context, size_t index,
-                                                     const OrtTensorTypeAndShapeInfo* info);                      // 270
-  OrtStatus* (*SetSymbolicDimensions)(OrtTensorTypeAndShapeInfo* info, const char** names, size_t count);         // 271
-  OrtStatus* (*ReadOpAttr)(const OrtOpAttr* attribute, OrtOpAttrType type, void* data, size_t size, size_t* out);  // 272
+                                                     const OrtTensorTypeAndShapeInfo* info);  // 270
+  OrtStatus* (*SetSymbolicDimensions)(OrtTensorTypeAndShapeInfo* info, const char** names,
+                                      size_t count);  // 271
+  OrtStatus* (*ReadOpAttr)(const OrtOpAttr* attribute, OrtOpAttrType type, void* data, size_t size,
+                           size_t* out);  // 272
   OrtSlot unused_273[1];
-  OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total,
-                                          size_t batches, void* user);  // 274
+  OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*task)(void*, size_t),
+                                          size_t total, size_t batches, void* user);  // 274
 };
 
 struct OrtApiBase {
@@ -127,7 +133,8 @@ struct OrtCustomOp {
   int (*GetVariadicInputHomogeneity)(const OrtCustomOp* op);
   int (*GetVariadicOutputMinArity)(const OrtCustomOp* op);
   int (*GetVariadicOutputHomogeneity)(const OrtCustomOp* op);
-  OrtStatus* (*CreateKernelV2)(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel);
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                               void** kernel);
   OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext* context);
   OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp* op, OrtShapeInferContext* context);
   int (*GetStartVersion)(const OrtCustomOp* op);

@@ -31,7 +31,7 @@ def _model(
     inputs: Sequence[str] = (),
     with_body: bool = True,
 ) -> onnx.ModelProto:
-    """One layer, node name NODE. ``arrays`` and ``attributes`` replace some of the packed ones (None: left out),
+    """One layer, node name NODE. ``arrays`` and ``attributes`` replace packed ones (None: left out),
     ``inputs`` names arrays that become inputs of the graph instead of initializers."""
     stored = {**packed.arrays(), "bias": bias, **(arrays or {})}
     wanted = {**packed.attributes(), "mask_structure": "unstructured", **(attributes or {})}

@@ -18,9 +18,20 @@ struct RandomWeight {
   std::vector<float> bias;
 
   StoredWeight stored() const {
-    return {static_cast<int64_t>(K), static_cast<int64_t>(N), static_cast<int64_t>(chunk),
-            static_cast<int64_t>(block), values.data(), values.size(), offsets.data(), offsets.size(),
-            counts.data(), counts.size(), rows.data(), rows.size(), bias.data(), bias.size()};
+    return {static_cast<int64_t>(K),
+            static_cast<int64_t>(N),
+            static_cast<int64_t>(chunk),
+            static_cast<int64_t>(block),
+            values.data(),
+            values.size(),
+            offsets.data(),
+            offsets.size(),
+            counts.data(),
+            counts.size(),
+            rows.data(),
+            rows.size(),
+            bias.data(),
+            bias.size()};
   }
 };
 
@@ -41,7 +52,8 @@ inline RandomWeight random_weight(size_t K, size_t N, double density, size_t chu
       }
       std::vector<uint8_t> order(block);
       std::iota(order.begin(), order.end(), uint8_t{0});
-      std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return kept[a].size() > kept[b].size(); });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](auto a, auto b) { return kept[a].size() > kept[b].size(); });
       for (uint8_t row : order) {
         w.rows.push_back(row);
         w.counts.push_back(static_cast<uint8_t>(std::max<size_t>(1, kept[row].size())));

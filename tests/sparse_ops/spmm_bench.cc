@@ -2,10 +2,11 @@
 //
 //   spmm_bench [--tokens M] [--chunk C] [--block B] [--activation 0..4] [--kernel NAME | --all] [K N]...
 //
-// Without a kernel: what a session would choose. Without shapes: those of BERT-base. GFLOP/s are counted on the
-// non-zeros; "dense" counts every weight of the dense layer instead. "peak" is the share of what multiply-adds in
-// registers reach, measured in between. Activations and outputs are warm in the caches, and so is a weight that
-// fits. Times are processor time, the lower quartile of many runs, so that a busy machine disturbs them little.
+// Without a kernel: what a session would choose. Without shapes: those of BERT-base. GFLOP/s are counted on
+// the non-zeros; "dense" counts every weight of the dense layer instead. "peak" is the share of what
+// multiply-adds in registers reach, measured in between. Activations and outputs are warm in the caches, and
+// so is a weight that fits. Times are processor time, the lower quartile of many runs, so that a busy machine
+// disturbs them little.
 
 #include <cstdio>
 #include <cstdlib>
@@ -36,7 +37,8 @@ class ThisThread final : public Workers {
   }
 };
 
-// Seconds of one call: the lower quartile of many, since the clock of a busy or virtual machine errs both ways.
+// Seconds of one call: the lower quartile of many, since the clock of a busy or virtual machine errs both
+// ways.
 template <class Function>
 double time_of(Function function) {
   std::vector<double> times;
@@ -57,7 +59,8 @@ double measured_peak(const Kernel& kernel) {
   return operations / seconds;
 }
 
-void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activation activation, const Kernel* kernel) {
+void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activation activation,
+           const Kernel* kernel) {
   const std::vector<float> x(tokens * K, 0.5f);
   std::vector<float> y(tokens * N);
   ThisThread workers;
@@ -65,20 +68,22 @@ void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activa
     const RandomWeight random = random_weight(K, N, 1 - sparsity, chunk, block);
     CheckedWeight checked;
     const std::string problem = check(random.stored(), activation, checked);
-    if (!problem.empty() || (kernel != nullptr && !fits(*kernel, block))) {
-      std::printf("skipped: %s\n", problem.empty() ? "the block is too large" : problem.c_str());
+    if (!problem.empty() || (kernel != nullptr && !fits(*kernel, checked.weight))) {
+      std::printf("skipped: %s\n", problem.empty() ? "the chunk or the block is too large" : problem.c_str());
       return;
     }
     const Plan plan = kernel != nullptr ? make_plan(checked.weight, tokens, *kernel)
                                         : make_plan(checked.weight, tokens, active_isa().isa);
     std::vector<char> scratch(plan.scratch_bytes);
     const double peak = measured_peak(*plan.full);
-    const double time = time_of([&] { run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); });
+    const double time =
+        time_of([&] { run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); });
     const double dense = 2.0 * static_cast<double>(K * N * tokens) / time;
     const double useful = 2.0 * static_cast<double>(random.values.size() * tokens) / time;
-    std::printf("%4zux%-5zu %4zu tokens %3.0f%%  %-12s %9.1f us %7.1f GFLOP/s %8.1f dense  %5.1f%% of peak %.1f\n", K, N,
-                tokens, 100 * sparsity, plan.full->name, 1e6 * time, useful / 1e9, dense / 1e9, 100 * useful / peak,
-                peak / 1e9);
+    std::printf(
+        "%4zux%-5zu %4zu tokens %3.0f%%  %-12s %9.1f us %7.1f GFLOP/s %8.1f dense  %5.1f%% of peak %.1f\n", K,
+        N, tokens, 100 * sparsity, plan.full->name, 1e6 * time, useful / 1e9, dense / 1e9,
+        100 * useful / peak, peak / 1e9);
     std::fflush(stdout);
   }
 }
@@ -94,7 +99,9 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const char* word = argv[i];
     const char* next = i + 1 < argc ? argv[i + 1] : "";
-    const auto number = [](const char* text) { return static_cast<size_t>(std::strtoull(text, nullptr, 10)); };
+    const auto number = [](const char* text) {
+      return static_cast<size_t>(std::strtoull(text, nullptr, 10));
+    };
     if (std::strcmp(word, "--all") == 0) {
       all = true;
       continue;

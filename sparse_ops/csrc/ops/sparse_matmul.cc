@@ -18,7 +18,8 @@ using spmm::Activation;
 
 constexpr size_t kInputCount = 6;
 constexpr const char* kInputNames[kInputCount] = {"X", "values", "offsets", "counts", "rows", "bias"};
-constexpr OrtElementType kInputTypes[kInputCount] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8, ORT_UINT8, ORT_UINT8, ORT_FLOAT};
+constexpr OrtElementType kInputTypes[kInputCount] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8,
+                                                     ORT_UINT8, ORT_UINT8, ORT_FLOAT};
 constexpr const char* kFormat = "chunked_csc";
 
 // A description, and behind it what its callbacks need.
@@ -73,7 +74,8 @@ Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : api
   check_status(api_.KernelInfo_GetLogger(info, &logger));
   const spmm::Kernel& kernel = spmm::select_kernel(isa_, weight_.weight, SIZE_MAX);
   const std::string message = where_ + ": kernel " + kernel.name;
-  check_status(api_.Logger_LogMessage(logger, ORT_LOG_INFO, message.c_str(), "sparse_matmul.cc", __LINE__, "Kernel"));
+  check_status(
+      api_.Logger_LogMessage(logger, ORT_LOG_INFO, message.c_str(), "sparse_matmul.cc", __LINE__, "Kernel"));
 }
 
 std::string Kernel::node(const OrtKernelInfo* info) const {
@@ -183,8 +185,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   check_status(api_.GetDimensions(info.get(), dims.data(), rank));
   if (rank == 0) fail("input X is a scalar, expected [..., " + std::to_string(weight.K) + "]");
   if (dims.back() != static_cast<int64_t>(weight.K)) {
-    fail("the last dimension of input X is " + std::to_string(dims.back()) + ", expected K = " +
-         std::to_string(weight.K));
+    fail("the last dimension of input X is " + std::to_string(dims.back()) +
+         ", expected K = " + std::to_string(weight.K));
   }
   dims.back() = static_cast<int64_t>(weight.N);
   OrtValue* y = nullptr;
@@ -244,7 +246,8 @@ Op make_op(const OrtApi& api, const char* name, Activation activation) {
   op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info, void** kernel) {
+  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
+                         void** kernel) {
     return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -270,7 +273,8 @@ std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api) {
   const std::lock_guard lock(mutex);
   const auto [place, is_new] = sets.try_emplace(&api);
   if (is_new) {
-    place->second = {make_op(api, "SparseMatMul", Activation::none), make_op(api, "SparseMatMulRelu", Activation::relu),
+    place->second = {make_op(api, "SparseMatMul", Activation::none),
+                     make_op(api, "SparseMatMulRelu", Activation::relu),
                      make_op(api, "SparseMatMulGelu", Activation::gelu),
                      make_op(api, "SparseMatMulGeluTanh", Activation::gelu_tanh),
                      make_op(api, "SparseMatMulSilu", Activation::silu)};

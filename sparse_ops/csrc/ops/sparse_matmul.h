@@ -9,7 +9,8 @@ namespace sparse_ops {
 
 constexpr const char* kDomain = "sparse_onnx";
 
-// Descriptions of the operators for the runtime that `api` belongs to. They live as long as the library is loaded.
+// Descriptions of the operators for the runtime that `api` belongs to. They live as long as the library is
+// loaded.
 std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api);
 
 }  // namespace sparse_ops

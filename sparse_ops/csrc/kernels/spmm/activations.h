@@ -15,8 +15,9 @@ inline Vector<kLanes> power_of_two(IntVector<kLanes> i) {
   return result;
 }
 
-// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial of degree 6 for e^r (relative error 3.1e-9, fitted by
-// iteratively reweighted least squares). Overflows to Inf, underflows through subnormals to 0, keeps NaN.
+// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial of degree 6 for e^r (relative error 3.1e-9,
+// fitted by iteratively reweighted least squares). Overflows to Inf, underflows through subnormals to 0,
+// keeps NaN.
 template <size_t kLanes>
 inline Vector<kLanes> exponential(Vector<kLanes> x) {
   using V = Vector<kLanes>;

@@ -48,8 +48,10 @@ bool is_permutation(const uint8_t* rows, size_t size) {
 std::string check(const StoredWeight& s, Activation activation, CheckedWeight& result) {
   if (s.K < 1) return text({"attribute K is ", std::to_string(s.K), ", expected at least 1"});
   if (s.N < 1) return text({"attribute N is ", std::to_string(s.N), ", expected at least 1"});
-  if (s.chunk < 1 || s.chunk > 255) return text({"attribute chunk is ", std::to_string(s.chunk), ", expected 1..255"});
-  if (s.block < 1 || s.block > 256) return text({"attribute block is ", std::to_string(s.block), ", expected 1..256"});
+  if (s.chunk < 1 || s.chunk > 255)
+    return text({"attribute chunk is ", std::to_string(s.chunk), ", expected 1..255"});
+  if (s.block < 1 || s.block > 256)
+    return text({"attribute block is ", std::to_string(s.block), ", expected 1..256"});
 
   Weight& w = result.weight;
   w = Weight{};
@@ -60,13 +62,15 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   w.chunks = w.K / w.chunk + (w.K % w.chunk != 0);
   w.blocks = w.N / w.block + (w.N % w.block != 0);
   size_t groups, segments;
-  if (__builtin_mul_overflow(w.chunks, w.blocks, &groups) || __builtin_mul_overflow(groups, w.block, &segments)) {
+  if (__builtin_mul_overflow(w.chunks, w.blocks, &groups) ||
+      __builtin_mul_overflow(groups, w.block, &segments)) {
     return "attributes K and N are too large";
   }
   if (s.count_count != segments) {
     return wrong_length("counts", s.count_count, segments, " (chunks * blocks * block)");
   }
-  if (s.row_count != segments) return wrong_length("rows", s.row_count, segments, " (chunks * blocks * block)");
+  if (s.row_count != segments)
+    return wrong_length("rows", s.row_count, segments, " (chunks * blocks * block)");
   if (s.bias_count != w.N) return wrong_length("bias", s.bias_count, w.N, " (N)");
 
   // Counts and rows, group by group; the sum of counts says where each block and segment begins.
@@ -89,10 +93,12 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
     }
   }
   if (s.value_count != entries) return wrong_length("values", s.value_count, entries, " (the sum of counts)");
-  if (s.offset_count != entries) return wrong_length("offsets", s.offset_count, entries, " (the sum of counts)");
+  if (s.offset_count != entries)
+    return wrong_length("offsets", s.offset_count, entries, " (the sum of counts)");
 
-  // Offsets rise strictly inside a segment exactly if every place where they do not is a border of segments. The
-  // last offset of a segment is then its largest. Both passes read the same bytes while they are in the cache.
+  // Offsets rise strictly inside a segment exactly if every place where they do not is a border of segments.
+  // The last offset of a segment is then its largest. Both passes read the same bytes while they are in the
+  // cache.
   uint64_t end = 0;
   for (size_t group = 0; group < groups; ++group) {
     const size_t begin_of_group = end, chunk = group % w.chunks;

@@ -28,8 +28,8 @@ struct CheckedWeight {
   std::vector<uint64_t> block_entries;  // what weight.block_entries points to
 };
 
-// Check every rule of the format in one pass over everything but the values. Returns an empty string and fills
-// `result`, or returns what is wrong: the tensor or attribute, where, and what was expected.
+// Check every rule of the format in one pass over everything but the values. Returns an empty string and
+// fills `result`, or returns what is wrong: the tensor or attribute, where, and what was expected.
 std::string check(const StoredWeight& stored, Activation activation, CheckedWeight& result);
 
 }  // namespace sparse_ops::spmm

@@ -71,7 +71,8 @@ void activate(Activation activation, float* data, size_t size) {
 template <size_t kLanes, size_t kTile>
 void store_transposed(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
   const size_t whole = channels - channels % kLanes;
-  for (size_t t = 0; t < tokens; t += kLanes) {  // few rows of y at a time: far rows compete for the same cache sets
+  for (size_t t = 0; t < tokens;
+       t += kLanes) {  // few rows of y at a time: far rows compete for the same cache sets
     for (size_t n = 0; n < whole; n += kLanes) {
       Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
@@ -163,7 +164,13 @@ double peak(size_t steps) {
 
 template <size_t kLanes, size_t kVectors, size_t kSets>
 constexpr Kernel make_kernel(const char* name, Isa isa) {
-  return {name, isa, kLanes * kVectors, transpose<kLanes, kVectors>, multiply<kLanes, kVectors, kSets>, peak<kLanes>};
+  return {name,
+          isa,
+          kLanes * kVectors,
+          255,
+          transpose<kLanes, kVectors>,
+          multiply<kLanes, kVectors, kSets>,
+          peak<kLanes>};
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// What one kernel for Y = act(X . W + bias) is: plain data, so that sources compiled for wide vectors may include it.
+// What one kernel for Y = act(X . W + bias) is: plain data, so that sources compiled for wide vectors may
+// include it.
 //
-// W is stored in the chunked_csc format, described in sparse_ops/sparse_matmul.py. A kernel works on tiles of tokens.
-// X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies whole vectors of
-// tokens. Then each (tile, block of output channels) is one independent task, which accumulates chunk by chunk and
-// writes its part of Y with bias and activation applied.
+// W is stored in the chunked_csc format, described in sparse_ops/sparse_matmul.py. A kernel works on tiles of
+// tokens. X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies
+// whole vectors of tokens. Then each (tile, block of output channels) is one independent task, which
+// accumulates chunk by chunk and writes its part of Y with bias and activation applied.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +16,13 @@ namespace sparse_ops::spmm {
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
-// A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any alignment.
+// A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any
+// alignment.
 struct Weight {
   size_t K, N;
   size_t chunk, block;
-  size_t chunks, blocks;          // K / chunk and N / block, rounded up
-  const unsigned char* values;    // float32
+  size_t chunks, blocks;        // K / chunk and N / block, rounded up
+  const unsigned char* values;  // float32
   const uint8_t* offsets;
   const uint8_t* counts;
   const uint8_t* rows;
@@ -35,13 +37,15 @@ constexpr size_t kMaxAccumulators = 16384;
 struct Kernel {
   const char* name;
   Isa isa;
-  size_t tile;  // tokens
+  size_t tile;       // tokens
+  size_t max_chunk;  // of the weights that it takes
 
-  // Columns begin..end-1 of `tokens` <= tile rows of `x` [tokens, K] into the same rows of `panel` [K, tile], which
-  // is 64-byte aligned; missing tokens become zeros.
+  // Columns begin..end-1 of `tokens` <= tile rows of `x` [tokens, K] into the same rows of `panel` [K, tile],
+  // which is 64-byte aligned; missing tokens become zeros.
   void (*transpose)(const float* x, size_t tokens, size_t K, size_t begin, size_t end, float* panel);
 
-  // One block of output channels for one tile: the columns of that block in rows 0..tokens-1 of `y` [tokens, N].
+  // One block of output channels for one tile: the columns of that block in rows 0..tokens-1 of `y` [tokens,
+  // N].
   void (*multiply)(const Weight& weight, size_t block, const float* panel, size_t tokens, float* y);
 
   // `steps` times some independent multiply-adds in registers, as wide as the kernel's; returns how many

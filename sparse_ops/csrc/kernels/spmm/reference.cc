@@ -57,6 +57,6 @@ double peak(size_t steps) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 1, transpose, multiply, peak};
+constexpr Kernel reference = {"reference", Isa::reference, 1, 255, transpose, multiply, peak};
 
 }  // namespace sparse_ops::spmm

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "kernels/spmm/table.h"
 
@@ -14,11 +15,15 @@ constexpr const Kernel* kKernels[] = {
 #undef SPMM_KERNEL
 };
 
-constexpr size_t kPanelBytes = size_t{16} << 20;  // of all panels together; a call with more tokens goes in strips
-constexpr size_t kCacheLine = 64;                 // panels begin at one, so that no vector straddles two
-constexpr size_t kSlice = 256;                    // input channels transposed by one task
+// Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
+// read, but enough to give every processor a task.
+constexpr size_t kPanelBytes = size_t{1} << 20;
+constexpr size_t kMaxPanelBytes = size_t{32} << 20;
+constexpr size_t kCacheLine = 64;  // panels begin at one, so that no vector straddles two
+constexpr size_t kSlice = 256;     // input channels transposed by one task
 
-size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
+size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
 
 // Floats of the panel of one tile.
 size_t panel_size(const Kernel& kernel, const Weight& weight) {
@@ -38,7 +43,9 @@ struct Strip {
 
   size_t first_token(size_t tile) const { return tile * plan.full->tile; }
   size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - first_token(tile)); }
-  const Kernel& kernel(size_t tile) const { return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full; }
+  const Kernel& kernel(size_t tile) const {
+    return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
+  }
   float* panel(size_t tile) const { return panels + panel_size(*plan.full, weight) * tile; }
 };
 
@@ -59,9 +66,11 @@ void multiply_task(void* context, size_t index) {
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
+  static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
   const size_t panel_bytes = panel_size(full, weight) * sizeof(float);
-  const size_t tiles = std::max<size_t>(1, (tokens + full.tile - 1) / full.tile);
-  const size_t at_once = std::min(tiles, std::max<size_t>(1, kPanelBytes / panel_bytes));
+  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors, weight.blocks));
+  const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
+  const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, divide_up(tokens, full.tile))});
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
 }
 
@@ -76,19 +85,22 @@ const Kernel* find_kernel(const char* name) {
   return nullptr;
 }
 
-bool fits(const Kernel& kernel, size_t block) { return kernel.tile * block <= kMaxAccumulators; }
+bool fits(const Kernel& kernel, const Weight& weight) {
+  return weight.chunk <= kernel.max_chunk && kernel.tile * weight.block <= kMaxAccumulators;
+}
 
 const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {
-  // Activations of one chunk that spill from the first-level cache cost more than a narrower tile, and the panel of
-  // one tile must stay small however large K is.
+  // Activations of one chunk that spill from the first-level cache cost more than a narrower tile, and the
+  // panel of one tile must stay small however large K is.
   const size_t cache = static_cast<size_t>(l1_cache_bytes()) / sizeof(float);
-  const size_t memory = 2 * kPanelBytes / sizeof(float);
+  const size_t memory = kMaxPanelBytes / sizeof(float);
   const Kernel* best = nullptr;
   const Kernel* narrowest = nullptr;
   for (const Kernel* kernel : kKernels) {  // of one instruction set: from wide tiles to narrow ones
     if (kernel->isa != isa) continue;
+    if (!fits(*kernel, weight)) continue;
     narrowest = kernel;
-    if (!fits(*kernel, weight.block) || kernel->tile * weight.chunk > cache || kernel->tile * weight.K > memory) continue;
+    if (kernel->tile * weight.chunk > cache || kernel->tile * weight.K > memory) continue;
     if (best == nullptr || kernel->tile >= tokens) best = kernel;
   }
   return best != nullptr ? *best : *narrowest;
@@ -107,8 +119,8 @@ bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void*
   float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t tokens = std::min(plan.strip, plan.tokens - first);
-    const size_t tiles = (tokens + plan.full->tile - 1) / plan.full->tile;
-    const size_t slices = (weight.K + kSlice - 1) / kSlice;
+    const size_t tiles = divide_up(tokens, plan.full->tile);
+    const size_t slices = divide_up(weight.K, kSlice);
     Strip strip{plan, weight, x + first * weight.K, y + first * weight.N, panels, tokens, tiles, slices};
     if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
     if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;

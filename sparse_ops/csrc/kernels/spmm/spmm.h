@@ -13,8 +13,8 @@ std::span<const Kernel* const> kernels();
 // The kernel of that name, or nullptr.
 const Kernel* find_kernel(const char* name);
 
-// Whether the accumulators of `kernel` suffice for blocks of that size.
-bool fits(const Kernel& kernel, size_t block);
+// Whether `kernel` takes weights with that chunk and block.
+bool fits(const Kernel& kernel, const Weight& weight);
 
 // The best kernel of `isa` for a weight and a number of tokens.
 const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens);
@@ -30,8 +30,8 @@ struct Plan {
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
 
-// Where tasks run. `run` calls task(context, i) once for every i in 0..total-1, in any order and on any thread, and
-// returns when all are done; false means that it could not.
+// Where tasks run. `run` calls task(context, i) once for every i in 0..total-1, in any order and on any
+// thread, and returns when all are done; false means that it could not.
 class Workers {
  public:
   virtual bool run(size_t total, void (*task)(void* context, size_t index), void* context) = 0;

@@ -1,7 +1,8 @@
 // Float vectors of any power of two of lanes, over compiler vector extensions.
 //
 // Everything here and in the headers built on it has internal linkage and calls no inline function of another
-// header: else the linker could keep the copy compiled for wide vectors and run it on a processor that lacks them.
+// header: else the linker could keep the copy compiled for wide vectors and run it on a processor that lacks
+// them.
 #pragma once
 
 #include <cstddef>
