@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 
@@ -55,6 +56,24 @@ def test_many_threads_and_tokens_agree_with_one(packed, bias, layer_model, open_
     results = [open_session(model, threads=threads).run(None, {"X": x})[0] for threads in (1, 2, 4)]
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_unnamed_unknown_dimensions_do_not_become_numbers(packed, bias, layer_model, open_session):
+    """Legacy exports take sizes from Shape: a dimension inferred as -1 would give Reshape two of them."""
+    model = layer_model(packed, bias, x_shape=[None, None, K])
+    graph = model.graph
+    steps = """s = Shape(Y) b = Gather(s, zero) t = Gather(s, one) b1 = Unsqueeze(b, axes) t1 = Unsqueeze(t, axes)
+        target = Concat<axis = 0>(b1, t1, tail) Z = Reshape(Y, target)"""
+    text = f"""rest (float[A, B, C] Y) => (float[D, E, F, G] Z)
+        <int64 zero = {{0}}, int64 one = {{1}}, int64[1] axes = {{0}}, int64[2] tail = {{5, {N // 5}}}> {{ {steps} }}"""
+    rest = onnx.parser.parse_graph(text)
+    graph.node.extend(rest.node)
+    graph.initializer.extend(rest.initializer)
+    graph.output[0].CopyFrom(rest.output[0])
+    x = inputs(2, 3, K)
+    (got,) = open_session(model).run(None, {"X": x})
+    expected = sm.reference(x, packed, bias).reshape(2, 3, 5, N // 5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=3e-5)
 
 
 def test_node_stays_with_the_library_only(packed, bias, layer_model, open_session, tmp_path):

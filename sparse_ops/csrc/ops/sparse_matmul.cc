@@ -1,6 +1,7 @@
 #include "ops/sparse_matmul.h"
 
 #include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -221,6 +222,15 @@ void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
   size_t size = 0;
   check_status(api.ReadOpAttr(attribute, ORT_ATTR_INT, &dims.back(), sizeof(int64_t), &size));
   names.back() = "";
+  // The runtime would store an unknown dimension without a name as the number -1, which then spreads as if it were
+  // a size. A name of its own keeps it unknown, and different from every other.
+  static std::atomic<uint64_t> unknown{0};
+  std::vector<std::string> made(rank);
+  for (size_t axis = 0; axis + 1 < rank; ++axis) {
+    if (dims[axis] >= 0 || names[axis][0] != '\0') continue;
+    made[axis] = "sparse_onnx_unknown_" + std::to_string(unknown++);
+    names[axis] = made[axis].c_str();
+  }
   Owned<OrtTensorTypeAndShapeInfo> y(api.ReleaseTensorTypeAndShapeInfo);
   check_status(api.CreateTensorTypeAndShapeInfo(y.out()));
   check_status(api.SetTensorElementType(y.get(), ORT_FLOAT));
