@@ -29,7 +29,7 @@ def command(
 ) -> int:
     """Compile a pruned syntax highlighter for Python and compare it with the original on held-out source.
 
-    The model is a transformer of 2.5 million weights that names the class of every byte (keyword, docstring,
+    The model is a transformer of 2.6 million weights that names the class of every byte (keyword, docstring,
     argument name and so on). It was trained on Python's standard library, and nine in ten of its weights were
     pruned while it learned. Without -o, the results are deleted at the end.
     """
