@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,30 @@ def library_path() -> Path:
 
 
 def register(session_options: Any) -> None:
-    """Make ``onnxruntime.SessionOptions`` know the operators. Doing it twice is harmless."""
-    session_options.register_custom_ops_library(str(library_path()))
+    """Make ``onnxruntime.SessionOptions`` know the operators. Doing it twice is harmless.
+
+    Raises HostError if the library is missing, damaged, of another version, or refused by ONNX Runtime.
+    """
+    _library()
+    try:
+        session_options.register_custom_ops_library(str(library_path()))
+    except Exception as error:  # ORT's exceptions have no common base but Exception
+        raise HostError(
+            f"ONNX Runtime refuses the kernel library {library_path()}: {error}; "
+            "it needs ONNX Runtime 1.17 or newer on the same architecture"
+        ) from error
+
+
+def _library() -> ctypes.CDLL:
+    return _load(library_path())
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    path = library_path()
+def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise HostError(f"the kernel library cannot be loaded: {error}") from error
+        raise HostError(f"the kernel library cannot be loaded: {error}; reinstall the package") from error
     text, size, message = ctypes.c_char_p, ctypes.c_size_t, (ctypes.c_char_p, ctypes.c_size_t)
     weight, floats = ctypes.POINTER(_Weight), ctypes.c_void_p
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -89,9 +102,15 @@ def _library() -> ctypes.CDLL:
         "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, size)),
         "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
     }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        for name, (result, arguments) in signatures.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except AttributeError as error:
+        raise HostError(f"{path} is no kernel library of this package: {error}; reinstall it") from error
+    version, package = library.sparse_onnx_version().decode(), metadata.version("sparse-onnx")
+    if version != package:
+        raise HostError(f"{path} has version {version}, the package {package}; reinstall the package")
     return library
 
 

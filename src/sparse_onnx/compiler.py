@@ -225,9 +225,8 @@ class _Job:
                     decisions = guard.decide_by_table(candidates)
             optimized, decisions, timing = self.lower(model, decisions, packer, context)
             if not any(decision.sparse for decision in decisions) and not pruned.modified:
-                optimized = model_io.load_model(
-                    self.path
-                )  # nothing gained: the model as it was, not even cleaned
+                # Nothing gained: the model as it was, not even cleaned.
+                optimized = model_io.load_model(self.path)
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
@@ -303,20 +302,15 @@ class _Job:
     def time_whole(self, optimized: ir.Model) -> Ratio:
         """The original against what was written, interleaved."""
         original = model_io.load_model(self.path)
-        with self.open(original, self.path, library=False) as dense:
-            if not dense.whole:
-                first = [dense.milliseconds(self.feeds)]
-            else:
-                with self.open(optimized, self.written) as sparse:
-                    if sparse.whole:
-                        runs = [
-                            lambda: dense.milliseconds(self.feeds),
-                            lambda: sparse.milliseconds(self.feeds),
-                        ]
-                        times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
-                        return ratio(times[0], times[1])
-        with self.open(optimized, self.written) as sparse:
-            return ratio(first, [sparse.milliseconds(self.feeds)])
+        with (
+            self.open(original, self.path, library=False) as dense,
+            self.open(optimized, self.written) as sparse,
+        ):
+            if not (dense.whole and sparse.whole):
+                return ratio([dense.milliseconds(self.feeds)], [sparse.milliseconds(self.feeds)])
+            runs = [lambda: dense.milliseconds(self.feeds), lambda: sparse.milliseconds(self.feeds)]
+            times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
+        return ratio(times[0], times[1])
 
     @property
     def written(self) -> Path:

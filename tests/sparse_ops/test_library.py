@@ -1,14 +1,18 @@
 """The library through its C interface: every kernel, every instruction set, every mistake."""
 
+import ctypes
+import ctypes.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import sparse_onnx
@@ -113,6 +117,42 @@ def test_missing_library_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     with pytest.raises(HostError, match=r"not installed.*pip install"):
         sparse_ops.library_path()
+
+
+def test_damaged_library_is_explained(monkeypatch, tmp_path):
+    (tmp_path / "libsparse_ops.so").write_bytes(b"no library at all")
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(HostError, match=r"cannot be loaded.*reinstall"):
+        sparse_ops.register(onnxruntime.SessionOptions())
+
+
+def test_library_of_something_else_is_explained(monkeypatch, tmp_path):
+    name = ctypes.util.find_library("z") or ctypes.util.find_library("m")
+    assert name is not None
+    ctypes.CDLL(name)
+    maps = Path("/proc/self/maps").read_text().split()
+    found = next(path for path in maps if path.startswith("/") and name.split(".so")[0] in path)
+    shutil.copy(found, tmp_path / "libsparse_ops.so")
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(HostError, match=r"no kernel library of this package"):
+        sparse_ops.register(onnxruntime.SessionOptions())
+
+
+def test_library_of_another_version_is_explained(monkeypatch, tmp_path):
+    shutil.copy(sparse_ops.library_path(), tmp_path / "libsparse_ops.so")
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(metadata, "version", lambda package: "99.0")
+    with pytest.raises(HostError, match=r"has version 0.*package 99\.0"):
+        sparse_ops.register(onnxruntime.SessionOptions())
+
+
+def test_refusal_by_the_runtime_is_explained():
+    class Options:
+        def register_custom_ops_library(self, _path):
+            raise RuntimeError("too old")
+
+    with pytest.raises(HostError, match=r"refuses.*too old.*1\.17"):
+        sparse_ops.register(Options())
 
 
 def in_subprocess(code: str, isa: str) -> subprocess.CompletedProcess[str]:
