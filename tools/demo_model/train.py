@@ -30,11 +30,11 @@ from sparse_onnx.tools.demo_model.highlighting import CLASSES, WINDOW, windows
 __all__ = ["Highlighter", "main"]
 
 HIDDEN, INNER, HEADS, LAYERS, NEIGHBOURS = 256, 2048, 4, 2, 8
-BATCH = 4
-DENSE_STEPS, PRUNED_STEPS = 4000, 4000
-LEARNING_RATE = 1e-3
+BATCH = 16
+DENSE_STEPS, PRUNED_STEPS = 1000, 1000
+LEARNING_RATE = 2e-3
 SPARSITY = 0.9
-MASK_EVERY = 20
+MASK_EVERY = 10
 HELD_OUT_WINDOWS = 1024
 
 
@@ -133,7 +133,7 @@ def train(
         with torch.no_grad():
             for weight, mask in zip(weights, masks, strict=True):
                 weight.mul_(mask)
-        if step % 200 == 0:
+        if step % 50 == 0:
             print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
 
 
