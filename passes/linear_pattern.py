@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
 
 __all__ = ["Linear", "match_linear"]
 
@@ -47,6 +48,8 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph) -> Linear 
         return "lies in the body of If, Loop or Scan, where it cannot be timed"
     if weight.tensor.dtype != ir.DataType.FLOAT:
         return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
+    if weight.tensor.size > MAX_ELEMENTS:
+        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
     x, output = node.inputs[0], node.outputs[0]
     if x is None or (x.const_value is not None and not x.is_graph_input()):
         return "has a constant activation"

@@ -42,6 +42,7 @@ __all__ = [
     "ACTIVATIONS",
     "DOMAIN",
     "FORMAT",
+    "MAX_ELEMENTS",
     "OP_TYPES",
     "VERSION",
     "FormatError",
@@ -66,6 +67,9 @@ OP_TYPES = {
     "silu": "SparseMatMulSilu",
 }
 ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
+
+MAX_ELEMENTS = 2**31 - 2**24
+"""Largest weight: positions in the dense form, padding included, must fit the function body's int32."""
 
 # Chosen on measurements: the activations of one chunk of 64 tokens (32 KiB) stay in the first-level cache, segments
 # are long enough at 95 % sparsity, and the blocks of a small layer still keep a dozen threads busy.
@@ -119,6 +123,8 @@ def pack(weight: np.ndarray, *, chunk: int = DEFAULT_CHUNK, block: int = DEFAULT
         raise ValueError(
             f"pack() takes a non-empty float32 matrix [K, N], not {weight.dtype}{list(weight.shape)}"
         )
+    if weight.size > MAX_ELEMENTS:
+        raise ValueError(f"pack() takes at most {MAX_ELEMENTS} elements, not {weight.size}")
     if not 1 <= chunk <= 255 or not 1 <= block <= 256:
         raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
     K, N = weight.shape
@@ -229,6 +235,8 @@ _ACTIVATION_BODIES = {
         Y = Mul(h, gate)""",
 }
 
+# A segment's entries lie at its start plus offset times row length; CumSum spreads the differences of those
+# starts over the entries. int32 there: ORT keeps every folded intermediate until the session is complete.
 # Every line up to W has only constants behind it and a shape that can be inferred, so that ORT folds the
 # whole decoder when the session is created. (NonZero and Compress are not folded by ORT >= 1.31.)
 _BODY = """
@@ -243,7 +251,6 @@ _BODY = """
     one = Constant<value = int64 {{1}}>()
     axis0 = Constant<value = int64[1] {{0}}>()
     axis1 = Constant<value = int64[1] {{1}}>()
-    last = Constant<value = int64[1] {{9223372036854775807}}>()
     flat_shape = Constant<value = int64[1] {{-1}}>()
     column_shape = Constant<value = int64[2] {{-1, 1}}>()
     k_less = Sub(k, one)
@@ -269,20 +276,22 @@ _BODY = """
     segment_grid = Add(group_column, row_grid)
     segment_start = Reshape(segment_grid, flat_shape)
 
-    counts_64 = Cast<to = 7>(counts)
-    ends = CumSum(counts_64, zero)
-    starts = Sub(ends, counts_64)
-    later_starts = Slice(starts, axis1, last, axis0)
-    later_shape = Shape(later_starts)
-    steps = Expand(one, later_shape)
+    origin = Constant<value = int64[1] {{0}}>()
+    but_last = Constant<value = int64[1] {{-1}}>()
+    earlier = Slice(segment_start, axis0, but_last, axis0)
+    previous = Concat<axis = 0>(origin, earlier)
+    step_64 = Sub(segment_start, previous)
+    step = Cast<to = 6>(step_64)
+    counts_32 = Cast<to = 6>(counts)
+    ends = CumSum(counts_32, zero)
+    starts = Sub(ends, counts_32)
     entries = Shape(offsets)
-    no_steps = ConstantOfShape<value = int64[1] {{0}}>(entries)
-    marks = ScatterElements<axis = 0>(no_steps, later_starts, steps)
-    segment = CumSum(marks, zero)
-
-    entry_start = Gather<axis = 0>(segment_start, segment)
-    offsets_64 = Cast<to = 7>(offsets)
-    entry_step = Mul(offsets_64, width)
+    no_steps = ConstantOfShape<value = int32[1] {{0}}>(entries)
+    steps = ScatterElements<axis = 0>(no_steps, starts, step)
+    entry_start = CumSum(steps, zero)
+    offsets_32 = Cast<to = 6>(offsets)
+    width_32 = Cast<to = 6>(width)
+    entry_step = Mul(offsets_32, width_32)
     position = Add(entry_start, entry_step)
     size = Mul(k, width)
     size_1 = Unsqueeze(size, axis0)

@@ -60,10 +60,9 @@ def standard_library() -> Iterator[tuple[str, bytes]]:
                 yield name.as_posix(), source
 
 
-def is_held_out(name: str, source: bytes) -> bool:
-    """Whether a module is kept for the evaluation: one in twelve by name, but none with a copyright of its own,
-    as excerpts of these modules are distributed."""
-    return zlib.crc32(name.encode()) % 12 == 0 and b"copyright" not in source.lower()
+def is_held_out(name: str) -> bool:
+    """Whether a module is kept for the evaluation: one in twelve, by its name alone."""
+    return zlib.crc32(name.encode()) % 12 == 0
 
 
 def label(source: bytes) -> np.ndarray:
@@ -123,7 +122,7 @@ def windows(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Text and classes [windows, WINDOW] uint8 of the files that are (not) held out, without overlap."""
     texts, classes = [], []
     for name, source in standard_library():
-        if is_held_out(name, source) == held_out and len(source) >= WINDOW:
+        if is_held_out(name) == held_out and len(source) >= WINDOW:
             try:
                 labels = label(source)
             except (SyntaxError, tokenize.TokenError):
