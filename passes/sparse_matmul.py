@@ -28,16 +28,17 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight, find_weights
 from sparse_onnx.sparse_ops import sparse_matmul
 
-__all__ = ["Candidate", "LowerSparseMatMul", "PackedTensors", "Packer", "find_candidates", "zeros_of"]
+__all__ = ["Candidate", "LowerSparseMatMul", "PackedTensors", "Packer", "count_zeros", "find_candidates"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A weight that can be lowered, with all its linears."""
+    """A weight that can be lowered, with all its linears. ``non_finite`` counts NaN and Inf, which are kept."""
 
     weight: Weight
     linears: tuple[Linear, ...]
     sparsity: float
+    non_finite: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +75,14 @@ class Packer:
         return self._packed[weight.name]
 
 
-def zeros_of(weight: Weight) -> int:
-    """The number of weights that are zero (-0.0 counts, NaN does not)."""
+def count_zeros(weight: Weight) -> tuple[int, int]:
+    """How many weights are zero (-0.0 is, NaN is not), and how many are NaN or Inf."""
     matrix = weight.matrix()
     zeros = int(matrix.size - np.count_nonzero(matrix))
+    non_finite = int(matrix.size - np.count_nonzero(np.isfinite(matrix)))
     del matrix
     weight.release()
-    return zeros
+    return zeros, non_finite
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
@@ -97,7 +99,8 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[tuple[str, s
             linears.append(match)
         else:
             size = weight.shape[0] * weight.shape[1]
-            candidates.append(Candidate(weight, tuple(linears), zeros_of(weight) / size))
+            zeros, non_finite = count_zeros(weight)
+            candidates.append(Candidate(weight, tuple(linears), zeros / size, non_finite))
     return candidates, declined
 
 

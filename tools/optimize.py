@@ -150,6 +150,8 @@ def summary_table(report: dict[str, Any]) -> str:
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
     reasons.update(_short(place["reason"]) for place in report["declined"])
     text = table(rows[1:], rows[0])
+    if broken := sum(row["non_finite"] for row in layers):
+        text += f"\n{broken} weights are NaN or Inf and were kept"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
     return text

@@ -374,6 +374,7 @@ class _Job:
                     else sum(math.prod(shapes[linear.x.name or ""][:-1]) for linear in candidate.linears),
                     "activations": sorted({linear.activation for linear in candidate.linears}),
                     "sparsity": candidate.sparsity,
+                    "non_finite": candidate.non_finite,
                     "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
                     "decision": "sparse" if decision.sparse else "dense",
                     "reason": decision.reason,

@@ -194,6 +194,21 @@ def test_wrong_kernel_is_caught_and_nothing_is_written(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+def test_nan_and_infinity_are_kept_and_reported(tmp_path):
+    source = write_model(tmp_path / "in", sparsity=0.9, layers=1)
+    proto = onnx.load(source)
+    weight = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    weight[3, 5], weight[7, 9] = np.nan, np.inf
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "W0"))
+    onnx.save(proto, source)
+    result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, benchmark=False)
+    assert result.report["layers"][0]["decision"] == "sparse"
+    assert result.report["layers"][0]["non_finite"] == 2
+    got, expected = (outputs(path, X, library=True) for path in (tmp_path / "out/model.onnx", source))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    assert np.isnan(got[:, 5]).all()
+
+
 def test_same_input_gives_same_bytes(tmp_path):
     source = write_model(tmp_path / "in", sparsity=0.0)
     options = {"method": "magnitude", "sparsity": 0.8, "benchmark": False, "input_shapes": SHAPES}
