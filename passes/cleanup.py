@@ -24,9 +24,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard, subgraphs
+from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.fold_weights import FoldWeights
-from sparse_onnx.passes.graph import all_graphs, drop_if_unused, is_standard, release
 
 __all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
 
@@ -148,7 +149,7 @@ def _split(group: list[ir.Value], *, glimpse: bool) -> Iterator[list[ir.Value]]:
     for value in group:
         assert value.const_value is not None
         parts.setdefault(_digest(value.const_value, glimpse), []).append(value)
-        release(value.const_value)
+        release_mapping(value.const_value)
     yield from (part for part in parts.values() if len(part) > 1)
 
 
@@ -166,20 +167,12 @@ def _remove_dead_nodes(graph: ir.Graph) -> int:
     removed = 0
     for node in reversed(tuple(graph)):
         if any(output.uses() or output.is_graph_output() for output in node.outputs):
-            removed += sum(_remove_dead_nodes(subgraph) for subgraph in _subgraphs(node))
+            removed += sum(_remove_dead_nodes(subgraph) for subgraph in subgraphs(node))
             continue
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             for inner in subgraph.all_nodes():  # or they would still count as users of values around them
                 for index in range(len(inner.inputs)):
                     inner.replace_input_with(index, None)
         graph.remove(node, safe=True)
         removed += 1
     return removed
-
-
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()

@@ -26,8 +26,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.graph import drop_if_unused, is_standard, value_names
+from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.graph import drop_if_unused, is_standard, release, value_names
 
 __all__ = ["FoldWeights"]
 
@@ -179,7 +180,7 @@ def _fold(values: Sequence[ir.Value], model: ir.Model, context: PassContext) -> 
             reason = str(error)
     for leaf in leaves:
         if leaf.const_value is not None:
-            release(leaf.const_value)
+            release_mapping(leaf.const_value)
     if reason is None:
         _replace(values, weight, array, model, context)
     return reason

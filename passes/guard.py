@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import sparse_ops
-from sparse_onnx.layer_timing import time_pair
-from sparse_onnx.passes.base import PassContext
+from sparse_onnx.layer_timing import cut_layer, time_pair
 from sparse_onnx.passes.linear_pattern import Linear
-from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, PackedTensors, Packer
+from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer
+from sparse_onnx.passes.weights import Weight
 from sparse_onnx.runtime import Ratio
 
 __all__ = ["MIN_SPARSITY", "TABLE_SPARSITY", "Decision", "decide", "decide_by_table"]
@@ -68,7 +66,6 @@ def decide(
 ) -> list[Decision]:
     """Time the candidates. ``shapes`` has the shape of every linear's input, by the name of the value."""
     measured: dict[tuple[object, ...], Ratio] = {}
-    isa = sparse_ops.info().isa
     start = time.perf_counter()
     decisions = []
     for index, candidate in enumerate(candidates):
@@ -78,16 +75,16 @@ def decide(
             continue
         left = (time.perf_counter() - start) / max(1, index) * (len(candidates) - index)
         progress(f"timing {index + 1}/{len(candidates)} {candidate.weight.name} ({left:.0f} s left)")
-        packed = packer(candidate.weight)
+        weight = candidate.weight
+        structure = packer(weight).attributes["mask_structure"]
         results = []
         for linear in candidate.linears:
             shape = shapes[linear.x.name or ""]
-            structure = packed.attributes["mask_structure"]
             sparsity = round(candidate.sparsity, 2)
             pattern = (linear.nodes[0].op_type, linear.bias is not None, linear.activation)
-            key = (*pattern, *candidate.weight.shape, shape, sparsity, structure, isa, threads)
+            key = (*pattern, *weight.shape, shape, sparsity, structure)
             if key not in measured:
-                measured[key] = _measure(model, candidate, linear, packed, shape, threads=threads, work=work)
+                measured[key] = _measure(model, weight, linear, packer, shape, threads=threads, work=work)
             results.append(measured[key])
         decisions.append(_judge(candidate, results, min_speedup))
     return decisions
@@ -105,33 +102,15 @@ def _judge(candidate: Candidate, results: Sequence[Ratio], min_speedup: float) -
 
 def _measure(
     model: ir.Model,
-    candidate: Candidate,
+    weight: Weight,
     linear: Linear,
-    packed: PackedTensors,
+    packer: Packer,
     shape: tuple[int, ...],
     *,
     threads: int,
     work: Path,
 ) -> Ratio:
-    dense = ir.Model(
-        ir.convenience.extract(model.graph, [linear.x], [linear.output]), ir_version=model.ir_version
-    )
-    dense.graph.opset_imports.update(model.opset_imports)
-    x, y = dense.graph.inputs[0], dense.graph.outputs[0]
-    x.shape = ir.Shape(shape)
-    x.type = y.type = ir.TensorType(ir.DataType.FLOAT)
+    dense, feeds = cut_layer(model, linear.x, linear.output, shape)
     sparse = dense.clone()
-    LowerSparseMatMul(layers=(candidate.weight.name,), packer=_Packed(packed))(sparse)
-    feeds = {x.name or "": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    LowerSparseMatMul(layers=(weight.name,), packer=packer)(sparse)
     return time_pair([dense, sparse], [False, True], feeds, threads=threads, work=work)
-
-
-class _Packed(Packer):
-    """A packer that has one weight already."""
-
-    def __init__(self, packed: PackedTensors) -> None:
-        super().__init__(PassContext())
-        self._only = packed
-
-    def __call__(self, weight: object) -> PackedTensors:
-        return self._only

@@ -14,6 +14,7 @@ linear with at least ``min_sparsity`` zeros. A weight is lowered for all its lin
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import drop_if_unused
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.linear_pattern import Linear, match_linear
@@ -33,12 +35,24 @@ __all__ = ["Candidate", "LowerSparseMatMul", "PackedTensors", "Packer", "count_z
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A weight that can be lowered, with all its linears. ``non_finite`` counts NaN and Inf, which are kept."""
+    """A weight that can be lowered, with all its linears. Its elements are read once, when first asked for."""
 
     weight: Weight
     linears: tuple[Linear, ...]
-    sparsity: float
-    non_finite: int
+
+    @functools.cached_property
+    def _counts(self) -> tuple[int, int]:
+        return count_zeros(self.weight)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return self._counts[0] / self.weight.tensor.size
+
+    @property
+    def non_finite(self) -> int:
+        """How many elements are NaN or Inf; they are kept."""
+        return self._counts[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +112,7 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[tuple[str, s
                 break
             linears.append(match)
         else:
-            size = weight.shape[0] * weight.shape[1]
-            zeros, non_finite = count_zeros(weight)
-            candidates.append(Candidate(weight, tuple(linears), zeros / size, non_finite))
+            candidates.append(Candidate(weight, tuple(linears)))
     return candidates, declined
 
 
@@ -186,14 +198,9 @@ def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context
         for old in linear.nodes:
             for index in range(len(old.inputs)):
                 old.replace_input_with(index, None)
-        if linear.bias is not None and linear.bias.is_initializer() and not linear.bias.uses():
-            _drop_if_unused(model.graph, linear.bias)
-    _drop_if_unused(model.graph, candidate.weight.value)
-
-
-def _drop_if_unused(graph: ir.Graph, value: ir.Value) -> None:
-    if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-        graph.initializers.pop(value.name or "", None)
+        if linear.bias is not None:
+            drop_if_unused(linear.bias)
+    drop_if_unused(candidate.weight.value)
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.model_io import release_mapping
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = ["DEFAULT_IGNORE", "Selection", "Weight", "find_weights"]
@@ -64,10 +65,9 @@ class Weight:
     def release(self) -> None:
         """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
 
-        Arrays that were read from it must be gone: a mapping lives as long as its last view.
+        A mapping lives as long as the last array that was read from it.
         """
-        if isinstance(self.tensor, ir.ExternalTensor):
-            self.tensor.release()
+        release_mapping(self.tensor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,6 +159,7 @@ class _Job:
         self.threads = recipe.target.threads or available_cores()
         self.declined: list[Declined] = []
         self.path = source
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -182,14 +183,18 @@ class _Job:
         self.declined += [*cleaned.declined, *pruned.declined]
         return cleaned, pruned
 
+    def candidates(self, model: ir.Model) -> list[Candidate]:
+        candidates, left = find_candidates(model)
+        self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+        return candidates
+
     def plan(self, pipeline: Pipeline) -> dict[str, Any]:
         with self.clock("load"):
             model = self.load()
         nbytes = model_io.weight_bytes(model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             self.prepare(model, pipeline, PassContext(spool.put, self.say))
-            candidates, left = find_candidates(model)
-            self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+            candidates = self.candidates(model)
             decisions = guard.decide_by_table(candidates)
             layers = self.layers(decisions, None)
         return self.report(nbytes, None, None, decisions, layers, {}, None)
@@ -204,8 +209,7 @@ class _Job:
             context = PassContext(spool.put, self.say)
             with self.clock("prune"):
                 cleaned, pruned = self.prepare(model, pipeline, context)
-                candidates, left = find_candidates(model)
-                self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+                candidates = self.candidates(model)
             with self.clock("run dense"):
                 reference, shapes = self.run_dense(model, candidates, samples)
             packer = Packer(context)
@@ -412,7 +416,7 @@ class _Job:
                 threads=self.threads, seed=self.recipe.calibration.seed, isa=sparse_ops.info().isa
             ),
             "source": self.source.name,
-            "input_shapes": {name: list(shape) for name, shape in getattr(self, "shapes", {}).items()},
+            "input_shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "summary": {
                 "dense_ms": timing.first_ms if timing else None,
                 "optimized_ms": timing.second_ms if timing else None,
@@ -447,8 +451,7 @@ def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol)
     error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
     del before, after
     for tensor in (original, pruned):
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        model_io.release_mapping(tensor)
     return error if math.isfinite(error) else None
 
 

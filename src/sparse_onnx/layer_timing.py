@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LayerTiming",
+    "cut_layer",
     "shapes_in",
     "sparse_nodes",
     "sparsity_of",
@@ -169,11 +170,10 @@ def time_sparse_layers(
     return timings
 
 
-def _time_node(model: ir.Model, node: ir.Node, shape: tuple[int, ...], *, threads: int, work: Path) -> Ratio:
-    x = node.inputs[0]
-    assert x is not None
+def cut_layer(model: ir.Model, x: ir.Value, y: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Model, Feeds]:
+    """The part of ``model`` from ``x`` to ``y``, both float32, as a model of its own, and random ``x`` of ``shape``."""
     part = ir.Model(
-        ir.convenience.extract(model.graph, [x], [node.outputs[0]]),
+        ir.convenience.extract(model.graph, [x], [y]),
         ir_version=model.ir_version,
         functions=[function.clone() for function in model.functions.values() if function.domain == DOMAIN],
     )
@@ -182,5 +182,11 @@ def _time_node(model: ir.Model, node: ir.Node, shape: tuple[int, ...], *, thread
     source.shape = ir.Shape(shape)
     source.type = result.type = ir.TensorType(ir.DataType.FLOAT)
     spec = InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None)
-    feeds = generate([spec], {spec.name: shape})
+    return part, generate([spec], {spec.name: shape})
+
+
+def _time_node(model: ir.Model, node: ir.Node, shape: tuple[int, ...], *, threads: int, work: Path) -> Ratio:
+    x = node.inputs[0]
+    assert x is not None
+    part, feeds = cut_layer(model, x, node.outputs[0], shape)
     return time_pair([part, part], [False, True], feeds, threads=threads, work=work)

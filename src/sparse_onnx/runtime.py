@@ -24,8 +24,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io, sparse_ops
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import subgraphs
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.sparse_ops import sparse_matmul
 
 if TYPE_CHECKING:
@@ -50,28 +52,19 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def open_session(
-    path: Path, *, threads: int, library: bool, optimize: bool = True
-) -> onnxruntime.InferenceSession:
+def open_session(path: Path, *, threads: int, library: bool) -> onnxruntime.InferenceSession:
     """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
 
     Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise HostError(
-            f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
-        ) from error
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if library:
         sparse_ops.register(options)
     try:
@@ -233,7 +226,7 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
     for index, group in enumerate(groups):
         for node in group:
             position[id(node)] = index
-            position.update({id(inner): index for graph in _subgraphs(node) for inner in graph.all_nodes()})
+            position.update({id(inner): index for graph in subgraphs(node) for inner in graph.all_nodes()})
     outputs = {id(value) for value in model.graph.outputs}
     segments = []
     for index, group in enumerate(groups):
@@ -263,18 +256,10 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
     return segments
 
 
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.value
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.value
-
-
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
     """Values that a node reads, those that its subgraphs take from outside included."""
     yield from (value for value in node.inputs if value is not None)
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         for inner in graph.all_nodes():
             yield from (value for value in inner.inputs if value is not None)
         yield from (value for value in graph.outputs if value is not None)

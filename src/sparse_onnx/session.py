@@ -11,7 +11,18 @@ from sparse_onnx.errors import HostError
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["InferenceSession"]
+__all__ = ["InferenceSession", "import_onnxruntime"]
+
+
+def import_onnxruntime() -> Any:
+    """The module ``onnxruntime``, imported on first use; HostError says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise HostError(
+            f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
+        ) from error
+    return onnxruntime
 
 
 def InferenceSession(
@@ -25,12 +36,7 @@ def InferenceSession(
     The arguments are those of ORT; ``providers`` defaults to the CPU. Registering twice is harmless.
     Raises HostError if onnxruntime or the library is missing.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise HostError(
-            f"onnxruntime cannot be imported ({error}): pip install 'sparse-onnx[cpu]'"
-        ) from error
+    ort = import_onnxruntime()
     from sparse_onnx.sparse_ops import register
 
     sess_options = sess_options or ort.SessionOptions()

@@ -1,10 +1,12 @@
-"""Small questions to a graph and small changes of it that several passes need."""
+"""Small questions to a graph and small changes of it that several modules need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
-__all__ = ["all_graphs", "drop_if_unused", "is_standard", "release", "value_names"]
+__all__ = ["all_graphs", "drop_if_unused", "is_standard", "subgraphs", "value_names"]
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
@@ -41,7 +43,10 @@ def drop_if_unused(value: ir.Value) -> bool:
     return True
 
 
-def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap a tensor that lies in a file; the next read maps it again. No array read from it may be alive."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in the attributes of ``node``, without those inside them."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
