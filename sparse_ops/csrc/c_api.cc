@@ -43,7 +43,7 @@ std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation,
   return spmm::check(stored, activation, result);
 }
 
-class ThisThread final : public spmm::Workers {
+class ThisThread final : public Workers {
  public:
   bool run(size_t total, void (*task)(void*, size_t), void* context) override {
     for (size_t i = 0; i < total; ++i) task(context, i);

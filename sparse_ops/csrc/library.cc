@@ -1,6 +1,7 @@
 // The entry point that ONNX Runtime looks for in a library of custom operators.
 
 #include "c_api.h"
+#include "ops/op_support.h"
 #include "ops/sparse_matmul.h"
 #include "ort_status.h"
 

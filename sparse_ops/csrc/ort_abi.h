@@ -28,7 +28,7 @@ enum OrtElementType : int { ORT_UNDEFINED = 0, ORT_FLOAT = 1, ORT_UINT8 = 2 };
 enum OrtCharacteristic : int { ORT_REQUIRED = 0 };
 enum OrtMemType : int { ORT_MEM_DEFAULT = 0 };
 enum OrtLoggingLevel : int { ORT_LOG_INFO = 1 };
-enum OrtOpAttrType : int { ORT_ATTR_INT = 1 };
+enum OrtOpAttrType : int { ORT_ATTR_INT = 1, ORT_ATTR_INTS = 2 };
 
 using OrtSlot = void (*)();  // a function that this library does not call
 
@@ -56,7 +56,8 @@ struct OrtApi {
   OrtSlot unused_66[9];
   OrtStatus* (*AllocatorAlloc)(OrtAllocator* allocator, size_t size, void** out);  // 75
   OrtStatus* (*AllocatorFree)(OrtAllocator* allocator, void* memory);              // 76
-  OrtSlot unused_77[9];
+  OrtSlot unused_77[8];
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo* info, const char* name, float* out);  // 85
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name,
                                              int64_t* out);  // 86
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name, char* out,
@@ -77,7 +78,10 @@ struct OrtApi {
   OrtStatus* (*AddSessionConfigEntry)(OrtSessionOptions* options, const char* key, const char* value);  // 130
   OrtSlot unused_131[1];
   void (*ReleaseAllocator)(OrtAllocator* allocator);  // 132
-  OrtSlot unused_133[61];
+  OrtSlot unused_133[30];
+  OrtStatus* (*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo* info, const char* name, int64_t* out,
+                                                  size_t* size);  // 163
+  OrtSlot unused_164[30];
   OrtStatus* (*GetTensorMemoryInfo)(const OrtValue* value, const OrtMemoryInfo** out);  // 194
   OrtSlot unused_195[42];
   OrtStatus* (*HasSessionConfigEntry)(const OrtSessionOptions* options, const char* key, int* out);  // 237
@@ -166,6 +170,7 @@ ORT_SLOT(GetTensorShapeElementCount, 64);
 ORT_SLOT(GetTensorTypeAndShape, 65);
 ORT_SLOT(AllocatorAlloc, 75);
 ORT_SLOT(AllocatorFree, 76);
+ORT_SLOT(KernelInfoGetAttribute_float, 85);
 ORT_SLOT(KernelInfoGetAttribute_int64, 86);
 ORT_SLOT(KernelInfoGetAttribute_string, 87);
 ORT_SLOT(KernelContext_GetInput, 90);
@@ -175,6 +180,7 @@ ORT_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
 ORT_SLOT(ReleaseCustomOpDomain, 101);
 ORT_SLOT(AddSessionConfigEntry, 130);
 ORT_SLOT(ReleaseAllocator, 132);
+ORT_SLOT(KernelInfoGetAttributeArray_int64, 163);
 ORT_SLOT(GetTensorMemoryInfo, 194);
 ORT_SLOT(HasSessionConfigEntry, 237);
 ORT_SLOT(KernelInfo_GetNodeName, 244);

@@ -7,8 +7,6 @@
 
 namespace sparse_ops {
 
-constexpr const char* kDomain = "sparse_onnx";
-
 // Descriptions of the operators for the runtime that `api` belongs to. They live as long as the library is
 // loaded.
 std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api);

@@ -1,9 +1,9 @@
 // The kernel's body for any vector width and tile. Included by one source file per instruction set.
 #pragma once
 
-#include "kernels/spmm/activations.h"
+#include "kernels/activations.h"
 #include "kernels/spmm/kernel.h"
-#include "kernels/spmm/vector.h"
+#include "kernels/vector.h"
 
 namespace sparse_ops::spmm {
 namespace {
@@ -67,9 +67,8 @@ void activate(Activation activation, float* data, size_t size) {
   }
 }
 
-// acc [channels, kTile] into `y`, whose rows are `stride` floats apart: y[t, n] = acc[n, t] for t < tokens.
 template <size_t kLanes, size_t kTile>
-void store_transposed(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
+void store_tokens(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
   const size_t whole = channels - channels % kLanes;
   for (size_t t = 0; t < tokens;
        t += kLanes) {  // few rows of y at a time: far rows compete for the same cache sets
@@ -90,12 +89,11 @@ void store_transposed(const float* acc, size_t channels, size_t tokens, size_t s
 }
 
 template <size_t kLanes, size_t kVectors, size_t kSets>
-void multiply(const Weight& w, size_t block, const float* panel, size_t tokens, float* y) {
+void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   // Short segments overlap in the processor by themselves: fewer sums are quicker to add up.
   constexpr size_t kShortSets = kSets > 2 ? kSets / 2 : 1;
   constexpr size_t kLong = 24;
-  alignas(64) float acc[kMaxAccumulators];
   const size_t first = block * w.block;
   const size_t channels = w.N - first < w.block ? w.N - first : w.block;
   for (size_t n = 0; n < w.block; ++n) {
@@ -120,8 +118,6 @@ void multiply(const Weight& w, size_t block, const float* panel, size_t tokens, 
       values += 4 * count;
     }
   }
-  activate<kLanes>(w.activation, acc, channels * kTile);
-  store_transposed<kLanes, kTile>(acc, channels, tokens, w.N, y + first);
 }
 
 template <size_t kLanes, size_t kVectors>
@@ -170,6 +166,8 @@ constexpr Kernel make_kernel(const char* name, Isa isa) {
           255,
           transpose<kLanes, kVectors>,
           multiply<kLanes, kVectors, kSets>,
+          activate<kLanes>,
+          store_tokens<kLanes, kLanes * kVectors>,
           peak<kLanes>};
 }
 

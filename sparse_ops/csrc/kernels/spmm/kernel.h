@@ -4,7 +4,7 @@
 // W is stored in the chunked_csc format, described in sparse_ops/sparse_matmul.py. A kernel works on tiles of
 // tokens. X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies
 // whole vectors of tokens. Then each (tile, block of output channels) is one independent task, which
-// accumulates chunk by chunk and writes its part of Y with bias and activation applied.
+// accumulates chunk by chunk, applies the activation and writes its part of Y.
 #pragma once
 
 #include <cstddef>
@@ -44,9 +44,16 @@ struct Kernel {
   // which is 64-byte aligned; missing tokens become zeros.
   void (*transpose)(const float* x, size_t tokens, size_t K, size_t begin, size_t end, float* panel);
 
-  // One block of output channels for one tile: the columns of that block in rows 0..tokens-1 of `y` [tokens,
-  // N].
-  void (*multiply)(const Weight& weight, size_t block, const float* panel, size_t tokens, float* y);
+  // One block of output channels for one tile, with the bias: acc [block, tile], 64-byte aligned. Rows of
+  // channels behind N hold anything.
+  void (*multiply)(const Weight& weight, size_t block, const float* panel, float* acc);
+
+  // `size` numbers in place; as many as a vector has may be touched behind them.
+  void (*activate)(Activation activation, float* data, size_t size);
+
+  // acc [channels, tile] to the first `tokens` rows of `y`, which are `stride` floats apart: y[t, n] = acc[n,
+  // t].
+  void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
 
   // `steps` times some independent multiply-adds in registers, as wide as the kernel's; returns how many
   // floating-point operations that was. Timing it gives what the machine could reach at most.

@@ -36,8 +36,7 @@ void transpose(const float* x, size_t, size_t, size_t begin, size_t end, float* 
   __builtin_memcpy(panel + begin, x + begin, (end - begin) * sizeof(float));
 }
 
-void multiply(const Weight& w, size_t block, const float* x, size_t tokens, float* y) {
-  if (tokens == 0) return;
+void multiply(const Weight& w, size_t block, const float* x, float* sums) {
   alignas(64) float acc[kMaxBlock * 16];  // sixteen partial sums of each output channel
   for (size_t n = 0; n < w.block || n % 16 != 0; ++n) _mm512_store_ps(acc + n * 16, _mm512_setzero_ps());
   const size_t first = block * w.block;
@@ -73,7 +72,6 @@ void multiply(const Weight& w, size_t block, const float* x, size_t tokens, floa
     }
   }
   const size_t channels = w.N - first < w.block ? w.N - first : w.block;
-  alignas(64) float sums[kMaxBlock];
   for (size_t n = 0; n < channels; n += 16) {
     Vector<16> square[16];
     for (size_t i = 0; i < 16; ++i) square[i] = load<16>(acc + (n + i) * 16);
@@ -82,8 +80,10 @@ void multiply(const Weight& w, size_t block, const float* x, size_t tokens, floa
     store<16>(sums + n, square[0]);
   }
   for (size_t n = 0; n < channels; ++n) sums[n] += load_float(w.bias + 4 * (first + n));
-  activate<16>(w.activation, sums, channels);
-  __builtin_memcpy(y + first, sums, channels * sizeof(float));
+}
+
+void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
+  __builtin_memcpy(y, acc, channels * sizeof(float));
 }
 
 }  // namespace lookup

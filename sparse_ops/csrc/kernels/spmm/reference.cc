@@ -12,7 +12,7 @@ void transpose(const float* x, size_t, size_t, size_t begin, size_t end, float* 
   std::memcpy(panel + begin, x + begin, (end - begin) * sizeof(float));
 }
 
-double activate(Activation activation, double h) {
+double activated(Activation activation, double h) {
   switch (activation) {
     case Activation::none:
       return h;
@@ -28,8 +28,7 @@ double activate(Activation activation, double h) {
   return h;
 }
 
-void multiply(const Weight& w, size_t block, const float* panel, size_t tokens, float* y) {
-  if (tokens == 0) return;
+void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
   double sum[256] = {};
   size_t entry = w.block_entries[block];
   size_t segment = block * w.chunks * w.block;
@@ -42,11 +41,19 @@ void multiply(const Weight& w, size_t block, const float* panel, size_t tokens, 
       }
     }
   }
-  for (size_t n = block * w.block; n < w.N && n < (block + 1) * w.block; ++n) {
+  for (size_t n = 0; n < w.block && block * w.block + n < w.N; ++n) {
     float bias;
-    std::memcpy(&bias, w.bias + n * sizeof(float), sizeof(bias));
-    y[n] = static_cast<float>(activate(w.activation, sum[n - block * w.block] + bias));
+    std::memcpy(&bias, w.bias + (block * w.block + n) * sizeof(float), sizeof(bias));
+    acc[n] = static_cast<float>(sum[n] + bias);
   }
+}
+
+void activate(Activation activation, float* data, size_t size) {
+  for (size_t i = 0; i < size; ++i) data[i] = static_cast<float>(activated(activation, data[i]));
+}
+
+void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
+  std::memcpy(y, acc, channels * sizeof(float));
 }
 
 double peak(size_t steps) {
@@ -57,6 +64,7 @@ double peak(size_t steps) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 1, 255, transpose, multiply, peak};
+constexpr Kernel reference = {"reference", Isa::reference, 1,   255, transpose, multiply,
+                              activate,    store_tokens,   peak};
 
 }  // namespace sparse_ops::spmm

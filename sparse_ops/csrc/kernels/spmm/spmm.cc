@@ -60,9 +60,15 @@ void transpose_task(void* context, size_t index) {
 // Neighbouring tasks share a panel, which then comes from the cache; the weight streams past it.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  const size_t tile = index / strip.weight.blocks, block = index % strip.weight.blocks;
-  strip.kernel(tile).multiply(strip.weight, block, strip.panel(tile), strip.tile_tokens(tile),
-                              strip.y + strip.first_token(tile) * strip.weight.N);
+  const Weight& weight = strip.weight;
+  const size_t tile = index / weight.blocks, block = index % weight.blocks;
+  const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
+  const Kernel& kernel = strip.kernel(tile);
+  alignas(kCacheLine) float acc[kMaxAccumulators];
+  kernel.multiply(weight, block, strip.panel(tile), acc);
+  kernel.activate(weight.activation, acc, channels * kernel.tile);
+  kernel.store_tokens(acc, channels, strip.tile_tokens(tile), weight.N,
+                      strip.y + strip.first_token(tile) * weight.N + first);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "kernels/spmm/kernel.h"
+#include "kernels/workers.h"
 
 namespace sparse_ops::spmm {
 
@@ -29,16 +30,6 @@ struct Plan {
 };
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
-
-// Where tasks run. `run` calls task(context, i) once for every i in 0..total-1, in any order and on any
-// thread, and returns when all are done; false means that it could not.
-class Workers {
- public:
-  virtual bool run(size_t total, void (*task)(void* context, size_t index), void* context) = 0;
-
- protected:
-  ~Workers() = default;
-};
 
 // `x` [tokens, K] to `y` [tokens, N], row-major. False only if `workers` failed.
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);

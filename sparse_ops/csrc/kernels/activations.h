@@ -1,9 +1,9 @@
 // Activation functions on vectors of float32, accurate to a few units in the last place of the result.
 #pragma once
 
-#include "kernels/spmm/vector.h"
+#include "kernels/vector.h"
 
-namespace sparse_ops::spmm {
+namespace sparse_ops {
 namespace {
 
 // 2^i for i in -126..127. Lanes outside give some number, never a trap.
@@ -90,4 +90,4 @@ inline void apply(float* data, size_t size) {
 }
 
 }  // namespace
-}  // namespace sparse_ops::spmm
+}  // namespace sparse_ops

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>  // index_sequence: types only
 
-namespace sparse_ops::spmm {
+namespace sparse_ops {
 namespace {
 
 template <size_t kLanes>
@@ -76,4 +76,4 @@ inline void transpose_square(Vector<kLanes>* rows) {
 }
 
 }  // namespace
-}  // namespace sparse_ops::spmm
+}  // namespace sparse_ops

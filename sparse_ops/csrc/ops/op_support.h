@@ -1,0 +1,104 @@
+// What the operators share: reading a node when its kernel is created, tensors when it runs, and shapes
+// before.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/workers.h"
+#include "ort_abi.h"
+#include "ort_status.h"
+
+namespace sparse_ops {
+
+constexpr const char* kDomain = "sparse_onnx";
+
+// A description for the CPU with one op version, whose inputs and outputs are all required. Left to set: the
+// name, the types and their numbers, and the functions of the kernel.
+OrtCustomOp cpu_op();
+
+// The attributes and constant inputs of one node. Every problem is an InvalidError that names the node.
+class NodeReader {
+ public:
+  NodeReader(const OrtApi& api, const OrtKernelInfo* info, const char* op_type);
+
+  const std::string& where() const { return where_; }
+  [[noreturn]] void fail(const std::string& what) const;
+
+  int64_t integer(const char* name) const;
+  std::vector<int64_t> integers(const char* name) const;
+  float number(const char* name) const;
+  // An attribute of which this library knows one value only.
+  void expect(const char* name, const char* value) const;
+
+  // A constant input of rank 1; valid as long as the kernel.
+  struct Constant {
+    const void* data;
+    size_t count;
+  };
+  Constant constant(size_t index, const char* name, OrtElementType type) const;
+
+  void log(const std::string& message) const;
+
+ private:
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+  std::string where_;
+};
+
+// An input while a kernel runs.
+struct InputTensor {
+  const OrtValue* value;
+  std::vector<int64_t> dims;
+  size_t elements;
+  const float* data;
+};
+InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
+float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                    const std::vector<int64_t>& dims);
+
+// "[2, 3]"
+std::string text_of(const std::vector<int64_t>& dims);
+
+// Memory of the runtime's allocator for the device of `value`.
+class Scratch {
+ public:
+  Scratch(const OrtApi& api, const OrtKernelContext* context, const OrtValue* value, size_t size);
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  void* get() const { return memory_; }
+
+ private:
+  const OrtApi& api_;
+  Owned<OrtAllocator> allocator_;
+  void* memory_ = nullptr;
+};
+
+// The session's own threads.
+class SessionWorkers final : public Workers {
+ public:
+  SessionWorkers(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+  bool run(size_t total, void (*task)(void*, size_t), void* context) override;
+  OrtStatus* status() const { return status_; }
+
+ private:
+  const OrtApi& api_;
+  const OrtKernelContext* context_;
+  OrtStatus* status_ = nullptr;
+};
+
+// A shape at inference: -1 where a dimension is unknown, with its name or "".
+struct SymbolicShape {
+  std::vector<int64_t> dims;
+  std::vector<std::string> names;
+};
+// False if not even the rank is known.
+bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index, SymbolicShape& shape);
+void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
+                      SymbolicShape shape);
+int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name);
+
+}  // namespace sparse_ops
