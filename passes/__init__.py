@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Pass
+from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_weights import FoldWeights
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.options import unknown
 from sparse_onnx.passes.random_pruning import Random
+from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.passes.threshold import Threshold
 
 __all__ = ["PASSES", "pass_by_name"]
@@ -19,6 +22,9 @@ PASSES: tuple[type[Pass], ...] = (  # sorted by name
     FoldWeights,
     Identities,
     Unused,
+    FuseAttention,
+    FuseBatchNorm,
+    FuseSkipLayerNorm,
     Magnitude,
     Random,
     Threshold,

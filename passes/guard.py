@@ -1,7 +1,7 @@
 """The guard: time every candidate, dense against sparse, on this machine, and keep the sparse one where it wins.
 
-Each linear is cut out of the model with the bias and activation that belong to it, and timed at the shape that it
-has in the model, as two ONNX Runtime sessions in turn. Between runs a buffer larger than the private caches is
+Each layer is cut out of the model with the bias, residual and activation that belong to it, and timed at the shape
+that it has in the model, as two ONNX Runtime sessions in turn. Between runs a buffer larger than the private caches is
 walked over, since in a model the other layers' weights pass through them. Equal layers are timed once.
 """
 
@@ -15,12 +15,24 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sparse_onnx.layer_timing import cut_layer, time_pair
-from sparse_onnx.passes.linear_pattern import Linear
-from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.lowering import Candidate, Layer, Lowering, Packer
+from sparse_onnx.passes.sparse_conv import LowerSparseConv
+from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio
 
-__all__ = ["MIN_SPARSITY", "TABLE_SPARSITY", "Decision", "decide", "decide_by_table"]
+__all__ = [
+    "LOWERINGS",
+    "MIN_SPARSITY",
+    "TABLE_SPARSITY",
+    "Decision",
+    "decide",
+    "decide_by_table",
+    "find_candidates",
+]
+
+LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
+"""Whose candidates the guard decides on."""
 
 MIN_SPARSITY = 0.3
 """Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
@@ -31,7 +43,7 @@ TABLE_SPARSITY = 0.65
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Sparse or dense for one candidate. Times are per run of the model, summed over the weight's linears;
+    """Sparse or dense for one candidate. Times are per run of the model, summed over the weight's layers;
     None where they were not measured. ``low`` and ``high`` bound the speedup (middle half of the rounds)."""
 
     candidate: Candidate
@@ -41,6 +53,16 @@ class Decision:
     sparse_ms: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
+    """The candidates of all lowerings, and the places that they leave alone."""
+    candidates, declined = [], []
+    for lowering in LOWERINGS:
+        found, left = lowering.find_candidates(model)
+        candidates += found
+        declined += [Declined(lowering.name, place, reason) for place, reason in left]
+    return candidates, declined
 
 
 def decide_by_table(candidates: Sequence[Candidate]) -> list[Decision]:
@@ -64,7 +86,7 @@ def decide(
     work: Path,
     progress: Callable[[str], None],
 ) -> list[Decision]:
-    """Time the candidates. ``shapes`` has the shape of every linear's input, by the name of the value."""
+    """Time the candidates. ``shapes`` has the shape of every layer's inputs, by the name of the value."""
     measured: dict[tuple[object, ...], Ratio] = {}
     start = time.perf_counter()
     decisions = []
@@ -76,15 +98,15 @@ def decide(
         left = (time.perf_counter() - start) / max(1, index) * (len(candidates) - index)
         progress(f"timing {index + 1}/{len(candidates)} {candidate.weight.name} ({left:.0f} s left)")
         weight = candidate.weight
-        structure = packer(weight).attributes["mask_structure"]
+        structure = packer(candidate).attributes["mask_structure"]
         results = []
-        for linear in candidate.linears:
-            shape = shapes[linear.x.name or ""]
+        for layer in candidate.layers:
+            inputs = [shapes[value.name or ""] for value in layer.inputs]
             sparsity = round(candidate.sparsity, 2)
-            pattern = (linear.nodes[0].op_type, linear.bias is not None, linear.activation)
-            key = (*pattern, *weight.shape, shape, sparsity, structure)
+            pattern = (layer.nodes[0].op_type, layer.op_type, layer.bias is not None, str(layer.attributes))
+            key = (*pattern, *weight.shape, *inputs, sparsity, structure)
             if key not in measured:
-                measured[key] = _measure(model, weight, linear, packer, shape, threads=threads, work=work)
+                measured[key] = _measure(model, candidate, layer, packer, inputs, threads=threads, work=work)
             results.append(measured[key])
         decisions.append(_judge(candidate, results, min_speedup))
     return decisions
@@ -102,15 +124,15 @@ def _judge(candidate: Candidate, results: Sequence[Ratio], min_speedup: float) -
 
 def _measure(
     model: ir.Model,
-    weight: Weight,
-    linear: Linear,
+    candidate: Candidate,
+    layer: Layer,
     packer: Packer,
-    shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
     *,
     threads: int,
     work: Path,
 ) -> Ratio:
-    dense, feeds = cut_layer(model, linear.x, linear.output, shape)
+    dense, feeds = cut_layer(model, layer.inputs, layer.output, shapes)
     sparse = dense.clone()
-    LowerSparseMatMul(layers=(weight.name,), packer=packer)(sparse)
+    candidate.lowering(layers=(candidate.weight.name,), packer=packer)(sparse)
     return time_pair([dense, sparse], [False, True], feeds, threads=threads, work=work)

@@ -35,11 +35,11 @@ def choose_weights(
     for entry in selection.unmatched(found):
         if entry in reasons:
             raise UsageError(f"targets: {entry!r} cannot be pruned: it {reasons[entry]}")
-        known = "the model has no linear with a constant weight"
+        known = "the model has no linear or convolution with a constant weight"
         if found:
             known = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
         raise UsageError(
-            f"targets: {entry!r} matches no weight, node, module or op type of a linear; {known}"
+            f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}"
         )
     chosen = []
     for weight in found:
@@ -152,5 +152,5 @@ def _pruned(weight: Weight, keep: np.ndarray) -> _Pruned:
     if lost:
         pruned = np.array(matrix, order="K")
         np.copyto(pruned, 0, where=~keep)
-        stored = np.ascontiguousarray(pruned.T if weight.transposed else pruned)
+        stored = weight.stored(pruned)
     return _Pruned(stored, zeros_before, zeros_before + lost, non_finite)

@@ -1,14 +1,17 @@
-"""Find the weights of linear layers, and the places that must be left alone, with the reason.
+"""Find the weights of linear layers and convolutions, and the places that must be left alone, with the reason.
 
 A *linear* is a ``MatMul(X, W)`` or ``Gemm(X, W, ...)`` whose second operand is a constant matrix. Passes see
-its weight as W [K, N]: K input channels (the axis that is summed over), N output channels.
+its weight as W [K, N]: K input channels (the axis that is summed over), N output channels. A *convolution* is a
+``Conv(X, W, ...)`` with a constant weight [N, C / group, window...]; W is then [K, N] with K = C / group · window.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +21,10 @@ from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
-__all__ = ["DEFAULT_IGNORE", "Selection", "Weight", "find_weights"]
+__all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "Selection", "Weight", "find_weights"]
+
+LINEARS = ("MatMul", "Gemm")
+CONVOLUTIONS = ("Conv",)
 
 DEFAULT_IGNORE = ("re:.*lm_head.*",)
 """The output head of a language model reacts badly to pruning and is left out by default, as the field does."""
@@ -28,9 +34,10 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight matrix and all linears that use it.
+    """One weight matrix and all linears or all convolutions that use it.
 
-    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB).
+    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB) or as [N, ...],
+    K being the product of all axes but the first (Conv).
     """
 
     value: ir.Value
@@ -54,13 +61,19 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        rows, columns = (int(dim) for dim in self.tensor.shape)  # type: ignore[arg-type]  # constants are static
+        rows, *rest = (int(dim) for dim in self.tensor.shape)  # type: ignore[arg-type]  # constants are static
+        columns = math.prod(rest)
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> np.ndarray:
         """W [K, N], a view of the stored tensor."""
         stored = self.tensor.numpy()
-        return stored.T if self.transposed else stored
+        return stored.reshape(stored.shape[0], -1).T if self.transposed else stored
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """W [K, N] in the shape and order in which the tensor is stored."""
+        stored = np.ascontiguousarray(matrix.T if self.transposed else matrix)
+        return stored.reshape(self.tensor.shape.numpy())
 
     def release(self) -> None:
         """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
@@ -111,8 +124,8 @@ def _matches(entries: Sequence[str], weight: Weight) -> bool:
     )
 
 
-def _linear_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
-    """(stored transposed, "") if input ``index`` of ``node`` is the weight of a linear, else (None, reason)."""
+def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
+    """(stored transposed, "") if input ``index`` of ``node`` is the weight of a layer, else (None, reason)."""
     if node.domain not in ("", "ai.onnx"):
         return None, f"used by {node.domain}::{node.op_type}"
     if node.op_type == "MatMul" and index == 1:
@@ -121,6 +134,8 @@ def _linear_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
         if node.attributes.get_int("transA", 0):
             return None, "Gemm with transA"
         return bool(node.attributes.get_int("transB", 0)), ""
+    if node.op_type == "Conv" and index == 1:
+        return True, ""
     if node.op_type == "MatMul":
         return None, "the constant is the left operand of MatMul"
     return None, f"also used by {node.op_type}"
@@ -131,18 +146,36 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
 
 
-def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
-    """All weights of linears, in graph order, and the (place, reason) of those that must stay as they are.
+def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> str | None:
+    """Why a weight of that shape must stay as it is, or None."""
+    if any(node.op_type == "Conv" for node in nodes):
+        if any(node.op_type != "Conv" for node in nodes):
+            return "shared by convolutions and linears"
+        if len(tensor.shape) < 3:
+            return f"has rank {len(tensor.shape)}, less than 3"
+        # Each output channel sees one input channel: nothing to gain, and too few weights to lose any.
+        if tensor.shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes):
+            return "belongs to a depthwise convolution"
+    elif len(tensor.shape) != 2:
+        return f"has rank {len(tensor.shape)}, not 2"
+    return "is empty" if tensor.size == 0 else None
+
+
+def find_weights(
+    model: ir.Model, op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS)
+) -> tuple[list[Weight], list[tuple[str, str]]]:
+    """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
 
     Left alone: weights that a caller may override (also a graph input), that are a graph output, that are no
-    float matrix, or that have a user which is no linear or sees the matrix the other way round (a tied
-    embedding): a change would reach that user too. Layers inside functions are left alone as well.
+    float matrix or filters, that belong to a depthwise convolution, or that have a user which is no such layer or
+    sees the matrix the other way round (a tied embedding): a change would reach that user too. Layers inside
+    functions are left alone as well.
     """
     found: list[Weight] = []
     declined: list[tuple[str, str]] = []
     for value in _initializers(model):
         uses = value.uses()
-        if not any(use.node.op_type in ("MatMul", "Gemm") and use.idx == 1 for use in uses):
+        if not any(use.node.op_type in op_types and use.idx == 1 for use in uses):
             continue
         name = value.name or "?"
         tensor = value.const_value
@@ -154,12 +187,10 @@ def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
             declined.append(
                 (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
             )
-        elif len(tensor.shape) != 2:
-            declined.append((name, f"has rank {len(tensor.shape)}, not 2"))
-        elif tensor.size == 0:
-            declined.append((name, "is empty"))
+        elif reason := _shape_reason(tensor, [use.node for use in uses if use.idx == 1]):
+            declined.append((name, reason))
         else:
-            kinds = [_linear_input(use.node, use.idx) for use in uses]
+            kinds = [_weight_input(use.node, use.idx) for use in uses]
             reasons = sorted({reason for stored, reason in kinds if stored is None})
             if reasons:
                 declined.append((name, "; ".join(reasons)))
@@ -169,9 +200,10 @@ def find_weights(model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
                 nodes = tuple(use.node for use in uses)
                 found.append(Weight(value, nodes, bool(kinds[0][0])))
     for function in model.functions.values():
-        linears = sum(node.op_type in ("MatMul", "Gemm") for node in function.all_nodes())
-        if linears and function.domain != DOMAIN:  # the bodies of our own operators are no layers
-            declined.append((f"{function.domain}::{function.name}", f"{linears} linears inside a function"))
+        layers = Counter(node.op_type for node in function.all_nodes() if node.op_type in op_types)
+        if layers and function.domain != DOMAIN:  # the bodies of our own operators are no layers
+            what = ", ".join(f"{count} {op_type}" for op_type, count in layers.items())
+            declined.append((f"{function.domain}::{function.name}", f"{what} inside a function"))
     order = {id(node): index for index, node in enumerate(model.graph.all_nodes())}
     found.sort(key=lambda weight: min(order.get(id(node), len(order)) for node in weight.nodes))
     return found, declined

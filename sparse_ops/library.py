@@ -30,7 +30,7 @@ class _Weight(ctypes.Structure):
     """``SparseOnnxWeight`` of c_api.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("K", "N", "chunk", "block")),
+        *((name, ctypes.c_int64) for name in ("K", "N", "chunk", "block", "width")),
         *(
             field
             for name in ("values", "offsets", "counts", "rows", "bias")
@@ -99,7 +99,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
         "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
         "sparse_onnx_run": (ctypes.c_int, (weight, ctypes.c_int, text, floats, size, floats, *message)),
-        "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, size)),
+        "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, size)),
         "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
     }
     try:
@@ -130,7 +130,7 @@ def info() -> LibraryInfo:
 
 def select(packed: PackedWeight, tokens: int) -> str:
     """Name of the kernel that a session here uses for ``tokens`` tokens."""
-    name = _library().sparse_onnx_select(packed.chunk, packed.block, tokens)
+    name = _library().sparse_onnx_select(packed.chunk, packed.block, packed.width, tokens)
     if name is None:
         info()  # raises if the forced instruction set is what is wrong
         raise FormatError(f"no kernel takes chunk {packed.chunk} and block {packed.block}")
@@ -138,7 +138,9 @@ def select(packed: PackedWeight, tokens: int) -> str:
 
 
 def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
-    weight = _Weight(K=packed.K, N=packed.N, chunk=packed.chunk, block=packed.block)
+    weight = _Weight(
+        K=packed.K, N=packed.N, chunk=packed.chunk, block=packed.block, width=packed.width
+    )
     for name, array in {**packed.arrays(), "bias": bias}.items():
         dtype = np.float32 if name in ("values", "bias") else np.uint8
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:

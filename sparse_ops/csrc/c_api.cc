@@ -37,9 +37,9 @@ int guarded(char* message, size_t size, Function&& function) noexcept {
 
 std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation,
                          spmm::CheckedWeight& result) {
-  const spmm::StoredWeight stored = {w.K,           w.N,         w.chunk,        w.block,     w.values,
-                                     w.value_count, w.offsets,   w.offset_count, w.counts,    w.count_count,
-                                     w.rows,        w.row_count, w.bias,         w.bias_count};
+  const spmm::StoredWeight stored = {w.K,      w.N,           w.chunk,     w.block,        w.width,
+                                     w.values, w.value_count, w.offsets,   w.offset_count, w.counts,
+                                     w.count_count, w.rows,   w.row_count, w.bias,         w.bias_count};
   return spmm::check(stored, activation, result);
 }
 
@@ -113,12 +113,15 @@ int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* 
   return guarded(message, message_size, [&] { return run(*weight, activation, kernel, x, tokens, y); });
 }
 
-const char* sparse_onnx_select(int64_t chunk, int64_t block, size_t tokens) {
+const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width, size_t tokens) {
   const IsaChoice choice = active_isa();
-  if (choice.error != nullptr || chunk < 1 || chunk > 255 || block < 1 || block > 256) return nullptr;
+  if (choice.error != nullptr || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
+    return nullptr;
+  }
   spmm::Weight weight{};
   weight.chunk = static_cast<size_t>(chunk);
   weight.block = static_cast<size_t>(block);
+  weight.width = static_cast<size_t>(width);
   return spmm::select_kernel(choice.isa, weight, tokens).name;
 }
 

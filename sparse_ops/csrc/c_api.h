@@ -16,7 +16,7 @@ extern "C" {
 /* The attributes and tensors of one operator; layout and rules in sparse_ops/sparse_matmul.py. The arrays of
  * floats may have any alignment. */
 typedef struct SparseOnnxWeight {
-  int64_t K, N, chunk, block;
+  int64_t K, N, chunk, block, width;
   const void* values; /* float32 */
   size_t value_count;
   const uint8_t* offsets;
@@ -56,9 +56,10 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
                                        const float* x, size_t tokens, float* y, char* message,
                                        size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight with that chunk and block and
+/* Name of the kernel that a session would use for a full tile of a weight with that chunk, block and width and
  * `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
-SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t chunk, int64_t block, size_t tokens);
+SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width,
+                                                  size_t tokens);
 
 /* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as
  * wide as the kernel's; measured for about `seconds`. 0 if the kernel cannot run here. */

@@ -12,8 +12,6 @@
 namespace sparse_ops {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::avx512, Isa::avx2, Isa::generic};
-
 #if defined(__x86_64__)
 constexpr bool all(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
 
@@ -42,6 +40,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx2:
       return "avx2";
+    case Isa::neon:
+      return "neon";
     case Isa::generic:
       return "generic";
     case Isa::reference:
@@ -54,7 +54,9 @@ bool isa_supported(Isa isa) {
   if (isa == Isa::generic || isa == Isa::reference) return true;
 #if defined(__x86_64__)
   static const bool avx2 = processor_has(Isa::avx2), avx512 = processor_has(Isa::avx512);
-  return isa == Isa::avx2 ? avx2 : avx512;
+  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 && avx2;
+#elif defined(__aarch64__)
+  return isa == Isa::neon;  // part of the architecture
 #else
   return false;
 #endif
@@ -68,7 +70,7 @@ IsaChoice choose_isa(const char* forced) {
       return {isa,
               "SPARSE_ONNX_FORCE_ISA names an instruction set that this processor or operating system lacks"};
     }
-    return {Isa::generic, "SPARSE_ONNX_FORCE_ISA is none of avx512, avx2, generic"};
+    return {Isa::generic, "SPARSE_ONNX_FORCE_ISA is none of avx512, avx2, neon, generic"};
   }
   for (Isa isa : kIsas) {
     if (isa_supported(isa)) return {isa, nullptr};

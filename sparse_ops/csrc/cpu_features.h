@@ -5,7 +5,10 @@ namespace sparse_ops {
 
 // From the most to the least capable. `generic` is the baseline that the compiler targets; `reference` marks
 // plain loops, which are never chosen but by the name of the kernel.
-enum class Isa { avx512, avx2, generic, reference };
+enum class Isa { avx512, avx2, neon, generic, reference };
+
+// Every set that can be chosen, best first; which of them this processor offers is another question.
+inline constexpr Isa kIsas[] = {Isa::avx512, Isa::avx2, Isa::neon, Isa::generic};
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

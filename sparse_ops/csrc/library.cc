@@ -2,6 +2,8 @@
 
 #include "c_api.h"
 #include "ops/op_support.h"
+#include "ops/skip_layer_norm.h"
+#include "ops/sparse_conv.h"
 #include "ops/sparse_matmul.h"
 #include "ort_status.h"
 
@@ -20,6 +22,10 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
   Owned<OrtCustomOpDomain> domain(api.ReleaseCustomOpDomain);
   check_status(api.CreateCustomOpDomain(kDomain, domain.out()));
   for (const OrtCustomOp* op : sparse_matmul_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
+  for (const OrtCustomOp* op : sparse_conv_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
+  for (const OrtCustomOp* op : skip_layer_norm_ops(api)) {
+    check_status(api.CustomOpDomain_Add(domain.get(), op));
+  }
   check_status(api.AddSessionConfigEntry(options, kRegistered, "1"));
   check_status(api.AddCustomOpDomain(options, domain.get()));
   *domain.out() = nullptr;

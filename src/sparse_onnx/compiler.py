@@ -26,10 +26,11 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
-from sparse_onnx.passes.guard import Decision
+from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
+from sparse_onnx.passes.lowering import Candidate, Packer
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
-from sparse_onnx.passes.sparse_matmul import Candidate, LowerSparseMatMul, Packer, find_candidates
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 
@@ -177,7 +178,7 @@ class _Job:
         self, model: ir.Model, pipeline: Pipeline, context: PassContext
     ) -> tuple[PassResult, PassResult]:
         """Clean up and prune; ``declined`` collects what was left alone."""
-        cleaned = Pipeline(CLEAN_PASSES)(model, context)
+        cleaned = Pipeline((*CLEAN_PASSES, FuseBatchNorm()))(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
         pruned = pipeline(model, context)
         self.declined += [*cleaned.declined, *pruned.declined]
@@ -185,7 +186,7 @@ class _Job:
 
     def candidates(self, model: ir.Model) -> list[Candidate]:
         candidates, left = find_candidates(model)
-        self.declined += [Declined(LowerSparseMatMul.name, place, reason) for place, reason in left]
+        self.declined += left
         return candidates
 
     def plan(self, pipeline: Pipeline) -> dict[str, Any]:
@@ -265,8 +266,9 @@ class _Job:
     def run_dense(
         self, model: ir.Model, candidates: Sequence[Candidate], samples: Sequence[Feeds]
     ) -> tuple[list[Feeds], dict[str, tuple[int, ...]]]:
-        """Outputs of the pruned dense model on the samples, and the shape of every linear's input at the target."""
-        names = {linear.x.name or "" for candidate in candidates for linear in candidate.linears}
+        """Outputs of the pruned dense model on the samples, and the shape of every layer's inputs at the target."""
+        layers = [layer for candidate in candidates for layer in candidate.layers]
+        names = {value.name or "" for layer in layers for value in layer.inputs}
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
             timed, shapes = shapes_in(runner.run(self.feeds))
@@ -279,17 +281,18 @@ class _Job:
         """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half."""
         decided = list(decisions)
         while True:
-            names = tuple(decision.candidate.weight.name for decision in decided if decision.sparse)
+            chosen = [decision.candidate for decision in decided if decision.sparse]
             optimized = model.clone()
             with self.clock("lower and write"):
-                if names:
-                    LowerSparseMatMul(layers=names, packer=packer)(optimized, context)
+                for lowering in LOWERINGS:
+                    if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
+                        lowering(layers=names, packer=packer)(optimized, context)
                 model_io.save_model(optimized, self.folder)
             if not self.benchmark:
                 return optimized, decided, None
             with self.clock("time the whole model"):
                 timing = self.time_whole(optimized)
-            if not names or timing.median >= 1:
+            if not chosen or timing.median >= 1:
                 return optimized, decided, timing
             self.say(f"the whole model is slower ({timing.median:.2f}x): giving up layers")
             sparse = sorted(
@@ -375,8 +378,8 @@ class _Job:
                     "shape": list(weight.shape),
                     "rows": None
                     if shapes is None
-                    else sum(math.prod(shapes[linear.x.name or ""][:-1]) for linear in candidate.linears),
-                    "activations": sorted({linear.activation for linear in candidate.linears}),
+                    else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
+                    "activations": sorted({layer.activation for layer in candidate.layers}),
                     "sparsity": candidate.sparsity,
                     "non_finite": candidate.non_finite,
                     "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),

@@ -15,12 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
-from sparse_onnx.layer_timing import sparse_nodes
+from sparse_onnx.layer_timing import SPARSE_OP_TYPES, sparse_nodes
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
-from sparse_onnx.passes.sparse_matmul import find_candidates
-from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN
+from sparse_onnx.passes.guard import find_candidates
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -133,7 +133,7 @@ def _custom(model: ir.Model) -> list[dict[str, Any]]:
     bodies = {(domain, name) for domain, name, _ in model.functions}
     rows = []
     for (domain, op_type), count in sorted(counts.items()):
-        known = domain == DOMAIN and op_type in ACTIVATIONS
+        known = domain == DOMAIN and op_type in SPARSE_OP_TYPES
         if known:
             who = "the kernel library"
         elif domain in _RUNTIME_DOMAINS:
@@ -217,7 +217,7 @@ def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
         candidates, places = find_candidates(model)
-        states = {place: ("stays", reason) for place, reason in places}
+        states = {declined.place: ("stays", declined.reason) for declined in places}
         for candidate in candidates:
             states[candidate.weight.name] = ("can be sparse", "")
     return states, places

@@ -20,12 +20,14 @@ from sparse_onnx import model_io
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN
+from sparse_onnx.sparse_ops import sparse_conv, sparse_matmul
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "SPARSE_OP_TYPES",
     "LayerTiming",
     "cut_layer",
     "shapes_in",
@@ -36,6 +38,9 @@ __all__ = [
     "uses_library",
     "with_shape_outputs",
 ]
+
+SPARSE_OP_TYPES = (*sparse_matmul.ACTIVATIONS, *sparse_conv.OP_TYPES)
+"""The operators with a compressed weight."""
 
 _SHAPE_OUTPUT = "sparse_onnx.shape."
 
@@ -95,8 +100,13 @@ def uses_library(model: ir.Model) -> bool:
 
 
 def sparse_nodes(model: ir.Model) -> list[ir.Node]:
-    """The sparse matrix products of the main graph, in its order."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in ACTIVATIONS]
+    """The operators of the main graph that have a compressed weight, in its order."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in SPARSE_OP_TYPES]
+
+
+def _activations(node: ir.Node) -> list[ir.Value]:
+    """The inputs of a sparse operator that are not constant: X, and a residual if it has one."""
+    return [value for value in node.inputs if value is not None and value.const_value is None]
 
 
 def sparsity_of(node: ir.Node) -> float:
@@ -145,48 +155,58 @@ def time_sparse_layers(
 ) -> list[LayerTiming]:
     """Every sparse operator of ``model`` against its dense form, at the shapes that ``feeds`` lead to.
 
-    Operators of equal shape, sparsity and activation are timed once.
+    Operators of equal shapes, sparsity and attributes are timed once.
     """
     nodes = sparse_nodes(model)
-    names = {node.inputs[0].name or "" for node in nodes if node.inputs[0] is not None}
+    names = {value.name or "" for node in nodes for value in _activations(node)}
     probe = with_shape_outputs(model, names)
     with open_runner(probe, threads=threads, library=True, budget=budget, work=work) as runner:
         _, shapes = shapes_in(runner.run(feeds))
     measured: dict[tuple[object, ...], Ratio] = {}
     timings = []
     for index, node in enumerate(nodes):
-        x = node.inputs[0]
-        assert x is not None
-        shape = shapes[x.name or ""]
+        inputs = [shapes[value.name or ""] for value in _activations(node)]
         weight_shape = (node.attributes.get_int("K", 0), node.attributes.get_int("N", 0))
         sparsity = sparsity_of(node)
         name = node.name or node.outputs[0].name or "?"
-        key = (node.op_type, weight_shape, shape, round(sparsity, 2))
+        attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
+        key = (node.op_type, *attributes, *inputs, round(sparsity, 2))
         if key not in measured:
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
-            measured[key] = _time_node(model, node, shape, threads=threads, work=work)
+            measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
-        timings.append(LayerTiming(name, module, node.op_type, shape, weight_shape, sparsity, measured[key]))
+        timings.append(LayerTiming(name, module, node.op_type, inputs[0], weight_shape, sparsity, measured[key]))
     return timings
 
 
-def cut_layer(model: ir.Model, x: ir.Value, y: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Model, Feeds]:
-    """The part of ``model`` from ``x`` to ``y``, both float32, as a model of its own, and random ``x`` of ``shape``."""
+def cut_layer(
+    model: ir.Model, inputs: Sequence[ir.Value], y: ir.Value, shapes: Sequence[tuple[int, ...]]
+) -> tuple[ir.Model, Feeds]:
+    """The part of ``model`` from ``inputs`` to ``y``, all float32, as a model of its own, and random inputs.
+
+    ``shapes`` are those of the inputs, which may contain a value twice.
+    """
+    distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
-        ir.convenience.extract(model.graph, [x], [y]),
+        ir.convenience.extract(model.graph, list(distinct), [y]),
         ir_version=model.ir_version,
         functions=[function.clone() for function in model.functions.values() if function.domain == DOMAIN],
     )
     part.graph.opset_imports.update(model.opset_imports)
-    source, result = part.graph.inputs[0], part.graph.outputs[0]
-    source.shape = ir.Shape(shape)
-    source.type = result.type = ir.TensorType(ir.DataType.FLOAT)
-    spec = InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None)
-    return part, generate([spec], {spec.name: shape})
+    for node in part.graph:
+        for value in node.outputs:
+            value.shape = None  # with the symbols of the whole model, which are numbers here
+    specs = []
+    for source, shape in zip(part.graph.inputs, distinct.values(), strict=True):
+        source.shape = ir.Shape(shape)
+        source.type = ir.TensorType(ir.DataType.FLOAT)
+        specs.append(InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None))
+    part.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    return part, generate(specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)})
 
 
-def _time_node(model: ir.Model, node: ir.Node, shape: tuple[int, ...], *, threads: int, work: Path) -> Ratio:
-    x = node.inputs[0]
-    assert x is not None
-    part, feeds = cut_layer(model, x, node.outputs[0], shape)
+def _time_node(
+    model: ir.Model, node: ir.Node, shapes: Sequence[tuple[int, ...]], *, threads: int, work: Path
+) -> Ratio:
+    part, feeds = cut_layer(model, _activations(node), node.outputs[0], shapes)
     return time_pair([part, part], [False, True], feeds, threads=threads, work=work)

@@ -166,6 +166,11 @@ CASES = {
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
     ),
+    "residual and normalization": Case(
+        "A = Neg(X) B = Abs(A) S = Add(X, B) N = LayerNormalization(S, g, b) Y = Add(N, S)",
+        {"g": weight(8), "b": weight(8)},
+        outputs="float[B, 8] Y",
+    ),
     "no linears": Case("Y = Relu(X)", outputs="float[B, 8] Y"),
     "attention": Case("T = Transpose(X) Y = MatMul(X, T)", outputs="float[B, B] Y"),
     "identity": Case("Y = Identity(X)", outputs="float[B, 8] Y"),

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul, find_candidates
+from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 
 
 def sparse(shape, sparsity, seed=0):
@@ -166,7 +166,7 @@ def test_options_are_validated(value):
 
 
 def test_candidates_carry_their_sparsity():
-    candidates, declined = find_candidates(mlp(0.75))
+    candidates, declined = LowerSparseMatMul.find_candidates(mlp(0.75))
     assert declined == []
     for candidate in candidates:
         matrix = candidate.weight.matrix()

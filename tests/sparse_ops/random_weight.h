@@ -12,7 +12,7 @@
 namespace sparse_ops::spmm {
 
 struct RandomWeight {
-  size_t K, N, chunk, block;
+  size_t K, N, chunk, block, width;
   std::vector<float> values;
   std::vector<uint8_t> offsets, counts, rows;
   std::vector<float> bias;
@@ -22,6 +22,7 @@ struct RandomWeight {
             static_cast<int64_t>(N),
             static_cast<int64_t>(chunk),
             static_cast<int64_t>(block),
+            static_cast<int64_t>(width),
             values.data(),
             values.size(),
             offsets.data(),
@@ -35,22 +36,42 @@ struct RandomWeight {
   }
 };
 
-// Every weight is kept with probability `density`. Same arguments, same weight.
-inline RandomWeight random_weight(size_t K, size_t N, double density, size_t chunk, size_t block) {
+// How zeros are spread: every entry alone with some probability, or the same number in each group of `of` inputs.
+struct Pattern {
+  Pattern(double share, size_t group = 0) : density(share), of(group) {}
+  double density;
+  size_t of;
+};
+
+// Same arguments, same weight. `width` neighbouring outputs are kept or dropped together.
+inline RandomWeight random_weight(size_t K, size_t N, Pattern pattern, size_t chunk, size_t block,
+                                  size_t width = 1) {
   std::mt19937 generator(static_cast<unsigned>(K * 31 + N));
-  std::bernoulli_distribution keep(density);
+  std::bernoulli_distribution keep(pattern.density);
   std::uniform_real_distribution<float> value(-1.0f, 1.0f);
-  RandomWeight w{K, N, chunk, block, {}, {}, {}, {}, std::vector<float>(N)};
+  RandomWeight w{K, N, chunk, block, width, {}, {}, {}, {}, std::vector<float>(N)};
   for (float& b : w.bias) b = value(generator);
+  const size_t groups = block / width;
   for (size_t first = 0; first < N; first += block) {
     for (size_t begin = 0; begin < K; begin += chunk) {
-      std::vector<std::vector<uint8_t>> kept(block);
-      for (size_t n = 0; n < block; ++n) {
-        for (size_t k = begin; k < std::min(begin + chunk, K) && first + n < N; ++k) {
-          if (keep(generator)) kept[n].push_back(static_cast<uint8_t>(k - begin));
+      const size_t end = std::min(begin + chunk, K);
+      std::vector<std::vector<uint8_t>> kept(groups);
+      for (size_t g = 0; g < groups && first + g * width < N; ++g) {
+        for (size_t k = begin; k < end; ++k) {
+          if (pattern.of == 0) {
+            if (keep(generator)) kept[g].push_back(static_cast<uint8_t>(k - begin));
+          } else if (k % pattern.of == 0) {
+            std::vector<size_t> inputs(std::min(pattern.of, end - k));
+            std::iota(inputs.begin(), inputs.end(), k - begin);
+            std::shuffle(inputs.begin(), inputs.end(), generator);
+            inputs.resize(std::min(inputs.size(), static_cast<size_t>(static_cast<double>(pattern.of) *
+                                                                      pattern.density + 0.5)));
+            std::sort(inputs.begin(), inputs.end());
+            kept[g].insert(kept[g].end(), inputs.begin(), inputs.end());
+          }
         }
       }
-      std::vector<uint8_t> order(block);
+      std::vector<uint8_t> order(groups);
       std::iota(order.begin(), order.end(), uint8_t{0});
       std::stable_sort(order.begin(), order.end(),
                        [&](auto a, auto b) { return kept[a].size() > kept[b].size(); });
@@ -59,11 +80,11 @@ inline RandomWeight random_weight(size_t K, size_t N, double density, size_t chu
         w.counts.push_back(static_cast<uint8_t>(std::max<size_t>(1, kept[row].size())));
         for (uint8_t k : kept[row]) {
           w.offsets.push_back(k);
-          w.values.push_back(value(generator));
+          for (size_t r = 0; r < width; ++r) w.values.push_back(value(generator));
         }
         if (kept[row].empty()) {
           w.offsets.push_back(0);
-          w.values.push_back(0.0f);
+          w.values.insert(w.values.end(), width, 0.0f);
         }
       }
     }

@@ -60,12 +60,12 @@ double measured_peak(const Kernel& kernel) {
 }
 
 void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activation activation,
-           const Kernel* kernel) {
+           const Kernel* kernel, bool cold, size_t width) {
   const std::vector<float> x(tokens * K, 0.5f);
   std::vector<float> y(tokens * N);
   ThisThread workers;
   for (double sparsity : {0.5, 0.7, 0.8, 0.9, 0.95}) {
-    const RandomWeight random = random_weight(K, N, 1 - sparsity, chunk, block);
+    const RandomWeight random = random_weight(K, N, 1 - sparsity, chunk, block, width);
     CheckedWeight checked;
     const std::string problem = check(random.stored(), activation, checked);
     if (!problem.empty() || (kernel != nullptr && !fits(*kernel, checked.weight))) {
@@ -76,8 +76,16 @@ void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activa
                                         : make_plan(checked.weight, tokens, active_isa().isa);
     std::vector<char> scratch(plan.scratch_bytes);
     const double peak = measured_peak(*plan.full);
-    const double time =
-        time_of([&] { run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); });
+    // Cold: copies of the weight in turn, more than the caches hold.
+    std::vector<RandomWeight> copies(cold ? 1 + (size_t{256} << 20) / (5 * random.values.size()) : 0, random);
+    std::vector<CheckedWeight> weights(std::max<size_t>(1, copies.size()));
+    for (size_t i = 0; i < weights.size(); ++i) {
+      check((cold ? copies[i] : random).stored(), activation, weights[i]);
+    }
+    size_t turn = 0;
+    const double time = time_of([&] {
+      run(plan, weights[turn++ % weights.size()].weight, x.data(), y.data(), scratch.data(), workers);
+    });
     const double dense = 2.0 * static_cast<double>(K * N * tokens) / time;
     const double useful = 2.0 * static_cast<double>(random.values.size() * tokens) / time;
     std::printf(
@@ -91,10 +99,10 @@ void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activa
 }  // namespace
 
 int main(int argc, char** argv) {
-  size_t tokens = 128, chunk = 128, block = 64;
+  size_t tokens = 128, chunk = 128, block = 64, width = 1;
   Activation activation = Activation::none;
   const Kernel* kernel = nullptr;
-  bool all = false;
+  bool all = false, cold = false;
   std::vector<std::pair<size_t, size_t>> shapes;
   for (int i = 1; i < argc; ++i) {
     const char* word = argv[i];
@@ -106,6 +114,10 @@ int main(int argc, char** argv) {
       all = true;
       continue;
     }
+    if (std::strcmp(word, "--cold") == 0) {
+      cold = true;
+      continue;
+    }
     ++i;
     if (std::strcmp(word, "--tokens") == 0) {
       tokens = number(next);
@@ -113,6 +125,8 @@ int main(int argc, char** argv) {
       chunk = number(next);
     } else if (std::strcmp(word, "--block") == 0) {
       block = number(next);
+    } else if (std::strcmp(word, "--width") == 0) {
+      width = number(next);
     } else if (std::strcmp(word, "--activation") == 0) {
       activation = static_cast<Activation>(number(next));
     } else if (std::strcmp(word, "--kernel") == 0) {
@@ -134,9 +148,9 @@ int main(int argc, char** argv) {
   }
   if (shapes.empty()) shapes = {{768, 768}, {768, 3072}, {3072, 768}};
   for (const auto& [K, N] : shapes) {
-    if (!all) bench(K, N, tokens, chunk, block, activation, kernel);
+    if (!all) bench(K, N, tokens, chunk, block, activation, kernel, cold, width);
     for (const Kernel* one : kernels()) {
-      if (all && isa_supported(one->isa)) bench(K, N, tokens, chunk, block, activation, one);
+      if (all && isa_supported(one->isa)) bench(K, N, tokens, chunk, block, activation, one, cold, width);
     }
   }
 }

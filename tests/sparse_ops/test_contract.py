@@ -17,10 +17,12 @@ SPECIAL = st.sampled_from([0.0, 0.0, 0.0, -0.0, 1.0, -2.5, np.inf, -np.inf, np.n
 WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=SPECIAL)
 
 
-@given(weight=WEIGHTS, chunk=st.integers(1, 255), block=st.integers(1, 256))
-@settings(max_examples=200, deadline=None)
-def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, block):
-    packed = pack(weight, chunk=chunk, block=block)
+@given(
+    weight=WEIGHTS, chunk=st.integers(1, 255), groups=st.integers(1, 32), width=st.sampled_from([1, 4, 8, None])
+)
+@settings(max_examples=300, deadline=None)
+def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, groups, width):
+    packed = pack(weight, chunk=chunk, block=groups * (width or 1), width=width)
     validate(packed)
     sparse_ops.check(packed)
     dense = unpack(packed)
@@ -30,9 +32,27 @@ def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, block):
         (dense + np.float32(0)).view(np.int32), (weight + np.float32(0)).view(np.int32)
     )
     padding = packed.blocks * packed.block * packed.chunks
-    assert packed.values.size <= np.count_nonzero(weight) + padding
+    assert packed.values.size <= packed.width * np.count_nonzero(weight) + padding
     segment = np.split(packed.counts, packed.chunks * packed.blocks)
     assert all((np.diff(group.astype(int)) <= 0).all() for group in segment)
+
+
+@pytest.mark.parametrize(("height", "expected"), [(1, 1), (2, 1), (4, 4), (8, 8), (16, 8)])
+def test_blocks_along_the_outputs_are_found(height, expected):
+    rng = np.random.default_rng(0)
+    kept = np.repeat(rng.random((60, 48 // height)) < 0.3, height, axis=1)
+    packed = pack(np.where(kept, rng.standard_normal((60, 48)), 0).astype(np.float32))
+    assert packed.width == expected
+    assert pack(unpack(packed), width=1).values.size == np.count_nonzero(kept)
+
+
+def test_blocks_along_the_inputs_or_shifted_are_not_wide(sparse):
+    rng = np.random.default_rng(0)
+    kept = np.repeat(rng.random((15, 48)) < 0.3, 4, axis=0)
+    weight = np.where(kept, rng.standard_normal((60, 48)), 0).astype(np.float32)
+    assert pack(weight).width == 1
+    assert pack(np.roll(np.where(kept[:48].T, 1, 0).astype(np.float32), 2, axis=1)).width == 1
+    assert pack(sparse(64, 64, 0.5)).width == 1
 
 
 def test_negative_zero_is_not_stored():
@@ -42,22 +62,24 @@ def test_negative_zero_is_not_stored():
 
 
 @pytest.mark.parametrize(
-    ("weight", "chunk", "block"),
+    ("weight", "chunk", "block", "width"),
     [
-        (np.zeros((4, 4), np.float64), 4, 4),
-        (np.zeros((4, 4), np.float16), 4, 4),
-        (np.zeros(4, np.float32), 4, 4),
-        (np.zeros((0, 4), np.float32), 4, 4),
-        (np.zeros((4, 0), np.float32), 4, 4),
-        (np.zeros((4, 4), np.float32), 0, 4),
-        (np.zeros((4, 4), np.float32), 256, 4),
-        (np.zeros((4, 4), np.float32), 4, 0),
-        (np.zeros((4, 4), np.float32), 4, 257),
+        (np.zeros((4, 4), np.float64), 4, 4, 1),
+        (np.zeros((4, 4), np.float16), 4, 4, 1),
+        (np.zeros(4, np.float32), 4, 4, 1),
+        (np.zeros((0, 4), np.float32), 4, 4, 1),
+        (np.zeros((4, 0), np.float32), 4, 4, 1),
+        (np.zeros((4, 4), np.float32), 0, 4, 1),
+        (np.zeros((4, 4), np.float32), 256, 4, 1),
+        (np.zeros((4, 4), np.float32), 4, 0, 1),
+        (np.zeros((4, 4), np.float32), 4, 257, 1),
+        (np.zeros((4, 4), np.float32), 4, 4, 2),
+        (np.zeros((4, 4), np.float32), 4, 6, 4),
     ],
 )
-def test_pack_refuses(weight, chunk, block):
-    with pytest.raises(ValueError, match=r"float32 matrix|chunk must lie"):
-        pack(weight, chunk=chunk, block=block)
+def test_pack_refuses(weight, chunk, block, width):
+    with pytest.raises(ValueError, match=r"float32 matrix|chunk must lie|width must"):
+        pack(weight, chunk=chunk, block=block, width=width)
 
 
 def with_item(array: np.ndarray, index: int, value: int) -> np.ndarray:
@@ -72,6 +94,8 @@ BROKEN = {
     "chunk too large": (lambda p: {"chunk": 256}, "chunk"),
     "block zero": (lambda p: {"block": 0}, "block"),
     "block too large": (lambda p: {"block": 257}, "block"),
+    "width three": (lambda p: {"width": 3}, "width"),
+    "width of another weight": (lambda p: {"width": 4}, "counts"),
     "K zero": (lambda p: {"K": 0}, "K"),
     "N negative": (lambda p: {"N": -5}, "N"),
     "K of another weight": (lambda p: {"K": p.K + p.chunk}, "counts"),
@@ -120,9 +144,8 @@ def test_python_and_library_judge_every_byte_alike(data):
     """One byte of the stored tensors changed at random: both accept it or both refuse it."""
     rng = np.random.default_rng(data.draw(st.integers(0, 20)))
     weight = np.where(rng.random((23, 11)) < 0.4, rng.random((23, 11), np.float32), np.float32(0))
-    packed = pack(
-        weight, chunk=data.draw(st.sampled_from([1, 5, 8, 23])), block=data.draw(st.sampled_from([1, 4, 11]))
-    )
+    chunk, block = data.draw(st.sampled_from([1, 5, 8, 23])), data.draw(st.sampled_from([1, 4, 11]))
+    packed = pack(weight, chunk=chunk, block=block, width=4 if block == 4 else 1)
     name = data.draw(st.sampled_from(["offsets", "counts", "rows"]))
     array = getattr(packed, name)
     index, value = data.draw(st.integers(0, array.size - 1)), data.draw(st.integers(0, 255))

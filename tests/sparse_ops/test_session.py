@@ -41,6 +41,17 @@ def test_library_and_body_compute_the_reference(op_type, threads, packed, bias, 
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_entries_of_several_outputs(width, bias, layer_model, open_session):
+    kept = np.repeat(np.random.default_rng(1).random((K, -(-N // width))) < 0.3, width, axis=1)[:, :N]
+    packed = sm.pack(np.where(kept, inputs(K, N), 0).astype(np.float32), chunk=32, block=16)
+    assert packed.width == width
+    model, x = layer_model(packed, bias, "SparseMatMulGelu"), inputs(150, K)
+    for library in (True, False):
+        (got,) = open_session(model, library=library).run(None, {"X": x})
+        np.testing.assert_allclose(got, sm.reference(x, packed, bias, "gelu"), rtol=1e-5, atol=3e-5)
+
+
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("shape", [(K,), (1, K), (0, K), (3, 5, K), (2, 0, K), (2, 3, 4, K)])
 def test_any_rank_and_empty_batches(shape, library, packed, bias, layer_model, open_session):

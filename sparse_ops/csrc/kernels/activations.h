@@ -77,6 +77,23 @@ inline Vector<kLanes> silu(Vector<kLanes> x) {
   return x / (1.0f + exponential<kLanes>(-x));
 }
 
+// x max(0, min(1, x / 6 + 1 / 2)), but NaN stays NaN
+template <size_t kLanes>
+inline Vector<kLanes> hard_swish(Vector<kLanes> x) {
+  const Vector<kLanes> zero = {}, one = splat<kLanes>(1.0f);
+  Vector<kLanes> gate = x * 0.16666667f + 0.5f;
+  gate = gate < zero ? zero : gate;
+  gate = gate > one ? one : gate;
+  return x * gate;
+}
+
+// min(max(x, low), high), but NaN stays NaN
+template <size_t kLanes>
+inline Vector<kLanes> clip(Vector<kLanes> x, Vector<kLanes> low, Vector<kLanes> high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
 // max(x, 0), but NaN stays NaN
 template <size_t kLanes>
 inline Vector<kLanes> relu(Vector<kLanes> x) {

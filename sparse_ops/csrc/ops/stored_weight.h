@@ -33,11 +33,21 @@ inline void read_weight(const NodeReader& node, spmm::Activation activation, spm
   const auto bytes = [](const NodeReader::Constant& c) { return static_cast<const uint8_t*>(c.data); };
   const NodeReader::Constant values = input(0), offsets = input(1), counts = input(2), rows = input(3),
                              bias = input(4);
-  const spmm::StoredWeight stored = {
-      node.integer("K"), node.integer("N"), node.integer("chunk"), node.integer("block"),
-      values.data,       values.count,      bytes(offsets),        offsets.count,
-      bytes(counts),     counts.count,      bytes(rows),           rows.count,
-      bias.data,         bias.count};
+  const spmm::StoredWeight stored = {node.integer("K"),
+                                     node.integer("N"),
+                                     node.integer("chunk"),
+                                     node.integer("block"),
+                                     node.integer("width"),
+                                     values.data,
+                                     values.count,
+                                     bytes(offsets),
+                                     offsets.count,
+                                     bytes(counts),
+                                     counts.count,
+                                     bytes(rows),
+                                     rows.count,
+                                     bias.data,
+                                     bias.count};
   const std::string problem = spmm::check(stored, activation, weight);
   if (!problem.empty()) node.fail(problem);
 }

@@ -52,6 +52,11 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
     return text({"attribute chunk is ", std::to_string(s.chunk), ", expected 1..255"});
   if (s.block < 1 || s.block > 256)
     return text({"attribute block is ", std::to_string(s.block), ", expected 1..256"});
+  if (s.width != 1 && s.width != 4 && s.width != 8)
+    return text({"attribute width is ", std::to_string(s.width), ", expected 1, 4 or 8"});
+  if (s.block % s.width != 0)
+    return text({"attribute block is ", std::to_string(s.block), ", expected a multiple of width ",
+                 std::to_string(s.width)});
 
   Weight& w = result.weight;
   w = Weight{};
@@ -59,18 +64,20 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   w.N = static_cast<size_t>(s.N);
   w.chunk = static_cast<size_t>(s.chunk);
   w.block = static_cast<size_t>(s.block);
+  w.width = static_cast<size_t>(s.width);
   w.chunks = w.K / w.chunk + (w.K % w.chunk != 0);
   w.blocks = w.N / w.block + (w.N % w.block != 0);
+  const size_t rows_of_group = w.block / w.width;
   size_t groups, segments;
   if (__builtin_mul_overflow(w.chunks, w.blocks, &groups) ||
-      __builtin_mul_overflow(groups, w.block, &segments)) {
+      __builtin_mul_overflow(groups, rows_of_group, &segments)) {
     return "attributes K and N are too large";
   }
   if (s.count_count != segments) {
-    return wrong_length("counts", s.count_count, segments, " (chunks * blocks * block)");
+    return wrong_length("counts", s.count_count, segments, " (chunks * blocks * block / width)");
   }
   if (s.row_count != segments)
-    return wrong_length("rows", s.row_count, segments, " (chunks * blocks * block)");
+    return wrong_length("rows", s.row_count, segments, " (chunks * blocks * block / width)");
   if (s.bias_count != w.N) return wrong_length("bias", s.bias_count, w.N, " (N)");
 
   // Counts and rows, group by group; the sum of counts says where each block and segment begins.
@@ -78,21 +85,23 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   result.block_entries.resize(w.blocks);
   for (size_t group = 0; group < groups; ++group) {
     if (group % w.chunks == 0) result.block_entries[group / w.chunks] = entries;
-    const uint8_t* counts = s.counts + group * w.block;
+    const uint8_t* counts = s.counts + group * rows_of_group;
     const auto where = [&] {
       return text({" of block ", number(group / w.chunks), ", chunk ", number(group % w.chunks)});
     };
-    for (size_t i = 0; i < w.block; ++i) {
+    for (size_t i = 0; i < rows_of_group; ++i) {
       if (counts[i] < 1 || counts[i] > w.chunk) {
         return text({"counts", where(), " hold ", number(counts[i]), ", expected 1..", number(w.chunk)});
       }
       entries += counts[i];
     }
-    if (!is_permutation(s.rows + group * w.block, w.block)) {
-      return text({"rows", where(), " are not a permutation of 0..", number(w.block - 1)});
+    if (!is_permutation(s.rows + group * rows_of_group, rows_of_group)) {
+      return text({"rows", where(), " are not a permutation of 0..", number(rows_of_group - 1)});
     }
   }
-  if (s.value_count != entries) return wrong_length("values", s.value_count, entries, " (the sum of counts)");
+  if (s.value_count != entries * w.width) {  // entries <= bytes of counts * 255: no overflow
+    return wrong_length("values", s.value_count, entries * w.width, " (the sum of counts, times width)");
+  }
   if (s.offset_count != entries)
     return wrong_length("offsets", s.offset_count, entries, " (the sum of counts)");
 
@@ -104,8 +113,8 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
     const size_t begin_of_group = end, chunk = group % w.chunks;
     const size_t limit = std::min(w.chunk, w.K - chunk * w.chunk);
     uint64_t at_borders = 0;
-    for (size_t i = 0; i < w.block; ++i) {
-      end += s.counts[group * w.block + i];
+    for (size_t i = 0; i < rows_of_group; ++i) {
+      end += s.counts[group * rows_of_group + i];
       if (s.offsets[end - 1] >= limit) {
         return text({"offsets of block ", number(group / w.chunks), ", chunk ", number(chunk), " reach ",
                      number(s.offsets[end - 1]), ", expected less than ", number(limit)});

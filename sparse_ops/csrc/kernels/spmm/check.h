@@ -10,7 +10,7 @@ namespace sparse_ops::spmm {
 
 // The attributes and tensors of one operator, as a model file gives them.
 struct StoredWeight {
-  int64_t K, N, chunk, block;
+  int64_t K, N, chunk, block, width;
   const void* values;  // float32, any alignment
   size_t value_count;
   const uint8_t* offsets;

@@ -2,54 +2,13 @@
 #pragma once
 
 #include "kernels/activations.h"
+#include "kernels/spmm/accumulate.h"
 #include "kernels/spmm/kernel.h"
+#include "kernels/spmm/store_channels.h"
 #include "kernels/vector.h"
 
 namespace sparse_ops::spmm {
 namespace {
-
-// sum += w * row[tile]
-template <size_t kLanes, size_t kVectors>
-inline void add_entry(Vector<kLanes>* sum, const float* row, const unsigned char* value) {
-  const Vector<kLanes> w = splat<kLanes>(load_float(value));
-#pragma GCC unroll 16
-  for (size_t v = 0; v < kVectors; ++v) sum[v] += w * load<kLanes>(row + v * kLanes);
-}
-
-// acc[tile] += one segment. kSets independent sums per vector hide the latency of the multiply-add.
-template <size_t kLanes, size_t kVectors, size_t kSets>
-inline void add_segment(const float* x, const uint8_t* offsets, const unsigned char* values, size_t count,
-                        float* acc) {
-  constexpr size_t kTile = kLanes * kVectors;
-  Vector<kLanes> sum[kSets][kVectors];
-#pragma GCC unroll 16
-  for (size_t v = 0; v < kVectors; ++v) {
-    sum[0][v] = load<kLanes>(acc + v * kLanes);
-#pragma GCC unroll 16
-    for (size_t s = 1; s < kSets; ++s) sum[s][v] = Vector<kLanes>{};
-  }
-  size_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    uint32_t four;  // the offsets of four entries at the price of one load
-    __builtin_memcpy(&four, offsets + i, sizeof(four));
-#pragma GCC unroll 4
-    for (size_t j = 0; j < 4; ++j) {
-      const size_t shift = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 8 * j : 24 - 8 * j;
-      add_entry<kLanes, kVectors>(sum[j % kSets], x + ((four >> shift) & 255) * kTile, values + 4 * (i + j));
-    }
-  }
-#pragma GCC unroll 4
-  for (size_t j = 0; j < 3; ++j) {
-    if (i + j == count) break;
-    add_entry<kLanes, kVectors>(sum[j % kSets], x + offsets[i + j] * kTile, values + 4 * (i + j));
-  }
-#pragma GCC unroll 16
-  for (size_t v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 16
-    for (size_t s = 1; s < kSets; ++s) sum[0][v] += sum[s][v];
-    store<kLanes>(acc + v * kLanes, sum[0][v]);
-  }
-}
 
 template <size_t kLanes>
 void activate(Activation activation, float* data, size_t size) {
@@ -88,44 +47,12 @@ void store_tokens(const float* acc, size_t channels, size_t tokens, size_t strid
   }
 }
 
-template <size_t kLanes, size_t kVectors, size_t kSets>
-void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
-  constexpr size_t kTile = kLanes * kVectors;
-  // Short segments overlap in the processor by themselves: fewer sums are quicker to add up.
-  constexpr size_t kShortSets = kSets > 2 ? kSets / 2 : 1;
-  constexpr size_t kLong = 24;
-  const size_t first = block * w.block;
-  const size_t channels = w.N - first < w.block ? w.N - first : w.block;
-  for (size_t n = 0; n < w.block; ++n) {
-    const Vector<kLanes> bias = splat<kLanes>(n < channels ? load_float(w.bias + 4 * (first + n)) : 0.0f);
-    for (size_t v = 0; v < kVectors; ++v) store<kLanes>(acc + n * kTile + v * kLanes, bias);
-  }
-  const unsigned char* values = w.values + 4 * w.block_entries[block];
-  const uint8_t* offsets = w.offsets + w.block_entries[block];
-  const uint8_t* counts = w.counts + w.chunks * first;
-  const uint8_t* rows = w.rows + w.chunks * first;
-  for (size_t c = 0; c < w.chunks; ++c) {
-    const float* x = panel + c * w.chunk * kTile;
-    for (size_t s = 0; s < w.block; ++s) {
-      const size_t count = *counts++;
-      float* sum = acc + *rows++ * kTile;
-      if (count >= kLong) {
-        add_segment<kLanes, kVectors, kSets>(x, offsets, values, count, sum);
-      } else {
-        add_segment<kLanes, kVectors, kShortSets>(x, offsets, values, count, sum);
-      }
-      offsets += count;
-      values += 4 * count;
-    }
-  }
-}
-
 template <size_t kLanes, size_t kVectors>
 void transpose(const float* x, size_t tokens, size_t K, size_t begin, size_t end, float* panel) {
   constexpr size_t kTile = kLanes * kVectors;
   const size_t whole = end - (end - begin) % kLanes;
-  for (size_t k = begin; k < whole; k += kLanes) {
-    for (size_t t = 0; t < kTile; t += kLanes) {
+  for (size_t t = 0; t < kTile; t += kLanes) {  // few rows of x at a time: far rows compete for the same cache sets
+    for (size_t k = begin; k < whole; k += kLanes) {
       Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
       for (size_t i = 0; i < kLanes; ++i) {
@@ -164,10 +91,12 @@ constexpr Kernel make_kernel(const char* name, Isa isa) {
           isa,
           kLanes * kVectors,
           255,
+          8,
           transpose<kLanes, kVectors>,
           multiply<kLanes, kVectors, kSets>,
           activate<kLanes>,
           store_tokens<kLanes, kLanes * kVectors>,
+          store_channels<kLanes, kLanes * kVectors>,
           peak<kLanes>};
 }
 

@@ -20,15 +20,22 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu };
 // alignment.
 struct Weight {
   size_t K, N;
-  size_t chunk, block;
+  size_t chunk, block, width;
   size_t chunks, blocks;        // K / chunk and N / block, rounded up
-  const unsigned char* values;  // float32
+  const unsigned char* values;  // float32, `width` of each entry
   const uint8_t* offsets;
   const uint8_t* counts;
   const uint8_t* rows;
   const uint64_t* block_entries;  // [blocks] index of the first entry of each block
   const unsigned char* bias;      // float32 [N]
   Activation activation;
+};
+
+// How accumulators become feature maps: y = act(acc + residual).
+struct MapEpilogue {
+  enum class Activation { none, clip, silu, hard_swish };  // ReLU is a clip from 0 to infinity
+  Activation activation;
+  float low, high;  // of the clip
 };
 
 // The accumulators of one task live on the stack, so that tile * block may not exceed this (64 KiB).
@@ -39,6 +46,7 @@ struct Kernel {
   Isa isa;
   size_t tile;       // tokens
   size_t max_chunk;  // of the weights that it takes
+  size_t max_width;
 
   // Columns begin..end-1 of `tokens` <= tile rows of `x` [tokens, K] into the same rows of `panel` [K, tile],
   // which is 64-byte aligned; missing tokens become zeros.
@@ -54,6 +62,11 @@ struct Kernel {
   // acc [channels, tile] to the first `tokens` rows of `y`, which are `stride` floats apart: y[t, n] = acc[n,
   // t].
   void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
+
+  // acc [channels, tile] to the first `positions` elements of `channels` feature maps, which are `stride` floats
+  // apart in `y` and in `residual` (nullptr: none): y[n, p] = act(acc[n, p] + residual[n, p]).
+  void (*store_channels)(const MapEpilogue& epilogue, const float* acc, size_t channels, size_t positions,
+                         size_t stride, const float* residual, float* y);
 
   // `steps` times some independent multiply-adds in registers, as wide as the kernel's; returns how many
   // floating-point operations that was. Timing it gives what the machine could reach at most.

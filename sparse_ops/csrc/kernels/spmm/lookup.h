@@ -21,6 +21,13 @@ inline __mmask16 first_lanes(size_t count) {
   return static_cast<__mmask16>(count < 16 ? (1u << count) - 1 : 0xffffu);
 }
 
+// The first min(count, kMaxChunk) elements of x, then zeros.
+inline void load_table(const float* x, size_t count, __m512* table) {
+  for (size_t i = 0; i < kTableVectors; ++i) {
+    table[i] = 16 * i < count ? _mm512_maskz_loadu_ps(first_lanes(count - 16 * i), x + 16 * i) : _mm512_setzero_ps();
+  }
+}
+
 // table[index], index < kMaxChunk
 inline __m512 fetch(const __m512* table, __m512i index) {
   const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
@@ -36,41 +43,36 @@ void transpose(const float* x, size_t, size_t, size_t begin, size_t end, float* 
   __builtin_memcpy(panel + begin, x + begin, (end - begin) * sizeof(float));
 }
 
-void multiply(const Weight& w, size_t block, const float* x, float* sums) {
+void multiply(const Weight& w, size_t block, const float* panel, float* sums) {
   alignas(64) float acc[kMaxBlock * 16];  // sixteen partial sums of each output channel
   for (size_t n = 0; n < w.block || n % 16 != 0; ++n) _mm512_store_ps(acc + n * 16, _mm512_setzero_ps());
   const size_t first = block * w.block;
-  const unsigned char* values = w.values + 4 * w.block_entries[block];
-  const uint8_t* offsets = w.offsets + w.block_entries[block];
-  const uint8_t* counts = w.counts + w.chunks * first;
-  const uint8_t* rows = w.rows + w.chunks * first;
-  for (size_t c = 0; c < w.chunks; ++c) {
-    __m512 table[kTableVectors];
-    for (size_t i = 0; i < kTableVectors; ++i) {
-      const size_t k = c * w.chunk + 16 * i;
-      table[i] = k < w.K ? _mm512_maskz_loadu_ps(first_lanes(w.K - k), x + k) : _mm512_setzero_ps();
+  const float* loaded = nullptr;
+  __m512 table[kTableVectors];
+  for_each_segment<1, 1>(w, block, panel, [&](const float* x, const uint8_t* offsets,
+                                              const unsigned char* values, size_t left, size_t row) {
+    if (x != loaded) {
+      load_table(x, w.K - static_cast<size_t>(x - panel), table);
+      loaded = x;
     }
-    for (size_t s = 0; s < w.block; ++s) {
-      size_t left = *counts++;
-      float* to = acc + *rows++ * 16;
-      __m512 sum = _mm512_load_ps(to);
-      for (; left >= 16; left -= 16) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets));
-        const __m512i index = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
-        sum = _mm512_fmadd_ps(fetch(table, index), _mm512_loadu_ps(values), sum);
-        offsets += 16;
-        values += 64;
-      }
-      if (left > 0) {
-        const __mmask16 lanes = first_lanes(left);
-        const __m512i index = _mm512_maskz_cvtepu8_epi32(lanes, _mm_maskz_loadu_epi8(lanes, offsets));
-        sum = _mm512_mask3_fmadd_ps(fetch(table, index), _mm512_maskz_loadu_ps(lanes, values), sum, lanes);
-        offsets += left;
-        values += 4 * left;
-      }
-      _mm512_store_ps(to, sum);
+    float* to = acc + row * 16;
+    __m512 sum = _mm512_load_ps(to);
+    for (; left >= 16; left -= 16) {
+      __builtin_prefetch(values + kAhead);
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets));
+      const __m512i index = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+      sum = _mm512_fmadd_ps(fetch(table, index), _mm512_loadu_ps(values), sum);
+      offsets += 16;
+      values += 64;
     }
-  }
+    if (left > 0) {
+      __builtin_prefetch(values + kAhead);
+      const __mmask16 lanes = first_lanes(left);
+      const __m512i index = _mm512_maskz_cvtepu8_epi32(lanes, _mm_maskz_loadu_epi8(lanes, offsets));
+      sum = _mm512_mask3_fmadd_ps(fetch(table, index), _mm512_maskz_loadu_ps(lanes, values), sum, lanes);
+    }
+    _mm512_store_ps(to, sum);
+  });
   const size_t channels = w.N - first < w.block ? w.N - first : w.block;
   for (size_t n = 0; n < channels; n += 16) {
     Vector<16> square[16];

@@ -31,13 +31,17 @@ double activated(Activation activation, double h) {
 void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
   double sum[256] = {};
   size_t entry = w.block_entries[block];
-  size_t segment = block * w.chunks * w.block;
+  const size_t groups = w.block / w.width;
+  size_t segment = block * w.chunks * groups;
   for (size_t c = 0; c < w.chunks; ++c) {
-    for (size_t s = 0; s < w.block; ++s, ++segment) {
+    for (size_t s = 0; s < groups; ++s, ++segment) {
       for (size_t i = 0; i < w.counts[segment]; ++i, ++entry) {
-        float value;
-        std::memcpy(&value, w.values + entry * sizeof(float), sizeof(value));
-        sum[w.rows[segment]] += static_cast<double>(value) * panel[c * w.chunk + w.offsets[entry]];
+        for (size_t r = 0; r < w.width; ++r) {
+          float value;
+          std::memcpy(&value, w.values + (entry * w.width + r) * sizeof(float), sizeof(value));
+          sum[w.rows[segment] * w.width + r] +=
+              static_cast<double>(value) * panel[c * w.chunk + w.offsets[entry]];
+        }
       }
     }
   }
@@ -56,6 +60,28 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
   std::memcpy(y, acc, channels * sizeof(float));
 }
 
+double activated(const MapEpilogue& epilogue, double h) {
+  switch (epilogue.activation) {
+    case MapEpilogue::Activation::none:
+      return h;
+    case MapEpilogue::Activation::clip:
+      return h < epilogue.low ? epilogue.low : h > epilogue.high ? epilogue.high : h;
+    case MapEpilogue::Activation::silu:
+      return h / (1 + std::exp(-h));
+    case MapEpilogue::Activation::hard_swish:
+      return h <= -3 ? h * 0 : h >= 3 ? h : h * (h / 6 + 0.5);
+  }
+  return h;
+}
+
+void store_channels(const MapEpilogue& epilogue, const float* acc, size_t channels, size_t, size_t stride,
+                    const float* residual, float* y) {
+  for (size_t n = 0; n < channels; ++n) {
+    const double added = residual != nullptr ? static_cast<double>(residual[n * stride]) : 0.0;
+    y[n * stride] = static_cast<float>(activated(epilogue, acc[n] + added));
+  }
+}
+
 double peak(size_t steps) {
   volatile double sum = 0;
   for (size_t i = 0; i < steps; ++i) sum = sum * 0.5 + 0.25;
@@ -64,7 +90,7 @@ double peak(size_t steps) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 1,   255, transpose, multiply,
-                              activate,    store_tokens,   peak};
+constexpr Kernel reference = {"reference", Isa::reference, 1, 255, 8, transpose, multiply, activate, store_tokens,
+                              store_channels, peak};
 
 }  // namespace sparse_ops::spmm

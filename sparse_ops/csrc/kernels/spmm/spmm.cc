@@ -20,7 +20,7 @@ constexpr const Kernel* kKernels[] = {
 constexpr size_t kPanelBytes = size_t{1} << 20;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kCacheLine = 64;  // panels begin at one, so that no vector straddles two
-constexpr size_t kSlice = 256;     // input channels transposed by one task
+constexpr size_t kSlice = 64;     // input channels transposed by one task
 
 size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
 size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
@@ -57,11 +57,11 @@ void transpose_task(void* context, size_t index) {
                                std::min(begin + kSlice, K), strip.panel(tile));
 }
 
-// Neighbouring tasks share a panel, which then comes from the cache; the weight streams past it.
+// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory once.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
   const Weight& weight = strip.weight;
-  const size_t tile = index / weight.blocks, block = index % weight.blocks;
+  const size_t tile = index % strip.tiles, block = index / strip.tiles;
   const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
   const Kernel& kernel = strip.kernel(tile);
   alignas(kCacheLine) float acc[kMaxAccumulators];
@@ -92,7 +92,8 @@ const Kernel* find_kernel(const char* name) {
 }
 
 bool fits(const Kernel& kernel, const Weight& weight) {
-  return weight.chunk <= kernel.max_chunk && kernel.tile * weight.block <= kMaxAccumulators;
+  return weight.chunk <= kernel.max_chunk && weight.width <= kernel.max_width &&
+         kernel.tile * weight.block <= kMaxAccumulators;
 }
 
 const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {

@@ -11,7 +11,8 @@ constexpr Kernel avx512_t16 = make_kernel<16, 1, 4>("avx512_t16", Isa::avx512);
 constexpr Kernel avx512_t8 = make_kernel<8, 1, 4>("avx512_t8", Isa::avx512);
 constexpr Kernel avx512_t4 = make_kernel<4, 1, 4>("avx512_t4", Isa::avx512);
 constexpr Kernel avx512_t1 = {"avx512_t1",       Isa::avx512,          1,
-                              lookup::kMaxChunk, lookup::transpose,    lookup::multiply,
-                              activate<16>,      lookup::store_tokens, peak<16>};
+                              lookup::kMaxChunk, 1, lookup::transpose,    lookup::multiply,
+                              activate<16>,      lookup::store_tokens, store_channels<16, 1>,
+                              peak<16>};
 
 }  // namespace sparse_ops::spmm

@@ -1,0 +1,239 @@
+"""Recognise a convolution with what can be fused into it: ``act(Conv(X, W) + bias [+ R])``.
+
+Patterns, h being the convolution's result or its sum with R, and every value in between having a single user::
+
+    Conv(X, W, bias [N])                 Add(Conv(X, W, ...), R), R computed and of the same shape: a residual
+    Relu(h)                              Clip(h, min, max), constant limits
+    Mul(h, Sigmoid(h))                   HardSwish(h), or Mul(h, HardSigmoid(h)) with alpha 1/6 and beta 1/2
+
+Where R is a convolution's result too that nothing else reads, the sum belongs to the first operand of the Add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from sparse_onnx.graph import is_standard
+from sparse_onnx.passes.linear_pattern import (
+    is_bias,
+    match_relu,
+    match_silu,
+    only_user,
+    other_operand,
+    users_of,
+)
+from sparse_onnx.passes.lowering import Layer
+from sparse_onnx.passes.weights import Weight
+from sparse_onnx.sparse_ops import sparse_matmul
+from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, PackedWeight
+
+__all__ = ["Convolution", "Shapes", "match_conv"]
+
+Dims = tuple[int | str, ...]
+
+
+class Shapes:
+    """Shapes of the values of a model; where they are not noted, what ONNX shape inference finds on a copy."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._inferred: dict[str | None, ir.Value] | None = None
+
+    def __call__(self, value: ir.Value) -> Dims | None:
+        """Sizes, or symbols for those that are not known: equal symbols, equal sizes. None: something is unknown."""
+        dims = _dims(value)
+        if dims is None:
+            if self._inferred is None:
+                copy = self._model.clone()
+                common.ShapeInferencePass(strict_mode=False)(copy)
+                values = [*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)]
+                self._inferred = {value.name: value for value in values}
+            known = self._inferred.get(value.name)
+            dims = _dims(known) if known is not None else None
+        return dims
+
+
+def _dims(value: ir.Value) -> Dims | None:
+    if value.shape is None:
+        return None
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return None if None in dims else tuple(dim for dim in dims if dim is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Layer):
+    """A convolution of the graph. ``limits`` are those of a clip; ``add`` is the node that adds the residual, and
+    ``residual`` the index of R among its inputs."""
+
+    window: Window
+    limits: tuple[float, float] | None
+    add: ir.Node | None
+    residual: int
+
+    @property
+    def op_type(self) -> str:
+        return operator_name(self.activation, self.add is not None)
+
+    @property
+    def inputs(self) -> tuple[ir.Value, ...]:
+        values = [self.nodes[0].inputs[0]]
+        if self.add is not None:
+            values.append(self.add.inputs[self.residual])
+        return tuple(value for value in values if value is not None)
+
+    @property
+    def attributes(self) -> Mapping[str, ir.AttrValue]:
+        attributes: dict[str, ir.AttrValue] = dict(self.window.attributes())
+        if self.limits is not None:
+            attributes["min"], attributes["max"] = self.limits
+        return attributes
+
+    def pack(self) -> PackedWeight:
+        block = block_size(self.weight.shape[1], self.window.group)
+        return sparse_matmul.pack(self.weight.matrix(), block=block)
+
+    def products(self, x_shape: tuple[int, ...]) -> int:
+        batch, _, height, width = x_shape
+        return batch * math.prod(self.window.output_size(height, width))
+
+
+def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Convolution | str:
+    """The convolution that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
+    if node.graph is not main_graph:
+        return "lies in the body of If, Loop or Scan, where it cannot be timed"
+    if weight.tensor.dtype != ir.DataType.FLOAT:
+        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
+    if weight.tensor.size > MAX_ELEMENTS:
+        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if len(weight.tensor.shape) != 4:
+        return f"has rank {len(weight.tensor.shape)}; the sparse kernels take images: rank 4"
+    x, output = node.inputs[0], node.outputs[0]
+    if x is None or (x.const_value is not None and not x.is_graph_input()):
+        return "has a constant activation"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not is_bias(bias, weight.shape[1]):
+        return "is a Conv whose bias is no constant"
+    window = _window(node, weight, shapes)
+    if isinstance(window, str):
+        return window
+    nodes = [node]
+    residual = _residual(output, shapes)
+    add = None
+    if residual is not None:
+        add, index = residual
+        nodes.append(add)
+        output = add.outputs[0]
+    else:
+        index = 0
+    activation, limits = "none", None
+    if (clipped := _clip(output)) is not None:
+        clip, limits = clipped
+        activation, matched = "clip", [clip]
+    else:
+        matched = []
+        for name, matcher in _ACTIVATIONS.items():
+            if (found := matcher(output)) is not None:
+                activation, matched = name, found
+                break
+    if matched:
+        output = matched[-1].outputs[0]
+    return Convolution(
+        weight, (*nodes, *matched), bias, activation, output, window, limits, add, index
+    )
+
+
+def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
+    """The attributes of a Conv with its padding made explicit, or why that cannot be done."""
+    kernel = tuple(int(size) for size in weight.tensor.shape.numpy()[2:])
+    strides = tuple(node.attributes.get_ints("strides", (1, 1)))
+    dilations = tuple(node.attributes.get_ints("dilations", (1, 1)))
+    pads = tuple(node.attributes.get_ints("pads", (0, 0, 0, 0)))
+    group = node.attributes.get_int("group", 1)
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    if auto == "VALID":
+        pads = (0, 0, 0, 0)
+    elif auto != "NOTSET":
+        x = node.inputs[0]
+        dims = shapes(x) if x is not None else None
+        if dims is None or len(dims) != 4 or not all(isinstance(size, int) for size in dims[2:]):
+            return f"is a Conv with auto_pad {auto} whose input has no fixed size"
+        pads = _same_pads([int(size) for size in dims[2:]], kernel, strides, dilations, auto == "SAME_UPPER")
+    if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(pads) < 0 or weight.shape[1] % group:
+        return "is a Conv with attributes that do not fit its weight"
+    return Window(kernel, strides, pads, dilations, group)
+
+
+def _same_pads(
+    sizes: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], upper: bool
+) -> tuple[int, ...]:
+    """As the ONNX standard says: the output has size / stride elements, rounded up."""
+    before, after = [], []
+    for size, window, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size)
+        small, large = total // 2, total - total // 2
+        before.append(small if upper else large)
+        after.append(large if upper else small)
+    return (*before, *after)
+
+
+def _residual(output: ir.Value, shapes: Shapes) -> tuple[ir.Node, int] | None:
+    """The Add of a residual to ``output``, and which of its inputs that is."""
+    add = only_user(output, "Add")
+    if add is None:
+        return None
+    index = 1 if add.inputs[0] is output else 0
+    other = add.inputs[index]
+    if other is None or ir.convenience.get_const_tensor(other) is not None:
+        return None
+    if index == 0 and _is_free_convolution(other):
+        return None
+    dims = shapes(output)
+    return (add, index) if dims is not None and dims == shapes(other) else None
+
+
+def _is_free_convolution(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and is_standard(producer, "Conv") and len(users_of(value)) == 1
+
+
+def _clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
+    node = only_user(h, "Clip")
+    if node is None or node.inputs[0] is not h:
+        return None
+    limits = [-math.inf, math.inf]
+    for index, value in enumerate(node.inputs[1:]):
+        if value is None:
+            continue
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is None or value.is_graph_input() or tensor.size != 1:
+            return None
+        limits[index] = float(np.asarray(tensor.numpy()).reshape(()))
+    low, high = limits
+    return (node, (low, high)) if low <= high else None
+
+
+def _hard_swish(h: ir.Value) -> list[ir.Node] | None:
+    if (node := only_user(h, "HardSwish")) is not None:
+        return [node]
+    users = users_of(h)
+    if len(users) != 2 or {node.op_type for node in users} != {"HardSigmoid", "Mul"}:
+        return None
+    gate, product = sorted(users, key=lambda node: node.op_type == "Mul")
+    if only_user(gate.outputs[0], "Mul") is not product or other_operand(product, h) is not gate.outputs[0]:
+        return None
+    alpha, beta = gate.attributes.get_float("alpha", 0.2), gate.attributes.get_float("beta", 0.5)
+    return [gate, product] if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == 0.5 else None
+
+
+_ACTIVATIONS: dict[str, Callable[[ir.Value], list[ir.Node] | None]] = {
+    "relu": match_relu,
+    "silu": match_silu,
+    "hard_swish": _hard_swish,
+}

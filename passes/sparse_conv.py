@@ -1,0 +1,57 @@
+"""Lower convolutions with enough zeros to ``SparseConv``.
+
+Before::                                       After::
+
+    h = Conv<...>(X, W, bias)                      Y = sparse_onnx.SparseConvAddRelu<kernel_shape, ..., K, N, ...>(
+    s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
+    Y = Relu(s)
+
+See :mod:`sparse_onnx.passes.lowering` for what is the same for all operators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx
+import onnx_ir as ir
+
+from sparse_onnx.passes.conv_pattern import Shapes, match_conv
+from sparse_onnx.passes.lowering import Candidate, Lowering
+from sparse_onnx.passes.weights import CONVOLUTIONS, find_weights
+from sparse_onnx.sparse_ops import sparse_conv
+
+__all__ = ["LowerSparseConv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSparseConv(Lowering):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.sparse-conv"
+    kind: ClassVar[str] = "convolution"
+
+    @classmethod
+    def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        weights, declined = find_weights(model, CONVOLUTIONS)
+        shapes = Shapes(model)
+        candidates = []
+        for weight in weights:
+            layers = []
+            for node in weight.nodes:
+                match = match_conv(weight, node, model.graph, shapes)
+                if isinstance(match, str):
+                    declined.append((weight.name, match))
+                    break
+                layers.append(match)
+            else:
+                if len({layer.window.group for layer in layers}) > 1:  # blocks are cut to fit the groups
+                    declined.append((weight.name, "shared by convolutions with different groups"))
+                else:
+                    candidates.append(Candidate(weight, tuple(layers), cls))
+        return candidates, declined
+
+    @staticmethod
+    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
+        return sparse_conv.function_body(op_type, opset)

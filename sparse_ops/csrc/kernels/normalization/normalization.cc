@@ -1,0 +1,50 @@
+#include "kernels/normalization/normalization.h"
+
+#include <algorithm>
+
+#include "kernels/normalization/table.h"
+
+namespace sparse_ops::normalization {
+namespace {
+
+constexpr const Kernel* kKernels[] = {
+#define NORMALIZATION_KERNEL(name) &name,
+#include "kernels/normalization/kernels.inc"
+#undef NORMALIZATION_KERNEL
+};
+
+// Channels of the rows of one task: some microseconds of work, so that waking a thread for it pays.
+constexpr size_t kTaskChannels = 16384;
+
+struct Tasks {
+  const Kernel& kernel;
+  const Arguments& arguments;
+  size_t rows;  // of one task
+};
+
+void task(void* context, size_t index) {
+  const Tasks& tasks = *static_cast<const Tasks*>(context);
+  const size_t begin = index * tasks.rows;
+  tasks.kernel.run(tasks.arguments, begin, std::min(begin + tasks.rows, tasks.arguments.rows));
+}
+
+}  // namespace
+
+std::span<const Kernel* const> kernels() { return kKernels; }
+
+const Kernel& select_kernel(Isa isa) {
+  return **std::find_if(std::begin(kKernels), std::end(kKernels), [&](auto k) { return k->isa == isa; });
+}
+
+bool run(const Kernel& kernel, const Arguments& arguments, Workers& workers) {
+  if (arguments.rows == 0 || arguments.channels == 0) return true;
+  const size_t rows = (kTaskChannels + arguments.channels - 1) / arguments.channels;
+  if (rows >= arguments.rows) {
+    kernel.run(arguments, 0, arguments.rows);
+    return true;
+  }
+  Tasks tasks{kernel, arguments, rows};
+  return workers.run((arguments.rows + rows - 1) / rows, task, &tasks);
+}
+
+}  // namespace sparse_ops::normalization

@@ -1,0 +1,123 @@
+#include "kernels/spconv/panel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace sparse_ops::spconv {
+namespace {
+
+// Neighbouring elements of a channel's part of the panel, from one row of the image or zero.
+struct Piece {
+  size_t to, count;
+  size_t from;  // counted from the beginning of the channel in the first image
+  bool zero;
+};
+
+constexpr size_t kMaxTapPieces = 3 * kMaxTile + 1;  // a run gives at most three
+using Pieces = List<Piece, 2 * kMaxTapPieces>;
+
+// Row lengths are small and vary: steps of a fixed size, the last one overlapping, beat a call of memcpy.
+template <size_t kStep>
+inline void copy_steps(const float* from, size_t count, float* to) {
+  size_t i = 0;
+  for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
+  if (i != count) std::memcpy(to + count - kStep, from + count - kStep, kStep * sizeof(float));
+}
+
+inline void copy(const float* from, size_t count, float* to) {
+  if (count >= 16) return copy_steps<16>(from, count, to);
+  if (count >= 8) return copy_steps<8>(from, count, to);
+  if (count >= 4) return copy_steps<4>(from, count, to);
+  for (size_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <size_t kStride>
+inline void pick(const float* from, size_t count, size_t, float* to) {
+  for (size_t i = 0; i < count; ++i) to[i] = from[i * kStride];
+}
+inline void pick_any(const float* from, size_t count, size_t stride, float* to) {
+  for (size_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+constexpr float kZeros[kMaxTile] = {};
+
+// First and one past the last of `count` positions from `start` on at which the tap lies in 0..size-1.
+struct Range {
+  size_t begin, end;
+};
+Range inside(const Axis& axis, size_t start, size_t count, size_t tap, size_t size) {
+  const size_t at = start * axis.stride + tap * axis.dilation;  // counted from the padding's first element
+  const size_t begin = at >= axis.begin ? 0 : (axis.begin - at + axis.stride - 1) / axis.stride;
+  const size_t limit = axis.begin + size;
+  const size_t end = at >= limit ? 0 : (limit - at + axis.stride - 1) / axis.stride;
+  const size_t last = std::min(end, count);
+  return {std::min(begin, last), last};
+}
+
+// Add the pieces of one tap, whose row of the panel begins at `to`.
+void add_tap(const Source& s, const Runs& runs, size_t tap_row, size_t tap_column, size_t tile, size_t to,
+             Pieces& pieces) {
+  const auto zeros = [&](size_t begin, size_t end) {
+    if (begin < end) pieces.push({to + begin, end - begin, 0, true});
+  };
+  size_t lane = 0;
+  for (const Run& run : runs) {
+    const Range rows = inside(s.rows, run.row, 1, tap_row, s.height);
+    const Range columns = inside(s.columns, run.column, run.count, tap_column, s.width);
+    lane = run.lane + run.count;
+    if (rows.begin == rows.end || columns.begin == columns.end) {
+      zeros(run.lane, lane);
+      continue;
+    }
+    const size_t row = run.row * s.rows.stride + tap_row * s.rows.dilation - s.rows.begin;
+    const size_t column = (run.column + columns.begin) * s.columns.stride + tap_column * s.columns.dilation -
+                          s.columns.begin;
+    zeros(run.lane, run.lane + columns.begin);
+    pieces.push({to + run.lane + columns.begin, columns.end - columns.begin,
+                 run.image * s.image_stride + row * s.width + column, false});
+    zeros(run.lane + columns.end, lane);
+  }
+  zeros(lane, tile);
+}
+
+}  // namespace
+
+Runs runs_of(size_t first, size_t count, size_t out_height, size_t out_width) {
+  Runs runs;
+  for (size_t lane = 0; lane < count;) {
+    const size_t row = (first + lane) / out_width, column = (first + lane) % out_width;
+    const size_t length = std::min(out_width - column, count - lane);
+    runs.push({row / out_height, row % out_height, column, lane, length});
+    lane += length;
+  }
+  return runs;
+}
+
+void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel) {
+  const size_t taps = source.rows.kernel * source.columns.kernel;
+  const size_t plane = source.height * source.width, stride = source.columns.stride;
+  Pieces pieces;
+  for (size_t tap = 0; tap < taps;) {
+    // As many taps as there is room for, so that a channel's rows are written one after another.
+    for (pieces.clear(); tap < taps && pieces.room() >= kMaxTapPieces; ++tap) {
+      add_tap(source, runs, tap / source.columns.kernel, tap % source.columns.kernel, tile, tap * tile, pieces);
+    }
+    for (size_t channel = begin; channel < end; ++channel) {
+      const float* from = source.x + channel * plane;
+      float* rows = panel + channel * taps * tile;
+      for (const Piece& piece : pieces) {
+        if (piece.zero) {
+          copy(kZeros, piece.count, rows + piece.to);
+        } else if (stride == 1) {
+          copy(from + piece.from, piece.count, rows + piece.to);
+        } else if (stride == 2) {
+          pick<2>(from + piece.from, piece.count, 2, rows + piece.to);
+        } else {
+          pick_any(from + piece.from, piece.count, stride, rows + piece.to);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace sparse_ops::spconv

@@ -1,0 +1,295 @@
+// Sparse convolution with every kernel against plain loops in double, with an unreadable page behind every buffer.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "expect.h"
+#include "guarded.h"
+#include "kernels/spconv/panel.h"
+#include "kernels/spconv/spconv.h"
+#include "kernels/spmm/spmm.h"
+#include "random_weight.h"
+
+namespace {
+
+using namespace sparse_ops;
+using namespace sparse_ops::spconv;
+using spmm::MapEpilogue;
+using Activation = MapEpilogue::Activation;
+
+// Runs the last task first: tasks must not depend on their order.
+class Backwards final : public Workers {
+ public:
+  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
+    for (size_t i = total; i-- > 0;) task(context, i);
+    return true;
+  }
+};
+
+class Failing final : public Workers {
+ public:
+  explicit Failing(int calls) : calls_(calls) {}
+  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
+    if (calls_-- == 0) return false;
+    for (size_t i = 0; i < total; ++i) task(context, i);
+    return true;
+  }
+
+ private:
+  int calls_;
+};
+
+double activated(const MapEpilogue& epilogue, double h) {
+  switch (epilogue.activation) {
+    case Activation::none:
+      return h;
+    case Activation::clip:
+      return std::min(std::max(h, static_cast<double>(epilogue.low)), static_cast<double>(epilogue.high));
+    case Activation::silu:
+      return h / (1 + std::exp(-h));
+    case Activation::hard_swish:
+      return h * std::min(std::max(h / 6 + 0.5, 0.0), 1.0);
+  }
+  return h;
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr MapEpilogue kEpilogues[] = {{Activation::none, 0, 0},
+                                      {Activation::clip, 0, kInfinity},
+                                      {Activation::clip, -0.5f, 6},
+                                      {Activation::silu, 0, 0},
+                                      {Activation::hard_swish, 0, 0}};
+
+std::vector<float> random_floats(size_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::uniform_real_distribution<float> value(-2.0f, 2.0f);
+  std::vector<float> all(count);
+  for (float& v : all) v = value(generator);
+  return all;
+}
+
+// The dense weight [K, N].
+std::vector<double> unpack(const spmm::RandomWeight& w) {
+  std::vector<double> dense(w.K * w.N);
+  size_t entry = 0, segment = 0;
+  for (size_t first = 0; first < w.N; first += w.block) {
+    for (size_t begin = 0; begin < w.K; begin += w.chunk) {
+      for (size_t s = 0; s < w.block; ++s, ++segment) {
+        for (size_t i = 0; i < w.counts[segment]; ++i, ++entry) {
+          const size_t n = first + w.rows[segment];
+          if (n < w.N) dense[(begin + w.offsets[entry]) * w.N + n] = static_cast<double>(w.values[entry]);
+        }
+      }
+    }
+  }
+  return dense;
+}
+
+struct Case {
+  size_t images, channels, height, width, outputs;
+  Axis rows, columns;
+  size_t group, chunk, block;
+  double density;
+};
+
+// The convolution by its definition, and the same of magnitudes, which bounds the rounding error.
+struct Exact {
+  std::vector<double> sum, magnitude;
+};
+
+Exact exact(const Case& c, const spmm::RandomWeight& w, const std::vector<float>& x) {
+  const std::vector<double> dense = unpack(w);
+  const size_t out_height = output_size(c.rows, c.height), out_width = output_size(c.columns, c.width);
+  const size_t per_group = c.channels / c.group, taps = c.rows.kernel * c.columns.kernel;
+  Exact y;
+  for (size_t image = 0; image < c.images; ++image) {
+    for (size_t n = 0; n < c.outputs; ++n) {
+      for (size_t i = 0; i < out_height; ++i) {
+        for (size_t j = 0; j < out_width; ++j) {
+          double sum = static_cast<double>(w.bias[n]), magnitude = std::abs(sum);
+          for (size_t k = 0; k < w.K; ++k) {
+            const size_t tap = k % taps;
+            const size_t channel = n / (c.outputs / c.group) * per_group + k / taps;
+            const auto row = static_cast<std::ptrdiff_t>(i * c.rows.stride +
+                                                         tap / c.columns.kernel * c.rows.dilation) -
+                             static_cast<std::ptrdiff_t>(c.rows.begin);
+            const auto column = static_cast<std::ptrdiff_t>(j * c.columns.stride +
+                                                            tap % c.columns.kernel * c.columns.dilation) -
+                                static_cast<std::ptrdiff_t>(c.columns.begin);
+            if (row < 0 || row >= static_cast<std::ptrdiff_t>(c.height)) continue;
+            if (column < 0 || column >= static_cast<std::ptrdiff_t>(c.width)) continue;
+            const size_t at = ((image * c.channels + channel) * c.height + static_cast<size_t>(row)) * c.width +
+                              static_cast<size_t>(column);
+            const double term = dense[k * w.N + n] * static_cast<double>(x[at]);
+            sum += term;
+            magnitude += std::abs(term);
+          }
+          y.sum.push_back(sum);
+          y.magnitude.push_back(magnitude);
+        }
+      }
+    }
+  }
+  return y;
+}
+
+void compare(const Case& c, const Convolution& conv, const Plan& plan, const std::vector<float>& x,
+             const std::vector<float>& residual, const Exact& want) {
+  const size_t size = want.sum.size();
+  const Guarded<float> guarded_x(x), guarded_residual(residual);
+  const Guarded<float> y(std::vector<float>(size, std::nanf("")));
+  const Guarded<char> scratch(plan.scratch_bytes);
+  std::memset(scratch.data(), 0xff, plan.scratch_bytes);  // NaN: what is not written must not be read
+  Backwards workers;
+  const float* r = residual.empty() ? nullptr : guarded_residual.typed();
+  expect(run(plan, conv, guarded_x.typed(), r, y.typed(), scratch.data(), workers), "workers failed");
+  const double epsilon = static_cast<double>(std::numeric_limits<float>::epsilon());
+  size_t wrong = 0;
+  for (size_t i = 0; i < size; ++i) {
+    const double added = r == nullptr ? 0.0 : static_cast<double>(r[i]);
+    const double expected = activated(conv.epilogue, want.sum[i] + added);
+    const double magnitude = want.magnitude[i] + std::abs(added);
+    const double bound = 1.5 * static_cast<double>(conv.weight.K + 2) * epsilon * magnitude +
+                         4 * epsilon * std::abs(expected) + 1e-35;  // no activation is steeper than 1.5
+    wrong += !(std::abs(static_cast<double>(y.typed()[i]) - expected) <= bound);
+  }
+  char where[300];
+  std::snprintf(where, sizeof where,
+                "%s: %zux%zux%zux%zu, %zu outputs, window %zux%zu, stride %zu,%zu, pads %zu,%zu,%zu,%zu, dilation "
+                "%zu,%zu, group %zu, activation %d, residual %d: %zu of %zu wrong",
+                plan.full->name, c.images, c.channels, c.height, c.width, c.outputs, c.rows.kernel,
+                c.columns.kernel, c.rows.stride, c.columns.stride, c.rows.begin, c.columns.begin, c.rows.end,
+                c.columns.end, c.rows.dilation, c.columns.dilation, c.group,
+                static_cast<int>(conv.epilogue.activation), r != nullptr, wrong, size);
+  expect(wrong == 0, where);
+}
+
+void test_all_kernels() {
+  const Axis one = {1, 1, 0, 0, 1}, three = {3, 1, 1, 1, 1}, half = {3, 2, 1, 1, 1}, seven = {7, 2, 3, 3, 1};
+  const Axis bare = {3, 1, 0, 0, 1}, wide = {3, 1, 2, 2, 2}, skip = {1, 2, 0, 0, 1}, odd = {4, 3, 1, 2, 3};
+  const Axis late = {2, 1, 0, 3, 1}, far = {3, 5, 7, 7, 1}, edge = {1, 1, 1, 0, 1};
+  const Case cases[] = {
+      {1, 5, 7, 7, 6, one, one, 1, 4, 4, 0.5},        {3, 5, 7, 7, 6, one, one, 1, 5, 6, 0.5},
+      {1, 1, 1, 1, 1, one, one, 1, 1, 1, 1.0},        {2, 9, 1, 1, 33, one, one, 1, 9, 16, 0.4},
+      {1, 4, 8, 16, 3, one, one, 1, 4, 3, 0.6},       {1, 4, 8, 8, 3, three, three, 1, 36, 3, 0.3},
+      {1, 3, 13, 5, 9, three, three, 1, 7, 4, 0.3},   {2, 3, 9, 11, 8, half, half, 1, 27, 8, 0.5},
+      {1, 3, 17, 18, 8, seven, seven, 1, 128, 8, 0.3}, {2, 4, 6, 7, 5, bare, bare, 1, 16, 5, 0.5},
+      {1, 4, 9, 9, 5, wide, wide, 1, 16, 5, 0.5},     {3, 6, 9, 10, 8, skip, skip, 1, 6, 8, 0.5},
+      {2, 2, 16, 14, 4, odd, odd, 1, 32, 4, 0.4},     {1, 2, 5, 6, 4, late, one, 1, 4, 4, 0.7},
+      {1, 2, 3, 3, 4, far, far, 1, 18, 4, 0.7},       {1, 3, 4, 5, 4, edge, edge, 1, 3, 4, 0.7},
+      {2, 3, 9, 4, 6, one, three, 1, 9, 3, 0.5},      {2, 3, 4, 9, 6, half, skip, 1, 9, 3, 0.5},
+      {2, 6, 6, 6, 8, three, three, 2, 27, 4, 0.4},   {2, 6, 5, 5, 18, half, half, 3, 18, 3, 0.4},
+      {2, 8, 5, 7, 4, one, one, 4, 2, 1, 0.9},        {5, 2, 7, 7, 3, three, three, 1, 18, 2, 0.5},
+      {1, 3, 1, 127, 2, one, three, 1, 9, 2, 0.5},    {1, 3, 1, 128, 2, one, three, 1, 9, 2, 0.5},
+      {1, 3, 1, 129, 2, one, three, 1, 9, 2, 0.5},    {1, 40, 5, 5, 70, three, three, 1, 128, 64, 0.1},
+  };
+  size_t round = 0;
+  for (const Case& c : cases) {
+    const size_t K = c.channels / c.group * c.rows.kernel * c.columns.kernel;
+    const spmm::RandomWeight random = spmm::random_weight(K, c.outputs, c.density, c.chunk, c.block);
+    spmm::CheckedWeight checked;
+    const std::string problem = check(random.stored(), spmm::Activation::none, checked);
+    expect(problem.empty(), "valid weight refused: " + problem);
+    const std::vector<float> x = random_floats(c.images * c.channels * c.height * c.width, 1);
+    const Exact want = exact(c, random, x);
+    for (int with_residual : {0, 1}) {
+      const std::vector<float> residual = random_floats(with_residual ? want.sum.size() : 0, 2);
+      const MapEpilogue& epilogue = kEpilogues[round++ % std::size(kEpilogues)];
+      const Convolution conv = {checked.weight, c.rows, c.columns, c.group, epilogue};
+      for (const spmm::Kernel* kernel : spmm::kernels()) {
+        if (!isa_supported(kernel->isa) || !fits(*kernel, checked.weight)) continue;
+        compare(c, conv, make_plan(conv, c.images, c.height, c.width, *kernel), x, residual, want);
+      }
+      for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
+        if (!isa_supported(isa)) continue;
+        compare(c, conv, make_plan(conv, c.images, c.height, c.width, isa), x, residual, want);
+      }
+    }
+  }
+}
+
+// Every activation in every kernel, in whole vectors and in their rest, on values that are special to it.
+void test_epilogues() {
+  std::vector<float> h = {0.0f, -0.0f, kInfinity, -kInfinity, std::nanf(""), 3.0f, -3.0f, 6.0f, -0.5f, 2.9999998f};
+  for (float v = -9.0f; v < 9.0f; v += 0.171f) h.push_back(v);
+  for (const spmm::Kernel* kernel : spmm::kernels()) {
+    expect(kernel->tile <= kMaxTile, std::string(kernel->name) + " has too wide a tile");
+    if (!isa_supported(kernel->isa)) continue;
+    for (const MapEpilogue& epilogue : kEpilogues) {
+      for (size_t positions = 1; positions <= kernel->tile; ++positions) {
+        const size_t stride = positions + 3;
+        for (size_t first = 0; first < h.size(); first += positions) {
+          std::vector<float> acc(2 * kernel->tile, 77.0f), y(stride + positions, 55.0f);
+          for (size_t p = 0; p < positions; ++p) acc[kernel->tile + p] = acc[p] = h[(first + p) % h.size()];
+          const Guarded<float> guarded_acc(acc), guarded_y(y);
+          kernel->store_channels(epilogue, guarded_acc.typed(), 2, positions, stride, nullptr, guarded_y.typed());
+          for (size_t i = 0; i < stride + positions; ++i) {
+            const bool between = i >= positions && i < stride;
+            const double x = static_cast<double>(acc[i % stride % positions]);
+            double want = between ? 55.0 : activated(epilogue, x);
+            if (std::isnan(x) && !between) want = NAN;
+            const bool unbounded = epilogue.activation != Activation::none && epilogue.activation != Activation::clip;
+            if (!between && unbounded && std::isinf(x) && x < 0) want = NAN;  // infinity times zero
+            const double got = static_cast<double>(guarded_y.typed()[i]);
+            const bool same = std::isnan(want)   ? std::isnan(got)
+                              : std::isinf(want) ? got == want
+                                                 : std::abs(got - want) <= 2e-6 * std::abs(want) + 1e-6;
+            char where[160];
+            std::snprintf(where, sizeof where, "%s: activation %d of %g is %g, expected %g (%zu positions)",
+                          kernel->name, static_cast<int>(epilogue.activation), x, got, want, positions);
+            expect(same, where);
+          }
+        }
+        if (positions > 20 && positions + 3 < kernel->tile) positions += 6;  // for the time it takes
+      }
+    }
+  }
+}
+
+void test_sizes() {
+  expect(output_size({3, 1, 1, 1, 1}, 56) == 56, "same");
+  expect(output_size({7, 2, 3, 3, 1}, 224) == 112, "stem");
+  expect(output_size({3, 2, 1, 1, 1}, 55) == 28, "odd");
+  expect(output_size({3, 1, 0, 0, 2}, 5) == 1, "fits once");
+  expect(output_size({3, 1, 0, 0, 2}, 4) == 0, "does not fit");
+  expect(output_size({1, 1, 0, 0, 1}, 0) == 0, "empty image");
+  expect(output_size({1, 3, 0, 0, 1}, 1) == 1, "stride past the end");
+}
+
+// More panels than may be in memory at a time, and workers that fail in either step.
+void test_strips() {
+  const Case c = {1, 600, 60, 60, 2, {3, 1, 1, 1, 1}, {3, 1, 1, 1, 1}, 1, 255, 2, 0.002};
+  const spmm::RandomWeight random = spmm::random_weight(c.channels * 9, c.outputs, c.density, c.chunk, c.block);
+  spmm::CheckedWeight checked;
+  expect(check(random.stored(), spmm::Activation::none, checked).empty(), "valid weight refused");
+  const std::vector<float> x = random_floats(c.channels * c.height * c.width, 1);
+  const Exact want = exact(c, random, x);
+  const Convolution conv = {checked.weight, c.rows, c.columns, 1, kEpilogues[0]};
+  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
+    if (!isa_supported(isa)) continue;
+    const Plan plan = make_plan(conv, 1, c.height, c.width, isa);
+    expect(plan.strip * plan.full->tile < c.height * c.width, "the test is too small for strips");
+    expect(plan.scratch_bytes < (size_t{40} << 20), "scratch memory is not bounded");
+    compare(c, conv, plan, x, {}, want);
+    for (int calls : {0, 1, 3}) {
+      Failing failing(calls);
+      std::vector<float> y(want.sum.size());
+      std::vector<char> scratch(plan.scratch_bytes);
+      expect(!run(plan, conv, x.data(), nullptr, y.data(), scratch.data(), failing), "a failure was lost");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_sizes();
+  test_epilogues();
+  test_strips();
+  test_all_kernels();
+  return summary();
+}

@@ -1,0 +1,262 @@
+"""SparseConv inside ONNX Runtime, with the library and on its function bodies."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from sparse_onnx.sparse_ops import sparse_conv as sc
+from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.sparse_conv import Window
+
+NODE = "stage.2/conv"
+CHANNELS, OUTPUTS = 6, 20
+WINDOW = Window((3, 3), pads=(1, 1, 1, 1))
+LIMITS = (-0.5, 1.5)
+RNG = np.random.default_rng(5)
+BIAS = np.linspace(-2, 2, OUTPUTS, dtype=np.float32)
+
+
+def filters_of(window: Window) -> np.ndarray:
+    shape = (OUTPUTS, CHANNELS // window.group, *window.kernel_shape)
+    rng = np.random.default_rng(1)
+    return np.where(rng.random(shape) < 0.7, 0, rng.standard_normal(shape)).astype(np.float32)
+
+
+def pack(window: Window) -> sm.PackedWeight:
+    return sc.pack_filters(filters_of(window), group=window.group, chunk=16, block=8)
+
+
+def model_of(
+    window=WINDOW,
+    op_type="SparseConv",
+    *,
+    opset=17,
+    x_shape=("batch", CHANNELS, "height", "width"),
+    r_shape=None,
+    arrays=None,
+    attributes=None,
+    with_body=True,
+):
+    """One layer, node name NODE. ``arrays`` and ``attributes`` replace those that belong there (None: left out)."""
+    packed = pack(window)
+    activation, residual = sc.OP_TYPES[op_type]
+    stored = {**packed.arrays(), "bias": BIAS, **(arrays or {})}
+    wanted = {**window.attributes(), **packed.attributes(), "mask_structure": "unstructured"}
+    if activation == "clip":
+        wanted["min"], wanted["max"] = LIMITS
+    wanted |= attributes or {}
+    names = ["X", *stored, *(["R"] if residual else [])]
+    node = onnx.helper.make_node(op_type, names, ["Y"], name=NODE, domain=sm.DOMAIN)
+    node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
+    info = onnx.helper.make_tensor_value_info
+    inputs = [info("X", onnx.TensorProto.FLOAT, x_shape)]
+    if residual:
+        inputs.append(info("R", onnx.TensorProto.FLOAT, r_shape))
+    graph = onnx.helper.make_graph(
+        [node],
+        "layer",
+        inputs,
+        [info("Y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    return onnx.helper.make_model(
+        graph,
+        ir_version=9 if opset < 21 else 10,
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        functions=[sc.function_body(op_type, opset)] if with_body else [],
+    )
+
+
+def images(batch=2, height=9, width=10):
+    return RNG.standard_normal((batch, CHANNELS, height, width)).astype(np.float32)
+
+
+def expected(x, window=WINDOW, op_type="SparseConv", residual=None):
+    return sc.reference(
+        x, pack(window), BIAS, window, sc.OP_TYPES[op_type][0], residual=residual, limits=LIMITS
+    )
+
+
+def feeds_of(x, op_type, window=WINDOW):
+    feeds = {"X": x}
+    if sc.OP_TYPES[op_type][1]:
+        shape = (len(x), OUTPUTS, *window.output_size(*x.shape[2:]))
+        feeds["R"] = RNG.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("op_type", sc.OP_TYPES)
+def test_library_and_body_compute_the_reference(op_type, threads, open_session):
+    model = model_of(op_type=op_type)
+    feeds = feeds_of(images(), op_type)
+    want = expected(feeds["X"], op_type=op_type, residual=feeds.get("R"))
+    for library in (True, False):
+        (got,) = open_session(model, library=library, threads=threads).run(None, feeds)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("opset", [13, 14, 18, 20, 22, 26])
+@pytest.mark.parametrize("op_type", ["SparseConvHardSwish", "SparseConvAddClip", "SparseConvAddSilu"])
+def test_body_of_every_opset(op_type, opset, open_session):
+    feeds = feeds_of(images(), op_type)
+    (got,) = open_session(model_of(op_type=op_type, opset=opset), library=False).run(None, feeds)
+    want = expected(feeds["X"], op_type=op_type, residual=feeds.get("R"))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-5)
+
+
+WINDOWS = {
+    "1x1": Window((1, 1)),
+    "1x1, stride": Window((1, 1), strides=(2, 3)),
+    "5x3, uneven pads": Window((5, 3), pads=(0, 1, 3, 2)),
+    "dilation": Window((3, 3), dilations=(2, 3), pads=(2, 3, 2, 3)),
+    "groups": Window((3, 3), pads=(1, 1, 1, 1), group=2),
+    "stride and groups": Window((3, 3), strides=(2, 2), pads=(1, 1, 1, 1), group=2),
+}
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows(case, library, open_session):
+    window, x = WINDOWS[case], images(3, 7, 8)
+    (got,) = open_session(model_of(window), library=library).run(None, {"X": x})
+    np.testing.assert_allclose(got, expected(x, window), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("size", [(0, 5, 5), (1, 1, 1), (5, 7, 7), (8, 14, 14), (1, 56, 3), (1, 3, 200)])
+def test_sizes_and_batches(size, open_session):
+    x = images(*size)
+    (got,) = open_session(model_of()).run(None, {"X": x})
+    np.testing.assert_allclose(got, expected(x), rtol=1e-5, atol=3e-5)
+
+
+def test_body_is_folded_to_one_convolution(open_session, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "body.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    open_session(model_of(), library=False, options=options)
+    op_types = [node.op_type for node in onnx.load(tmp_path / "body.onnx").graph.node]
+    assert op_types in (["Conv"], ["Conv", "Identity"])
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "shape"),
+    [
+        (["batch", CHANNELS, 9, 10], ["batch", OUTPUTS, 5, 5]),
+        ([4, CHANNELS, 8, 1], [4, OUTPUTS, 4, 1]),
+        (["batch", "channels", 7, 7], ["batch", OUTPUTS, 4, 4]),
+    ],
+)
+def test_output_shape_is_inferred(x_shape, shape, open_session):
+    window = dataclasses.replace(WINDOW, strides=(2, 2))
+    (output,) = open_session(model_of(window, x_shape=x_shape)).get_outputs()
+    assert output.shape == shape
+
+
+def test_unknown_sizes_stay_unknown_and_apart(open_session):
+    (output,) = open_session(model_of()).get_outputs()
+    batch, channels, height, width = output.shape
+    assert (batch, channels) == ("batch", OUTPUTS)
+    assert isinstance(height, str)
+    assert isinstance(width, str)
+    assert len({batch, height, width, "height", "width"}) == 5
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, CHANNELS + 1, 5, 5), (1, CHANNELS, 5), (CHANNELS, 5, 5), (1, 1, CHANNELS, 5, 5), ()]
+)
+def test_wrong_input_fails_that_run_only(shape, open_session):
+    session = open_session(model_of(x_shape=None))
+    with pytest.raises(Exception, match=rf"{NODE}.*input X has shape .*expected \[batch, {CHANNELS}, height"):
+        session.run(None, {"X": np.ones(shape, np.float32)})
+    x = images()
+    np.testing.assert_allclose(session.run(None, {"X": x})[0], expected(x), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, OUTPUTS, 5, 4), (1, OUTPUTS, 1, 1), (OUTPUTS, 5, 5), (2, OUTPUTS, 5, 5)])
+def test_residual_of_another_shape_fails(shape, open_session):
+    session = open_session(model_of(op_type="SparseConvAdd"))
+    feeds = {"X": images(1, 5, 5), "R": np.ones(shape, np.float32)}
+    with pytest.raises(Exception, match=rf"{NODE}.*input R has shape .*expected \[1, {OUTPUTS}, 5, 5\]"):
+        session.run(None, feeds)
+
+
+def test_window_that_does_not_fit_fails_that_run_only(open_session):
+    session = open_session(model_of(Window((5, 3))))
+    with pytest.raises(Exception, match=rf"{NODE}.*window of kernel_shape does not fit"):
+        session.run(None, {"X": images(1, 4, 9)})
+    x = images(1, 5, 9)
+    np.testing.assert_allclose(
+        session.run(None, {"X": x})[0], expected(x, Window((5, 3))), rtol=1e-5, atol=3e-5
+    )
+
+
+def test_not_a_number_passes_through(open_session):
+    x = images()
+    x[1, 2, 4, 5] = np.nan
+    for op_type in ("SparseConv", "SparseConvRelu", "SparseConvClip", "SparseConvSilu", "SparseConvHardSwish"):
+        (got,) = open_session(model_of(op_type=op_type)).run(None, {"X": x})
+        seen = (filters_of(WINDOW)[:, 2] != 0)[:, ::-1, ::-1]
+        np.testing.assert_array_equal(np.isnan(got[1, :, 3:6, 4:7]), seen)
+        assert not np.isnan(got[0]).any()
+
+
+HOSTILE = {
+    "kernel_shape missing": ({"kernel_shape": None}, "attribute kernel_shape is missing"),
+    "kernel_shape of one axis": ({"kernel_shape": [9]}, r"attribute kernel_shape is \[9\], expected 2 numbers"),
+    "kernel_shape zero": ({"kernel_shape": [0, 9]}, "attribute kernel_shape is"),
+    "kernel_shape that does not divide K": ({"kernel_shape": [5, 5]}, "K is 54, no multiple of the 25"),
+    "kernel_shape huge": ({"kernel_shape": [2**62, 2]}, "attribute kernel_shape is"),
+    "strides zero": ({"strides": [1, 0]}, r"attribute strides is \[1, 0\], expected 2 numbers from 1"),
+    "strides negative": ({"strides": [-1, 1]}, "attribute strides is"),
+    "pads of two": ({"pads": [1, 1]}, "attribute pads is .* expected 4 numbers from 0"),
+    "pads negative": ({"pads": [1, -1, 1, 1]}, "attribute pads is"),
+    "pads huge": ({"pads": [2**40, 0, 0, 0]}, "attribute pads is"),
+    "dilations missing": ({"dilations": None}, "attribute dilations is missing"),
+    "dilations zero": ({"dilations": [0, 1]}, "attribute dilations is"),
+    "a long list": ({"pads": [0] * 100}, "attribute pads is missing or no list of at most 16"),
+    "group zero": ({"group": 0}, "attribute group is 0, expected at least 1"),
+    "group missing": ({"group": None}, "attribute group is missing"),
+    "group that does not divide": ({"group": 3}, "attribute N is 20, which does not make 3 groups"),
+    "group inside a block": ({"group": 4}, "attribute N is 20, which does not make 4 groups of whole blocks"),
+    "K of another weight": ({"K": 9}, "counts has"),
+    "another format": ({"format": "bitmap"}, "attribute format is 'bitmap'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_attributes_are_refused_by_name(case, open_session):
+    attributes, message = HOSTILE[case]
+    with pytest.raises(Exception, match=rf"node '{NODE}' \(SparseConv\): .*{message}"):
+        open_session(model_of(attributes=attributes, with_body=False))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"min": None}, "attribute min is missing"),
+        ({"max": None}, "attribute max is missing"),
+        ({"min": 2.0}, "attribute min is not at most attribute max"),
+        ({"max": float("nan")}, "attribute min is not at most attribute max"),
+    ],
+)
+def test_limits_of_a_clip_are_checked(attributes, message, open_session):
+    with pytest.raises(Exception, match=rf"node '{NODE}' \(SparseConvClip\): {message}"):
+        open_session(model_of(op_type="SparseConvClip", attributes=attributes, with_body=False))
+
+
+def test_hostile_tensors_are_refused_by_name(open_session):
+    offsets = pack(WINDOW).offsets.copy()
+    offsets[0] = 200
+    with pytest.raises(Exception, match=rf"node '{NODE}' \(SparseConv\): offsets of block 0, chunk 0"):
+        open_session(model_of(arrays={"offsets": offsets}, with_body=False))
+
+
+def test_many_threads_agree_with_one(open_session):
+    x = images(4, 30, 30)
+    one, *others = [open_session(model_of(), threads=threads).run(None, {"X": x})[0] for threads in (1, 2, 4)]
+    for other in others:
+        np.testing.assert_array_equal(one, other)
