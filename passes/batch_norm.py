@@ -55,7 +55,11 @@ class FuseBatchNorm(Pass):
         for graph in model.graphs():
             for node in list(graph):
                 conv = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-                if not is_standard(node, "BatchNormalization") or conv is None or not is_standard(conv, "Conv"):
+                if (
+                    not is_standard(node, "BatchNormalization")
+                    or conv is None
+                    or not is_standard(conv, "Conv")
+                ):
                     continue
                 reason = _obstacle(conv, node)
                 if reason is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -89,8 +89,8 @@ class Convolution(Layer):
         return tuple(value for value in values if value is not None)
 
     @property
-    def attributes(self) -> Mapping[str, ir.AttrValue]:
-        attributes: dict[str, ir.AttrValue] = dict(self.window.attributes())
+    def attributes(self) -> Mapping[str, int | float | Sequence[int]]:
+        attributes: dict[str, int | float | Sequence[int]] = {**self.window.attributes()}
         if self.limits is not None:
             attributes["min"], attributes["max"] = self.limits
         return attributes
@@ -144,9 +144,7 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
                 break
     if matched:
         output = matched[-1].outputs[0]
-    return Convolution(
-        weight, (*nodes, *matched), bias, activation, output, window, limits, add, index
-    )
+    return Convolution(weight, (*nodes, *matched), bias, activation, output, window, limits, add, index)
 
 
 def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
@@ -167,11 +165,22 @@ def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
         pads = _same_pads([int(size) for size in dims[2:]], kernel, strides, dilations, auto == "SAME_UPPER")
     if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(pads) < 0 or weight.shape[1] % group:
         return "is a Conv with attributes that do not fit its weight"
-    return Window(kernel, strides, pads, dilations, group)
+    (top, left, bottom, right), (rows, columns) = pads, kernel
+    return Window(
+        (rows, columns),
+        (strides[0], strides[1]),
+        (top, left, bottom, right),
+        (dilations[0], dilations[1]),
+        group,
+    )
 
 
 def _same_pads(
-    sizes: list[int], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], upper: bool
+    sizes: list[int],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    upper: bool,
 ) -> tuple[int, ...]:
     """As the ONNX standard says: the output has size / stride elements, rounded up."""
     before, after = [], []

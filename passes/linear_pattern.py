@@ -176,7 +176,12 @@ def _gate(h: ir.Value, inner: list[ir.Node], gate: ir.Value) -> list[ir.Node] | 
             return None
         return [*inner, shift, first, last]
     half = other.producer() if other is not None else None  # (0.5 · h) · (1 + gate)
-    if half is None or half.op_type != "Mul" or h not in half.inputs or not is_scalar(other_operand(half, h), 0.5):
+    if (
+        half is None
+        or half.op_type != "Mul"
+        or h not in half.inputs
+        or not is_scalar(other_operand(half, h), 0.5)
+    ):
         return None
     if only_user(half.outputs[0], "Mul") is not first:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -56,7 +56,7 @@ class Layer(abc.ABC):
         """What the layer computes from, as the graph has it now: X, and R where the operator has one."""
 
     @property
-    def attributes(self) -> Mapping[str, ir.AttrValue]:
+    def attributes(self) -> Mapping[str, int | float | Sequence[int]]:
         """Those of the operator that do not describe the stored weight."""
         return {}
 

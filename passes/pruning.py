@@ -38,9 +38,7 @@ def choose_weights(
         known = "the model has no linear or convolution with a constant weight"
         if found:
             known = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
-        raise UsageError(
-            f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}"
-        )
+        raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}")
     chosen = []
     for weight in found:
         reason = selection.reason_against(weight) or structure_reason(weight.shape, structure)

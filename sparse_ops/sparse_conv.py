@@ -21,8 +21,8 @@ K = C / group · kernel height · kernel width: transposed, and with its last th
 the input channels of group ``n // (N / group)``; with more than one group ``block`` divides N / group, so that no block
 of output channels has two.
 
-Attributes are those of ``Conv``, all of them required and explicit: ``kernel_shape``, ``strides`` and ``dilations`` have
-two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0. ``SparseConvClip`` and
+Attributes are those of ``Conv``, all of them required and explicit: ``kernel_shape``, ``strides`` and
+``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0. ``SparseConvClip`` and
 ``SparseConvAddClip`` have two more, the floats ``min`` and ``max``.
 """
 
@@ -156,11 +156,11 @@ def reference(
 ) -> np.ndarray:
     """What the operator computes, in float64: the oracle of the tests. ``limits`` are ``min`` and ``max`` of a clip."""
     filters = unpack_filters(packed, window).astype(np.float64)
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
     rows, columns = window.output_size(height, width)
     top, left, bottom, right = window.pads
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
-    grouped = padded.reshape(batch, window.group, -1, *padded.shape[2:])
+    grouped = padded.reshape(batch, window.group, channels // window.group, *padded.shape[2:])
     split = filters.reshape(window.group, -1, *filters.shape[1:])
     y = np.zeros((batch, window.group, split.shape[1], rows, columns))
     for i in range(window.kernel_shape[0]):

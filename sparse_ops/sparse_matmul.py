@@ -207,7 +207,9 @@ def _segment_of_entry(packed: PackedWeight) -> np.ndarray:
 def validate(packed: PackedWeight) -> None:
     """Raise FormatError unless the arrays obey every rule of the format (the kernel checks the same)."""
     if packed.width not in WIDTHS or packed.block % packed.width:
-        raise FormatError(f"width must be one of {WIDTHS} and divide block {packed.block}, not {packed.width}")
+        raise FormatError(
+            f"width must be one of {WIDTHS} and divide block {packed.block}, not {packed.width}"
+        )
     segments = packed.chunks * packed.blocks * packed.groups
     if packed.counts.shape != (segments,) or packed.rows.shape != (segments,):
         raise FormatError(f"counts and rows must have {segments} elements")
@@ -215,7 +217,9 @@ def validate(packed: PackedWeight) -> None:
         raise FormatError(f"every count must lie in 1..{packed.chunk}")
     entries = int(packed.counts.sum(dtype=np.int64))
     if packed.values.shape != (entries * packed.width,):
-        raise FormatError(f"values must have {entries * packed.width} elements, the sum of counts times width")
+        raise FormatError(
+            f"values must have {entries * packed.width} elements, the sum of counts times width"
+        )
     if packed.offsets.shape != (entries,):
         raise FormatError(f"offsets must have {entries} elements, the sum of counts")
     groups = np.sort(packed.rows.reshape(-1, packed.groups), axis=1)

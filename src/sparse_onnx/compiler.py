@@ -378,7 +378,9 @@ class _Job:
                     "shape": list(weight.shape),
                     "rows": None
                     if shapes is None
-                    else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
+                    else sum(
+                        layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers
+                    ),
                     "activations": sorted({layer.activation for layer in candidate.layers}),
                     "sparsity": candidate.sparsity,
                     "non_finite": candidate.non_finite,

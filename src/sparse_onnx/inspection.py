@@ -216,8 +216,9 @@ def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str
     """
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
-        candidates, places = find_candidates(model)
-        states = {declined.place: ("stays", declined.reason) for declined in places}
+        candidates, declined = find_candidates(model)
+        places = [(place.place, place.reason) for place in declined]
+        states = {place: ("stays", reason) for place, reason in places}
         for candidate in candidates:
             states[candidate.weight.name] = ("can be sparse", "")
     return states, places

@@ -175,7 +175,9 @@ def time_sparse_layers(
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
-        timings.append(LayerTiming(name, module, node.op_type, inputs[0], weight_shape, sparsity, measured[key]))
+        timings.append(
+            LayerTiming(name, module, node.op_type, inputs[0], weight_shape, sparsity, measured[key])
+        )
     return timings
 
 
@@ -202,7 +204,9 @@ def cut_layer(
         source.type = ir.TensorType(ir.DataType.FLOAT)
         specs.append(InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None))
     part.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    return part, generate(specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)})
+    return part, generate(
+        specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
+    )
 
 
 def _time_node(

@@ -52,7 +52,7 @@ def test_filters_survive_packing(case):
     window, (channels, outputs) = WINDOWS[case]
     filters = filters_of(window, channels, outputs)
     packed = sc.pack_filters(filters, group=window.group, block=4)
-    assert (packed.K, packed.N) == (filters[0].size, outputs)
+    assert (filters[0].size, outputs) == (packed.K, packed.N)
     np.testing.assert_array_equal(sc.unpack_filters(packed, window), filters)
     if window.group > 1:
         assert outputs // window.group % packed.block == 0

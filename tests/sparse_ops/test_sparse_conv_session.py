@@ -176,7 +176,9 @@ def test_wrong_input_fails_that_run_only(shape, open_session):
     np.testing.assert_allclose(session.run(None, {"X": x})[0], expected(x), rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, OUTPUTS, 5, 4), (1, OUTPUTS, 1, 1), (OUTPUTS, 5, 5), (2, OUTPUTS, 5, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, OUTPUTS, 5, 4), (1, OUTPUTS, 1, 1), (OUTPUTS, 5, 5), (2, OUTPUTS, 5, 5)]
+)
 def test_residual_of_another_shape_fails(shape, open_session):
     session = open_session(model_of(op_type="SparseConvAdd"))
     feeds = {"X": images(1, 5, 5), "R": np.ones(shape, np.float32)}
@@ -197,7 +199,13 @@ def test_window_that_does_not_fit_fails_that_run_only(open_session):
 def test_not_a_number_passes_through(open_session):
     x = images()
     x[1, 2, 4, 5] = np.nan
-    for op_type in ("SparseConv", "SparseConvRelu", "SparseConvClip", "SparseConvSilu", "SparseConvHardSwish"):
+    for op_type in (
+        "SparseConv",
+        "SparseConvRelu",
+        "SparseConvClip",
+        "SparseConvSilu",
+        "SparseConvHardSwish",
+    ):
         (got,) = open_session(model_of(op_type=op_type)).run(None, {"X": x})
         seen = (filters_of(WINDOW)[:, 2] != 0)[:, ::-1, ::-1]
         np.testing.assert_array_equal(np.isnan(got[1, :, 3:6, 4:7]), seen)
@@ -206,7 +214,10 @@ def test_not_a_number_passes_through(open_session):
 
 HOSTILE = {
     "kernel_shape missing": ({"kernel_shape": None}, "attribute kernel_shape is missing"),
-    "kernel_shape of one axis": ({"kernel_shape": [9]}, r"attribute kernel_shape is \[9\], expected 2 numbers"),
+    "kernel_shape of one axis": (
+        {"kernel_shape": [9]},
+        r"attribute kernel_shape is \[9\], expected 2 numbers",
+    ),
     "kernel_shape zero": ({"kernel_shape": [0, 9]}, "attribute kernel_shape is"),
     "kernel_shape that does not divide K": ({"kernel_shape": [5, 5]}, "K is 54, no multiple of the 25"),
     "kernel_shape huge": ({"kernel_shape": [2**62, 2]}, "attribute kernel_shape is"),
