@@ -25,12 +25,14 @@ from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes import guard
+from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
+from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 
@@ -38,6 +40,9 @@ __all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize"]
 
 MAX_COMPILER_ERROR = 1e-4
 """Largest relative error of the compiled model against the pruned dense one: both compute the same in float32."""
+
+FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
+"""What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
 
 _WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
 _MAX_SAMPLES = 64
@@ -184,9 +189,11 @@ class _Job:
         self.declined += [*cleaned.declined, *pruned.declined]
         return cleaned, pruned
 
-    def candidates(self, model: ir.Model) -> list[Candidate]:
+    def fuse(self, model: ir.Model, context: PassContext) -> list[Candidate]:
+        """Fuse what lies between the linears; returns the layers that kernels could take."""
+        fused = Pipeline(FUSION_PASSES)(model, context)
         candidates, left = find_candidates(model)
-        self.declined += left
+        self.declined += [*fused.declined, *left]
         return candidates
 
     def plan(self, pipeline: Pipeline) -> dict[str, Any]:
@@ -194,8 +201,9 @@ class _Job:
             model = self.load()
         nbytes = model_io.weight_bytes(model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
-            self.prepare(model, pipeline, PassContext(spool.put, self.say))
-            candidates = self.candidates(model)
+            context = PassContext(spool.put, self.say)
+            self.prepare(model, pipeline, context)
+            candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
             layers = self.layers(decisions, None)
         return self.report(nbytes, None, None, decisions, layers, {}, None)
@@ -210,9 +218,11 @@ class _Job:
             context = PassContext(spool.put, self.say)
             with self.clock("prune"):
                 cleaned, pruned = self.prepare(model, pipeline, context)
-                candidates = self.candidates(model)
+                candidates = find_candidates(model)[0]
             with self.clock("run dense"):
                 reference, shapes = self.run_dense(model, candidates, samples)
+            with self.clock("fuse"):
+                candidates = self.fuse(model, context)
             packer = Packer(context)
             with self.clock("decide"):
                 if self.benchmark:

@@ -62,7 +62,11 @@ inline void add_wide_segment(const float* x, const uint8_t* offsets, const unsig
                              float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   // What fits the registers: sums for some channels and vectors, those vectors, and one weight.
-  constexpr size_t kRegisters = kLanes == 16 ? 32 : 16;
+#if defined(__AVX512F__) || defined(__aarch64__)
+  constexpr size_t kRegisters = 32;
+#else
+  constexpr size_t kRegisters = 16;
+#endif
   constexpr size_t kRows = kRegisters == 32 || kWidth < 4 ? kWidth : 4;
   constexpr auto fits = [](size_t part) {
     return kVectors % part == 0 && part * (kRows + 1) + 1 <= kRegisters;

@@ -48,7 +48,7 @@ void multiply(const Weight& w, size_t block, const float* panel, float* sums) {
   for (size_t n = 0; n < w.block || n % 16 != 0; ++n) _mm512_store_ps(acc + n * 16, _mm512_setzero_ps());
   const size_t first = block * w.block;
   const float* loaded = nullptr;
-  __m512 table[kTableVectors];
+  __m512 table[kTableVectors] = {};
   for_each_segment<1, 1>(w, block, panel, [&](const float* x, const uint8_t* offsets,
                                               const unsigned char* values, size_t left, size_t row) {
     if (x != loaded) {
