@@ -95,6 +95,12 @@ class Convolution(Layer):
             attributes["min"], attributes["max"] = self.limits
         return attributes
 
+    @property
+    def companion(self) -> bool:
+        """A depthwise convolution. The runtime's own works in blocks of channels: next to sparse ones, which do not,
+        it would have to reorder its input and output."""
+        return self.window.group > 1 and self.weight.tensor.shape[1] == 1
+
     def pack(self) -> PackedWeight:
         block = block_size(self.weight.shape[1], self.window.group)
         return sparse_matmul.pack(self.weight.matrix(), block=block)

@@ -67,12 +67,27 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
 
 def decide_by_table(candidates: Sequence[Candidate]) -> list[Decision]:
     """Decide without timing, for a machine that is not this one."""
-    return [
-        Decision(c, True, f"not timed: {c.sparsity:.1%} zeros, at least {TABLE_SPARSITY:.0%}")
-        if c.sparsity >= TABLE_SPARSITY
-        else Decision(c, False, f"not timed: {c.sparsity:.1%} zeros, fewer than {TABLE_SPARSITY:.0%}")
-        for c in candidates
-    ]
+    decisions: list[Decision] = []
+    for c in _companions_last(candidates):
+        zeros = f"not timed: {c.sparsity:.1%} zeros"
+        if c.companion:
+            decisions.append(_alone(c, decisions) or Decision(c, True, "not timed: beside sparse layers"))
+        elif c.sparsity >= TABLE_SPARSITY:
+            decisions.append(Decision(c, True, f"{zeros}, at least {TABLE_SPARSITY:.0%}"))
+        else:
+            decisions.append(Decision(c, False, f"{zeros}, fewer than {TABLE_SPARSITY:.0%}"))
+    return decisions
+
+
+def _companions_last(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: candidate.companion)
+
+
+def _alone(companion: Candidate, decisions: Sequence[Decision]) -> Decision | None:
+    """The decision against a companion where no other layer of its kind is sparse, or None."""
+    if any(d.sparse and d.candidate.lowering is companion.lowering for d in decisions):
+        return None
+    return Decision(companion, False, f"no {companion.lowering.kind} around it is sparse")
 
 
 def decide(
@@ -89,9 +104,13 @@ def decide(
     """Time the candidates. ``shapes`` has the shape of every layer's inputs, by the name of the value."""
     measured: dict[tuple[object, ...], Ratio] = {}
     start = time.perf_counter()
-    decisions = []
-    for index, candidate in enumerate(candidates):
-        if candidate.sparsity < MIN_SPARSITY:
+    decisions: list[Decision] = []
+    for index, candidate in enumerate(_companions_last(candidates)):
+        if candidate.companion:
+            if (against := _alone(candidate, decisions)) is not None:
+                decisions.append(against)
+                continue
+        elif candidate.sparsity < MIN_SPARSITY:
             reason = f"{candidate.sparsity:.1%} zeros: too few for any sparse kernel"
             decisions.append(Decision(candidate, False, reason))
             continue
@@ -132,7 +151,7 @@ def _measure(
     threads: int,
     work: Path,
 ) -> Ratio:
-    dense, feeds = cut_layer(model, layer.inputs, layer.output, shapes)
+    dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
     sparse = dense.clone()
     candidate.lowering(layers=(candidate.weight.name,), packer=packer)(sparse)
     return time_pair([dense, sparse], [False, True], feeds, threads=threads, work=work)

@@ -60,6 +60,11 @@ class Layer(abc.ABC):
         """Those of the operator that do not describe the stored weight."""
         return {}
 
+    @property
+    def companion(self) -> bool:
+        """Whether this is no layer to make sparse, but one that its operator computes faster among sparse ones."""
+        return False
+
     @abc.abstractmethod
     def pack(self) -> PackedWeight:
         """The weight as the operator stores it."""
@@ -85,6 +90,11 @@ class Candidate:
     def sparsity(self) -> float:
         """The share of zeros."""
         return self._counts[0] / self.weight.tensor.size
+
+    @property
+    def companion(self) -> bool:
+        """Lowered if it is faster and others are, whatever its sparsity."""
+        return all(layer.companion for layer in self.layers)
 
     @property
     def non_finite(self) -> int:
@@ -172,11 +182,15 @@ class Lowering(Pass):
         packer = self.packer or Packer(context)
         candidates, left = self.find_candidates(model)
         declined = [Declined(self.name, place, reason) for place, reason in left]
-        lowered = []
-        for candidate in candidates:
+        lowered: list[Candidate] = []
+        for candidate in sorted(candidates, key=lambda candidate: candidate.companion):
             name = candidate.weight.name
             if self.layers is not None:
                 wanted = name in self.layers
+            elif candidate.companion:
+                wanted = bool(lowered)
+                if not wanted:
+                    declined.append(self.declined(name, f"no {self.kind} around it is lowered"))
             else:
                 wanted = candidate.sparsity >= self.min_sparsity
                 if not wanted:

@@ -6,6 +6,9 @@ Before::                                       After::
     s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
     Y = Relu(s)
 
+Depthwise convolutions go along where others are lowered, whatever their zeros: one group has one block of one output
+channel then, and the operator computes it without a panel.
+
 See :mod:`sparse_onnx.passes.lowering` for what is the same for all operators.
 """
 
@@ -34,7 +37,7 @@ class LowerSparseConv(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, declined = find_weights(model, CONVOLUTIONS)
+        weights, declined = find_weights(model, CONVOLUTIONS, depthwise=True)
         shapes = Shapes(model)
         candidates = []
         for weight in weights:

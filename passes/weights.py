@@ -146,30 +146,34 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
 
 
-def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> str | None:
+def _is_depthwise(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> bool:
+    """Whether each output channel sees one of several input channels."""
+    return tensor.shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes)
+
+
+def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise: bool) -> str | None:
     """Why a weight of that shape must stay as it is, or None."""
     if any(node.op_type == "Conv" for node in nodes):
         if any(node.op_type != "Conv" for node in nodes):
             return "shared by convolutions and linears"
         if len(tensor.shape) < 3:
             return f"has rank {len(tensor.shape)}, less than 3"
-        # Each output channel sees one input channel: nothing to gain, and too few weights to lose any.
-        if tensor.shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes):
-            return "belongs to a depthwise convolution"
+        if not depthwise and _is_depthwise(tensor, nodes):
+            return "belongs to a depthwise convolution"  # nothing to gain, and too few weights to lose any
     elif len(tensor.shape) != 2:
         return f"has rank {len(tensor.shape)}, not 2"
     return "is empty" if tensor.size == 0 else None
 
 
 def find_weights(
-    model: ir.Model, op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS)
+    model: ir.Model, op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS), *, depthwise: bool = False
 ) -> tuple[list[Weight], list[tuple[str, str]]]:
     """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
 
     Left alone: weights that a caller may override (also a graph input), that are a graph output, that are no
-    float matrix or filters, that belong to a depthwise convolution, or that have a user which is no such layer or
-    sees the matrix the other way round (a tied embedding): a change would reach that user too. Layers inside
-    functions are left alone as well.
+    float matrix or filters, that belong to a depthwise convolution (unless ``depthwise``), or that have a user
+    which is no such layer or sees the matrix the other way round (a tied embedding): a change would reach that
+    user too. Layers inside functions are left alone as well.
     """
     found: list[Weight] = []
     declined: list[tuple[str, str]] = []
@@ -187,7 +191,7 @@ def find_weights(
             declined.append(
                 (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
             )
-        elif reason := _shape_reason(tensor, [use.node for use in uses if use.idx == 1]):
+        elif reason := _shape_reason(tensor, [use.node for use in uses if use.idx == 1], depthwise):
             declined.append((name, reason))
         else:
             kinds = [_weight_input(use.node, use.idx) for use in uses]

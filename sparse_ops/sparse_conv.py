@@ -22,8 +22,10 @@ the input channels of group ``n // (N / group)``; with more than one group ``blo
 of output channels has two.
 
 Attributes are those of ``Conv``, all of them required and explicit: ``kernel_shape``, ``strides`` and
-``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0. ``SparseConvClip`` and
-``SparseConvAddClip`` have two more, the floats ``min`` and ``max``.
+``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0.
+``SparseConvClip`` and ``SparseConvAddClip`` have two more, the floats ``min`` and ``max``.
+
+A depthwise convolution (group = C = N) has blocks of one output channel; the kernel computes it without gathering.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ Y            float32    [..., N]
 Storage format ``chunked_csc``. The K input channels are cut into chunks of ``chunk`` (1..255), the N output
 channels into blocks of ``block`` (1..256); both are padded up at the end. A *segment* holds what one output
 channel keeps of one chunk; with ``width`` 4 or 8, what that many neighbouring output channels keep together
-(structured sparsity ``block:4x1`` and ``block:8x1``; ``block`` is a multiple of ``width``). Segments are stored block by block, inside a block chunk by chunk, and inside a
-(block, chunk) group by falling count, so that the trip count of the kernel's inner loop rarely changes;
-``rows`` says which output channel each one is, a permutation of 0..block/width-1 in every group. Entries follow
-segment by segment, with strictly rising offsets. A segment with nothing to store keeps one explicit zero at
+(structured sparsity ``block:4x1`` and ``block:8x1``; ``block`` is a multiple of ``width``). Segments are stored
+block by block, inside a block chunk by chunk, and inside a (block, chunk) group by falling count, so that the trip
+count of the kernel's inner loop rarely changes; ``rows`` says which output channel each one is, a permutation of
+0..block/width-1 in every group. Entries follow segment by segment, with strictly rising offsets. A segment with nothing to store keeps one explicit zero at
 offset 0: that lets standard operators find the segment of an entry by ``CumSum`` (see :func:`function_body`)
 and spares the kernel the empty case. Padding output channels are such segments too.
 
@@ -53,6 +53,8 @@ __all__ = [
     "WIDTHS",
     "FormatError",
     "PackedWeight",
+    "activated",
+    "activation_body",
     "function_body",
     "pack",
     "reference",
@@ -255,12 +257,17 @@ _FLOAT64: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def activated(activation: str, h: np.ndarray) -> np.ndarray:
+    """``activation``, a key of OP_TYPES, of the float64 numbers ``h``."""
+    return _FLOAT64[activation](h)
+
+
 def reference(x: np.ndarray, packed: PackedWeight, bias: np.ndarray, activation: str = "none") -> np.ndarray:
     """What the operator computes, in float64: the oracle of the tests. ``activation`` is a key of OP_TYPES."""
-    return _FLOAT64[activation](x.astype(np.float64) @ unpack(packed).astype(np.float64) + bias)
+    return activated(activation, x.astype(np.float64) @ unpack(packed).astype(np.float64) + bias)
 
 
-# The last lines of each body: from `h` to `Y`. The forms are those that ORT's own fusions look for.
+# From `h` to `Y`. The forms are those that ORT's own fusions look for.
 _ACTIVATION_BODIES = {
     "none": "Y = Identity(h)",
     "relu": "Y = Relu(h)",
@@ -291,6 +298,12 @@ _ACTIVATION_BODIES = {
         gate = Sigmoid(h)
         Y = Mul(h, gate)""",
 }
+
+
+def activation_body(activation: str, y: str = "Y") -> str:
+    """Lines of a function body that make the value ``y`` from ``h``. ``activation`` is a key of OP_TYPES."""
+    return _ACTIVATION_BODIES[activation].replace("Y = ", f"{y} = ")
+
 
 # A segment's entries lie at its start plus offset times row length; CumSum spreads the differences of those
 # starts over the entries. int32 there: ORT keeps every folded intermediate until the session is complete.
@@ -388,7 +401,7 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         opset=opset,
         op_type=op_type,
         decoder=DECODER,
-        activation=_ACTIVATION_BODIES[ACTIVATIONS[op_type]],
+        activation=activation_body(ACTIVATIONS[op_type]),
     )
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto

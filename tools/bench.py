@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -231,7 +230,9 @@ def _layer(timing: LayerTiming) -> dict[str, Any]:
         "op_type": timing.op_type,
         "x_shape": list(timing.x_shape),
         "weight_shape": list(timing.weight_shape),
+        "rows": timing.rows,
         "sparsity": timing.sparsity,
+        "kernel": timing.kernel,
         "dense_ms": timing.times.first_ms,
         "sparse_ms": timing.times.second_ms,
         "speedup": timing.times.median,
@@ -250,13 +251,23 @@ def _layer_table(timings: Sequence[LayerTiming]) -> str:
     cells = []
     for group in groups.values():
         first, row = group[0], _layer(group[0])
-        shape = f"{math.prod(first.x_shape[:-1])} x {first.weight_shape[0]} x {first.weight_shape[1]}"
+        shape = f"{first.rows} x {first.weight_shape[0]} x {first.weight_shape[1]}"
         times = [format_ms(row["dense_ms"]), format_ms(row["sparse_ms"]), _interval(row)]
         cells.append(
-            [first.module or first.name, str(len(group)), shape, format_share(first.sparsity), *times]
+            [
+                first.module or first.name,
+                str(len(group)),
+                shape,
+                format_share(first.sparsity),
+                first.kernel,
+                *times,
+            ]
         )
     total = [sum(getattr(timing.times, key) for timing in timings) for key in ("first_ms", "second_ms")]
-    cells.append(["all", str(len(timings)), "", "", *map(format_ms, total), f"{total[0] / total[1]:.2f}x"])
+    cells.append(
+        ["all", str(len(timings)), "", "", "", *map(format_ms, total), f"{total[0] / total[1]:.2f}x"]
+    )
     return table(
-        cells, ["layer", "equal", "rows x K x N", "zeros", "dense", "sparse", "speedup (middle half)"]
+        cells,
+        ["layer", "equal", "rows x K x N", "zeros", "kernel", "dense", "sparse", "speedup (middle half)"],
     )

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "cpu_features.h"
 #include "kernels/spmm/check.h"
@@ -51,13 +53,12 @@ class ThisThread final : public Workers {
   }
 };
 
-std::string run(const SparseOnnxWeight& stored, int activation, const char* name, const float* x,
-                size_t tokens, float* y) {
+// The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: what a session chooses).
+std::string prepare(const SparseOnnxWeight& stored, int activation, const char* name, size_t tokens,
+                    spmm::CheckedWeight& checked, spmm::Plan& plan) {
   if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_SILU) return "unknown activation";
-  spmm::CheckedWeight checked;
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
   if (!problem.empty()) return problem;
-  spmm::Plan plan;
   if (name == nullptr) {
     const IsaChoice choice = active_isa();
     if (choice.error != nullptr) return choice.error;
@@ -71,10 +72,68 @@ std::string run(const SparseOnnxWeight& stored, int activation, const char* name
     }
     plan = spmm::make_plan(checked.weight, tokens, *kernel);
   }
+  return {};
+}
+
+std::string run(const SparseOnnxWeight& stored, int activation, const char* name, const float* x,
+                size_t tokens, float* y) {
+  spmm::CheckedWeight checked;
+  spmm::Plan plan;
+  const std::string problem = prepare(stored, activation, name, tokens, checked, plan);
+  if (!problem.empty()) return problem;
   const std::unique_ptr<char[]> scratch(new char[plan.scratch_bytes]);
   ThisThread workers;
   spmm::run(plan, checked.weight, x, y, scratch.get(), workers);
   return {};
+}
+
+// Processor time of this thread: what other programs take does not count.
+double processor_time() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+std::string time_calls(const SparseOnnxWeight& stored, const char* name, size_t tokens, double seconds,
+                       double& result) {
+  if (tokens == 0) return "there must be a token";
+  spmm::CheckedWeight checked;
+  spmm::Plan plan;
+  const std::string problem = prepare(stored, SPARSE_ONNX_NONE, name, tokens, checked, plan);
+  if (!problem.empty()) return problem;
+  const std::vector<float> x(tokens * checked.weight.K, 0.5f);
+  std::vector<float> y(tokens * checked.weight.N);
+  std::vector<char> scratch(plan.scratch_bytes);
+  ThisThread workers;
+  const auto call = [&] { spmm::run(plan, checked.weight, x.data(), y.data(), scratch.data(), workers); };
+  call();
+  std::vector<double> times;
+  const double start = processor_time();
+  while (times.size() < 7 || processor_time() - start < seconds) {
+    const double before = processor_time();
+    call();
+    times.push_back(processor_time() - before);
+  }
+  const auto quartile = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 4);
+  std::nth_element(times.begin(), quartile, times.end());
+  result = *quartile;
+  return {};
+}
+
+// Operations per second of one of a kernel's limits; 0 if it cannot run here.
+double measure_limit(const char* name, double (*spmm::Kernel::*limit)(size_t), double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const spmm::Kernel* found = spmm::find_kernel(name);
+  if (found == nullptr || !isa_supported(found->isa)) return 0;
+  constexpr size_t kSteps = 100000;  // well below a millisecond, so that the best of them ran undisturbed
+  double best = 0;
+  const Clock::time_point start = Clock::now();
+  do {
+    const Clock::time_point before = Clock::now();
+    const double operations = (found->*limit)(kSteps);
+    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - before).count());
+  } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
+  return best;
 }
 
 }  // namespace
@@ -126,18 +185,19 @@ const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width, size
 }
 
 double sparse_onnx_peak(const char* kernel, double seconds) {
-  using Clock = std::chrono::steady_clock;
-  const spmm::Kernel* found = spmm::find_kernel(kernel);
-  if (found == nullptr || !isa_supported(found->isa)) return 0;
-  constexpr size_t kSteps = 100000;  // well below a millisecond, so that the best of them ran undisturbed
-  double best = 0;
-  const Clock::time_point start = Clock::now();
-  do {
-    const Clock::time_point before = Clock::now();
-    const double operations = found->peak(kSteps);
-    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - before).count());
-  } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
-  return best;
+  return measure_limit(kernel, &spmm::Kernel::peak, seconds);
+}
+
+double sparse_onnx_load_peak(const char* kernel, double seconds) {
+  return measure_limit(kernel, &spmm::Kernel::load_peak, seconds);
+}
+
+double sparse_onnx_time(const SparseOnnxWeight* weight, const char* kernel, size_t tokens, double seconds,
+                        char* message, size_t message_size) {
+  double result = 0;
+  const int failed =
+      guarded(message, message_size, [&] { return time_calls(*weight, kernel, tokens, seconds, result); });
+  return failed == 0 ? result : 0;
 }
 
 }  // extern "C"

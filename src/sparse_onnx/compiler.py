@@ -31,6 +31,7 @@ from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
+from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
@@ -290,6 +291,7 @@ class _Job:
     ) -> tuple[ir.Model, list[Decision], Ratio | None]:
         """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half."""
         decided = list(decisions)
+        declined = self.declined
         while True:
             chosen = [decision.candidate for decision in decided if decision.sparse]
             optimized = model.clone()
@@ -297,6 +299,7 @@ class _Job:
                 for lowering in LOWERINGS:
                     if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
                         lowering(layers=names, packer=packer)(optimized, context)
+                self.declined = [*declined, *MergeLinears()(optimized, context).declined]
                 model_io.save_model(optimized, self.folder)
             if not self.benchmark:
                 return optimized, decided, None

@@ -220,5 +220,9 @@ def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str
         places = [(place.place, place.reason) for place in declined]
         states = {place: ("stays", reason) for place, reason in places}
         for candidate in candidates:
-            states[candidate.weight.name] = ("can be sparse", "")
+            states[candidate.weight.name] = (
+                ("stays", "belongs to a depthwise convolution")
+                if candidate.companion
+                else ("can be sparse", "")
+            )
     return states, places

@@ -7,6 +7,7 @@ stored weight when the session is created and runs the same MatMul as for a dens
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -20,7 +21,8 @@ from sparse_onnx import model_io
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops import sparse_conv, sparse_matmul
+from sparse_onnx.sparse_ops import sparse_conv, sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ __all__ = [
     "with_shape_outputs",
 ]
 
-SPARSE_OP_TYPES = (*sparse_matmul.ACTIVATIONS, *sparse_conv.OP_TYPES)
+SPARSE_OP_TYPES = (*sparse_matmul.ACTIVATIONS, *sparse_matmul_split.OP_TYPES, *sparse_conv.OP_TYPES)
 """The operators with a compressed weight."""
 
 _SHAPE_OUTPUT = "sparse_onnx.shape."
@@ -47,15 +49,18 @@ _SHAPE_OUTPUT = "sparse_onnx.shape."
 
 @dataclasses.dataclass(frozen=True)
 class LayerTiming:
-    """One sparse operator. ``x_shape`` is the shape of its activations, ``sparsity`` the share of weights that
-    are not stored, ``times`` dense against sparse."""
+    """One sparse operator. ``x_shape`` is the shape of its activations, ``rows`` how many vectors of them the weight
+    multiplies, ``sparsity`` the share of weights that are not stored, ``kernel`` what full tiles are computed with,
+    ``times`` dense against sparse."""
 
     name: str
     module: str
     op_type: str
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, int]
+    rows: int
     sparsity: float
+    kernel: str
     times: Ratio
 
 
@@ -175,22 +180,39 @@ def time_sparse_layers(
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
+        rows = _rows_of(node, inputs[0])
+        chunk, block, width = (node.attributes.get_int(size, 0) for size in ("chunk", "block", "width"))
+        kernel = select_for(chunk, block, width, rows)
         timings.append(
-            LayerTiming(name, module, node.op_type, inputs[0], weight_shape, sparsity, measured[key])
+            LayerTiming(
+                name, module, node.op_type, inputs[0], weight_shape, rows, sparsity, kernel, measured[key]
+            )
         )
     return timings
 
 
+def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
+    """The vectors of K elements that the weight multiplies: tokens, or the positions of a convolution's output."""
+    if node.op_type not in sparse_conv.OP_TYPES:
+        return math.prod(x_shape[:-1])
+    names = ("kernel_shape", "strides", "pads", "dilations")
+    window = sparse_conv.Window(*(tuple(node.attributes[name].as_ints()) for name in names))  # type: ignore[arg-type]
+    return x_shape[0] * math.prod(window.output_size(*x_shape[2:]))
+
+
 def cut_layer(
-    model: ir.Model, inputs: Sequence[ir.Value], y: ir.Value, shapes: Sequence[tuple[int, ...]]
+    model: ir.Model,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    shapes: Sequence[tuple[int, ...]],
 ) -> tuple[ir.Model, Feeds]:
-    """The part of ``model`` from ``inputs`` to ``y``, all float32, as a model of its own, and random inputs.
+    """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
 
     ``shapes`` are those of the inputs, which may contain a value twice.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
-        ir.convenience.extract(model.graph, list(distinct), [y]),
+        ir.convenience.extract(model.graph, list(distinct), list(outputs)),
         ir_version=model.ir_version,
         functions=[function.clone() for function in model.functions.values() if function.domain == DOMAIN],
     )
@@ -203,7 +225,8 @@ def cut_layer(
         source.shape = ir.Shape(shape)
         source.type = ir.TensorType(ir.DataType.FLOAT)
         specs.append(InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None))
-    part.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    for output in part.graph.outputs:
+        output.type = ir.TensorType(ir.DataType.FLOAT)
     return part, generate(
         specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
     )
@@ -212,5 +235,5 @@ def cut_layer(
 def _time_node(
     model: ir.Model, node: ir.Node, shapes: Sequence[tuple[int, ...]], *, threads: int, work: Path
 ) -> Ratio:
-    part, feeds = cut_layer(model, _activations(node), node.outputs[0], shapes)
+    part, feeds = cut_layer(model, _activations(node), node.outputs, shapes)
     return time_pair([part, part], [False, True], feeds, threads=threads, work=work)

@@ -8,7 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx import layer_timing
+from sparse_onnx import layer_timing, sparse_ops
 from sparse_onnx.layer_timing import (
     shapes_in,
     sparse_nodes,
@@ -109,6 +109,8 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
     assert [row.weight_shape for row in found] == [(32, 32), (32, 32), (32, 32), (32, 16)]
     assert [row.times.median for row in found] == [3.0, 4.0, 3.0, 5.0]
     assert [row.x_shape for row in found] == [(2, 3, 32)] * 4
+    assert [row.rows for row in found] == [6] * 4
+    assert {row.kernel for row in found} <= set(sparse_ops.info().kernels)
     assert len(lines) == 3
 
 

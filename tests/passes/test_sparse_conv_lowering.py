@@ -147,8 +147,11 @@ def test_residual_of_unknown_shape_is_not_fused(from_text, run):
 
 
 LEFT = {
-    "depthwise": ("Y = Conv<group = 4>(X, dw)", {"dw": filters(4, 1, 3, 3)}, "depthwise"),
-    "depthwise, multiplied": ("Y = Conv<group = 4>(X, dw)", {"dw": filters(8, 1, 3, 3)}, "depthwise"),
+    "depthwise alone": ("Y = Conv<group = 4>(X, dw)", {"dw": filters(4, 1, 3, 3)}, "around it is lowered"),
+    "depthwise beside a dense one": (
+        "h = Conv<group = 4>(X, dw) Y = Conv(h, W)",
+        {"dw": filters(4, 1, 3, 3), "W": filters(8, 4, 1, 1, sparsity=0)}, "around it is lowered",
+    ),
     "bias computed": (
         "b = ReduceMax<axes = [0, 2, 3], keepdims = 0>(X) Y = Conv(X, W, b)", {"W": SQUARE}, "bias is no constant"
     ),
@@ -214,6 +217,28 @@ def test_every_opset(opset, from_text, run):
         from_text, f"h = {PAD}(X, W, B) Y = Clip(h, zero, six)", opset=opset, W=W, B=B, zero=ZERO, six=SIX
     )
     check(run, model, ["SparseConvClip"])
+
+
+@pytest.mark.parametrize("outputs", [4, 8])
+def test_depthwise_goes_along_and_is_never_pruned(outputs, from_text, run):
+    dw = filters(outputs, 1, 3, 3, sparsity=0)
+    body = "h = Conv<group = 4, pads = [1, 1, 1, 1], strides = [2, 1]>(X, dw) r = Relu(h) Y = Conv(r, U)"
+    model = build(from_text, body, dw=dw, U=filters(8, outputs, 1, 1, sparsity=0))
+    result = Magnitude(sparsity=0.75)(model)
+    assert [declined.reason for declined in result.declined] == ["belongs to a depthwise convolution"]
+    np.testing.assert_array_equal(model.graph.initializers["dw"].const_value.numpy(), dw)
+    candidates, _ = find_candidates(model)
+    assert [(c.weight.name, c.companion) for c in candidates] == [("dw", True), ("U", False)]
+    decisions = {d.candidate.weight.name: d for d in decide_by_table(candidates)}
+    assert [decisions[name].sparse for name in ("U", "dw")] == [True, True]
+    check(run, model, ["SparseConvRelu", "SparseConv"])
+
+
+def test_depthwise_stays_where_all_others_do(from_text):
+    body = "h = Conv<group = 4>(X, dw) Y = Conv(h, U)"
+    tensors = {"dw": filters(4, 1, 3, 3, sparsity=0.9), "U": filters(8, 4, 1, 1, sparsity=0)}
+    candidates, _ = find_candidates(build(from_text, body, **tensors))
+    assert not any(decision.sparse for decision in decide_by_table(candidates))
 
 
 def test_second_run_changes_nothing(from_text):

@@ -10,6 +10,7 @@ import pytest
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops import sparse_matmul_split
 
 NODE = "encoder/layer.3/query"
 
@@ -29,13 +30,15 @@ def _model(
     arrays: Mapping[str, np.ndarray] | None = None,
     attributes: Mapping[str, Any] | None = None,
     inputs: Sequence[str] = (),
+    outputs: Sequence[str] = ("Y",),
+    opset: int = 17,
     with_body: bool = True,
 ) -> onnx.ModelProto:
     """One layer, node name NODE. ``arrays`` and ``attributes`` replace packed ones (None: left out),
     ``inputs`` names arrays that become inputs of the graph instead of initializers."""
     stored = {**packed.arrays(), "bias": bias, **(arrays or {})}
     wanted = {**packed.attributes(), "mask_structure": "unstructured", **(attributes or {})}
-    node = onnx.helper.make_node(op_type, ["X", *stored], ["Y"], name=NODE, domain=sm.DOMAIN)
+    node = onnx.helper.make_node(op_type, ["X", *stored], outputs, name=NODE, domain=sm.DOMAIN)
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
     if x_shape is not None:
         x_shape = [*x_shape[:-1], packed.K if x_shape[-1] is None else x_shape[-1]]
@@ -52,14 +55,15 @@ def _model(
                 for name in inputs
             ),
         ],
-        [onnx.helper.make_tensor_value_info("Y", float32, None)],
+        [onnx.helper.make_tensor_value_info(name, float32, None) for name in outputs],
         [onnx.numpy_helper.from_array(array, name) for name, array in stored.items() if name not in inputs],
     )
+    module = sparse_matmul_split if op_type in sparse_matmul_split.OP_TYPES else sm
     return onnx.helper.make_model(
         graph,
         ir_version=9,
-        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[sm.function_body(op_type, 17)] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        functions=[module.function_body(op_type, opset)] if with_body else [],
     )
 
 

@@ -1,4 +1,5 @@
-// Sparse convolution with every kernel against plain loops in double, with an unreadable page behind every buffer.
+// Sparse convolution with every kernel against plain loops in double, with an unreadable page behind every
+// buffer.
 
 #include <algorithm>
 #include <cmath>
@@ -78,10 +79,13 @@ std::vector<double> unpack(const spmm::RandomWeight& w) {
   size_t entry = 0, segment = 0;
   for (size_t first = 0; first < w.N; first += w.block) {
     for (size_t begin = 0; begin < w.K; begin += w.chunk) {
-      for (size_t s = 0; s < w.block; ++s, ++segment) {
+      for (size_t s = 0; s < w.block / w.width; ++s, ++segment) {
         for (size_t i = 0; i < w.counts[segment]; ++i, ++entry) {
-          const size_t n = first + w.rows[segment];
-          if (n < w.N) dense[(begin + w.offsets[entry]) * w.N + n] = static_cast<double>(w.values[entry]);
+          for (size_t j = 0; j < w.width; ++j) {
+            const size_t n = first + w.rows[segment] * w.width + j;
+            if (n >= w.N) continue;
+            dense[(begin + w.offsets[entry]) * w.N + n] = static_cast<double>(w.values[entry * w.width + j]);
+          }
         }
       }
     }
@@ -94,6 +98,7 @@ struct Case {
   Axis rows, columns;
   size_t group, chunk, block;
   double density;
+  size_t entry_width = 1;
 };
 
 // The convolution by its definition, and the same of magnitudes, which bounds the rounding error.
@@ -114,16 +119,17 @@ Exact exact(const Case& c, const spmm::RandomWeight& w, const std::vector<float>
           for (size_t k = 0; k < w.K; ++k) {
             const size_t tap = k % taps;
             const size_t channel = n / (c.outputs / c.group) * per_group + k / taps;
-            const auto row = static_cast<std::ptrdiff_t>(i * c.rows.stride +
-                                                         tap / c.columns.kernel * c.rows.dilation) -
-                             static_cast<std::ptrdiff_t>(c.rows.begin);
+            const auto row =
+                static_cast<std::ptrdiff_t>(i * c.rows.stride + tap / c.columns.kernel * c.rows.dilation) -
+                static_cast<std::ptrdiff_t>(c.rows.begin);
             const auto column = static_cast<std::ptrdiff_t>(j * c.columns.stride +
                                                             tap % c.columns.kernel * c.columns.dilation) -
                                 static_cast<std::ptrdiff_t>(c.columns.begin);
             if (row < 0 || row >= static_cast<std::ptrdiff_t>(c.height)) continue;
             if (column < 0 || column >= static_cast<std::ptrdiff_t>(c.width)) continue;
-            const size_t at = ((image * c.channels + channel) * c.height + static_cast<size_t>(row)) * c.width +
-                              static_cast<size_t>(column);
+            const size_t at =
+                ((image * c.channels + channel) * c.height + static_cast<size_t>(row)) * c.width +
+                static_cast<size_t>(column);
             const double term = dense[k * w.N + n] * static_cast<double>(x[at]);
             sum += term;
             magnitude += std::abs(term);
@@ -158,13 +164,14 @@ void compare(const Case& c, const Convolution& conv, const Plan& plan, const std
     wrong += !(std::abs(static_cast<double>(y.typed()[i]) - expected) <= bound);
   }
   char where[300];
-  std::snprintf(where, sizeof where,
-                "%s: %zux%zux%zux%zu, %zu outputs, window %zux%zu, stride %zu,%zu, pads %zu,%zu,%zu,%zu, dilation "
-                "%zu,%zu, group %zu, activation %d, residual %d: %zu of %zu wrong",
-                plan.full->name, c.images, c.channels, c.height, c.width, c.outputs, c.rows.kernel,
-                c.columns.kernel, c.rows.stride, c.columns.stride, c.rows.begin, c.columns.begin, c.rows.end,
-                c.columns.end, c.rows.dilation, c.columns.dilation, c.group,
-                static_cast<int>(conv.epilogue.activation), r != nullptr, wrong, size);
+  std::snprintf(
+      where, sizeof where,
+      "%s: %zux%zux%zux%zu, %zu outputs, window %zux%zu, stride %zu,%zu, pads %zu,%zu,%zu,%zu, dilation "
+      "%zu,%zu, group %zu, activation %d, residual %d: %zu of %zu wrong",
+      plan.full->name, c.images, c.channels, c.height, c.width, c.outputs, c.rows.kernel, c.columns.kernel,
+      c.rows.stride, c.columns.stride, c.rows.begin, c.columns.begin, c.rows.end, c.columns.end,
+      c.rows.dilation, c.columns.dilation, c.group, static_cast<int>(conv.epilogue.activation), r != nullptr,
+      wrong, size);
   expect(wrong == 0, where);
 }
 
@@ -173,24 +180,49 @@ void test_all_kernels() {
   const Axis bare = {3, 1, 0, 0, 1}, wide = {3, 1, 2, 2, 2}, skip = {1, 2, 0, 0, 1}, odd = {4, 3, 1, 2, 3};
   const Axis late = {2, 1, 0, 3, 1}, far = {3, 5, 7, 7, 1}, edge = {1, 1, 1, 0, 1};
   const Case cases[] = {
-      {1, 5, 7, 7, 6, one, one, 1, 4, 4, 0.5},        {3, 5, 7, 7, 6, one, one, 1, 5, 6, 0.5},
-      {1, 1, 1, 1, 1, one, one, 1, 1, 1, 1.0},        {2, 9, 1, 1, 33, one, one, 1, 9, 16, 0.4},
-      {1, 4, 8, 16, 3, one, one, 1, 4, 3, 0.6},       {1, 4, 8, 8, 3, three, three, 1, 36, 3, 0.3},
-      {1, 3, 13, 5, 9, three, three, 1, 7, 4, 0.3},   {2, 3, 9, 11, 8, half, half, 1, 27, 8, 0.5},
-      {1, 3, 17, 18, 8, seven, seven, 1, 128, 8, 0.3}, {2, 4, 6, 7, 5, bare, bare, 1, 16, 5, 0.5},
-      {1, 4, 9, 9, 5, wide, wide, 1, 16, 5, 0.5},     {3, 6, 9, 10, 8, skip, skip, 1, 6, 8, 0.5},
-      {2, 2, 16, 14, 4, odd, odd, 1, 32, 4, 0.4},     {1, 2, 5, 6, 4, late, one, 1, 4, 4, 0.7},
-      {1, 2, 3, 3, 4, far, far, 1, 18, 4, 0.7},       {1, 3, 4, 5, 4, edge, edge, 1, 3, 4, 0.7},
-      {2, 3, 9, 4, 6, one, three, 1, 9, 3, 0.5},      {2, 3, 4, 9, 6, half, skip, 1, 9, 3, 0.5},
-      {2, 6, 6, 6, 8, three, three, 2, 27, 4, 0.4},   {2, 6, 5, 5, 18, half, half, 3, 18, 3, 0.4},
-      {2, 8, 5, 7, 4, one, one, 4, 2, 1, 0.9},        {5, 2, 7, 7, 3, three, three, 1, 18, 2, 0.5},
-      {1, 3, 1, 127, 2, one, three, 1, 9, 2, 0.5},    {1, 3, 1, 128, 2, one, three, 1, 9, 2, 0.5},
-      {1, 3, 1, 129, 2, one, three, 1, 9, 2, 0.5},    {1, 40, 5, 5, 70, three, three, 1, 128, 64, 0.1},
+      {1, 5, 7, 7, 6, one, one, 1, 4, 4, 0.5},
+      {3, 5, 7, 7, 6, one, one, 1, 5, 6, 0.5},
+      {1, 1, 1, 1, 1, one, one, 1, 1, 1, 1.0},
+      {2, 9, 1, 1, 33, one, one, 1, 9, 16, 0.4},
+      {1, 4, 8, 16, 3, one, one, 1, 4, 3, 0.6},
+      {1, 4, 8, 8, 3, three, three, 1, 36, 3, 0.3},
+      {1, 3, 13, 5, 9, three, three, 1, 7, 4, 0.3},
+      {2, 3, 9, 11, 8, half, half, 1, 27, 8, 0.5},
+      {1, 3, 17, 18, 8, seven, seven, 1, 128, 8, 0.3},
+      {2, 4, 6, 7, 5, bare, bare, 1, 16, 5, 0.5},
+      {1, 4, 9, 9, 5, wide, wide, 1, 16, 5, 0.5},
+      {3, 6, 9, 10, 8, skip, skip, 1, 6, 8, 0.5},
+      {2, 2, 16, 14, 4, odd, odd, 1, 32, 4, 0.4},
+      {1, 2, 5, 6, 4, late, one, 1, 4, 4, 0.7},
+      {1, 2, 3, 3, 4, far, far, 1, 18, 4, 0.7},
+      {1, 3, 4, 5, 4, edge, edge, 1, 3, 4, 0.7},
+      {2, 3, 9, 4, 6, one, three, 1, 9, 3, 0.5},
+      {2, 3, 4, 9, 6, half, skip, 1, 9, 3, 0.5},
+      {2, 6, 6, 6, 8, three, three, 2, 27, 4, 0.4},
+      {2, 6, 5, 5, 18, half, half, 3, 18, 3, 0.4},
+      {2, 6, 7, 9, 6, three, three, 6, 9, 1, 0.9},
+      {1, 5, 14, 14, 5, half, half, 5, 9, 1, 1.0},
+      {2, 3, 9, 8, 3, wide, odd, 3, 12, 1, 0.8},
+      {1, 2, 60, 70, 2, seven, three, 2, 21, 1, 0.5},
+      {1, 2, 4, 3000, 2, three, three, 2, 9, 1, 0.9},
+      {1, 2, 3, 4, 2, far, late, 2, 6, 1, 0.9},
+      {1, 2, 70, 70, 2, {17, 1, 8, 8, 1}, {17, 1, 8, 8, 1}, 2, 255, 1, 0.2},
+      {1, 4, 9, 9, 4, {1, 6, 0, 0, 1}, {1, 3, 0, 0, 1}, 4, 1, 1, 1.0},
+      {3, 4, 1, 1, 4, one, one, 4, 1, 1, 1.0},
+      {2, 8, 5, 7, 4, one, one, 4, 2, 1, 0.9},
+      {5, 2, 7, 7, 3, three, three, 1, 18, 2, 0.5},
+      {1, 3, 1, 127, 2, one, three, 1, 9, 2, 0.5},
+      {1, 3, 1, 128, 2, one, three, 1, 9, 2, 0.5},
+      {1, 3, 1, 129, 2, one, three, 1, 9, 2, 0.5},
+      {1, 40, 5, 5, 70, three, three, 1, 128, 64, 0.1},
+      {2, 5, 9, 8, 13, three, half, 1, 45, 8, 0.4, 4},
+      {1, 6, 7, 11, 32, three, three, 2, 27, 16, 0.4, 8},
   };
   size_t round = 0;
   for (const Case& c : cases) {
     const size_t K = c.channels / c.group * c.rows.kernel * c.columns.kernel;
-    const spmm::RandomWeight random = spmm::random_weight(K, c.outputs, c.density, c.chunk, c.block);
+    const spmm::RandomWeight random =
+        spmm::random_weight(K, c.outputs, c.density, c.chunk, c.block, c.entry_width);
     spmm::CheckedWeight checked;
     const std::string problem = check(random.stored(), spmm::Activation::none, checked);
     expect(problem.empty(), "valid weight refused: " + problem);
@@ -214,7 +246,8 @@ void test_all_kernels() {
 
 // Every activation in every kernel, in whole vectors and in their rest, on values that are special to it.
 void test_epilogues() {
-  std::vector<float> h = {0.0f, -0.0f, kInfinity, -kInfinity, std::nanf(""), 3.0f, -3.0f, 6.0f, -0.5f, 2.9999998f};
+  std::vector<float> h = {0.0f, -0.0f, kInfinity, -kInfinity, std::nanf(""),
+                          3.0f, -3.0f, 6.0f,      -0.5f,      2.9999998f};
   for (float v = -9.0f; v < 9.0f; v += 0.171f) h.push_back(v);
   for (const spmm::Kernel* kernel : spmm::kernels()) {
     expect(kernel->tile <= kMaxTile, std::string(kernel->name) + " has too wide a tile");
@@ -226,13 +259,15 @@ void test_epilogues() {
           std::vector<float> acc(2 * kernel->tile, 77.0f), y(stride + positions, 55.0f);
           for (size_t p = 0; p < positions; ++p) acc[kernel->tile + p] = acc[p] = h[(first + p) % h.size()];
           const Guarded<float> guarded_acc(acc), guarded_y(y);
-          kernel->store_channels(epilogue, guarded_acc.typed(), 2, positions, stride, nullptr, guarded_y.typed());
+          kernel->store_channels(epilogue, guarded_acc.typed(), kernel->tile, 2, positions, stride, nullptr,
+                                 guarded_y.typed());
           for (size_t i = 0; i < stride + positions; ++i) {
             const bool between = i >= positions && i < stride;
             const double x = static_cast<double>(acc[i % stride % positions]);
             double want = between ? 55.0 : activated(epilogue, x);
             if (std::isnan(x) && !between) want = NAN;
-            const bool unbounded = epilogue.activation != Activation::none && epilogue.activation != Activation::clip;
+            const bool unbounded =
+                epilogue.activation != Activation::none && epilogue.activation != Activation::clip;
             if (!between && unbounded && std::isinf(x) && x < 0) want = NAN;  // infinity times zero
             const double got = static_cast<double>(guarded_y.typed()[i]);
             const bool same = std::isnan(want)   ? std::isnan(got)
@@ -263,7 +298,8 @@ void test_sizes() {
 // More panels than may be in memory at a time, and workers that fail in either step.
 void test_strips() {
   const Case c = {1, 600, 60, 60, 2, {3, 1, 1, 1, 1}, {3, 1, 1, 1, 1}, 1, 255, 2, 0.002};
-  const spmm::RandomWeight random = spmm::random_weight(c.channels * 9, c.outputs, c.density, c.chunk, c.block);
+  const spmm::RandomWeight random =
+      spmm::random_weight(c.channels * 9, c.outputs, c.density, c.chunk, c.block);
   spmm::CheckedWeight checked;
   expect(check(random.stored(), spmm::Activation::none, checked).empty(), "valid weight refused");
   const std::vector<float> x = random_floats(c.channels * c.height * c.width, 1);

@@ -2,6 +2,7 @@
 
 import ctypes
 import ctypes.util
+import dataclasses
 import json
 import os
 import re
@@ -107,10 +108,36 @@ def test_select_names_a_kernel_of_the_active_instruction_set(sparse):
     assert tiles[0] == (1 if isa == "avx512" else 4)
 
 
-def test_peak():
-    assert library.peak("generic_t4", 0.01) > 1e8
+@pytest.mark.parametrize("limit", [library.peak, library.load_peak])
+def test_limits_of_the_processor(limit):
+    for kernel in KERNELS:
+        assert limit(kernel, 0.001) > 1e7
     with pytest.raises(ValueError, match="no kernel 'nothing'"):
-        library.peak("nothing", 0.01)
+        limit("nothing", 0.01)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, None])
+def test_time_kernel(kernel, sparse):
+    packed = sm.pack(sparse(131, 67, 0.3))
+    assert 0 < library.time_kernel(packed, 7, kernel, seconds=0) < 1
+
+
+def test_time_kernel_refuses(sparse):
+    packed = sm.pack(sparse(16, 8, 0.5))
+    with pytest.raises(ValueError, match="tokens must be at least 1, not 0"):
+        library.time_kernel(packed, 0)
+    with pytest.raises(ValueError, match="no kernel 'avx9000'"):
+        library.time_kernel(packed, 4, "avx9000")
+    with pytest.raises(sm.FormatError, match="counts"):
+        library.time_kernel(dataclasses.replace(packed, counts=np.zeros_like(packed.counts)), 4)
+
+
+def test_time_kernel_says_why_a_kernel_does_not_fit(sparse):
+    packed = sm.pack(sparse(200, 300, 0.5), chunk=200, block=256)
+    for kernel in {"avx512_t128", "avx512_t1"} & set(KERNELS):
+        with pytest.raises(ValueError, match="the chunk or the block is too large"):
+            library.time_kernel(packed, 4, kernel)
+    assert library.time_kernel(packed, 4, seconds=0) > 0
 
 
 def test_missing_library_is_explained(monkeypatch, tmp_path):

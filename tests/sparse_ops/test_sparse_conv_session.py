@@ -19,20 +19,21 @@ RNG = np.random.default_rng(5)
 BIAS = np.linspace(-2, 2, OUTPUTS, dtype=np.float32)
 
 
-def filters_of(window: Window) -> np.ndarray:
-    shape = (OUTPUTS, CHANNELS // window.group, *window.kernel_shape)
+def filters_of(window: Window, channels: int = CHANNELS) -> np.ndarray:
+    shape = (OUTPUTS, channels // window.group, *window.kernel_shape)
     rng = np.random.default_rng(1)
     return np.where(rng.random(shape) < 0.7, 0, rng.standard_normal(shape)).astype(np.float32)
 
 
-def pack(window: Window) -> sm.PackedWeight:
-    return sc.pack_filters(filters_of(window), group=window.group, chunk=16, block=8)
+def pack(window: Window, channels: int = CHANNELS) -> sm.PackedWeight:
+    return sc.pack_filters(filters_of(window, channels), group=window.group, chunk=16, block=8)
 
 
 def model_of(
     window=WINDOW,
     op_type="SparseConv",
     *,
+    channels=CHANNELS,
     opset=17,
     x_shape=("batch", CHANNELS, "height", "width"),
     r_shape=None,
@@ -41,7 +42,7 @@ def model_of(
     with_body=True,
 ):
     """One layer, node name NODE. ``arrays`` and ``attributes`` replace those that belong there (None: left out)."""
-    packed = pack(window)
+    packed = pack(window, channels)
     activation, residual = sc.OP_TYPES[op_type]
     stored = {**packed.arrays(), "bias": BIAS, **(arrays or {})}
     wanted = {**window.attributes(), **packed.attributes(), "mask_structure": "unstructured"}
@@ -74,9 +75,9 @@ def images(batch=2, height=9, width=10):
     return RNG.standard_normal((batch, CHANNELS, height, width)).astype(np.float32)
 
 
-def expected(x, window=WINDOW, op_type="SparseConv", residual=None):
+def expected(x, window=WINDOW, op_type="SparseConv", residual=None, channels=CHANNELS):
     return sc.reference(
-        x, pack(window), BIAS, window, sc.OP_TYPES[op_type][0], residual=residual, limits=LIMITS
+        x, pack(window, channels), BIAS, window, sc.OP_TYPES[op_type][0], residual=residual, limits=LIMITS
     )
 
 
@@ -124,6 +125,19 @@ def test_windows(case, library, open_session):
     window, x = WINDOWS[case], images(3, 7, 8)
     (got,) = open_session(model_of(window), library=library).run(None, {"X": x})
     np.testing.assert_allclose(got, expected(x, window), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("op_type", ["SparseConvClip", "SparseConvAddHardSwish"])
+def test_depthwise(op_type, strides, open_session):
+    window = Window((3, 3), strides=strides, pads=(1, 1, 1, 1), group=OUTPUTS)
+    x = RNG.standard_normal((2, OUTPUTS, 15, 14)).astype(np.float32)
+    feeds = feeds_of(x, op_type, window)
+    model = model_of(window, op_type, channels=OUTPUTS, x_shape=("batch", OUTPUTS, "height", "width"))
+    want = expected(x, window, op_type, feeds.get("R"), channels=OUTPUTS)
+    for library in (True, False):
+        (got,) = open_session(model, library=library, threads=2).run(None, feeds)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("size", [(0, 5, 5), (1, 1, 1), (5, 7, 7), (8, 14, 14), (1, 56, 3), (1, 3, 200)])

@@ -1,7 +1,13 @@
 """``sparse-onnx bench``: what is timed against what, and how it is told. The times themselves are not judged."""
 
+import re
+
+import numpy as np
 import onnx
 import pytest
+
+from sparse_onnx import model_io
+from sparse_onnx.passes.sparse_conv import LowerSparseConv
 
 SHAPE = ("--input-shape", "X:1,16,64")
 QUICK = ("--rounds", "5", "--threads", "1", "--quiet", *SHAPE)
@@ -58,6 +64,8 @@ def test_layers(run_cli, compiled):
     assert second["x_shape"] == [1, 16, 96]
     for row in (first, second):
         assert 0.85 < row["sparsity"] < 0.95
+        assert row["rows"] == 16
+        assert row["kernel"].startswith(document["environment"]["isa"])
         assert 0 < row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
         assert row["dense_ms"] > 0
         assert row["sparse_ms"] > 0
@@ -66,8 +74,45 @@ def test_layers(run_cli, compiled):
 def test_layers_as_text(run_cli, compiled):
     ran = run_cli("bench", compiled, "--layers", *QUICK)
     lines = ran.out.splitlines()
+    header = next(line for line in lines if line.startswith("layer "))
+    columns = [
+        "layer",
+        "equal",
+        "rows x K x N",
+        "zeros",
+        "kernel",
+        "dense",
+        "sparse",
+        "speedup (middle half)",
+    ]
+    assert re.split(r"  +", header) == columns
     assert any(line.startswith("layers.0") and "16 x 64 x 96" in line for line in lines)
     assert lines[-1].startswith("all ")
+
+
+def test_layers_of_a_convolution(run_cli, tmp_path):
+    conv = "Conv<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>"
+    proto = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[n, 8, 10, 7] X) => (float[n, 16, 5, 4] Y)'
+        f"{{ h = {conv}(X, W) Y = Relu(h) }}"
+    )
+    weight = np.random.default_rng(0).standard_normal((16, 8, 3, 3)).astype(np.float32)
+    weight[np.abs(weight) < 1.5] = 0
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "W"))
+    onnx.save(proto, tmp_path / "conv.onnx")
+    model = model_io.load_model(tmp_path / "conv.onnx")
+    LowerSparseConv(min_sparsity=0.5)(model)
+    model_io.save_model(model, tmp_path / "compiled")
+    flags = ("--layers", "--rounds", "5", "--quiet", "--input-shape", "X:2,8,10,7", "--format", "json")
+    document = run_cli("bench", tmp_path / "compiled", *flags).json()
+    (row,) = document["layers"][str(tmp_path / "compiled")]
+    assert row["op_type"] == "SparseConvRelu"
+    assert row["x_shape"] == [2, 8, 10, 7]
+    assert row["rows"] == 2 * 5 * 4
+    assert row["weight_shape"] == [72, 16]
+    assert row["kernel"].startswith(document["environment"]["isa"])
+    assert row["dense_ms"] > 0
+    assert row["sparse_ms"] > 0
 
 
 def test_layers_of_a_dense_model(run_cli, dense):

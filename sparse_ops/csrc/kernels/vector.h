@@ -45,6 +45,18 @@ inline float load_float(const unsigned char* from) {
   return value;
 }
 
+// The sum of all lanes, by halves.
+template <size_t kLanes>
+inline float add_lanes(Vector<kLanes> v) {
+  if constexpr (kLanes == 1) {
+    return v[0];
+  } else {
+    Vector<kLanes / 2> half[2];
+    __builtin_memcpy(half, &v, sizeof(half));
+    return add_lanes<kLanes / 2>(half[0] + half[1]);
+  }
+}
+
 // Lane l of the result is lane kIndices[l] of `a` followed by `b`.
 template <size_t kLanes, size_t... kIndices>
 inline Vector<kLanes> pick(Vector<kLanes> a, Vector<kLanes> b) {

@@ -194,4 +194,14 @@ int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context
   return value;
 }
 
+std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
+                                        const char* name) {
+  const OrtOpAttr* attribute = nullptr;
+  check_status(api.ShapeInferContext_GetAttribute(context, name, &attribute));
+  int64_t values[16];
+  size_t bytes = 0;
+  check_status(api.ReadOpAttr(attribute, ORT_ATTR_INTS, values, sizeof(values), &bytes));
+  return {values, values + bytes / sizeof(int64_t)};
+}
+
 }  // namespace sparse_ops

@@ -100,5 +100,7 @@ bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t 
 void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
                       SymbolicShape shape);
 int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name);
+std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
+                                        const char* name);
 
 }  // namespace sparse_ops

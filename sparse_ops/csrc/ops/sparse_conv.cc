@@ -182,16 +182,6 @@ void Kernel::compute(OrtKernelContext* context) const {
   if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());
 }
 
-std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
-                                        const char* name) {
-  const OrtOpAttr* attribute = nullptr;
-  check_status(api.ShapeInferContext_GetAttribute(context, name, &attribute));
-  int64_t values[16];
-  size_t bytes = 0;
-  check_status(api.ReadOpAttr(attribute, ORT_ATTR_INTS, values, sizeof(values), &bytes));
-  return {values, values + bytes / sizeof(int64_t)};
-}
-
 void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
   SymbolicShape shape;
   if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;

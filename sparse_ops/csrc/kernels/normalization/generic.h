@@ -18,17 +18,6 @@ struct Moments {
   Vector<kLanes> first{}, second{};
 };
 
-template <size_t kLanes>
-inline float add_lanes(Vector<kLanes> v) {
-  if constexpr (kLanes == 1) {
-    return v[0];
-  } else {
-    Vector<kLanes / 2> half[2];
-    __builtin_memcpy(half, &v, sizeof(half));
-    return add_lanes<kLanes / 2>(half[0] + half[1]);
-  }
-}
-
 // `add(i, moments)` adds what channels i, i + 1, ... give, as many as `moments` has lanes. Over all channels,
 // in independent sums, which hide the latency of an addition.
 template <size_t kLanes, class Add>

@@ -1,7 +1,8 @@
 #include "kernels/spconv/panel.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "kernels/spconv/copy.h"
 
 namespace sparse_ops::spconv {
 namespace {
@@ -15,29 +16,6 @@ struct Piece {
 
 constexpr size_t kMaxTapPieces = 3 * kMaxTile + 1;  // a run gives at most three
 using Pieces = List<Piece, 2 * kMaxTapPieces>;
-
-// Row lengths are small and vary: steps of a fixed size, the last one overlapping, beat a call of memcpy.
-template <size_t kStep>
-inline void copy_steps(const float* from, size_t count, float* to) {
-  size_t i = 0;
-  for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
-  if (i != count) std::memcpy(to + count - kStep, from + count - kStep, kStep * sizeof(float));
-}
-
-inline void copy(const float* from, size_t count, float* to) {
-  if (count >= 16) return copy_steps<16>(from, count, to);
-  if (count >= 8) return copy_steps<8>(from, count, to);
-  if (count >= 4) return copy_steps<4>(from, count, to);
-  for (size_t i = 0; i < count; ++i) to[i] = from[i];
-}
-
-template <size_t kStride>
-inline void pick(const float* from, size_t count, size_t, float* to) {
-  for (size_t i = 0; i < count; ++i) to[i] = from[i * kStride];
-}
-inline void pick_any(const float* from, size_t count, size_t stride, float* to) {
-  for (size_t i = 0; i < count; ++i) to[i] = from[i * stride];
-}
 
 constexpr float kZeros[kMaxTile] = {};
 
@@ -70,8 +48,8 @@ void add_tap(const Source& s, const Runs& runs, size_t tap_row, size_t tap_colum
       continue;
     }
     const size_t row = run.row * s.rows.stride + tap_row * s.rows.dilation - s.rows.begin;
-    const size_t column = (run.column + columns.begin) * s.columns.stride + tap_column * s.columns.dilation -
-                          s.columns.begin;
+    const size_t column =
+        (run.column + columns.begin) * s.columns.stride + tap_column * s.columns.dilation - s.columns.begin;
     zeros(run.lane, run.lane + columns.begin);
     pieces.push({to + run.lane + columns.begin, columns.end - columns.begin,
                  run.image * s.image_stride + row * s.width + column, false});
@@ -100,20 +78,17 @@ void gather(const Source& source, const Runs& runs, size_t begin, size_t end, si
   for (size_t tap = 0; tap < taps;) {
     // As many taps as there is room for, so that a channel's rows are written one after another.
     for (pieces.clear(); tap < taps && pieces.room() >= kMaxTapPieces; ++tap) {
-      add_tap(source, runs, tap / source.columns.kernel, tap % source.columns.kernel, tile, tap * tile, pieces);
+      add_tap(source, runs, tap / source.columns.kernel, tap % source.columns.kernel, tile, tap * tile,
+              pieces);
     }
     for (size_t channel = begin; channel < end; ++channel) {
       const float* from = source.x + channel * plane;
       float* rows = panel + channel * taps * tile;
       for (const Piece& piece : pieces) {
         if (piece.zero) {
-          copy(kZeros, piece.count, rows + piece.to);
-        } else if (stride == 1) {
-          copy(from + piece.from, piece.count, rows + piece.to);
-        } else if (stride == 2) {
-          pick<2>(from + piece.from, piece.count, 2, rows + piece.to);
+          copy_row(kZeros, piece.count, rows + piece.to);
         } else {
-          pick_any(from + piece.from, piece.count, stride, rows + piece.to);
+          copy_strided(from + piece.from, piece.count, stride, rows + piece.to);
         }
       }
     }

@@ -45,7 +45,6 @@ struct Source {
 
 // Input channels begin..end-1 of the source into the rows of `panel` [channels * taps, tile] that belong to
 // them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image are 0.
-void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile,
-            float* panel);
+void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel);
 
 }  // namespace sparse_ops::spconv

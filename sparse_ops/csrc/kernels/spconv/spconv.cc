@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "kernels/spconv/depthwise.h"
 #include "kernels/spconv/panel.h"
 #include "kernels/spmm/spmm.h"
 
@@ -69,16 +70,18 @@ void gather_task(void* context, size_t index) {
          std::min((slice + 1) * strip.slice, channels), strip.kernel(tile).tile, strip.panel(tile, group));
 }
 
-// `channels` pieces of `count` floats, `stride` floats apart, are wanted soon. Maps are larger than the second-level
-// cache and the pieces of one tile are on many pages, so that the processor does not foresee them.
+// `channels` pieces of `count` floats, `stride` floats apart, are wanted soon. Large maps are not in the
+// second-level cache, and the pieces of one tile are on many pages, so that the processor does not foresee
+// them.
 void prefetch(const float* from, size_t channels, size_t count, size_t stride) {
   for (size_t n = 0; n < channels; ++n) {
-    for (size_t i = 0; i < count; i += kCacheLine / sizeof(float)) __builtin_prefetch(from + n * stride + i, 0, 2);
+    for (size_t i = 0; i < count; i += kCacheLine / sizeof(float))
+      __builtin_prefetch(from + n * stride + i, 0, 2);
   }
 }
 
-// Neighbouring tasks share a block of the weight and continue each other's rows of the maps; the panels come from
-// the cache.
+// Neighbouring tasks share a block of the weight and continue each other's rows of the maps; the panels come
+// from the cache.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
   const Convolution& conv = strip.conv;
@@ -89,14 +92,16 @@ void multiply_task(void* context, size_t index) {
   const size_t map = strip.plan.out_height * strip.plan.out_width;
   const Runs images = strip.runs(tile, 1, map);
   const auto place = [&](const Run& run) { return (run.image * weight.N + first) * map + run.column; };
+  const bool large = weight.N * map * sizeof(float) > kPanelBytes;
   for (const Run& run : images) {
+    if (!large) break;
     prefetch(strip.y + place(run), channels, run.count, map);
     if (strip.residual != nullptr) prefetch(strip.residual + place(run), channels, run.count, map);
   }
   alignas(kCacheLine) float acc[spmm::kMaxAccumulators];
   kernel.multiply(weight, block, strip.panel(tile, first / (weight.N / conv.group)), acc);
   for (const Run& run : images) {
-    kernel.store_channels(conv.epilogue, acc + run.lane, channels, run.count, map,
+    kernel.store_channels(conv.epilogue, acc + run.lane, kernel.tile, channels, run.count, map,
                           strip.residual == nullptr ? nullptr : strip.residual + place(run),
                           strip.y + place(run));
   }
@@ -111,7 +116,8 @@ Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width,
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
   const size_t strip = std::min({wanted, possible, tiles});
-  return {&full, &last, images, height, width, out_height, out_width, strip, strip * panel_bytes + kCacheLine};
+  return {
+      &full, &last, images, height, width, out_height, out_width, strip, strip * panel_bytes + kCacheLine};
 }
 
 }  // namespace
@@ -124,8 +130,7 @@ size_t output_size(const Axis& axis, size_t size) {
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Isa isa) {
   const size_t positions = images * output_size(c.rows, height) * output_size(c.columns, width);
   const Kernel& full = spmm::select_kernel(isa, c.weight, positions);
-  return make_plan(c, images, height, width, full,
-                   spmm::select_kernel(isa, c.weight, positions % full.tile));
+  return make_plan(c, images, height, width, full, spmm::select_kernel(isa, c.weight, positions % full.tile));
 }
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& kernel) {
@@ -134,10 +139,12 @@ Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width,
 
 bool run(const Plan& plan, const Convolution& conv, const float* x, const float* residual, float* y,
          void* scratch, Workers& workers) {
+  if (fits_depthwise(plan, conv)) return run_depthwise(plan, conv, x, residual, y, workers);
   const size_t tile = plan.full->tile, positions = plan.images * plan.out_height * plan.out_width;
   const size_t channels = conv.channels() / conv.group;
   const size_t slice = std::max<size_t>(1, kSlice / conv.taps());
-  Source source{x, plan.height, plan.width, conv.channels() * plan.height * plan.width, conv.rows, conv.columns};
+  Source source{x,         plan.height, plan.width, conv.channels() * plan.height * plan.width,
+                conv.rows, conv.columns};
   size_t out_rows = plan.out_height, out_columns = plan.out_width;
   if (is_pointwise(conv.rows) && is_pointwise(conv.columns)) {
     source.width = out_columns = plan.height * plan.width;
@@ -147,8 +154,8 @@ bool run(const Plan& plan, const Convolution& conv, const float* x, const float*
   for (size_t first = 0; first < positions; first += plan.strip * tile) {
     const size_t count = std::min(plan.strip * tile, positions - first), tiles = divide_up(count, tile);
     const size_t slices = divide_up(channels, slice);
-    Strip strip{plan,  conv,   source, residual, y,        panels,     first,
-                count, tiles,  slices, slice,    out_rows, out_columns};
+    Strip strip{plan,  conv,  source, residual, y,        panels,     first,
+                count, tiles, slices, slice,    out_rows, out_columns};
     if (!workers.run(tiles * conv.group * slices, gather_task, &strip)) return false;
     if (!workers.run(tiles * conv.weight.blocks, multiply_task, &strip)) return false;
   }

@@ -126,15 +126,20 @@ inline void for_each_segment(const Weight& w, size_t block, const float* panel, 
   }
 }
 
-template <size_t kLanes, size_t kVectors, size_t kSets>
-void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
-  constexpr size_t kTile = kLanes * kVectors;
+template <size_t kLanes, size_t kVectors>
+inline void start_with_bias(const Weight& w, size_t block, float* acc) {
   const size_t first = block * w.block;
   const size_t channels = w.N - first < w.block ? w.N - first : w.block;
   for (size_t n = 0; n < w.block; ++n) {
     const Vector<kLanes> bias = splat<kLanes>(n < channels ? load_float(w.bias + 4 * (first + n)) : 0.0f);
-    for (size_t v = 0; v < kVectors; ++v) store<kLanes>(acc + n * kTile + v * kLanes, bias);
+    for (size_t v = 0; v < kVectors; ++v) store<kLanes>(acc + (n * kVectors + v) * kLanes, bias);
   }
+}
+
+template <size_t kLanes, size_t kVectors, size_t kSets>
+void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
+  constexpr size_t kTile = kLanes * kVectors;
+  start_with_bias<kLanes, kVectors>(w, block, acc);
   const auto wide = [&]<size_t kWidth>(std::integral_constant<size_t, kWidth>) {
     for_each_segment<kTile, kWidth>(w, block, panel, [acc](const float* x, const uint8_t* offsets,
                                                            const unsigned char* values, size_t count, size_t row) {

@@ -74,11 +74,26 @@ double activated(const MapEpilogue& epilogue, double h) {
   return h;
 }
 
-void store_channels(const MapEpilogue& epilogue, const float* acc, size_t channels, size_t, size_t stride,
-                    const float* residual, float* y) {
+void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
+                    size_t positions, size_t stride, const float* residual, float* y) {
   for (size_t n = 0; n < channels; ++n) {
-    const double added = residual != nullptr ? static_cast<double>(residual[n * stride]) : 0.0;
-    y[n * stride] = static_cast<float>(activated(epilogue, acc[n] + added));
+    for (size_t p = 0; p < positions; ++p) {
+      const double added = residual != nullptr ? static_cast<double>(residual[n * stride + p]) : 0.0;
+      y[n * stride + p] = static_cast<float>(activated(epilogue, acc[n * acc_stride + p] + added));
+    }
+  }
+}
+
+void combine(const size_t* shifts, const unsigned char* values, size_t entries, float bias, size_t count,
+             const float* from, float* acc) {
+  for (size_t t = 0; t < count; ++t) {
+    double sum = bias;
+    for (size_t e = 0; e < entries; ++e) {
+      float value;
+      std::memcpy(&value, values + e * sizeof(float), sizeof(value));
+      sum += static_cast<double>(value) * from[shifts[e] + t];
+    }
+    acc[t] = static_cast<float>(sum);
   }
 }
 
@@ -91,6 +106,6 @@ double peak(size_t steps) {
 }  // namespace
 
 constexpr Kernel reference = {"reference", Isa::reference, 1, 255, 8, transpose, multiply, activate, store_tokens,
-                              store_channels, peak};
+                              store_channels, combine, peak, peak};
 
 }  // namespace sparse_ops::spmm

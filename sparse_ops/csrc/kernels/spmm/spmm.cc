@@ -20,7 +20,7 @@ constexpr const Kernel* kKernels[] = {
 constexpr size_t kPanelBytes = size_t{1} << 20;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kCacheLine = 64;  // panels begin at one, so that no vector straddles two
-constexpr size_t kSlice = 64;     // input channels transposed by one task
+constexpr size_t kSlice = 64;      // input channels transposed by one task
 
 size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
 size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
@@ -30,18 +30,23 @@ size_t panel_size(const Kernel& kernel, const Weight& weight) {
   return round_up(kernel.tile * weight.K, kCacheLine / sizeof(float));
 }
 
+// Blocks of Y: where the weight is gated, each is made of two.
+size_t output_blocks(const Weight& weight) { return weight.gated ? weight.blocks / 2 : weight.blocks; }
+
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
   const Plan& plan;
   const Weight& weight;
   const float* x;
-  float* y;
+  std::span<const Output> outputs;
   float* panels;
+  size_t first;  // of its tokens, among all
   size_t tokens;
   size_t tiles;
   size_t slices;
 
   size_t first_token(size_t tile) const { return tile * plan.full->tile; }
+  size_t row(size_t tile) const { return first + first_token(tile); }  // of x and of the outputs
   size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - first_token(tile)); }
   const Kernel& kernel(size_t tile) const {
     return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
@@ -53,28 +58,52 @@ void transpose_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
   const size_t tile = index / strip.slices, K = strip.weight.K;
   const size_t begin = index % strip.slices * kSlice;
-  strip.kernel(tile).transpose(strip.x + strip.first_token(tile) * K, strip.tile_tokens(tile), K, begin,
+  strip.kernel(tile).transpose(strip.x + strip.row(tile) * K, strip.tile_tokens(tile), K, begin,
                                std::min(begin + kSlice, K), strip.panel(tile));
 }
 
-// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory once.
+// A block of Y in one tile, activated, from accumulators to the output that has its columns.
+void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
+  const Output* output = strip.outputs.data();
+  size_t channel = block * strip.weight.block;
+  for (; channel >= output->channels; ++output) channel -= output->channels;
+  strip.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output->channels - channel),
+                                  strip.tile_tokens(tile), output->channels,
+                                  output->y + strip.row(tile) * output->channels + channel);
+}
+
+// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
+// once.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
   const Weight& weight = strip.weight;
   const size_t tile = index % strip.tiles, block = index / strip.tiles;
-  const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
+  const size_t channels = std::min(weight.block, weight.N - block * weight.block);
   const Kernel& kernel = strip.kernel(tile);
   alignas(kCacheLine) float acc[kMaxAccumulators];
   kernel.multiply(weight, block, strip.panel(tile), acc);
   kernel.activate(weight.activation, acc, channels * kernel.tile);
-  kernel.store_tokens(acc, channels, strip.tile_tokens(tile), weight.N,
-                      strip.y + strip.first_token(tile) * weight.N + first);
+  store(strip, tile, block, acc);
+}
+
+void gated_multiply_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  const Weight& weight = strip.weight;
+  const size_t tile = index % strip.tiles, block = index / strip.tiles;
+  const Kernel& kernel = strip.kernel(tile);
+  const size_t size = weight.block * kernel.tile;
+  alignas(kCacheLine) float gate[kMaxAccumulators], acc[kMaxAccumulators];
+  kernel.multiply(weight, block, strip.panel(tile), gate);
+  kernel.activate(weight.activation, gate, size);
+  kernel.multiply(weight, block + output_blocks(weight), strip.panel(tile), acc);
+  for (size_t i = 0; i < size; ++i) acc[i] *= gate[i];
+  store(strip, tile, block, acc);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
   static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
   const size_t panel_bytes = panel_size(full, weight) * sizeof(float);
-  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors, weight.blocks));
+  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors, output_blocks(weight)));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, divide_up(tokens, full.tile))});
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
@@ -122,17 +151,24 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
   return make_plan(weight, tokens, kernel, kernel);
 }
 
-bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
+bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
+  const auto multiply = weight.gated ? gated_multiply_task : multiply_task;
   float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t tokens = std::min(plan.strip, plan.tokens - first);
     const size_t tiles = divide_up(tokens, plan.full->tile);
     const size_t slices = divide_up(weight.K, kSlice);
-    Strip strip{plan, weight, x + first * weight.K, y + first * weight.N, panels, tokens, tiles, slices};
+    Strip strip{plan, weight, x, outputs, panels, first, tokens, tiles, slices};
     if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
-    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
+    if (!workers.run(tiles * output_blocks(weight), multiply, &strip)) return false;
   }
   return true;
+}
+
+bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
+  const Output output = {y, weight.gated ? weight.N / 2 : weight.N};
+  return run(plan, weight, x, std::span(&output, 1), scratch, workers);
 }
 
 }  // namespace sparse_ops::spmm

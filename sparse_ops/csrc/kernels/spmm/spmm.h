@@ -1,6 +1,7 @@
 // Choosing kernels and running them over all tokens: Y = act(X . W + bias).
 #pragma once
 
+#include <cstddef>
 #include <span>
 
 #include "kernels/spmm/kernel.h"
@@ -31,7 +32,19 @@ struct Plan {
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
 
-// `x` [tokens, K] to `y` [tokens, N], row-major. False only if `workers` failed.
+// Part of Y: `channels` of its columns as a matrix of their own, `y` [tokens, channels], row-major.
+struct Output {
+  float* y;
+  size_t channels;
+};
+
+// `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order. Together
+// they have N channels (N / 2 if the weight is gated), and all but the last one whole blocks. False only if
+// `workers` failed.
+bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
+         void* scratch, Workers& workers);
+
+// All of Y as one output.
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);
 
 }  // namespace sparse_ops::spmm

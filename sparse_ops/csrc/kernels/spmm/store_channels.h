@@ -1,4 +1,4 @@
-// From the accumulators of a tile to feature maps: residual and activation on the way. Included like generic.h.
+// From accumulators to feature maps: residual and activation on the way. Included like generic.h.
 #pragma once
 
 #include "kernels/activations.h"
@@ -8,55 +8,94 @@
 namespace sparse_ops::spmm {
 namespace {
 
-template <size_t kLanes, class Function>
-inline void store_map(const float* acc, size_t positions, const float* residual, float* y,
-                      Function function) {
-  size_t p = 0;
-  for (; p + kLanes <= positions; p += kLanes) {
-    Vector<kLanes> h = load<kLanes>(acc + p);
-    if (residual != nullptr) h += load<kLanes>(residual + p);
-    store<kLanes>(y + p, function(h));
+template <class V>
+constexpr size_t lanes_of = sizeof(V) / sizeof(float);
+
+// Activations of a vector of any width.
+struct Unchanged {
+  template <class V>
+  V operator()(V h) const {
+    return h;
   }
-  if (p == positions) return;
-  // Neither the residual nor y may be touched behind its end.
-  Vector<kLanes> h = {}, r = {};
-  const size_t rest = (positions - p) * sizeof(float);
-  __builtin_memcpy(&h, acc + p, rest);
-  if (residual != nullptr) __builtin_memcpy(&r, residual + p, rest);
-  h = function(h + r);
-  __builtin_memcpy(y + p, &h, rest);
+};
+struct Clip {
+  float low, high;
+  template <class V>
+  V operator()(V h) const {
+    return clip<lanes_of<V>>(h, splat<lanes_of<V>>(low), splat<lanes_of<V>>(high));
+  }
+};
+struct Silu {
+  template <class V>
+  V operator()(V h) const {
+    return silu<lanes_of<V>>(h);
+  }
+};
+struct HardSwish {
+  template <class V>
+  V operator()(V h) const {
+    return hard_swish<lanes_of<V>>(h);
+  }
+};
+
+template <size_t kLanes, class Function>
+inline void store_vector(const float* acc, const float* residual, float* y, Function function) {
+  Vector<kLanes> h = load<kLanes>(acc);
+  if (residual != nullptr) h += load<kLanes>(residual);
+  store<kLanes>(y, function(h));
 }
 
-template <size_t kLanes, size_t kTile, class Function>
-inline void store_maps(const float* acc, size_t channels, size_t positions, size_t stride,
+// Neither the residual nor y is touched behind its end: the last vector overlaps the one before, and what is
+// shorter than a vector takes narrower ones.
+template <size_t kLanes, class Function>
+inline void store_row(const float* acc, size_t positions, const float* residual, float* y,
+                      Function function) {
+  if (positions >= kLanes) {
+    const auto at = [&](size_t p) {
+      store_vector<kLanes>(acc + p, residual == nullptr ? nullptr : residual + p, y + p, function);
+    };
+    size_t p = 0;
+    for (; p + kLanes <= positions; p += kLanes) at(p);
+    if (p < positions) at(positions - kLanes);
+  } else if constexpr (kLanes > 4) {
+    store_row<kLanes / 2>(acc, positions, residual, y, function);
+  } else {
+    for (size_t p = 0; p < positions; ++p) {
+      Vector<kLanes> h = splat<kLanes>(acc[p]);
+      if (residual != nullptr) h += residual[p];
+      y[p] = function(h)[0];
+    }
+  }
+}
+
+template <size_t kLanes, class Function>
+inline void store_rows(const float* acc, size_t acc_stride, size_t channels, size_t positions, size_t stride,
                        const float* residual, float* y, Function function) {
-  if (kTile == 1 && stride == 1) {  // maps of one element: the channels are neighbours
-    return store_map<kLanes>(acc, channels, residual, y, function);
+  if (positions == acc_stride && positions == stride) {
+    positions *= channels;
+    channels = 1;
   }
   for (size_t n = 0; n < channels; ++n) {
-    store_map<kLanes>(acc + n * kTile, positions, residual == nullptr ? nullptr : residual + n * stride,
+    store_row<kLanes>(acc + n * acc_stride, positions, residual == nullptr ? nullptr : residual + n * stride,
                       y + n * stride, function);
   }
 }
 
-template <size_t kLanes, size_t kTile>
-void store_channels(const MapEpilogue& epilogue, const float* acc, size_t channels, size_t positions,
-                    size_t stride, const float* residual, float* y) {
-  const auto maps = [&](auto function) {
-    store_maps<kLanes, kTile>(acc, channels, positions, stride, residual, y, function);
+template <size_t kLanes>
+void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
+                    size_t positions, size_t stride, const float* residual, float* y) {
+  const auto rows = [&](auto function) {
+    store_rows<kLanes>(acc, acc_stride, channels, positions, stride, residual, y, function);
   };
-  using V = Vector<kLanes>;
   switch (epilogue.activation) {
     case MapEpilogue::Activation::none:
-      return maps([](V h) { return h; });
-    case MapEpilogue::Activation::clip: {
-      const V low = splat<kLanes>(epilogue.low), high = splat<kLanes>(epilogue.high);
-      return maps([low, high](V h) { return clip<kLanes>(h, low, high); });
-    }
+      return rows(Unchanged{});
+    case MapEpilogue::Activation::clip:
+      return rows(Clip{epilogue.low, epilogue.high});
     case MapEpilogue::Activation::silu:
-      return maps([](V h) { return silu<kLanes>(h); });
+      return rows(Silu{});
     case MapEpilogue::Activation::hard_swish:
-      return maps([](V h) { return hard_swish<kLanes>(h); });
+      return rows(HardSwish{});
   }
 }
 

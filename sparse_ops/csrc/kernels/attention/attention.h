@@ -1,0 +1,24 @@
+// Choosing a kernel and running it over all batches, heads and queries.
+#pragma once
+
+#include <span>
+
+#include "kernels/attention/kernel.h"
+#include "kernels/workers.h"
+
+namespace sparse_ops::attention {
+
+// Every kernel that was compiled, best first.
+std::span<const Kernel* const> kernels();
+
+// The kernel of `isa`.
+const Kernel& select_kernel(Isa isa);
+
+// Memory that run() needs, any alignment. It does not grow with the number of keys, and stops growing with that of
+// queries.
+size_t scratch_bytes(const Kernel& kernel, const Arguments& arguments);
+
+// False only if `workers` failed. Little work is not spread over workers.
+bool run(const Kernel& kernel, const Arguments& arguments, void* scratch, Workers& workers);
+
+}  // namespace sparse_ops::attention

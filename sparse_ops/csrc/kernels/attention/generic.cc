@@ -1,0 +1,8 @@
+#include "kernels/attention/generic.h"
+#include "kernels/attention/table.h"
+
+namespace sparse_ops::attention {
+
+constexpr Kernel generic = {"generic", Isa::generic, 4 * 2, 4, run_tile<4, 2, 12>};
+
+}  // namespace sparse_ops::attention

@@ -1,0 +1,55 @@
+// What one kernel for attention is: plain data, so that sources compiled for wide vectors may include it.
+//
+// For every batch and head, Y = softmax(scale * Q Kᵀ + mask) V, softmax over the keys. Rows of scores that are all
+// -Inf give NaN, no keys give zeros.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu_features.h"
+
+namespace sparse_ops::attention {
+
+// float32 [batches, heads, rows, channels] in any order but for the channels, which lie side by side. Distances count
+// elements. Any alignment: constants lie where the model file has them.
+struct Operand {
+  const void* data;
+  size_t batch, head, row;
+};
+
+// float32 [batches, heads, queries, keys]; a distance of 0 repeats what is there.
+struct Mask {
+  const void* data;  // or nullptr: no mask
+  size_t batch, head, row, key;
+};
+
+struct Arguments {
+  Operand q, k, v;
+  Mask mask;
+  float* y;  // [batches, queries, heads * value_size]
+  size_t batches, heads, queries, keys;
+  size_t size, value_size;  // channels of a query or key, and of a value
+  float scale;
+};
+
+// Queries first..first + count - 1 of one batch, for the heads head..head_end - 1.
+struct Tile {
+  size_t batch, head, head_end, first, count;
+};
+
+// Keys whose weights are in memory at a time.
+constexpr size_t kKeyBlock = 128;
+// Up to this many queries, a kernel puts channels into the lanes of vectors, else queries.
+constexpr size_t kFewQueries = 3;
+
+struct Kernel {
+  const char* name;
+  Isa isa;
+  size_t queries;  // of a tile at most; a multiple of `lanes`
+  size_t lanes;
+
+  // Tiles do not depend on each other. `scratch` is aligned to 64 bytes and has scratch_floats(*this, arguments).
+  void (*run)(const Arguments& arguments, const Tile& tile, float* scratch);
+};
+
+}  // namespace sparse_ops::attention

@@ -1,0 +1,145 @@
+"""Sparse linears that share their input, on the whole road: compiled, run, inspected and timed as what they are."""
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+
+import sparse_onnx
+from sparse_onnx import layer_timing, model_io
+from sparse_onnx.inspection import inspect_model
+from sparse_onnx.layer_timing import time_sparse_layers
+
+WIDTH, HIDDEN, HEADS = 128, 256, 4
+
+ATTENTION = f"""
+    {{q}} {{k}} {{v}}
+    heads = Constant<value = int64[4] {{{{0, 0, {HEADS}, {WIDTH // HEADS}}}}}>()
+    flat = Constant<value = int64[3] {{{{0, 0, {WIDTH}}}}}>()
+    scale = Constant<value = float {{{{{(WIDTH // HEADS) ** -0.5}}}}}>()
+    qr = Reshape(q, heads) qh = Transpose<perm = [0, 2, 1, 3]>(qr)
+    kr = Reshape(k, heads) kh = Transpose<perm = [0, 2, 3, 1]>(kr)
+    vr = Reshape(v, heads) vh = Transpose<perm = [0, 2, 1, 3]>(vr)
+    scores = MatMul(qh, kh) scaled = Mul(scores, scale) shares = Softmax<axis = -1>(scaled)
+    mixed = MatMul(shares, vh) turned = Transpose<perm = [0, 2, 1, 3]>(mixed) joined = Reshape(turned, flat)
+    o = MatMul(joined, Wo) x = Add(X, o)"""
+
+BERT = (
+    ATTENTION.format(
+        q="q_ = MatMul(X, Wq) q = Add(q_, bq)",
+        k="k_ = MatMul(X, Wk) k = Add(k_, bk)",
+        v="v_ = MatMul(X, Wv) v = Add(v_, bv)",
+    )
+    + """ n = LayerNormalization(x, gamma, beta) h = MatMul(n, Wu) i = Add(h, bu) a = Gelu(i) d = MatMul(a, Wd)
+    Y = Add(n, d)"""
+)
+LLAMA = (
+    ATTENTION.format(q="q = MatMul(X, Wq)", k="k = MatMul(X, Wk)", v="v = MatMul(X, Wv)")
+    + """ g = MatMul(x, Wg) s = Sigmoid(g) a = Mul(g, s) u = MatMul(x, Wu) m = Mul(a, u) d = MatMul(m, Wd)
+    Y = Add(x, d)"""
+)
+MODELS = {
+    "bert": (BERT, {"SparseMatMulSplit3": 1, "SparseMatMul": 2, "SparseMatMulGelu": 1}),
+    "llama": (LLAMA, {"SparseMatMulSplit3": 1, "SparseMatMul": 2, "SparseMatMulSiluGate": 1}),
+}
+SHAPE = (2, 16, WIDTH)
+X = np.random.default_rng(3).standard_normal(SHAPE).astype(np.float32)
+
+
+@pytest.fixture(params=MODELS)
+def case(request, tmp_path):
+    """A model file with 90 % zeros, and how often each sparse operator must be in the compiled one."""
+    body, expected = MODELS[request.param]
+    rng = np.random.default_rng(0)
+    shape = ", ".join(map(str, SHAPE[1:]))
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        block (float[batch, {shape}] X) => (float[batch, {shape}] Y) {{ {body} }}"""
+    )
+    for name in sorted({name for node in proto.graph.node for name in node.input}):
+        if name[0] == "W":
+            k, n = HIDDEN if name == "Wd" else WIDTH, HIDDEN if name in ("Wg", "Wu") else WIDTH
+            array = rng.standard_normal((k, n)).astype(np.float32) * np.float32(k**-0.5)
+            array[rng.random(array.shape) < 0.9] = 0
+        elif name in ("bq", "bk", "bv", "bu", "gamma", "beta"):
+            array = rng.standard_normal(HIDDEN if name == "bu" else WIDTH).astype(np.float32)
+        else:
+            continue
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "in.onnx")
+    return tmp_path / "in.onnx", expected
+
+
+@pytest.fixture
+def compiled(case, tmp_path):
+    result = sparse_onnx.optimize(case[0], tmp_path / "out", input_shapes={"X": SHAPE}, benchmark=False)
+    assert result.exit_code == 0
+    return result
+
+
+def test_compiled_model_is_merged_and_equal_with_and_without_the_library(case, compiled):
+    source, expected = case
+    path = compiled.folder / "model.onnx"
+    op_types = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    assert {op_type: op_types.count(op_type) for op_type in expected} == expected
+    want = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).run(None, {"X": X})[0]
+    (fast,) = sparse_onnx.InferenceSession(path).run(None, {"X": X})
+    (portable,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"X": X})
+    for got in (fast, portable):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_report_has_every_linear_and_inspection_every_operator(compiled):
+    rows = compiled.report["layers"]
+    assert {row["name"] for row in rows if row["decision"] == "sparse"} >= {
+        "Wq",
+        "Wk",
+        "Wv",
+        "Wo",
+        "Wu",
+        "Wd",
+    }
+    assert compiled.report["summary"]["sparse_flops_fraction"] == 1.0
+    document = inspect_model(compiled.folder / "model.onnx")
+    stored = {row["name"]: row for row in document["weights"] if row["state"] == "sparse"}
+    assert stored["Wq+Wk+Wv"]["shape"] == [WIDTH, 3 * WIDTH]
+    assert sum(row["size"] for row in stored.values()) == sum(
+        row["shape"][0] * row["shape"][1] for row in rows
+    )
+    assert document["total"]["sparsity"] == pytest.approx(0.9, abs=0.02)
+    assert all(row["run_by"] == "the kernel library" for row in document["custom_operators"] if row["known"])
+    assert {"SparseMatMulSplit3"} <= {row["op_type"] for row in document["custom_operators"] if row["known"]}
+
+
+def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch):
+    timed, real = {}, layer_timing.time_pair
+
+    def time_pair(models, libraries, feeds, *, threads, work):
+        (node,) = models[0].graph
+        timed[node.op_type] = (len(node.outputs), [value.name for value in models[0].graph.outputs])
+        return real(models, libraries, feeds, threads=threads, work=work, rounds=2, seconds=0)
+
+    monkeypatch.setattr(layer_timing, "time_pair", time_pair)
+    model = model_io.load_model(compiled.folder / "model.onnx")
+    found = time_sparse_layers(
+        model, {"X": X}, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
+    )
+    assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
+    assert {row.weight_shape for row in found if row.op_type == "SparseMatMulSplit3"} == {(WIDTH, 3 * WIDTH)}
+
+
+def test_what_is_not_merged_is_declined_once(tmp_path):
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 20]>
+        g (float[batch, 64] X) => (float[batch, 100] A, float[batch, 100] B) { A = MatMul(X, V) B = MatMul(X, W) }"""
+    )
+    for name in "VW":
+        array = rng.standard_normal((64, 100)).astype(np.float32)
+        array[rng.random(array.shape) < 0.9] = 0
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "in.onnx")
+    report = sparse_onnx.optimize(tmp_path / "in.onnx", tmp_path / "out", benchmark=False).report
+    reasons = [place["reason"] for place in report["declined"] if place["pass_name"] == "lower.merge-linears"]
+    assert reasons == ["has 100 outputs, which are not whole blocks of 64"] * 2
