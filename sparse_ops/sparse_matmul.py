@@ -22,9 +22,10 @@ channel keeps of one chunk; with ``width`` 4 or 8, what that many neighbouring o
 (structured sparsity ``block:4x1`` and ``block:8x1``; ``block`` is a multiple of ``width``). Segments are stored
 block by block, inside a block chunk by chunk, and inside a (block, chunk) group by falling count, so that the trip
 count of the kernel's inner loop rarely changes; ``rows`` says which output channel each one is, a permutation of
-0..block/width-1 in every group. Entries follow segment by segment, with strictly rising offsets. A segment with nothing to store keeps one explicit zero at
-offset 0: that lets standard operators find the segment of an entry by ``CumSum`` (see :func:`function_body`)
-and spares the kernel the empty case. Padding output channels are such segments too.
+0..block/width-1 in every group. Entries follow segment by segment, with strictly rising offsets. A segment
+with nothing to store keeps one explicit zero at offset 0: that lets standard operators find the segment of an entry
+by ``CumSum`` (see :func:`function_body`) and spares the kernel the empty case. Padding output channels are such
+segments too.
 
 Cost: 4·width + 1 bytes an entry and 2 bytes a segment, against 4 bytes a weight in dense form.
 

@@ -53,7 +53,7 @@ class ThisThread final : public Workers {
   }
 };
 
-// The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: what a session chooses).
+// The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: a session's choice).
 std::string prepare(const SparseOnnxWeight& stored, int activation, const char* name, size_t tokens,
                     spmm::CheckedWeight& checked, spmm::Plan& plan) {
   if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_SILU) return "unknown activation";

@@ -68,9 +68,9 @@ SPARSE_ONNX_EXPORT double sparse_onnx_peak(const char* kernel, double seconds);
 /* The same where every multiply-add loads one factor from the first-level cache. */
 SPARSE_ONNX_EXPORT double sparse_onnx_load_peak(const char* kernel, double seconds);
 
-/* Processor time in seconds of one call of sparse_onnx_run without activation, the check of the weight apart: the
- * lower quartile of calls during about `seconds`, at least seven, warm in the caches. `kernel` as there. 0 if that is
- * not possible, and the reason in `message`. */
+/* Processor time in seconds of one call of sparse_onnx_run without activation, the check of the weight apart:
+ * the lower quartile of calls during about `seconds`, at least seven, warm in the caches. `kernel` as there.
+ * 0 if that is not possible, and the reason in `message`. */
 SPARSE_ONNX_EXPORT double sparse_onnx_time(const SparseOnnxWeight* weight, const char* kernel, size_t tokens,
                                            double seconds, char* message, size_t message_size);
 

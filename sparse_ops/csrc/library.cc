@@ -1,6 +1,7 @@
 // The entry point that ONNX Runtime looks for in a library of custom operators.
 
 #include "c_api.h"
+#include "ops/attention.h"
 #include "ops/op_support.h"
 #include "ops/skip_layer_norm.h"
 #include "ops/sparse_conv.h"
@@ -23,6 +24,7 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
   check_status(api.CreateCustomOpDomain(kDomain, domain.out()));
   for (const OrtCustomOp* op : sparse_matmul_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
   for (const OrtCustomOp* op : sparse_conv_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
+  for (const OrtCustomOp* op : attention_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
   for (const OrtCustomOp* op : skip_layer_norm_ops(api)) {
     check_status(api.CustomOpDomain_Add(domain.get(), op));
   }

@@ -105,6 +105,9 @@ class Engine:
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
+            if line:
+                self._process.kill()
+                raise EngineError(f"answered {line.strip()!r}, which is no JSON") from None
             raise EngineError(self._last_words()) from None
         return answer
 

@@ -23,8 +23,9 @@ inline Vector<kLanes> quotient(Vector<kLanes> y, Vector<kLanes> d) {
   return y / d;
 }
 
-// e^x for x from kExponentialZero, where it is 0, to 88.75, where it is Inf. x = n ln 2 + r with |r| <= ln 2 / 2, and a
-// polynomial of degree 5 for e^r (relative error 1.1e-7, fitted by iteratively reweighted least squares). NaN stays NaN.
+// e^x for x from kExponentialZero, where it is 0, to 88.75, where it is Inf. x = n ln 2 + r with |r| <= ln 2
+// / 2, and a polynomial of degree 5 for e^r (relative error 1.1e-7, fitted by iteratively reweighted least
+// squares). NaN stays NaN.
 constexpr float kExponentialZero = -88.0f;
 template <size_t kLanes>
 inline Vector<kLanes> exponential(Vector<kLanes> x) {
@@ -48,7 +49,8 @@ inline Vector<kLanes> exponential(Vector<kLanes> x) {
   return p * power;
 }
 
-// 1 / (1 + e^(-x)) times y. Beyond +-88.7, e^(-x) is Inf or 1e-38, which the sum turns into 0 and y. NaN stays NaN.
+// 1 / (1 + e^(-x)) times y. Beyond +-88.7, e^(-x) is Inf or 1e-38, which the sum turns into 0 and y. NaN
+// stays NaN.
 template <size_t kLanes>
 inline Vector<kLanes> times_logistic(Vector<kLanes> x, Vector<kLanes> y) {
   const Vector<kLanes> limit = splat<kLanes>(88.75f), least = splat<kLanes>(-87.3f);
@@ -58,9 +60,9 @@ inline Vector<kLanes> times_logistic(Vector<kLanes> x, Vector<kLanes> y) {
   return quotient<kLanes>(y, 1.0f + exponential<kLanes>(x));
 }
 
-// x Phi(x), Phi the normal distribution function. Its logit is x R(x^2) with a smooth R, here a polynomial fitted by
-// iteratively reweighted least squares for |x| <= 5.6 and constant beyond, where Phi has less than 1e-8 to go. The
-// error is at most 4e-7 of the result plus 4e-8.
+// x Phi(x), Phi the normal distribution function. Its logit is x R(x^2) with a smooth R, here a polynomial
+// fitted by iteratively reweighted least squares for |x| <= 5.6 and constant beyond, where Phi has less than
+// 1e-8 to go. The error is at most 4e-7 of the result plus 4e-8.
 template <size_t kLanes>
 inline Vector<kLanes> gelu(Vector<kLanes> x) {
   using V = Vector<kLanes>;

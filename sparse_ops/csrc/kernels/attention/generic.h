@@ -52,28 +52,34 @@ inline void multiply(Bytes a, size_t row, size_t step, Bytes b, size_t b_step, s
   }
 }
 
-// to[c * to_row + r] = from[r * from_row + c] for r < rows and c < columns; zeros for r = rows..lanes - 1.
-template <size_t kLanes>
+// to[c * to_row + r] = from[r * from_row + c] for c < columns and r < kLanes; rows from `rows` on are like the last.
+template <size_t kLanes, bool kFull>
 inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t columns, float* to, size_t to_row) {
+  const auto place = [&](size_t r, size_t c) { return at(from, (kFull ? r : smaller(r, rows - 1)) * from_row + c); };
   size_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
     Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
-    for (size_t r = 0; r < kLanes; ++r) {
-      square[r] = r < rows ? load<kLanes>(at(from, r * from_row + c)) : Vector<kLanes>{};
-    }
+    for (size_t r = 0; r < kLanes; ++r) square[r] = load<kLanes>(place(r, c));
     transpose_square<kLanes>(square);
 #pragma GCC unroll 16
     for (size_t i = 0; i < kLanes; ++i) store<kLanes>(to + (c + i) * to_row, square[i]);
   }
   for (; c < columns; ++c) {
-    for (size_t r = 0; r < kLanes; ++r) {
-      to[c * to_row + r] = r < rows ? load_float(at(from, r * from_row + c)) : 0.0f;
-    }
+    for (size_t r = 0; r < kLanes; ++r) to[c * to_row + r] = load_float(place(r, c));
   }
 }
 
-// to[r * to_row + c] = from[c * from_row + r] * factor[r] for r < rows and c < columns.
+template <size_t kLanes>
+inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t columns, float* to, size_t to_row) {
+  if (rows >= kLanes) {
+    transpose_in<kLanes, true>(from, from_row, rows, columns, to, to_row);
+  } else {
+    transpose_in<kLanes, false>(from, from_row, rows, columns, to, to_row);
+  }
+}
+
+// to[r * to_row + c] = from[c * from_row + r] * factor[r] for c < columns, r < kLanes and r < rows.
 template <size_t kLanes>
 inline void transpose_out(const float* from, size_t from_row, Vector<kLanes> factor, size_t rows, size_t columns,
                           float* to, size_t to_row) {
@@ -83,14 +89,16 @@ inline void transpose_out(const float* from, size_t from_row, Vector<kLanes> fac
 #pragma GCC unroll 16
     for (size_t i = 0; i < kLanes; ++i) square[i] = load<kLanes>(from + (c + i) * from_row) * factor;
     transpose_square<kLanes>(square);
+    if (rows >= kLanes) {
 #pragma GCC unroll 16
-    for (size_t r = 0; r < kLanes; ++r) {
-      if (r < rows) store<kLanes>(to + r * to_row + c, square[r]);
+      for (size_t r = 0; r < kLanes; ++r) store<kLanes>(to + r * to_row + c, square[r]);
+    } else {
+      for (size_t r = 0; r < rows; ++r) store<kLanes>(to + r * to_row + c, square[r]);
     }
   }
   for (; c < columns; ++c) {
     const Vector<kLanes> last = load<kLanes>(from + c * from_row) * factor;
-    for (size_t r = 0; r < rows; ++r) to[r * to_row + c] = last[r];
+    for (size_t r = 0; r < kLanes && r < rows; ++r) to[r * to_row + c] = last[r];
   }
 }
 
@@ -130,7 +138,7 @@ MaskVectors mask_vectors(const Arguments& a, const Tile& tile, size_t head, size
     return {to, kLanes, 0};
   }
   for (size_t v = 0; v < kVectors; ++v) {
-    const size_t rows = smaller(kLanes, tile.count - v * kLanes);
+    const size_t rows = tile.count - v * kLanes;
     const Bytes strip = at(from, v * kLanes * mask.row);
     if (mask.key == 1) {
       transpose_in<kLanes>(strip, mask.row, rows, keys, to + v * kLanes, kVectors * kLanes);
@@ -160,7 +168,7 @@ void run_queries(const Arguments& a, const Tile& tile, float* scratch) {
     for (size_t v = 0; v < kVectors; ++v) {
       const size_t row = tile.first + v * kLanes;
       transpose_in<kLanes>(at(rows_of(a.q, tile.batch, head), row * a.q.row), a.q.row,
-                           smaller(kLanes, tile.count - v * kLanes), a.size, queries + v * kLanes, kWidth);
+                           tile.count - v * kLanes, a.size, queries + v * kLanes, kWidth);
     }
     V top[kVectors], sum[kVectors];
     for (size_t v = 0; v < kVectors; ++v) top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
@@ -225,8 +233,8 @@ void run_queries(const Arguments& a, const Tile& tile, float* scratch) {
     const size_t y_row = a.heads * a.value_size;
     for (size_t v = 0; v < kVectors; ++v) {
       float* y = a.y + (tile.batch * a.queries + tile.first + v * kLanes) * y_row + head * a.value_size;
-      transpose_out<kLanes>(result + v * kLanes, kWidth, 1.0f / sum[v], smaller(kLanes, tile.count - v * kLanes),
-                            a.value_size, y, y_row);
+      transpose_out<kLanes>(result + v * kLanes, kWidth, 1.0f / sum[v], tile.count - v * kLanes, a.value_size,
+                            y, y_row);
     }
   }
 }

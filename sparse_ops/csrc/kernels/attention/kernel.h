@@ -38,7 +38,7 @@ struct Tile {
 };
 
 // Keys whose weights are in memory at a time.
-constexpr size_t kKeyBlock = 128;
+constexpr size_t kKeyBlock = 64;
 // Up to this many queries, a kernel puts channels into the lanes of vectors, else queries.
 constexpr size_t kFewQueries = 3;
 

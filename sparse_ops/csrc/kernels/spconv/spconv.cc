@@ -130,7 +130,7 @@ size_t output_size(const Axis& axis, size_t size) {
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Isa isa) {
   const size_t positions = images * output_size(c.rows, height) * output_size(c.columns, width);
   const Kernel& full = spmm::select_kernel(isa, c.weight, positions);
-  return make_plan(c, images, height, width, full, spmm::select_kernel(isa, c.weight, positions % full.tile));
+  return make_plan(c, images, height, width, full, spmm::select_last(full, c.weight, positions % full.tile));
 }
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& kernel) {

@@ -55,23 +55,32 @@ inline void add_segment(const float* x, const uint8_t* offsets, const unsigned c
   }
 }
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr size_t kRegisters = 32;
+#else
+constexpr size_t kRegisters = 16;
+#endif
+constexpr size_t kWideRows = kRegisters == 32 ? 8 : 4;  // output channels that share a loaded activation
+
+// How many of the kVectors vectors of a tile fit the registers: sums for some channels, activations, one
+// weight.
+template <size_t kVectors, size_t kRows>
+constexpr size_t vectors_at_a_time() {
+  size_t best = 1;
+  for (size_t part = 2; part <= kVectors && part * (kRows + 1) + 1 <= kRegisters; ++part) {
+    if (kVectors % part == 0) best = part;
+  }
+  return best;
+}
+
 // acc[kWidth][tile] += one segment whose entries have kWidth values each, for neighbouring output channels. A
 // vector of activations is loaded once for kRows channels: that is why blocks lie along the outputs.
 template <size_t kLanes, size_t kVectors, size_t kWidth>
-inline void add_wide_segment(const float* x, const uint8_t* offsets, const unsigned char* values, size_t count,
-                             float* acc) {
+inline void add_wide_segment(const float* x, const uint8_t* offsets, const unsigned char* values,
+                             size_t count, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
-  // What fits the registers: sums for some channels and vectors, those vectors, and one weight.
-#if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr size_t kRegisters = 32;
-#else
-  constexpr size_t kRegisters = 16;
-#endif
-  constexpr size_t kRows = kRegisters == 32 || kWidth < 4 ? kWidth : 4;
-  constexpr auto fits = [](size_t part) {
-    return kVectors % part == 0 && part * (kRows + 1) + 1 <= kRegisters;
-  };
-  constexpr size_t kPart = fits(6) ? 6 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1;
+  constexpr size_t kRows = kWidth < kWideRows ? kWidth : kWideRows;
+  constexpr size_t kPart = vectors_at_a_time<kVectors, kRows>();
   for (size_t r0 = 0; r0 < kWidth; r0 += kRows) {
     for (size_t v0 = 0; v0 < kVectors; v0 += kPart) {
       float* to = acc + r0 * kTile + v0 * kLanes;
@@ -141,25 +150,28 @@ void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   start_with_bias<kLanes, kVectors>(w, block, acc);
   const auto wide = [&]<size_t kWidth>(std::integral_constant<size_t, kWidth>) {
-    for_each_segment<kTile, kWidth>(w, block, panel, [acc](const float* x, const uint8_t* offsets,
-                                                           const unsigned char* values, size_t count, size_t row) {
-      add_wide_segment<kLanes, kVectors, kWidth>(x, offsets, values, count, acc + row * kWidth * kLanes * kVectors);
-    });
+    for_each_segment<kTile, kWidth>(
+        w, block, panel,
+        [acc](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
+          add_wide_segment<kLanes, kVectors, kWidth>(x, offsets, values, count,
+                                                     acc + row * kWidth * kLanes * kVectors);
+        });
   };
   if (w.width == 4) return wide(std::integral_constant<size_t, 4>());
   if (w.width == 8) return wide(std::integral_constant<size_t, 8>());
-  for_each_segment<kTile, 1>(w, block, panel, [acc](const float* x, const uint8_t* offsets,
-                                                    const unsigned char* values, size_t count, size_t row) {
-    // Short segments overlap in the processor by themselves: fewer sums are quicker to add up.
-    constexpr size_t kShortSets = kSets > 2 ? kSets / 2 : 1;
-    constexpr size_t kLong = 24;
-    float* sum = acc + row * kTile;
-    if (count >= kLong) {
-      add_segment<kLanes, kVectors, kSets>(x, offsets, values, count, sum);
-    } else {
-      add_segment<kLanes, kVectors, kShortSets>(x, offsets, values, count, sum);
-    }
-  });
+  for_each_segment<kTile, 1>(
+      w, block, panel,
+      [acc](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
+        // Short segments overlap in the processor by themselves: fewer sums are quicker to add up.
+        constexpr size_t kShortSets = kSets > 2 ? kSets / 2 : 1;
+        constexpr size_t kLong = 24;
+        float* sum = acc + row * kTile;
+        if (count >= kLong) {
+          add_segment<kLanes, kVectors, kSets>(x, offsets, values, count, sum);
+        } else {
+          add_segment<kLanes, kVectors, kShortSets>(x, offsets, values, count, sum);
+        }
+      });
 }
 
 }  // namespace

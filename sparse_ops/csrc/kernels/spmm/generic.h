@@ -52,7 +52,8 @@ template <size_t kLanes, size_t kVectors>
 void transpose(const float* x, size_t tokens, size_t K, size_t begin, size_t end, float* panel) {
   constexpr size_t kTile = kLanes * kVectors;
   const size_t whole = end - (end - begin) % kLanes;
-  for (size_t t = 0; t < kTile; t += kLanes) {  // few rows of x at a time: far rows compete for the same cache sets
+  for (size_t t = 0; t < kTile;
+       t += kLanes) {  // few rows of x at a time: far rows compete for the same cache sets
     for (size_t k = begin; k < whole; k += kLanes) {
       Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
@@ -115,6 +116,7 @@ constexpr Kernel make_kernel(const char* name, Isa isa) {
           kLanes * kVectors,
           255,
           8,
+          vectors_at_a_time<kVectors, 4>(),
           transpose<kLanes, kVectors>,
           multiply<kLanes, kVectors, kSets>,
           activate<kLanes>,

@@ -1,5 +1,6 @@
 // What one kernel for Y = act(X . W + bias) is: plain data, so that sources compiled for wide vectors may
-// include it. The columns of W may belong to several outputs, or be those of a gate and of what it multiplies.
+// include it. The columns of W may belong to several outputs, or be those of a gate and of what it
+// multiplies.
 //
 // W is stored in the chunked_csc format, described in sparse_ops/sparse_matmul.py. A kernel works on tiles of
 // tokens. X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies
@@ -48,6 +49,7 @@ struct Kernel {
   size_t tile;       // tokens
   size_t max_chunk;  // of the weights that it takes
   size_t max_width;
+  size_t wide_vectors;  // loaded at a time for wide entries: the more, the fewer loads of weights
 
   // Columns begin..end-1 of `tokens` <= tile rows of `x` [tokens, K] into the same rows of `panel` [K, tile],
   // which is 64-byte aligned; missing tokens become zeros.
@@ -64,14 +66,14 @@ struct Kernel {
   // t].
   void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
 
-  // The first `positions` elements of `channels` rows of accumulators, which are `acc_stride` floats apart, to rows
-  // that are `stride` floats apart in `y` and in `residual` (nullptr: none): y[n, p] = act(acc[n, p] +
-  // residual[n, p]).
+  // The first `positions` elements of `channels` rows of accumulators, which are `acc_stride` floats apart,
+  // to rows that are `stride` floats apart in `y` and in `residual` (nullptr: none): y[n, p] = act(acc[n, p]
+  // + residual[n, p]).
   void (*store_channels)(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
                          size_t positions, size_t stride, const float* residual, float* y);
 
-  // acc[t] = bias + the sum over e of values[e] * from[shifts[e] + t], t = 0..count-1; `values` are float32 of any
-  // alignment. As many numbers as a vector has may be touched behind what is read and written.
+  // acc[t] = bias + the sum over e of values[e] * from[shifts[e] + t], t = 0..count-1; `values` are float32
+  // of any alignment. As many numbers as a vector has may be touched behind what is read and written.
   void (*combine)(const size_t* shifts, const unsigned char* values, size_t entries, float bias, size_t count,
                   const float* from, float* acc);
 
@@ -79,8 +81,8 @@ struct Kernel {
   // floating-point operations that was. Timing it gives what the machine could reach at most.
   double (*peak)(size_t steps);
 
-  // The same with one factor of every multiply-add loaded from the first-level cache, as multiply() has to: the
-  // limit of a kernel that uses each activation that it loads once.
+  // The same with one factor of every multiply-add loaded from the first-level cache, as multiply() has to:
+  // the limit of a kernel that uses each activation that it loads once.
   double (*load_peak)(size_t steps);
 };
 

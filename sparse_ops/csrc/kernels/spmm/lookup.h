@@ -24,7 +24,8 @@ inline __mmask16 first_lanes(size_t count) {
 // The first min(count, kMaxChunk) elements of x, then zeros.
 inline void load_table(const float* x, size_t count, __m512* table) {
   for (size_t i = 0; i < kTableVectors; ++i) {
-    table[i] = 16 * i < count ? _mm512_maskz_loadu_ps(first_lanes(count - 16 * i), x + 16 * i) : _mm512_setzero_ps();
+    table[i] =
+        16 * i < count ? _mm512_maskz_loadu_ps(first_lanes(count - 16 * i), x + 16 * i) : _mm512_setzero_ps();
   }
 }
 
@@ -49,30 +50,31 @@ void multiply(const Weight& w, size_t block, const float* panel, float* sums) {
   const size_t first = block * w.block;
   const float* loaded = nullptr;
   __m512 table[kTableVectors] = {};
-  for_each_segment<1, 1>(w, block, panel, [&](const float* x, const uint8_t* offsets,
-                                              const unsigned char* values, size_t left, size_t row) {
-    if (x != loaded) {
-      load_table(x, w.K - static_cast<size_t>(x - panel), table);
-      loaded = x;
-    }
-    float* to = acc + row * 16;
-    __m512 sum = _mm512_load_ps(to);
-    for (; left >= 16; left -= 16) {
-      __builtin_prefetch(values + kAhead);
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets));
-      const __m512i index = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
-      sum = _mm512_fmadd_ps(fetch(table, index), _mm512_loadu_ps(values), sum);
-      offsets += 16;
-      values += 64;
-    }
-    if (left > 0) {
-      __builtin_prefetch(values + kAhead);
-      const __mmask16 lanes = first_lanes(left);
-      const __m512i index = _mm512_maskz_cvtepu8_epi32(lanes, _mm_maskz_loadu_epi8(lanes, offsets));
-      sum = _mm512_mask3_fmadd_ps(fetch(table, index), _mm512_maskz_loadu_ps(lanes, values), sum, lanes);
-    }
-    _mm512_store_ps(to, sum);
-  });
+  for_each_segment<1, 1>(
+      w, block, panel,
+      [&](const float* x, const uint8_t* offsets, const unsigned char* values, size_t left, size_t row) {
+        if (x != loaded) {
+          load_table(x, w.K - static_cast<size_t>(x - panel), table);
+          loaded = x;
+        }
+        float* to = acc + row * 16;
+        __m512 sum = _mm512_load_ps(to);
+        for (; left >= 16; left -= 16) {
+          __builtin_prefetch(values + kAhead);
+          const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets));
+          const __m512i index = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+          sum = _mm512_fmadd_ps(fetch(table, index), _mm512_loadu_ps(values), sum);
+          offsets += 16;
+          values += 64;
+        }
+        if (left > 0) {
+          __builtin_prefetch(values + kAhead);
+          const __mmask16 lanes = first_lanes(left);
+          const __m512i index = _mm512_maskz_cvtepu8_epi32(lanes, _mm_maskz_loadu_epi8(lanes, offsets));
+          sum = _mm512_mask3_fmadd_ps(fetch(table, index), _mm512_maskz_loadu_ps(lanes, values), sum, lanes);
+        }
+        _mm512_store_ps(to, sum);
+      });
   const size_t channels = w.N - first < w.block ? w.N - first : w.block;
   for (size_t n = 0; n < channels; n += 16) {
     Vector<16> square[16];

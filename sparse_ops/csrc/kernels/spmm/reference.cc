@@ -105,7 +105,8 @@ double peak(size_t steps) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 1, 255, 8, transpose, multiply, activate, store_tokens,
-                              store_channels, combine, peak, peak};
+constexpr Kernel reference = {
+    "reference",  Isa::reference, 1,       255,  8,   1, transpose, multiply, activate,
+    store_tokens, store_channels, combine, peak, peak};
 
 }  // namespace sparse_ops::spmm

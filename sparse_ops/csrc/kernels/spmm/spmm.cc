@@ -137,14 +137,25 @@ const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {
     if (!fits(*kernel, weight)) continue;
     narrowest = kernel;
     if (kernel->tile * weight.chunk > cache || kernel->tile * weight.K > memory) continue;
-    if (best == nullptr || kernel->tile >= tokens) best = kernel;
+    const bool better_for_wide = best != nullptr && weight.width > 1 && kernel->tile <= tokens &&
+                                 kernel->wide_vectors > best->wide_vectors;
+    if (best == nullptr || kernel->tile >= tokens || better_for_wide) best = kernel;
   }
   return best != nullptr ? *best : *narrowest;
 }
 
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
+  const Kernel* best = &full;
+  for (const Kernel* kernel : kKernels) {
+    if (kernel->isa != full.isa || !fits(*kernel, weight)) continue;
+    if (kernel->tile >= tokens && kernel->tile < best->tile) best = kernel;
+  }
+  return *best;
+}
+
 Plan make_plan(const Weight& weight, size_t tokens, Isa isa) {
   const Kernel& full = select_kernel(isa, weight, tokens);
-  return make_plan(weight, tokens, full, select_kernel(isa, weight, tokens % full.tile));
+  return make_plan(weight, tokens, full, select_last(full, weight, tokens % full.tile));
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {

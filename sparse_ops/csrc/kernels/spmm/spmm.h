@@ -21,6 +21,9 @@ bool fits(const Kernel& kernel, const Weight& weight);
 // The best kernel of `isa` for a weight and a number of tokens.
 const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens);
 
+// The kernel for fewer tokens than a tile of `full` has, behind its full tiles.
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens);
+
 // Which kernels one call uses. Full tiles come first; the last, partial one may have a smaller kernel.
 struct Plan {
   const Kernel* full;

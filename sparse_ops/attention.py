@@ -1,0 +1,112 @@
+"""``Attention``: the softmax of scores, times values, for all heads in one operator that never stores the scores.
+
+Signatures (domain ``sparse_onnx``, version 1; one op type per signature)::
+
+    Attention<num_heads, scale>(q, k, v) -> Y          AttentionMasked<num_heads, scale>(q, k, v, mask) -> Y
+    AttentionSplit<num_heads, scale>(q, k, v) -> Y     AttentionSplitMasked<num_heads, scale>(q, k, v, mask) -> Y
+
+For each batch and head, with the Q, K and V of that head::
+
+    Y = softmax(scale · Q · Kᵀ + mask) · V        softmax over the keys
+
+===========  =========  =================  ==================================================================
+name         dtype      shape              meaning
+===========  =========  =================  ==================================================================
+q            float32    [B, Sq, H·D]       queries, head by head
+k            float32    [B, Sk, H·D]       keys; [B, H, Sk, D] where the op type says ``Split`` (a cache)
+v            float32    [B, Sk, H·Dv]      values; [B, H, Sk, Dv] where the op type says ``Split``
+mask         float32    up to 4 axes       added to the scores; broadcasts to [B, H, Sq, Sk]
+num_heads    int        attribute          H, at least 1
+scale        float      attribute          finite
+Y            float32    [B, Sq, H·Dv]
+===========  =========  =================  ==================================================================
+
+A row of scores that are all -Inf gives NaN, as ``Softmax`` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.parser
+
+__all__ = ["DOMAIN", "OP_TYPES", "VERSION", "Signature", "function_body", "reference"]
+
+DOMAIN = "sparse_onnx"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What sets the op types apart: ``split`` has keys and values per head, ``masked`` a fourth input."""
+
+    split: bool
+    masked: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "mask") if self.masked else ("q", "k", "v")
+
+
+OP_TYPES = {
+    "Attention": Signature(split=False, masked=False),
+    "AttentionMasked": Signature(split=False, masked=True),
+    "AttentionSplit": Signature(split=True, masked=False),
+    "AttentionSplitMasked": Signature(split=True, masked=True),
+}
+
+
+def reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, *, num_heads: int, scale: float
+) -> np.ndarray:
+    """Y float64 from the operator's inputs, k and v of either form. The tests' oracle."""
+
+    def heads(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        return x if x.ndim == 4 else x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+
+    scores = heads(q) @ heads(k).swapaxes(2, 3) * scale + (0 if mask is None else mask)
+    with np.errstate(invalid="ignore"):  # -Inf minus -Inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    y = (weights @ heads(v)).swapaxes(1, 2)
+    return y.reshape(*y.shape[:2], -1)
+
+
+def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
+    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
+    signature = OP_TYPES[op_type]
+    text = f"""
+<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
+{op_type} <num_heads, scale> ({", ".join(signature.inputs)}) => (Y)
+{{
+    same = Constant<value = int64[2] {{0, 0}}>()
+    rest = Constant<value = int64[1] {{-1}}>()
+    number = Constant<value_int: int = @num_heads>()
+    heads = Reshape(number, rest)
+    split = Concat<axis = 0>(same, heads, rest)
+    merged = Concat<axis = 0>(same, rest)
+    factor = Constant<value_float: float = @scale>()
+    q_split = Reshape(q, split)
+    q_heads = Transpose<perm = [0, 2, 1, 3]>(q_split)
+    {_SPLIT_KEYS if signature.split else _MERGED_KEYS}
+    product = MatMul(q_heads, k_heads)
+    scores = Mul(product, factor)
+    {"masked = Add(scores, mask)" if signature.masked else ""}
+    weights = Softmax<axis = -1>({"masked" if signature.masked else "scores"})
+    y_heads = MatMul(weights, {"v" if signature.split else "v_heads"})
+    y_split = Transpose<perm = [0, 2, 1, 3]>(y_heads)
+    Y = Reshape(y_split, merged)
+}}
+"""
+    proto: onnx.FunctionProto = onnx.parser.parse_function(text)
+    return proto
+
+
+_SPLIT_KEYS = "k_heads = Transpose<perm = [0, 1, 3, 2]>(k)"
+_MERGED_KEYS = """k_split = Reshape(k, split)
+    k_heads = Transpose<perm = [0, 2, 3, 1]>(k_split)
+    v_split = Reshape(v, split)
+    v_heads = Transpose<perm = [0, 2, 1, 3]>(v_split)"""

@@ -1,0 +1,191 @@
+#include "ops/attention.h"
+
+#include <array>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "kernels/attention/attention.h"
+#include "ops/op_support.h"
+
+namespace sparse_ops {
+namespace {
+
+enum Input : size_t { kQ, kK, kV, kMask };
+
+// A description, and behind it what its callbacks need.
+struct Op : OrtCustomOp {
+  const OrtApi* api;
+  const char* name;
+  bool split, masked;  // k and v are [B, H, Sk, D]; there is a mask
+};
+
+const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
+
+using Dims = std::vector<int64_t>;
+
+class Kernel {
+ public:
+  Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info);
+  const OrtApi& api() const { return api_; }
+  void compute(OrtKernelContext* context) const;
+
+ private:
+  // How the rows of one head lie, and how long they are.
+  struct Heads {
+    attention::Operand operand;
+    size_t batches, rows, size;
+  };
+  Heads merged(const InputTensor& tensor, const char* name) const;
+  Heads split(const InputTensor& tensor, const char* name) const;
+  attention::Mask mask(OrtKernelContext* context, const attention::Arguments& arguments) const;
+  [[noreturn]] void fail(const std::string& what) const { throw InvalidError{where_ + ": " + what}; }
+
+  const Op& op_;
+  const OrtApi& api_;
+  std::string where_;
+  size_t heads_ = 0;
+  float scale_;
+  const attention::Kernel* kernel_;
+};
+
+Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : op_(op), api_(api) {
+  const NodeReader node(api, info, op.name);
+  where_ = node.where();
+  const int64_t heads = node.integer("num_heads");
+  if (heads < 1) node.fail("attribute num_heads is " + std::to_string(heads) + ", expected at least 1");
+  heads_ = static_cast<size_t>(heads);
+  scale_ = node.number("scale");
+  if (!std::isfinite(scale_)) node.fail("attribute scale is " + std::to_string(scale_) + ", expected a finite number");
+  const IsaChoice choice = active_isa();
+  if (choice.error != nullptr) node.fail(choice.error);
+  kernel_ = &attention::select_kernel(choice.isa);
+  node.log(std::string("kernel ") + kernel_->name);
+}
+
+Kernel::Heads Kernel::merged(const InputTensor& tensor, const char* name) const {
+  const auto heads = static_cast<int64_t>(heads_);
+  if (tensor.dims.size() != 3 || tensor.dims[2] % heads != 0) {
+    fail(std::string("input ") + name + " has shape " + text_of(tensor.dims) +
+         ", expected [batch, sequence, channels] with channels for " + std::to_string(heads) + " heads");
+  }
+  const auto rows = static_cast<size_t>(tensor.dims[1]), channels = static_cast<size_t>(tensor.dims[2]);
+  const size_t size = channels / heads_;
+  return {{tensor.data, rows * channels, size, channels}, static_cast<size_t>(tensor.dims[0]), rows, size};
+}
+
+Kernel::Heads Kernel::split(const InputTensor& tensor, const char* name) const {
+  if (tensor.dims.size() != 4 || tensor.dims[1] != static_cast<int64_t>(heads_)) {
+    fail(std::string("input ") + name + " has shape " + text_of(tensor.dims) + ", expected [batch, " +
+         std::to_string(heads_) + ", sequence, channels]");
+  }
+  const auto rows = static_cast<size_t>(tensor.dims[2]), size = static_cast<size_t>(tensor.dims[3]);
+  return {{tensor.data, heads_ * rows * size, rows * size, size}, static_cast<size_t>(tensor.dims[0]), rows, size};
+}
+
+attention::Mask Kernel::mask(OrtKernelContext* context, const attention::Arguments& a) const {
+  const InputTensor tensor = float_input(api_, context, kMask);
+  const size_t full[4] = {a.batches, a.heads, a.queries, a.keys}, rank = tensor.dims.size();
+  size_t steps[4] = {}, step = 1;
+  bool fits = rank <= 4;
+  for (size_t axis = 4; axis-- > 4 - rank && fits;) {
+    const auto size = static_cast<size_t>(tensor.dims[axis + rank - 4]);
+    fits = size == 1 || size == full[axis];
+    if (size != 1) steps[axis] = step;
+    step *= size;
+  }
+  if (!fits) {
+    Dims dims(4);
+    for (size_t axis = 0; axis < 4; ++axis) dims[axis] = static_cast<int64_t>(full[axis]);
+    fail("input mask has shape " + text_of(tensor.dims) + ", which does not broadcast to " + text_of(dims));
+  }
+  return {tensor.data, steps[0], steps[1], steps[2], steps[3]};
+}
+
+void Kernel::compute(OrtKernelContext* context) const {
+  const InputTensor query = float_input(api_, context, kQ), key = float_input(api_, context, kK),
+                    value = float_input(api_, context, kV);
+  const Heads q = merged(query, "q"), k = op_.split ? split(key, "k") : merged(key, "k"),
+              v = op_.split ? split(value, "v") : merged(value, "v");
+  if (k.batches != q.batches || v.batches != q.batches || k.size != q.size || v.rows != k.rows) {
+    fail("inputs q, k and v have shapes " + text_of(query.dims) + ", " + text_of(key.dims) + " and " +
+         text_of(value.dims) + ", which do not fit");
+  }
+  attention::Arguments arguments{};
+  arguments.q = q.operand;
+  arguments.k = k.operand;
+  arguments.v = v.operand;
+  arguments.batches = q.batches;
+  arguments.heads = heads_;
+  arguments.queries = q.rows;
+  arguments.keys = k.rows;
+  arguments.size = q.size;
+  arguments.value_size = v.size;
+  arguments.scale = scale_;
+  if (op_.masked) arguments.mask = mask(context, arguments);
+  arguments.y =
+      float_output(api_, context, 0, {query.dims[0], query.dims[1], static_cast<int64_t>(heads_ * v.size)});
+  if (q.batches * q.rows * v.size == 0) return;
+
+  const Scratch scratch(api_, context, query.value, attention::scratch_bytes(*kernel_, arguments));
+  SessionWorkers workers(api_, context);
+  if (!attention::run(*kernel_, arguments, scratch.get(), workers)) check_status(workers.status());
+}
+
+// [B, Sq, H * D]: B and Sq as in q, the channels as in v
+void infer_shape(const Op& op, OrtShapeInferContext* context) {
+  SymbolicShape q, v;
+  if (!input_shape(*op.api, context, kQ, q) || q.dims.size() != 3) return;
+  q.dims[2] = -1;
+  q.names[2] = "";
+  if (input_shape(*op.api, context, kV, v) && v.dims.size() == (op.split ? 4 : 3)) {
+    const int64_t heads = op.split ? integer_attribute(*op.api, context, "num_heads") : 1;
+    if (v.dims.back() >= 0) q.dims[2] = heads * v.dims.back();
+    if (!op.split) q.names[2] = v.names[2];
+  }
+  set_output_shape(*op.api, context, 0, q);
+}
+
+Op make_op(const OrtApi& api, const char* name, bool split, bool masked) {
+  Op op{cpu_op(), &api, name, split, masked};
+  op.GetName = [](const OrtCustomOp* o) { return self(o).name; };
+  op.GetInputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
+  op.GetInputTypeCount = [](const OrtCustomOp* o) { return size_t{kV} + 1 + self(o).masked; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
+                         void** kernel) {
+    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const Kernel& k = *static_cast<Kernel*>(kernel);
+    return guarded(k.api(), [&] { k.compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
+    return guarded(*self(o).api, [&] { infer_shape(self(o), context); });
+  };
+  return op;
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> attention_ops(const OrtApi& api) {
+  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
+  static std::mutex mutex;
+  static auto& sets = *new std::map<const OrtApi*, std::array<Op, 4>>;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = sets.try_emplace(&api);
+  if (is_new) {
+    place->second = {make_op(api, "Attention", false, false), make_op(api, "AttentionMasked", false, true),
+                     make_op(api, "AttentionSplit", true, false), make_op(api, "AttentionSplitMasked", true, true)};
+  }
+  std::vector<const OrtCustomOp*> ops;
+  for (const Op& op : place->second) ops.push_back(&op);
+  return ops;
+}
+
+}  // namespace sparse_ops

@@ -1,0 +1,15 @@
+// The operators Attention, AttentionMasked, AttentionSplit and AttentionSplitMasked; contract in
+// sparse_ops/attention.py.
+#pragma once
+
+#include <vector>
+
+#include "ort_abi.h"
+
+namespace sparse_ops {
+
+// Descriptions of the operators for the runtime that `api` belongs to. They live as long as the library is
+// loaded.
+std::vector<const OrtCustomOp*> attention_ops(const OrtApi& api);
+
+}  // namespace sparse_ops
