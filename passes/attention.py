@@ -1,4 +1,4 @@
-"""Fuse attention into ``com.microsoft.MultiHeadAttention``, which takes the projections as they are.
+"""Fuse attention into ``sparse_onnx.Attention``, which takes the projections as they are.
 
 Before, D being the head size, H the number of heads and E = H·D; scale and mask in any number and order::
 
@@ -12,15 +12,17 @@ Before, D being the head size, H the number of heads and E = H·D; scale and mas
 
 After::
 
-    Y = MultiHeadAttention<num_heads = H, scale>(q, k, v, "", "", bias)
+    Y = sparse_onnx.AttentionMasked<num_heads = H, scale>(q, k, v, mask)
 
-with ``bias = Expand(mask, [B, H, Sq, Sk])``, made once for all layers that share the mask. A mask that has yet
-to be broadcast would be refused by some runtimes and read out of bounds by others (1.17: one batch, 1.20: one
-head). A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
+or ``Attention`` without a mask. The operator broadcasts the mask, so that an Expand in front of it goes. Several
+masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
+them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
 
 Keys and values that exist only per head, [B, H, Sk, D] (after a Concat with a cache, the repetition of heads for
-grouped queries, rotary embeddings), go in as they are. Queries cannot; to merge them again gains nothing, and
-such attentions are declined.
+grouped queries, rotary embeddings), go into ``AttentionSplit`` and ``AttentionSplitMasked`` as they are. Queries
+cannot; to merge them again gains nothing, and such attentions are declined.
+
+The model still runs without our library, since the operators' bodies come along as functions.
 
 What must hold is read from the shapes that ONNX shape inference finds, symbols included; a dimension that was
 symbolic stays so. Scores are taken to be finite, and masks not to be larger than the scores (else the operator
@@ -43,11 +45,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard, value_names
-from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.sparse_ops import attention
+from sparse_onnx.sparse_ops.attention import DOMAIN, Signature
 
 __all__ = ["FuseAttention"]
 
-_CONTRIB = "com.microsoft"
+_OP_TYPES = {signature: op_type for op_type, signature in attention.OP_TYPES.items()}
+_OPSETS = range(13, 27)  # those that the operators' bodies can be written in
 _LARGEST_FILL = -1e30  # adding a score to it changes nothing in float32
 _MAX_CHAIN = 12  # nodes between a product and the Softmax; exporters write up to five
 
@@ -86,22 +91,19 @@ class _Mask:
 class _Attention:
     """What a fused operator is made of.
 
-    ``softmax`` is the anchor. ``q`` is merged; ``k`` and ``v`` are both merged or both split, and ``key_axis`` is
-    the axis of ``k`` that is Sk. ``shape`` is [B, H, Sq, Sk]. ``output`` is replaced: it is [B, Sq, E], or
-    [B, Sq, H, D] if ``split_to`` says H and D. ``tested``: a NaN among the weights becomes zero; ``nan_to_zero``:
-    there may be one even if all scores are finite.
+    ``softmax`` is the anchor. ``q`` is merged; ``k`` and ``v`` are both merged or, if ``split``, both per head.
+    ``output`` is replaced: it is [B, Sq, E], or [B, Sq, H, D] if ``split_to`` says H and D. ``nan_to_zero``: a NaN
+    among the weights becomes zero, and there may be one even if all scores are finite.
     """
 
     softmax: ir.Node
     q: ir.Value
     k: ir.Value
     v: ir.Value
-    key_axis: int
+    split: bool
     heads: int
-    shape: Dims
     scale: float
     masks: tuple[_Mask, ...]
-    tested: bool
     nan_to_zero: bool
     output: ir.Value
     split_to: tuple[int, int] | None
@@ -109,21 +111,13 @@ class _Attention:
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """See the module's docstring. Attentions in subgraphs and functions are left alone.
-
-    Attributes:
-        masked: Whether to fuse masked attentions too if no test for NaN goes away with them. That gains nothing:
-            the operator takes 0.9 to 1.1 times as long as their nodes, and on old runtimes up to 1.15 times with
-            many batches, because it reads the mask for each head.
-    """
+    """See the module's docstring. Attentions in subgraphs and functions are left alone."""
 
     name: ClassVar[str] = "fuse.attention"
     stage: ClassVar[Stage] = Stage.FUSE
 
-    masked: bool = False
-
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        attentions, declined = [], []
+        found, declined = list[_Attention](), list[Declined]()
         facts = _Facts(model) if any(is_standard(node, "Softmax") for node in model.graph) else None
         for graph in all_graphs(model):
             for node in graph:
@@ -133,23 +127,21 @@ class FuseAttention(Pass):
                     continue
                 elif graph is not model.graph or facts is None:
                     reason = "lies in a function or in the body of If, Loop or Scan"
+                elif facts.opset not in _OPSETS:
+                    reason = f"opset {facts.opset} is none of {_OPSETS[0]} to {_OPSETS[-1]}"
                 else:
                     try:
-                        attention = _match(node, *products, facts)
-                        if self.masked or attention.tested or not attention.masks:
-                            attentions.append(attention)
-                            continue
-                        reason = "has a mask and no test for NaN; the fused operator would be no faster"
+                        found.append(_match(node, *products, facts))
+                        continue
                     except _Declined as error:
                         reason = str(error)
                 declined.append(self.declined(node.name or node.outputs[0].name or "?", reason))
-        if attentions and facts is not None:
-            rewriter = _Rewriter(model, facts)
-            for attention in attentions:
-                rewriter.fuse(attention)
-        found = len(attentions) + len(declined)
-        statistics: dict[str, int | float] = {"found": found, "fused": len(attentions)}
-        return PassResult(model, bool(attentions), statistics, tuple(declined))
+        if found and facts is not None:
+            rewriter = _Rewriter(model, facts.opset)
+            for match in found:
+                rewriter.fuse(match)
+        statistics: dict[str, int | float] = {"found": len(found) + len(declined), "fused": len(found)}
+        return PassResult(model, bool(found), statistics, tuple(declined))
 
 
 class _Facts:
@@ -305,11 +297,11 @@ def _match(softmax: ir.Node, scores: ir.Node, weighted: ir.Node, facts: _Facts) 
     if q.size is None or q.size != k.size or v.size is None:
         raise _Declined("head sizes are not known to fit")
     if k.merged is not None and v.merged is not None:
-        keys, values, key_axis = k.merged, v.merged, 1
-    elif k.split is not None and v.split is not None and k.size == v.size:
-        keys, values, key_axis = k.split, v.split, 2
+        keys, values, split = k.merged, v.merged, False
+    elif k.split is not None and v.split is not None:
+        keys, values, split = k.split, v.split, True
     else:
-        raise _Declined("keys and values are neither both merged nor of the same size per head")
+        raise _Declined("keys and values are neither both merged nor both per head")
     masks = tuple(mask for mask in masks if not _keeps_all(mask))
     # Two finite masks may add up to -Inf.
     may_be_nan = len(masks) > 1 or not all(map(_is_finite, masks))
@@ -328,12 +320,10 @@ def _match(softmax: ir.Node, scores: ir.Node, weighted: ir.Node, facts: _Facts) 
         q.merged,
         keys,
         values,
-        key_axis,
+        split,
         q.count,
-        shape,
         scale,
         masks,
-        tested,
         tested and may_be_nan,
         output,
         None if merged else (q.count, v.size),
@@ -589,29 +579,31 @@ def _only_for(node: ir.Node, output: ir.Value) -> bool:
 class _Rewriter:
     """Puts the fused operators into the main graph; what several of them need is made once."""
 
-    def __init__(self, model: ir.Model, facts: _Facts) -> None:
-        self._graph, self._facts = model.graph, facts
+    def __init__(self, model: ir.Model, opset: int) -> None:
+        self._model, self._graph, self._opset = model, model.graph, opset
         self._names = value_names(model)
         self._biases: dict[object, ir.Value] = {}
         self._constants: dict[tuple[int, ...] | float, ir.Value] = {}
         self._replaced: dict[ir.Value, ir.Value] = {}
-        model.opset_imports.setdefault(_CONTRIB, 1)
+        model.opset_imports[DOMAIN] = attention.VERSION
 
-    def fuse(self, attention: _Attention) -> None:
-        old, softmax = attention.output, attention.softmax
+    def fuse(self, match: _Attention) -> None:
+        old, softmax = match.output, match.softmax
         last = old.producer()
         assert last is not None
-        inputs: list[ir.Value | None] = [self._now(x) for x in (attention.q, attention.k, attention.v)]
-        if attention.masks:
-            inputs += [None, None, self._bias(attention)]
-        attributes = {"num_heads": attention.heads, "scale": attention.scale}
-        fused = ir.node("MultiHeadAttention", inputs, attributes, domain=_CONTRIB, name=softmax.name)
+        inputs = [self._now(x) for x in (match.q, match.k, match.v)]
+        if match.masks:
+            inputs.append(self._bias(match))
+        op_type = _OP_TYPES[Signature(split=match.split, masked=bool(match.masks))]
+        attributes = {"num_heads": match.heads, "scale": match.scale}
+        fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
+        self._add_body(op_type)
         nodes = [fused]
-        if attention.nan_to_zero:
+        if match.nan_to_zero:
             test = ir.node("IsNaN", [fused.outputs[0]])
             nodes += [test, ir.node("Where", [test.outputs[0], self._constant(0.0), fused.outputs[0]])]
-        if attention.split_to is not None:
-            shape = self._constant((0, 0, *attention.split_to))
+        if match.split_to is not None:
+            shape = self._constant((0, 0, *match.split_to))
             nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))
         for node in nodes:
             node.metadata_props.update(softmax.metadata_props)
@@ -630,49 +622,31 @@ class _Rewriter:
         """``value``, or what an earlier fusion put in its place."""
         return self._replaced.get(value, value)
 
-    def _bias(self, attention: _Attention) -> ir.Value:
-        """The sum of all masks [B, H, Sq, Sk], in front of the Softmax."""
-        full, softmax = attention.shape, attention.softmax
-        same = full if None not in full else (*full, attention.q, attention.k)
-        key = (tuple(map(_key, attention.masks)), same)
+    def _add_body(self, op_type: str) -> None:
+        body = attention.function_body(op_type, self._opset)
+        function = ir.serde.deserialize_function(body)
+        self._model.functions[function.identifier()] = function
+
+    def _bias(self, match: _Attention) -> ir.Value:
+        """The sum of all masks, in front of the Softmax; it broadcasts to [B, H, Sq, Sk]."""
+        key = tuple(map(_key, match.masks))
         if key in self._biases:
             return self._biases[key]
         bias: ir.Value | None = None
-        for mask in attention.masks:
-            value = self._now(mask.value)
+        for mask in match.masks:
+            value = self._now(_unexpanded(mask.value))
             if mask.fill is not None:
                 kept = bias if bias is not None else self._constant(0.0)
                 choices = [kept, mask.fill] if mask.keep else [mask.fill, kept]
-                bias = self._insert(softmax, "Where", [value, *choices])
+                bias = self._insert(match.softmax, "Where", [value, *choices])
             else:
-                bias = value if bias is None else self._insert(softmax, "Add", [bias, value])
+                bias = value if bias is None else self._insert(match.softmax, "Add", [bias, value])
         assert bias is not None
-        if None in full or self._facts.dims(bias) != full:
-            bias = self._insert(softmax, "Expand", [bias, self._shape(attention)])
         self._biases[key] = bias
         return bias
 
-    def _shape(self, attention: _Attention) -> ir.Value:
-        """[B, H, Sq, Sk] as a tensor: constant, or taken from the queries [B, Sq, E] and the keys."""
-        known = tuple(dim for dim in attention.shape if isinstance(dim, int))
-        if len(known) == len(attention.shape):
-            return self._constant(known)
-        q, k, heads = attention.q, attention.k, attention.heads
-        sources = ((q, 0), (None, heads), (q, 1), (k, attention.key_axis))
-        parts = []
-        for dim, (source, axis) in zip(attention.shape, sources, strict=True):
-            if source is None or isinstance(dim, int):
-                parts.append(self._constant((dim if isinstance(dim, int) else axis,)))
-            else:
-                shape = self._insert(attention.softmax, "Shape", [self._now(source)])
-                bounds = [self._constant((axis,)), self._constant((axis + 1,))]
-                parts.append(self._insert(attention.softmax, "Slice", [shape, *bounds]))
-        return self._insert(attention.softmax, "Concat", parts, axis=0)
-
-    def _insert(
-        self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value], **attributes: int
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
+    def _insert(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value]) -> ir.Value:
+        node = ir.node(op_type, inputs)
         node.outputs[0].name = self._name(f"{before.outputs[0].name}.{op_type}")
         self._graph.insert_before(before, node)
         return node.outputs[0]
@@ -698,6 +672,13 @@ class _Rewriter:
             name, count = f"{wanted}.{count}", count + 1
         self._names.add(name)
         return name
+
+
+def _unexpanded(mask: ir.Value) -> ir.Value:
+    """``mask`` before it was expanded to a shape that it broadcasts to anyway."""
+    while (node := _producer(mask, "Expand")) is not None and node.inputs[0] is not None:
+        mask = node.inputs[0]
+    return mask
 
 
 def _key(mask: _Mask) -> object:

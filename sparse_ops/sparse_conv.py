@@ -40,7 +40,6 @@ import onnx.parser
 from sparse_onnx.sparse_ops.sparse_matmul import (
     DECODER,
     DEFAULT_BLOCK,
-    DEFAULT_CHUNK,
     DOMAIN,
     PackedWeight,
     pack,
@@ -112,7 +111,7 @@ class Window:
 
 
 def pack_filters(
-    filters: np.ndarray, *, group: int = 1, chunk: int = DEFAULT_CHUNK, block: int = DEFAULT_BLOCK
+    filters: np.ndarray, *, group: int = 1, chunk: int | None = None, block: int = DEFAULT_BLOCK
 ) -> PackedWeight:
     """Compress ``filters`` [N, C / group, kernel height, kernel width] float32; see :func:`.sparse_matmul.pack`.
 

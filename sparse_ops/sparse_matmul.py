@@ -80,9 +80,11 @@ ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
 MAX_ELEMENTS = 2**31 - 2**24
 """Largest weight: positions in the dense form, padding included, must fit the function body's int32."""
 
-# Chosen on measurements: the activations of one chunk of 64 tokens (32 KiB) stay in the first-level cache, segments
-# are long enough at 95 % sparsity, and the blocks of a small layer still keep a dozen threads busy.
+# Chosen on measurements: the activations of one chunk stay in the first-level cache (32 KiB), segments are long enough
+# at 95 % sparsity, and the blocks of a small layer still keep a dozen threads busy. Where many weights are left, half a
+# chunk is long enough and leaves room for twice the tokens, as long as their panel stays in the second-level cache.
 DEFAULT_CHUNK = 128
+SHORT_CHUNK, _SHORT_CHUNK_DENSITY, _SHORT_CHUNK_MAX_K = 64, 0.25, 1024
 DEFAULT_BLOCK = 64
 
 WIDTHS = (1, 4, 8)
@@ -135,6 +137,12 @@ class PackedWeight:
         return {**sizes, "format": FORMAT}
 
 
+def _best_chunk(weight: np.ndarray, width: int) -> int:
+    K, _ = weight.shape
+    many = np.count_nonzero(weight) >= _SHORT_CHUNK_DENSITY * weight.size
+    return SHORT_CHUNK if width == 1 and many and K <= _SHORT_CHUNK_MAX_K else DEFAULT_CHUNK
+
+
 def _best_width(weight: np.ndarray, block: int) -> int:
     """The largest of :data:`WIDTHS` that divides ``block`` and fits the zeros of ``weight`` [K, N]: few values more
     to store than with 1."""
@@ -156,13 +164,14 @@ def _best_width(weight: np.ndarray, block: int) -> int:
 def pack(
     weight: np.ndarray,
     *,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
     block: int = DEFAULT_BLOCK,
     width: int | None = None,
 ) -> PackedWeight:
     """Compress ``weight`` [K, N] float32. NaN and Inf are entries like any other; -0.0 counts as zero.
 
-    Without ``width`` the one that fits the zeros and divides ``block`` is taken.
+    Without ``chunk`` it is chosen by the share of zeros; without ``width`` the one that fits them and divides ``block``
+    is taken.
 
     Raises ValueError for another rank or dtype, an empty weight, or a ``chunk``, ``block`` or ``width`` out of range.
     """
@@ -172,10 +181,12 @@ def pack(
         )
     if weight.size > MAX_ELEMENTS:
         raise ValueError(f"pack() takes at most {MAX_ELEMENTS} elements, not {weight.size}")
-    if not 1 <= chunk <= 255 or not 1 <= block <= 256:
-        raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
     if width is None:
         width = _best_width(weight, block)
+    if chunk is None:
+        chunk = _best_chunk(weight, width)
+    if not 1 <= chunk <= 255 or not 1 <= block <= 256:
+        raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
     if width not in WIDTHS or block % width:
         raise ValueError(f"width must be one of {WIDTHS} and divide block {block}, not {width}")
     K, N = weight.shape

@@ -1,5 +1,7 @@
 """Sparse linears that share their input, on the whole road: compiled, run, inspected and timed as what they are."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -7,9 +9,10 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import layer_timing, model_io
+from sparse_onnx import compiler, layer_timing, model_io
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
+from sparse_onnx.passes.guard import Decision
 
 WIDTH, HIDDEN, HEADS = 128, 256, 4
 
@@ -127,6 +130,32 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
     )
     assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
     assert {row.weight_shape for row in found if row.op_type == "SparseMatMulSplit3"} == {(WIDTH, 3 * WIDTH)}
+
+
+def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
+    """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
+    real, calls = compiler.ratio, []
+
+    def slower_at_first(first, second):
+        calls.append(1)
+        return dataclasses.replace(real(first, second), median=0.5 if len(calls) == 1 else 1.5)
+
+    def all_sparse(_model, candidates, *_arguments, **_options):
+        return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
+
+    monkeypatch.setattr(compiler, "ratio", slower_at_first)
+    monkeypatch.setattr(compiler.guard, "decide", all_sparse)
+    source, _ = case
+    result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes={"X": SHAPE}, threads=1)
+    assert len(calls) == 2
+    left = sum(row["decision"] == "sparse" for row in result.report["layers"])
+    assert left == len(result.report["layers"]) // 2
+    nodes = onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node
+    linears = {"SparseMatMulSplit2": 2, "SparseMatMulSplit3": 3, "SparseMatMulSiluGate": 2}
+    assert sum(linears.get(node.op_type, 1) for node in nodes if "SparseMatMul" in node.op_type) == left
+    want = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).run(None, {"X": X})[0]
+    (got,) = sparse_onnx.InferenceSession(tmp_path / "out/model.onnx").run(None, {"X": X})
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
 def test_what_is_not_merged_is_declined_once(tmp_path):

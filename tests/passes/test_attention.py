@@ -4,13 +4,16 @@ import itertools
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
+from sparse_onnx import sparse_ops
 from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES, Unused
+from sparse_onnx.sparse_ops import attention
 
-FUSE = FuseAttention(masked=True)
+FUSE = FuseAttention()
 H, D = 4, 16
 E = H * D
 MIN = np.finfo(np.float32).min
@@ -80,10 +83,24 @@ def feeds(model, b, s, t, *, past=0, seed=0, special=None):
 
 
 def counted(model):
+    """Nodes by operator; those of every fused type count as Attention."""
     counts = {}
     for node in model.graph:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        op_type = "Attention" if is_fused(node) else node.op_type
+        counts[op_type] = counts.get(op_type, 0) + 1
     return counts
+
+
+def is_fused(node):
+    return node.domain == attention.DOMAIN and node.op_type in attention.OP_TYPES
+
+
+def session(model):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    sparse_ops.register(options)
+    content = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
 
 
 def assert_same(before, after):
@@ -108,11 +125,16 @@ def check_fused(model, run, *, count=1, cross=True, past=0, special=None, sizes=
     assert result.declined == ()
     assert not Unused()(model).modified
     ops = counted(model)
-    assert ops["MultiHeadAttention"] == count
+    assert ops["Attention"] == count
     assert "Softmax" not in ops
     assert border == [(value.name, str(value.shape)) for value in (*model.graph.inputs, *model.graph.outputs)]
+    assert {name for _, name, _ in model.functions} >= {
+        node.op_type for node in model.graph if is_fused(node)
+    }
+    with_library = session(model)
     for feed, outputs in zip(given, expected, strict=True):
         assert_same(outputs, run(model, feed))
+        assert_same(outputs, dict(zip(outputs, with_library.run(None, feed), strict=True)))
     assert not FUSE(model).modified
     return ops
 
@@ -126,7 +148,7 @@ def check_left(model, reason):
 
 
 def fused(model):
-    return next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    return next(node for node in model.graph if is_fused(node))
 
 
 # -- projections, scales, layouts --------------------------------------------------------------------------
@@ -166,20 +188,20 @@ def test_scale(from_text, run, case):
     body, scale = SCALES[case]
     model = build(from_text, body)
     ops = check_fused(model, run)
-    assert ops == {"MultiHeadAttention": 1}
+    assert ops == {"Attention": 1}
     node = fused(model)
-    assert node.domain == "com.microsoft"
+    assert node.op_type == "Attention"
     assert node.attributes.get_int("num_heads") == H
     assert node.attributes.get_float("scale") == pytest.approx(scale, rel=1e-6)
     assert [value.name for value in node.inputs] == ["q", "k", "v"]
     assert not model.graph.initializers
 
 
-@pytest.mark.parametrize("opset", [13, 14, 17, 18, 20, 21])
+@pytest.mark.parametrize("opset", [13, 14, 17, 18, 20, 21, 23, 26])
 def test_all_opsets(from_text, run, opset):
     model = build(from_text, PLAIN, opset=opset)
     check_fused(model, run)
-    assert model.opset_imports["com.microsoft"] == 1
+    assert model.opset_imports[attention.DOMAIN] == attention.VERSION
 
 
 LAYOUTS = {
@@ -205,7 +227,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_layout(from_text, run, case):
-    assert check_fused(build(from_text, LAYOUTS[case]), run) == {"MultiHeadAttention": 1}
+    assert check_fused(build(from_text, LAYOUTS[case]), run) == {"Attention": 1}
 
 
 def test_keys_transposed_as_matrices(from_text, run):
@@ -213,7 +235,7 @@ def test_keys_transposed_as_matrices(from_text, run):
                k7 = Transpose<perm = [0, 2, 1]>(k6) K = Reshape(k7, back)"""
     inputs = INPUTS.replace("T", "9")
     model = build(from_text, PLAIN.replace(SPLIT_K, keys), inputs=inputs)
-    assert check_fused(model, run) == {"MultiHeadAttention": 1}
+    assert check_fused(model, run) == {"Attention": 1}
 
 
 def test_heads_merged_into_rows(from_text, run):
@@ -221,7 +243,7 @@ def test_heads_merged_into_rows(from_text, run):
         from_text, PLAIN.replace("Y = Reshape(r, merge)", "Y = Reshape(r, rows)"), outputs="float[N, 64] Y"
     )
     ops = check_fused(model, run)
-    assert ops == {"MultiHeadAttention": 1, "Reshape": 2}
+    assert ops == {"Attention": 1, "Reshape": 2}
 
 
 def test_values_of_another_size(from_text, run):
@@ -277,7 +299,7 @@ def test_shapes_computed_in_the_graph(from_text, run):
     body = body.replace("Y = Reshape(r, merge)", target("to", "r", "minus") + " Y = Reshape(r, to)")
     tensors = {"first": np.array(0), "second": np.array(1), "front": np.array([0]), "minus": np.array([-1])}
     model = build(from_text, body, size=np.array([D]), **tensors)
-    assert check_fused(model, run) == {"MultiHeadAttention": 1}
+    assert check_fused(model, run) == {"Attention": 1}
 
 
 # -- masks -------------------------------------------------------------------------------------------------
@@ -313,13 +335,21 @@ def test_additive_mask(from_text, run, shape, fill):
     model = build(from_text, MASKED, inputs=f"{INPUTS}, float[{', '.join(shape)}] mask")
     whole_rows = shape[-1] == "T" and np.isfinite(fill)
     ops = check_fused(model, run, special={"mask": padding(fill, whole_rows=whole_rows)})
-    assert ("Expand" in ops) == (shape != ("B", str(H), "S", "T"))
+    assert ops == {"Attention": 1}
+    assert fused(model).op_type == "AttentionMasked"
+    assert [value.name for value in fused(model).inputs] == ["q", "k", "v", "mask"]
+
+
+def test_an_expanded_mask_goes_in_as_it_was(from_text, run):
+    body = MASKED.replace("M = Add(S, mask)", "whole = Shape(S) full = Expand(mask, whole) M = Add(S, full)")
+    model = build(from_text, body, inputs=f"{INPUTS}, float[B, 1, 1, T] mask")
+    assert check_fused(model, run, special={"mask": padding(MIN, whole_rows=True)}) == {"Attention": 1}
 
 
 def test_rows_of_minus_infinity_stay_nan(from_text, run):
     model = build(from_text, MASKED, inputs=f"{INPUTS}, float[B, 1, 1, T] mask")
     ops = check_fused(model, run, special={"mask": padding(-np.inf, whole_rows=True)})
-    assert ops["MultiHeadAttention"] == 1
+    assert ops["Attention"] == 1
     given = feeds(model, 2, 3, 3, special={"mask": padding(-np.inf, whole_rows=True)})
     assert np.isnan(run(model, given)["Y"][-1]).all()
 
@@ -386,7 +416,7 @@ def test_rows_without_a_kept_key(from_text, run, case):
 )
 def test_a_mask_that_keeps_everything_goes(from_text, run, mask):
     model = build(from_text, PLAIN.replace(SOFTMAX, f"{mask} P = Softmax(M)"))
-    assert check_fused(model, run) == {"MultiHeadAttention": 1}
+    assert check_fused(model, run) == {"Attention": 1}
 
 
 def two_layers(masks):
@@ -402,20 +432,20 @@ def two_layers(masks):
     return f"{first} {second}"
 
 
-def test_layers_share_the_expanded_mask(from_text, run):
+def test_layers_share_the_mask(from_text, run):
     model = build(
         from_text,
         two_layers(("mask", "mask")),
         inputs=f"float[B, S, {E}] q, float[B, S, {E}] k, float[B, S, {E}] v, float[B, 1, S, S] mask",
     )
     ops = check_fused(model, run, count=2, cross=False, special={"mask": padding(MIN, whole_rows=True)})
-    assert ops["Expand"] == 1
+    assert ops == {"Attention": 2}
 
 
 def test_layers_share_a_condition_written_twice(from_text, run):
     body = "m1 = Where(keep, zero, lowest) m2 = Where(keep, zero, lowest)" + two_layers(("m1", "m2"))
     inputs = f"float[B, S, {E}] q, float[B, S, {E}] k, float[B, S, {E}] v, bool[B, 1, S, S] keep"
-    assert check_fused(build(from_text, body, inputs=inputs), run, count=2, cross=False)["Expand"] == 1
+    assert check_fused(build(from_text, body, inputs=inputs), run, count=2, cross=False)["Where"] == 1
 
 
 def test_layers_with_other_masks_do_not_share(from_text, run):
@@ -423,27 +453,17 @@ def test_layers_with_other_masks_do_not_share(from_text, run):
         f"float[B, S, {E}] q, float[B, S, {E}] k, float[B, S, {E}] v, float[B, 1, S, S] m1, float[S, S] m2"
     )
     model = build(from_text, two_layers(("m1", "m2")), inputs=inputs)
-    assert check_fused(model, run, count=2, cross=False)["Expand"] == 2
+    check_fused(model, run, count=2, cross=False)
+    assert [node.inputs[3].name for node in model.graph if is_fused(node)] == ["m1", "m2"]
 
 
-def test_known_sizes_give_a_constant_shape(from_text, run):
-    inputs = INPUTS.replace("B", "2").replace("S", "5").replace("T", "9")
-    model = build(
-        from_text, MASKED, inputs=f"{inputs}, float[2, 1, 1, 9] mask", outputs=f"float[2, 5, {E}] Y"
+def test_layers_share_the_sum_of_two_masks(from_text, run):
+    body = two_layers(("m1", "m1")).replace("P = Softmax(M)", "N = Add(M, m2) P = Softmax(N)")
+    body = body.replace("P_ = Softmax(M_)", "N_ = Add(M_, m2) P_ = Softmax(N_)")
+    inputs = (
+        f"float[B, S, {E}] q, float[B, S, {E}] k, float[B, S, {E}] v, float[B, 1, S, S] m1, float[S, S] m2"
     )
-    assert check_fused(model, run) == {"MultiHeadAttention": 1, "Expand": 1}
-
-
-@pytest.mark.parametrize(
-    ("body", "changed"),
-    [(PLAIN, True), (NAN_TO_ZERO, True), (MASKED, False)],
-    ids=["plain", "tested", "masked"],
-)
-def test_masked_attentions_may_be_left(from_text, body, changed):
-    model = build(from_text, body, inputs=INPUTS + (", float[B, 1, 1, T] mask" if "mask" in body else ""))
-    result = FuseAttention()(model)
-    assert result.modified == changed
-    assert len(result.declined) == (not changed)
+    assert check_fused(build(from_text, body, inputs=inputs), run, count=2, cross=False)["Add"] == 1
 
 
 # -- keys and values per head ------------------------------------------------------------------------------
@@ -463,7 +483,8 @@ def test_cache(from_text, run, past, masked):
         inputs += ", float[1, 1, S, PT] mask"
     model = build(from_text, body, inputs=inputs, outputs=outputs)
     ops = check_fused(model, run, past=past, special={"mask": padding(MIN, whole_rows=False)})
-    assert ops["Concat"] == 2 + masked
+    assert fused(model).op_type == ("AttentionSplitMasked" if masked else "AttentionSplit")
+    assert ops["Concat"] == 2
     assert ops["Transpose"] == 2  # of the keys and values that the cache gets
     assert [value.name for value in fused(model).inputs[:3]] == ["q", "keys", "values"]
 
@@ -570,10 +591,29 @@ def test_left_alone(from_text, case):
     check_left(build(from_text, body, **options, **extra), reason)
 
 
+def test_values_of_another_size_per_head(from_text, run):
+    body = CACHED.replace("Reshape(v, split)", "Reshape(v, wide)")
+    body = body.replace("merge)", "wide_merge)")
+    model = build(
+        from_text,
+        body,
+        inputs=f"{INPUTS.replace('64] v', '96] v')}, float[B, {H}, P, {D}] past_k, float[B, {H}, P, 24] past_v",
+        outputs=f"float[B, S, 96] Y, float[B, {H}, PT, {D}] keys, float[B, {H}, PT, 24] values",
+        wide=np.array([0, 0, H, 24]),
+        wide_merge=np.array([0, 0, 96]),
+    )
+    check_fused(model, run, past=3)
+
+
 def test_merged_keys_with_values_per_head(from_text):
     body = f"{SPLIT_Q} {SPLIT_K} {SCORES} {SOFTMAX} {MERGE}"
     model = build(from_text, body, inputs=f"{INPUTS}, float[B, {H}, T, {D}] V")
-    check_left(model, "keys and values are neither both merged nor of the same size per head")
+    check_left(model, "keys and values are neither both merged nor both per head")
+
+
+@pytest.mark.parametrize("opset", [12, 27])
+def test_opsets_without_a_body(from_text, opset):
+    check_left(build(from_text, PLAIN, opset=opset), f"opset {opset} is none of 13 to 26")
 
 
 def test_unknown_shapes(from_text):
@@ -638,12 +678,13 @@ def test_one_of_two_is_fused_and_the_other_named(from_text, run):
 
 def test_names_that_are_taken(from_text, run):
     body = MASKED.replace("Y = Reshape(r, merge)", "y = Reshape(r, merge) Y = Add(y, taken)")
-    model = build(from_text, body, inputs=f"{INPUTS}, float[T] mask, float taken")
-    model.graph.inputs[-1].name = "P.Expand"
-    check_fused(model, run)
+    body = body.replace("M = Add(S, mask)", "M = Where(keep, S, lowest)")
+    model = build(from_text, body, inputs=f"{INPUTS}, bool[T] keep, float taken")
+    model.graph.inputs[-1].name = "P.Where"
+    check_fused(model, run, special={"keep": lambda rng, shape: np.arange(*shape) > 0})
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     names = [value.name for value in (*values, *(out for node in model.graph for out in node.outputs))]
-    assert "P.Expand.1" in names
+    assert "P.Where.1" in names
     assert len(names) == len(set(names))
 
 

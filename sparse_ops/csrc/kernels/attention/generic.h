@@ -1,11 +1,11 @@
 // The kernel's body for any vector width. Included by one source file per instruction set.
 //
-// Queries lie in the lanes of vectors: those of a tile are transposed once, scores are made and kept transposed, and
-// the result is transposed back. So keys and values are read where they are, element by element, each for many
-// queries; and a maximum or a sum over keys is one of whole vectors. Keys come in blocks; when a later one has a
-// larger score, what was summed so far is made smaller (online softmax: Milakov and Gimelshein, 2018).
+// Scores are vectors of queries: those of a tile are transposed once, while keys are read where they are, element by
+// element; and a maximum or a sum over keys is one of whole vectors. For the result, channels of values lie in the
+// lanes, and weights are read element by element. Keys come in blocks; when a later one has a larger score, what was
+// summed so far is made smaller (online softmax: Milakov and Gimelshein, 2018).
 //
-// Few queries would leave most lanes empty. For them, channels lie in the lanes.
+// Few queries would leave most lanes of the scores empty. For them, channels lie in the lanes there, too.
 #pragma once
 
 #include "kernels/activations.h"
@@ -19,8 +19,12 @@ using Bytes = const unsigned char*;
 
 inline Bytes at(const void* array, size_t index) { return static_cast<Bytes>(array) + index * sizeof(float); }
 
-inline Bytes rows_of(const Operand& x, size_t batch, size_t head) {
-  return at(x.data, batch * x.batch + head * x.head);
+inline Bytes rows_of(const Operand& x, const Tile& tile) {
+  return at(x.data, tile.batch * x.batch + tile.head * x.head);
+}
+
+inline float* result_row(const Arguments& a, const Tile& tile, size_t query) {
+  return a.y + ((tile.batch * a.queries + query) * a.heads + tile.head) * a.value_size;
 }
 
 constexpr size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -79,29 +83,6 @@ inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t column
   }
 }
 
-// to[r * to_row + c] = from[c * from_row + r] * factor[r] for c < columns, r < kLanes and r < rows.
-template <size_t kLanes>
-inline void transpose_out(const float* from, size_t from_row, Vector<kLanes> factor, size_t rows, size_t columns,
-                          float* to, size_t to_row) {
-  size_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) {
-    Vector<kLanes> square[kLanes];
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kLanes; ++i) square[i] = load<kLanes>(from + (c + i) * from_row) * factor;
-    transpose_square<kLanes>(square);
-    if (rows >= kLanes) {
-#pragma GCC unroll 16
-      for (size_t r = 0; r < kLanes; ++r) store<kLanes>(to + r * to_row + c, square[r]);
-    } else {
-      for (size_t r = 0; r < rows; ++r) store<kLanes>(to + r * to_row + c, square[r]);
-    }
-  }
-  for (; c < columns; ++c) {
-    const Vector<kLanes> last = load<kLanes>(from + c * from_row) * factor;
-    for (size_t r = 0; r < kLanes && r < rows; ++r) to[r * to_row + c] = last[r];
-  }
-}
-
 // What is subtracted from scores before they go into the exponential: the largest, but a number where that is -Inf.
 template <size_t kLanes>
 inline Vector<kLanes> finite_top(Vector<kLanes> top) {
@@ -115,22 +96,22 @@ inline Vector<kLanes> weight(Vector<kLanes> score, Vector<kLanes> top) {
   return exponential<kLanes>(x < least ? least : x);  // NaN stays
 }
 
-// The mask of a tile and a block of keys as vectors of queries: element (key, vector) at data[key * step + vector *
-// across].
+// A mask as vectors of queries: element (key, vector) at data[key * step + vector * across].
 struct MaskVectors {
   const float* data;
   size_t step, across;
 };
 
+// Of the keys key..key + keys - 1, for the queries of a tile. `to` has room for [keys, kVectors * kLanes].
 template <size_t kLanes, size_t kVectors>
-MaskVectors mask_vectors(const Arguments& a, const Tile& tile, size_t head, size_t key, size_t keys, float* to) {
+MaskVectors lay_mask(const Arguments& a, const Tile& tile, size_t key, size_t keys, float* to) {
   const Mask& mask = a.mask;
   if (mask.data == nullptr) {
     store<kLanes>(to, Vector<kLanes>{});
     return {to, 0, 0};
   }
   const Bytes from =
-      at(mask.data, tile.batch * mask.batch + head * mask.head + tile.first * mask.row + key * mask.key);
+      at(mask.data, tile.batch * mask.batch + tile.head * mask.head + tile.first * mask.row + key * mask.key);
   if (mask.row == 0) {  // as for most padding: one number for all queries
     for (size_t j = 0; j < keys; ++j) {
       store<kLanes>(to + j * kLanes, splat<kLanes>(load_float(at(from, j * mask.key))));
@@ -144,7 +125,7 @@ MaskVectors mask_vectors(const Arguments& a, const Tile& tile, size_t head, size
       transpose_in<kLanes>(strip, mask.row, rows, keys, to + v * kLanes, kVectors * kLanes);
     } else {
       for (size_t r = 0; r < kLanes; ++r) {
-        const float same = r < rows ? load_float(at(strip, r * mask.row)) : 0.0f;
+        const float same = load_float(at(strip, smaller(r, rows - 1) * mask.row));
         for (size_t j = 0; j < keys; ++j) to[(j * kVectors + v) * kLanes + r] = same;
       }
     }
@@ -152,90 +133,111 @@ MaskVectors mask_vectors(const Arguments& a, const Tile& tile, size_t head, size
   return {to, kVectors * kLanes, kLanes};
 }
 
-// At most kLanes * kVectors queries; sums of kRows * kVectors <= kSums vectors fit into registers.
-template <size_t kLanes, size_t kVectors, size_t kSums>
-void run_queries(const Arguments& a, const Tile& tile, float* scratch) {
-  using V = Vector<kLanes>;
-  constexpr size_t kRows = smaller(8, kSums / kVectors), kWidth = kVectors * kLanes;
-  float* queries = scratch;                     // [size, kWidth]
-  float* result = queries + a.size * kWidth;    // [value_size, kWidth]
-  float* scores = result + a.value_size * kWidth;  // [kKeyBlock, kWidth]
-  float* masks = scores + kKeyBlock * kWidth;   // at most [kKeyBlock, kWidth]
-  // Heads may share the mask if there is one block of keys.
-  const bool share_mask = a.mask.head == 0 && a.keys <= kKeyBlock;
-  MaskVectors mask = {};
-  for (size_t head = tile.head; head < tile.head_end; ++head) {
-    for (size_t v = 0; v < kVectors; ++v) {
-      const size_t row = tile.first + v * kLanes;
-      transpose_in<kLanes>(at(rows_of(a.q, tile.batch, head), row * a.q.row), a.q.row,
-                           tile.count - v * kLanes, a.size, queries + v * kLanes, kWidth);
+// Side by side, so that they stay in the cache: to[r * width + c] = from[r * row + c], zeros for c from `columns` on.
+template <size_t kLanes>
+inline void pack_rows(Bytes from, size_t row, size_t rows, size_t columns, size_t width, float* to) {
+  for (size_t r = 0; r < rows; ++r, from = at(from, row), to += width) {
+    size_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) store<kLanes>(to + c, load<kLanes>(at(from, c)));
+    if (c < columns) {
+      store<kLanes>(to + c, Vector<kLanes>{});
+      for (; c < columns; ++c) to[c] = load_float(at(from, c));
     }
-    V top[kVectors], sum[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
-    for (size_t key = 0; key < a.keys; key += kKeyBlock) {
-      const size_t keys = smaller(kKeyBlock, a.keys - key);
-      if (!share_mask || head == tile.head) {
-        mask = mask_vectors<kLanes, kVectors>(a, tile, head, key, keys, masks);
-      }
-      const Bytes k = at(rows_of(a.k, tile.batch, head), key * a.k.row);
-      V new_top[kVectors];
-      for (size_t v = 0; v < kVectors; ++v) new_top[v] = top[v];
-      in_pieces<kRows>(keys, [&]<size_t n>(size_t j, Count<n>) {
-        V s[n][kVectors] = {};
-        multiply<kLanes>(at(k, j * a.k.row), a.k.row, 1, at(queries, 0), kWidth, a.size, s);
+  }
+}
+
+// result = result * factor + weights . values, or without the first term. For rows r < rows of the result:
+//   weights (r, key) at weights[key * weights_row + r], factors at factor[r]
+template <size_t kLanes, size_t kMostVectors, size_t kSums>
+void add_values(const float* weights, size_t weights_row, const float* values, size_t width, size_t rows, size_t keys,
+                bool first, const float* factor, float* result) {
+  in_pieces<kMostVectors>(width / kLanes, [&]<size_t kVectors>(size_t column, Count<kVectors>) {
+    in_pieces<smaller(8, kSums / kVectors)>(rows, [&]<size_t n>(size_t r, Count<n>) {
+      float* place = result + r * width + column * kLanes;
+      Vector<kLanes> s[n][kVectors] = {};
+      if (!first) {
 #pragma GCC unroll 8
         for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
-          for (size_t v = 0; v < kVectors; ++v) {
-            const V score = s[i][v] * a.scale + load<kLanes>(mask.data + (j + i) * mask.step + v * mask.across);
-            store<kLanes>(scores + (j + i) * kWidth + v * kLanes, score);
-            new_top[v] = score > new_top[v] ? score : new_top[v];
-          }
+          for (size_t v = 0; v < kVectors; ++v) s[i][v] = load<kLanes>(place + i * width + v * kLanes) * factor[r + i];
         }
-      });
-      V factor[kVectors];
-      for (size_t v = 0; v < kVectors; ++v) {
-        const V finite = finite_top<kLanes>(new_top[v]);
-        factor[v] = weight<kLanes>(top[v], finite);
-        top[v] = new_top[v];
-        new_top[v] = finite;
-        sum[v] *= factor[v];
       }
-      for (size_t j = 0; j < keys; ++j) {
+      multiply<kLanes>(at(weights, r), 1, weights_row, at(values, column * kLanes), width, keys, s);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) store<kLanes>(place + i * width + v * kLanes, s[i][v]);
+      }
+    });
+  });
+}
+
+// A tile of kVectors vectors of queries; kSums vectors of sums fit into registers. `mask`: what lay_mask() made of all
+// keys for all heads, or nullptr.
+template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
+void run_queries(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
+  using V = Vector<kLanes>;
+  constexpr size_t kWidth = kVectors * kLanes;
+  const size_t value_width = (a.value_size + kLanes - 1) / kLanes * kLanes;
+  float* queries = scratch;                          // [size, kWidth]
+  float* scores = queries + a.size * kWidth;         // [kKeyBlock, kWidth]
+  float* masks = scores + kKeyBlock * kWidth;        // at most [kKeyBlock, kWidth]
+  float* factors = masks + kKeyBlock * kWidth;       // [kWidth]
+  float* values = factors + kWidth;                  // [kKeyBlock, value_width]
+  float* result = values + kKeyBlock * value_width;  // [kWidth, value_width]
+  const Bytes q = at(rows_of(a.q, tile), tile.first * a.q.row);
+  for (size_t v = 0; v < kVectors; ++v) {
+    transpose_in<kLanes>(at(q, v * kLanes * a.q.row), a.q.row, tile.count - v * kLanes, a.size, queries + v * kLanes,
+                         kWidth);
+  }
+  V top[kVectors], sum[kVectors];
+  for (size_t v = 0; v < kVectors; ++v) top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
+  for (size_t key = 0; key < a.keys; key += kKeyBlock) {
+    const size_t keys = smaller(kKeyBlock, a.keys - key);
+    const Bytes k = at(rows_of(a.k, tile), key * a.k.row);
+    const MaskVectors added = mask != nullptr ? MaskVectors{mask + key * kWidth, kWidth, kLanes}
+                                              : lay_mask<kLanes, kVectors>(a, tile, key, keys, masks);
+    V new_top[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) new_top[v] = top[v];
+    in_pieces<smaller(8, kSums / kVectors)>(keys, [&]<size_t n>(size_t j, Count<n>) {
+      V s[n][kVectors] = {};
+      multiply<kLanes>(at(k, j * a.k.row), a.k.row, 1, at(queries, 0), kWidth, a.size, s);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
-          float* place = scores + j * kWidth + v * kLanes;
-          const V w = weight<kLanes>(load<kLanes>(place), new_top[v]);
-          store<kLanes>(place, w);
-          sum[v] += w;
+          const V score = s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
+          store<kLanes>(scores + (j + i) * kWidth + v * kLanes, score);
+          new_top[v] = score > new_top[v] ? score : new_top[v];
         }
       }
-      const Bytes values = at(rows_of(a.v, tile.batch, head), key * a.v.row);
-      in_pieces<kRows>(a.value_size, [&]<size_t n>(size_t c, Count<n>) {
-        V s[n][kVectors] = {};
-        if (key > 0) {
-#pragma GCC unroll 8
-          for (size_t i = 0; i < n; ++i) {
-#pragma GCC unroll 8
-            for (size_t v = 0; v < kVectors; ++v) {
-              s[i][v] = load<kLanes>(result + (c + i) * kWidth + v * kLanes) * factor[v];
-            }
-          }
-        }
-        multiply<kLanes>(at(values, c), 1, a.v.row, at(scores, 0), kWidth, keys, s);
-#pragma GCC unroll 8
-        for (size_t i = 0; i < n; ++i) {
-#pragma GCC unroll 8
-          for (size_t v = 0; v < kVectors; ++v) store<kLanes>(result + (c + i) * kWidth + v * kLanes, s[i][v]);
-        }
-      });
-    }
-    const size_t y_row = a.heads * a.value_size;
+    });
     for (size_t v = 0; v < kVectors; ++v) {
-      float* y = a.y + (tile.batch * a.queries + tile.first + v * kLanes) * y_row + head * a.value_size;
-      transpose_out<kLanes>(result + v * kLanes, kWidth, 1.0f / sum[v], tile.count - v * kLanes, a.value_size,
-                            y, y_row);
+      const V finite = finite_top<kLanes>(new_top[v]), factor = weight<kLanes>(top[v], finite);
+      store<kLanes>(factors + v * kLanes, factor);
+      sum[v] *= factor;
+      top[v] = new_top[v];
+      new_top[v] = finite;
     }
+    for (size_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 8
+      for (size_t v = 0; v < kVectors; ++v) {
+        float* place = scores + j * kWidth + v * kLanes;
+        const V w = weight<kLanes>(load<kLanes>(place), new_top[v]);
+        store<kLanes>(place, w);
+        sum[v] += w;
+      }
+    }
+    pack_rows<kLanes>(at(rows_of(a.v, tile), key * a.v.row), a.v.row, keys, a.value_size, value_width, values);
+    add_values<kLanes, kMostVectors, kSums>(scores, kWidth, values, value_width, tile.count, keys, key == 0, factors,
+                                            result);
+  }
+  for (size_t v = 0; v < kVectors; ++v) store<kLanes>(factors + v * kLanes, 1.0f / sum[v]);
+  float* y = result_row(a, tile, tile.first);
+  for (size_t r = 0; r < tile.count; ++r, result += value_width, y += a.heads * a.value_size) {
+    size_t c = 0;
+    for (; c + kLanes <= a.value_size; c += kLanes) store<kLanes>(y + c, load<kLanes>(result + c) * factors[r]);
+    for (; c < a.value_size; ++c) y[c] = result[c] * factors[r];
   }
 }
 
@@ -259,32 +261,20 @@ inline void dot_products(Bytes q, Bytes k, size_t row, size_t size, float scale,
   for (size_t i = 0; i < kRows; ++i) scores[i] = (add_lanes<kLanes>(sums[i]) + rest[i][0]) * scale;
 }
 
-// y = y * factor + weights · values, or without the first term
-template <size_t kLanes, size_t kVectors>
-inline void add_values(const float* weights, Bytes values, size_t row, size_t keys, bool first, float factor,
-                       float* y) {
-  Vector<kLanes> s[1][kVectors] = {};
-  if (!first) {
-    for (size_t v = 0; v < kVectors; ++v) s[0][v] = load<kLanes>(y + v * kLanes) * factor;
-  }
-  multiply<kLanes>(at(weights, 0), 0, 1, values, row, keys, s);
-  for (size_t v = 0; v < kVectors; ++v) store<kLanes>(y + v * kLanes, s[0][v]);
-}
-
 template <size_t kLanes>
-void run_query(const Arguments& a, size_t batch, size_t head, size_t query, float* scores) {
+void run_query(const Arguments& a, const Tile& tile, size_t query, float* scores) {
   using V = Vector<kLanes>;
-  const Bytes q = at(rows_of(a.q, batch, head), query * a.q.row);
-  float* y = a.y + ((batch * a.queries + query) * a.heads + head) * a.value_size;
+  const Bytes q = at(rows_of(a.q, tile), query * a.q.row);
+  float* y = result_row(a, tile, query);
   float top = -__builtin_inff(), sum = 0;
   for (size_t key = 0; key < a.keys; key += kKeyBlock) {
     const size_t keys = smaller(kKeyBlock, a.keys - key), padded = (keys + kLanes - 1) / kLanes * kLanes;
-    const Bytes k = at(rows_of(a.k, batch, head), key * a.k.row);
+    const Bytes k = at(rows_of(a.k, tile), key * a.k.row);
     in_pieces<4>(keys, [&]<size_t n>(size_t j, Count<n>) {
       dot_products<kLanes, n>(q, at(k, j * a.k.row), a.k.row, a.size, a.scale, scores + j);
     });
     if (const Mask& m = a.mask; m.data != nullptr) {
-      const Bytes mask = at(m.data, batch * m.batch + head * m.head + query * m.row + key * m.key);
+      const Bytes mask = at(m.data, tile.batch * m.batch + tile.head * m.head + query * m.row + key * m.key);
       for (size_t j = 0; j < keys; ++j) scores[j] += load_float(at(mask, j * m.key));
     }
     for (size_t j = keys; j < padded; ++j) scores[j] = -__builtin_inff();
@@ -292,42 +282,56 @@ void run_query(const Arguments& a, size_t batch, size_t head, size_t query, floa
     for (size_t j = 0; j < keys; ++j) new_top = scores[j] > new_top ? scores[j] : new_top;
     const Vector<1> finite = finite_top<1>(splat<1>(new_top));
     const float factor = weight<1>(splat<1>(top), finite)[0];
-    const V tops = splat<kLanes>(finite[0]);
     V sums = {};
     for (size_t j = 0; j < padded; j += kLanes) {
-      const V w = weight<kLanes>(load<kLanes>(scores + j), tops);
+      const V w = weight<kLanes>(load<kLanes>(scores + j), splat<kLanes>(finite[0]));
       store<kLanes>(scores + j, w);
       sums += w;
     }
     top = new_top;
     sum = sum * factor + add_lanes<kLanes>(sums);
-    const Bytes values = at(rows_of(a.v, batch, head), key * a.v.row);
-    size_t c = 0;
-    for (; c + 4 * kLanes <= a.value_size; c += 4 * kLanes) {
-      add_values<kLanes, 4>(scores, at(values, c), a.v.row, keys, key == 0, factor, y + c);
-    }
-    for (; c + kLanes <= a.value_size; c += kLanes) {
-      add_values<kLanes, 1>(scores, at(values, c), a.v.row, keys, key == 0, factor, y + c);
-    }
-    for (; c < a.value_size; ++c) {
-      add_values<1, 1>(scores, at(values, c), a.v.row, keys, key == 0, factor, y + c);
-    }
+    const Bytes values = at(rows_of(a.v, tile), key * a.v.row);
+    const size_t whole = a.value_size / kLanes * kLanes;
+    const auto add = [&]<size_t lanes>(size_t begin, size_t size, Count<lanes>) {
+      in_pieces<4>(size / lanes, [&]<size_t n>(size_t column, Count<n>) {
+        const size_t c = begin + column * lanes;
+        Vector<lanes> s[1][n] = {};
+        if (key > 0) {
+          for (size_t v = 0; v < n; ++v) s[0][v] = load<lanes>(y + c + v * lanes) * factor;
+        }
+        multiply<lanes>(at(scores, 0), 0, 1, at(values, c), a.v.row, keys, s);
+        for (size_t v = 0; v < n; ++v) store<lanes>(y + c + v * lanes, s[0][v]);
+      });
+    };
+    add(0, whole, Count<kLanes>());
+    add(whole, a.value_size - whole, Count<1>());
   }
   for (size_t c = 0; c < a.value_size; ++c) y[c] /= sum;
 }
 
-// kVectors: those of a tile; fewer where queries are left over
-template <size_t kLanes, size_t kVectors, size_t kSums>
-void run_tile(const Arguments& a, const Tile& tile, float* scratch) {
+// kVectors: those of a tile at most
+template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
+void run_at_most(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
   if constexpr (kVectors > 1) {
-    if (tile.count <= (kVectors - 1) * kLanes) return run_tile<kLanes, kVectors - 1, kSums>(a, tile, scratch);
-  } else if (tile.count <= kFewQueries) {
-    for (size_t head = tile.head; head < tile.head_end; ++head) {
-      for (size_t i = 0; i < tile.count; ++i) run_query<kLanes>(a, tile.batch, head, tile.first + i, scratch);
+    if (tile.count <= (kVectors - 1) * kLanes) {
+      return run_at_most<kLanes, kVectors - 1, kMostVectors, kSums>(a, tile, mask, scratch);
     }
-    return;
   }
-  run_queries<kLanes, kVectors, kSums>(a, tile, scratch);
+  run_queries<kLanes, kVectors, kMostVectors, kSums>(a, tile, mask, scratch);
+}
+
+template <size_t kLanes, size_t kVectors, size_t kSums>
+void run_tile(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
+  if (tile.count > kFewQueries) return run_at_most<kLanes, kVectors, kVectors, kSums>(a, tile, mask, scratch);
+  for (size_t i = 0; i < tile.count; ++i) run_query<kLanes>(a, tile, tile.first + i, scratch);
+}
+
+template <size_t kLanes, size_t kVectors>
+void lay_mask_of_tile(const Arguments& a, const Tile& tile, float* to) {
+  if constexpr (kVectors > 1) {
+    if (tile.count <= (kVectors - 1) * kLanes) return lay_mask_of_tile<kLanes, kVectors - 1>(a, tile, to);
+  }
+  lay_mask<kLanes, kVectors>(a, tile, 0, a.keys, to);
 }
 
 }  // namespace

@@ -32,9 +32,9 @@ struct Arguments {
   float scale;
 };
 
-// Queries first..first + count - 1 of one batch, for the heads head..head_end - 1.
+// Queries first..first + count - 1 of one batch and head.
 struct Tile {
-  size_t batch, head, head_end, first, count;
+  size_t batch, head, first, count;
 };
 
 // Keys whose weights are in memory at a time.
@@ -45,11 +45,14 @@ constexpr size_t kFewQueries = 3;
 struct Kernel {
   const char* name;
   Isa isa;
-  size_t queries;  // of a tile at most; a multiple of `lanes`
-  size_t lanes;
+  size_t lanes, queries;  // of a vector; of a tile at most, a multiple of `lanes`
 
-  // Tiles do not depend on each other. `scratch` is aligned to 64 bytes and has scratch_floats(*this, arguments).
-  void (*run)(const Arguments& arguments, const Tile& tile, float* scratch);
+  // Tiles do not depend on each other. `mask` is what lay_mask() made, or nullptr. `scratch` is aligned to 64 bytes and
+  // has scratch_floats(); neither is looked at where a kernel has no lay_mask().
+  void (*run)(const Arguments& arguments, const Tile& tile, const float* mask, float* scratch);
+
+  // A mask as run() wants it for the tile, [keys, queries]: may be used for all heads where the mask is the same.
+  void (*lay_mask)(const Arguments& arguments, const Tile& tile, float* to);
 };
 
 }  // namespace sparse_ops::attention

@@ -39,14 +39,12 @@ void run_query(const Arguments& a, size_t b, size_t h, size_t i) {
   }
 }
 
-void run_tile(const Arguments& arguments, const Tile& tile, float*) {
-  for (size_t head = tile.head; head < tile.head_end; ++head) {
-    for (size_t i = 0; i < tile.count; ++i) run_query(arguments, tile.batch, head, tile.first + i);
-  }
+void run_tile(const Arguments& arguments, const Tile& tile, const float*, float*) {
+  for (size_t i = 0; i < tile.count; ++i) run_query(arguments, tile.batch, tile.head, tile.first + i);
 }
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 4, 1, run_tile};
+constexpr Kernel reference = {"reference", Isa::reference, 1, 4, run_tile, nullptr};
 
 }  // namespace sparse_ops::attention
