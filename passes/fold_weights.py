@@ -1,4 +1,4 @@
-"""``clean.fold-weights``: compute the weight of a linear once, not by nodes at every start of a session.
+"""``clean.fold-weights``: compute the weight of a linear or convolution once, not by nodes at every start of a session.
 
 Before::                                       After::
 
@@ -93,19 +93,19 @@ class FoldWeights(Pass):
 
 
 def _weight_operands(model: ir.Model) -> list[tuple[ir.Value, ir.Node]]:
-    """Second operands of MatMul and Gemm that a node computes."""
+    """Second operands of MatMul, Gemm and Conv that a node computes."""
     return [
         (value, node)
         for node in model.graph.all_nodes()
-        if is_standard(node, "MatMul", "Gemm") and (value := _computed(node, 1)) is not None
+        if is_standard(node, "MatMul", "Gemm", "Conv") and (value := _computed(node, 1)) is not None
     ]
 
 
 def _bias_operands(model: ir.Model, known: _Known) -> list[tuple[ir.Value, ir.Node]]:
-    """What a node computes of: third operands of Gemm, and what is added to a MatMul with a constant."""
+    """What a node computes of: third operands of Gemm and Conv, and what is added to a MatMul with a constant."""
     operands = []
     for node in model.graph.all_nodes():
-        if is_standard(node, "Gemm") and (value := _computed(node, 2)) is not None:
+        if is_standard(node, "Gemm", "Conv") and (value := _computed(node, 2)) is not None:
             operands.append((value, node))
         if is_standard(node, "Add"):
             for index in (0, 1):

@@ -95,6 +95,24 @@ FOLDS = {
 }
 
 
+def test_the_mask_of_a_convolution_is_folded(from_text, run):
+    filters, mask = WT[..., None, None].copy(), np.ascontiguousarray(MASK.T[..., None, None])
+    model = build(
+        from_text,
+        "T = Mul(conv_mask, conv_orig) B = Identity(b) Y = Conv<kernel_shape = [1, 1]>(X, T, B)",
+        inputs="float[N, 6, H, W] X",
+        outputs="float[N, 4, H, W] Y",
+        conv_mask=mask,
+        conv_orig=filters,
+        b=BIAS,
+    )
+    x = np.random.default_rng(1).standard_normal((2, 6, 3, 3)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    assert FoldWeights()(model).statistics == {"weights": 1, "biases": 1}
+    np.testing.assert_array_equal(model.graph.initializers["conv"].const_value.numpy(), filters * mask)
+    np.testing.assert_array_equal(run(model, {"X": x})["Y"], before)
+
+
 @pytest.mark.parametrize(("body", "tensors", "expected", "name"), FOLDS.values(), ids=FOLDS)
 @pytest.mark.parametrize("opset", [13, 17])
 def test_a_computed_weight_becomes_an_initializer(from_text, run, body, tensors, expected, name, opset):
