@@ -110,6 +110,7 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
+    """Serve until stdin ends; see the docstring of the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", choices=sorted(_LOADERS))
     parser.add_argument("model")

@@ -64,8 +64,10 @@ def band(ratio: Ratio) -> str:
 
 
 def count(threads: int) -> str:
+    """A number of threads in words."""
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def percent(share: float) -> str:
+    """A share of one as whole percents."""
     return f"{100 * share:.0f} %"
