@@ -21,7 +21,8 @@ scale        float      attribute          finite
 Y            float32    [B, Sq, H·Dv]
 ===========  =========  =================  ==================================================================
 
-A row of scores that are all -Inf gives NaN, as ``Softmax`` does.
+Keys and values may have one batch, which then serves all queries. A row of scores that are all -Inf gives NaN, as
+``Softmax`` does.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def reference(
     with np.errstate(invalid="ignore"):  # -Inf minus -Inf
         weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
     weights /= weights.sum(-1, keepdims=True)
-    y = (weights @ heads(v)).swapaxes(1, 2)
+    y: np.ndarray = (weights @ heads(v)).swapaxes(1, 2)
     return y.reshape(*y.shape[:2], -1)
 
 

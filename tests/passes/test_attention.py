@@ -259,6 +259,11 @@ def test_values_of_another_size(from_text, run):
     check_fused(model, run)
 
 
+def test_one_batch_of_keys_for_all_queries(from_text, run):
+    inputs = INPUTS.replace("[B, T", "[1, T")
+    assert check_fused(build(from_text, PLAIN, inputs=inputs), run) == {"Attention": 1}
+
+
 def test_projections_of_any_kind(from_text, run):
     """A function with a body, as lowered linears are, and a Gemm of rows with a Split."""
     rng = np.random.default_rng(3)

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <initializer_list>
 #include <limits>
 #include <random>
 #include <string>
@@ -15,6 +16,8 @@ namespace {
 
 using namespace sparse_ops;
 using namespace sparse_ops::attention;
+
+using List = std::initializer_list<size_t>;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -197,8 +200,8 @@ void compare(const Problem& p, size_t gap = 0) {
 
 // Around the vectors of every instruction set, the pieces of a tile and the blocks of keys.
 void test_queries_and_keys() {
-  for (size_t queries : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 81, 130}) {
-    for (size_t keys : {1, 2, 5, 6, 7, 8, 15, 63, 64, 65, 129}) {
+  for (size_t queries : List{1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 81, 130}) {
+    for (size_t keys : List{1, 2, 5, 6, 7, 8, 15, 63, 64, 65, 129}) {
       const Sizes sizes = {1, 2, queries, keys, 20, 12};
       compare(random_problem(sizes, (queries + keys) % 2 == 0 ? kNoMask : kCausal));
     }
@@ -206,8 +209,8 @@ void test_queries_and_keys() {
 }
 
 void test_channels() {
-  for (size_t size : {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 24, 32, 48, 63, 64, 65, 80, 96, 128}) {
-    for (size_t queries : {1, 6, 37}) {
+  for (size_t size : List{1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 24, 32, 48, 63, 64, 65, 80, 96, 128}) {
+    for (size_t queries : List{1, 6, 37}) {
       compare(random_problem({1, 2, queries, 19, size, size}, kNoMask));
       compare(random_problem({2, 1, queries, 70, size, 7}, kPadding));
       compare(random_problem({1, 1, queries, 9, 7, size}, kNoMask, true));
@@ -218,8 +221,8 @@ void test_channels() {
 void test_masks() {
   for (int bits = 0; bits < 16; ++bits) {
     const MaskForm form = {true, (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
-    for (size_t queries : {1, 3, 5, 20, 70}) {
-      for (size_t keys : {3, 70}) {
+    for (size_t queries : List{1, 3, 5, 20, 70}) {
+      for (size_t keys : List{3, 70}) {
         compare(random_problem({2, 3, queries, keys, 8, 16}, form));
         compare(random_problem({2, 3, queries, keys, 8, 16}, form, true), 1);
       }
@@ -247,7 +250,7 @@ void test_long_sequences() {
 // Scores far apart, and tops that move from block to block, up and down.
 void test_strong_scores() {
   for (float scale : {0.0f, -0.5f, 10.0f, 300.0f}) {
-    for (size_t queries : {1, 30}) {
+    for (size_t queries : List{1, 30}) {
       Problem p = random_problem({1, 2, queries, 200, 16, 16}, kPadding);
       p.scale = scale;
       compare(p);
@@ -262,8 +265,8 @@ void test_strong_scores() {
 // Masked keys have no weight at all; rows without any key are the mean for the lowest number, and NaN for -Inf.
 void test_masked_keys() {
   for (float fill : {kLowest, -1e30f, -kInf}) {
-    for (size_t queries : {2, 40}) {
-      for (size_t keys : {5, 64, 150}) {
+    for (size_t queries : List{2, 40}) {
+      for (size_t keys : List{5, 64, 150}) {
         Problem p = random_problem({1, 2, queries, keys, 16, 16}, kCausal);
         const size_t alone = keys / 2;  // the first query keeps this key only, the last one keeps none
         for (size_t j = 0; j < keys; ++j) {
@@ -290,8 +293,8 @@ void test_masked_keys() {
 
 // Blocks of keys of -Inf before, between and behind others.
 void test_blocks_without_a_key() {
-  for (size_t begin : {0, 64, 128}) {
-    for (size_t queries : {1, 20}) {
+  for (size_t begin : List{0, 64, 128}) {
+    for (size_t queries : List{1, 20}) {
       Problem p = random_problem({1, 1, queries, 192, 8, 8}, kPadding);
       for (size_t j = 0; j < 64; ++j) p.mask[begin + j] = -kInf;
       compare(p);
@@ -303,7 +306,7 @@ void test_blocks_without_a_key() {
 void test_special_values() {
   const Sizes sizes = {1, 2, 21, 70, 8, 8};
   for (float special : {std::nanf(""), kInf, -kInf}) {
-    for (size_t queries : {size_t{2}, size_t{21}}) {
+    for (size_t queries : List{2, 21}) {
       Problem p = random_problem(sizes, kNoMask);
       p.sizes.queries = queries;
       p.q.resize(queries * 16);

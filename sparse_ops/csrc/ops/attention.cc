@@ -34,7 +34,7 @@ class Kernel {
   void compute(OrtKernelContext* context) const;
 
  private:
-  // How the rows of one head lie, and how long they are.
+  // One operand; a single batch is repeated.
   struct Heads {
     attention::Operand operand;
     size_t batches, rows, size;
@@ -74,7 +74,8 @@ Kernel::Heads Kernel::merged(const InputTensor& tensor, const char* name) const 
   }
   const auto rows = static_cast<size_t>(tensor.dims[1]), channels = static_cast<size_t>(tensor.dims[2]);
   const size_t size = channels / heads_;
-  return {{tensor.data, rows * channels, size, channels}, static_cast<size_t>(tensor.dims[0]), rows, size};
+  const auto batches = static_cast<size_t>(tensor.dims[0]);
+  return {{tensor.data, batches == 1 ? 0 : rows * channels, size, channels}, batches, rows, size};
 }
 
 Kernel::Heads Kernel::split(const InputTensor& tensor, const char* name) const {
@@ -83,7 +84,8 @@ Kernel::Heads Kernel::split(const InputTensor& tensor, const char* name) const {
          std::to_string(heads_) + ", sequence, channels]");
   }
   const auto rows = static_cast<size_t>(tensor.dims[2]), size = static_cast<size_t>(tensor.dims[3]);
-  return {{tensor.data, heads_ * rows * size, rows * size, size}, static_cast<size_t>(tensor.dims[0]), rows, size};
+  const auto batches = static_cast<size_t>(tensor.dims[0]);
+  return {{tensor.data, batches == 1 ? 0 : heads_ * rows * size, rows * size, size}, batches, rows, size};
 }
 
 attention::Mask Kernel::mask(OrtKernelContext* context, const attention::Arguments& a) const {
@@ -110,7 +112,8 @@ void Kernel::compute(OrtKernelContext* context) const {
                     value = float_input(api_, context, kV);
   const Heads q = merged(query, "q"), k = op_.split ? split(key, "k") : merged(key, "k"),
               v = op_.split ? split(value, "v") : merged(value, "v");
-  if (k.batches != q.batches || v.batches != q.batches || k.size != q.size || v.rows != k.rows) {
+  const auto serves = [&](const Heads& x) { return x.batches == q.batches || x.batches == 1; };
+  if (!serves(k) || !serves(v) || k.size != q.size || v.rows != k.rows) {
     fail("inputs q, k and v have shapes " + text_of(query.dims) + ", " + text_of(key.dims) + " and " +
          text_of(value.dims) + ", which do not fit");
   }
