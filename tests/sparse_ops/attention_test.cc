@@ -86,7 +86,8 @@ Operand operand(const void* data, size_t heads, size_t rows, size_t size, bool s
   return split ? Operand{data, batch, rows * size, size} : Operand{data, batch, size, heads * size};
 }
 
-Arguments arguments_of(const Problem& p, const void* q, const void* k, const void* v, const void* mask, float* y) {
+Arguments arguments_of(const Problem& p, const void* q, const void* k, const void* v, const void* mask,
+                       float* y) {
   const Sizes& s = p.sizes;
   Arguments a{};
   a.q = operand(q, s.heads, s.queries, s.size, false);
@@ -95,7 +96,8 @@ Arguments arguments_of(const Problem& p, const void* q, const void* k, const voi
   if (p.form.present) {
     const size_t row = p.form.key ? s.keys : 1, head = row * (p.form.row ? s.queries : 1);
     const size_t batch = head * (p.form.head ? s.heads : 1);
-    a.mask = {mask, p.form.batch ? batch : 0, p.form.head ? head : 0, p.form.row ? row : 0, p.form.key ? 1u : 0u};
+    a.mask = {mask, p.form.batch ? batch : 0, p.form.head ? head : 0, p.form.row ? row : 0,
+              p.form.key ? 1u : 0u};
   }
   a.y = y;
   a.batches = s.batches;
@@ -109,11 +111,13 @@ Arguments arguments_of(const Problem& p, const void* q, const void* k, const voi
 }
 
 // In the worst case: arrays at the end or the beginning of memory, the mask at an odd address.
-std::vector<float> run_kernel(const Kernel& kernel, const Problem& p, size_t gap = 0, Edge edge = Edge::back) {
+std::vector<float> run_kernel(const Kernel& kernel, const Problem& p, size_t gap = 0,
+                              Edge edge = Edge::back) {
   const Sizes& s = p.sizes;
   const Guarded<float> q(p.q, gap, edge), k(p.k, gap, edge), v(p.v, gap, edge), mask(p.mask, gap, edge);
   q.make_read_only(), k.make_read_only(), v.make_read_only();
-  const Guarded<float> y(std::vector<float>(s.batches * s.queries * s.heads * s.value_size, std::nanf("")), 0, edge);
+  const Guarded<float> y(std::vector<float>(s.batches * s.queries * s.heads * s.value_size, std::nanf("")), 0,
+                         edge);
   const Arguments arguments = arguments_of(p, q.data(), k.data(), v.data(), mask.data(), y.typed());
   const Guarded<char> scratch(std::vector<char>(scratch_bytes(kernel, arguments), '\x7f'), 0, edge);
   Backwards workers;
@@ -171,9 +175,10 @@ Wanted wanted(const Problem& p) {
 std::string text_of(const Kernel& kernel, const Problem& p) {
   const Sizes& s = p.sizes;
   char text[200];
-  std::snprintf(text, sizeof text, "%s: B %zu, H %zu, Sq %zu, Sk %zu, D %zu, Dv %zu, mask %d%d%d%d%d, split %d",
-                kernel.name, s.batches, s.heads, s.queries, s.keys, s.size, s.value_size, p.form.present,
-                p.form.batch, p.form.head, p.form.row, p.form.key, p.split);
+  std::snprintf(text, sizeof text,
+                "%s: B %zu, H %zu, Sq %zu, Sk %zu, D %zu, Dv %zu, mask %d%d%d%d%d, split %d", kernel.name,
+                s.batches, s.heads, s.queries, s.keys, s.size, s.value_size, p.form.present, p.form.batch,
+                p.form.head, p.form.row, p.form.key, p.split);
   return text;
 }
 
@@ -262,7 +267,8 @@ void test_strong_scores() {
   }
 }
 
-// Masked keys have no weight at all; rows without any key are the mean for the lowest number, and NaN for -Inf.
+// Masked keys have no weight at all; rows without any key are the mean for the lowest number, and NaN for
+// -Inf.
 void test_masked_keys() {
   for (float fill : {kLowest, -1e30f, -kInf}) {
     for (size_t queries : List{2, 40}) {
@@ -280,7 +286,8 @@ void test_masked_keys() {
             wrong += got[c] != p.v[alone * 32 + c];
             const float last = got[(queries - 1) * 32 + c];
             double mean = 0;
-            for (size_t j = 0; j < keys; ++j) mean += static_cast<double>(p.v[j * 32 + c]) / static_cast<double>(keys);
+            for (size_t j = 0; j < keys; ++j)
+              mean += static_cast<double>(p.v[j * 32 + c]) / static_cast<double>(keys);
             wrong += std::isinf(fill) ? !std::isnan(last) : !(std::abs(last - mean) < 1e-5);
           }
           for (size_t i = 32; i < (queries - 1) * 32; ++i) wrong += !std::isfinite(got[i]);
@@ -314,10 +321,11 @@ void test_special_values() {
       for_each_kernel([&](const Kernel& kernel) {
         const std::vector<float> before = run_kernel(kernel, clean);
         Problem q = clean, k = clean, v = clean;
-        q.q[16 + 3] = special;      // query 1 of head 0
+        q.q[16 + 3] = special;             // query 1 of head 0
         k.k[69 * 16 + 3] = std::nanf("");  // the last key of head 0
-        v.v[5 * 16 + 2] = special;  // channel 2 of head 0
-        const std::vector<float> of_q = run_kernel(kernel, q), of_k = run_kernel(kernel, k), of_v = run_kernel(kernel, v);
+        v.v[5 * 16 + 2] = special;         // channel 2 of head 0
+        const std::vector<float> of_q = run_kernel(kernel, q), of_k = run_kernel(kernel, k),
+                                 of_v = run_kernel(kernel, v);
         size_t wrong = 0;
         for (size_t i = 0; i < before.size(); ++i) {
           const size_t row = i / 16, head = i % 16 / 8, channel = i % 8;
@@ -355,7 +363,8 @@ void test_parallel() {
   std::vector<char> scratch(scratch_bytes(kernel, large));
   Backwards workers;
   Failing failing;
-  expect(attention::run(kernel, large, scratch.data(), workers) && workers.tasks > 16, "many tiles are not spread");
+  expect(attention::run(kernel, large, scratch.data(), workers) && workers.tasks > 16,
+         "many tiles are not spread");
   expect(!attention::run(kernel, large, scratch.data(), failing), "a failure of workers was lost");
   expect(attention::run(kernel, small, scratch.data(), failing), "one small tile was spread");
   small.batches = 0;

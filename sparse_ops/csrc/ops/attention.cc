@@ -59,7 +59,8 @@ Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : op_
   if (heads < 1) node.fail("attribute num_heads is " + std::to_string(heads) + ", expected at least 1");
   heads_ = static_cast<size_t>(heads);
   scale_ = node.number("scale");
-  if (!std::isfinite(scale_)) node.fail("attribute scale is " + std::to_string(scale_) + ", expected a finite number");
+  if (!std::isfinite(scale_))
+    node.fail("attribute scale is " + std::to_string(scale_) + ", expected a finite number");
   const IsaChoice choice = active_isa();
   if (choice.error != nullptr) node.fail(choice.error);
   kernel_ = &attention::select_kernel(choice.isa);
@@ -184,7 +185,8 @@ std::vector<const OrtCustomOp*> attention_ops(const OrtApi& api) {
   const auto [place, is_new] = sets.try_emplace(&api);
   if (is_new) {
     place->second = {make_op(api, "Attention", false, false), make_op(api, "AttentionMasked", false, true),
-                     make_op(api, "AttentionSplit", true, false), make_op(api, "AttentionSplitMasked", true, true)};
+                     make_op(api, "AttentionSplit", true, false),
+                     make_op(api, "AttentionSplitMasked", true, true)};
   }
   std::vector<const OrtCustomOp*> ops;
   for (const Op& op : place->second) ops.push_back(&op);

@@ -30,13 +30,14 @@ size_t whole_lines(size_t floats) {
   return ceil_div(floats, line) * line;
 }
 
-// Pieces of scratch, one bit each, for tasks that run at the same time. One that was just used is in the cache: a
-// task takes the first that is free.
+// Pieces of scratch, one bit each, for tasks that run at the same time. One that was just used is in the
+// cache: a task takes the first that is free.
 class FreeScratch {
  public:
   size_t take() {
     uint64_t free = free_.load(std::memory_order_relaxed);
-    while (!free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire)) {}
+    while (!free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire)) {
+    }
     return static_cast<size_t>(std::countr_zero(free));
   }
   void give_back(size_t piece) { free_.fetch_or(uint64_t{1} << piece, std::memory_order_release); }
@@ -52,8 +53,9 @@ struct Plan {
   const Arguments& arguments;
   size_t vectors, strips;  // of queries; they share the vectors evenly
   size_t tiles = 0, per_task = 0;
-  size_t masks = 0, mask_floats = 0;  // batches whose masks are laid out before: 0, 1 or all; size of one for one strip
-  size_t scratch_floats = 0;          // of one task
+  size_t masks = 0,
+         mask_floats = 0;  // batches whose masks are laid out before: 0, 1 or all; size of one for one strip
+  size_t scratch_floats = 0;  // of one task
   float *mask = nullptr, *scratch = nullptr;
   FreeScratch free_scratch;
 
@@ -76,8 +78,8 @@ Plan::Plan(const Kernel& k, const Arguments& a)
   const size_t work = a.queries * a.keys * (a.size + a.value_size) / std::max<size_t>(1, strips);
   per_task = std::max({size_t{1}, ceil_div(tiles, kMostTasks), kTaskWork / std::max<size_t>(1, work)});
   mask_floats = a.keys * k.queries;
-  if (a.mask.data != nullptr && a.mask.row != 0 && a.mask.head == 0 && a.heads > 1 && a.queries > kFewQueries &&
-      k.lay_mask != nullptr) {
+  if (a.mask.data != nullptr && a.mask.row != 0 && a.mask.head == 0 && a.heads > 1 &&
+      a.queries > kFewQueries && k.lay_mask != nullptr) {
     masks = a.mask.batch == 0 ? 1 : a.batches;
     if (masks * strips * mask_floats > kSharedMask) masks = 0;
   }

@@ -14,8 +14,8 @@ std::span<const Kernel* const> kernels();
 // The kernel of `isa`.
 const Kernel& select_kernel(Isa isa);
 
-// Memory that run() needs, any alignment. It does not grow with the number of keys, and stops growing with that of
-// queries.
+// Memory that run() needs, any alignment: a bounded number of tiles, which do not depend on the number of
+// keys, and up to 4 MiB for a mask that all heads share.
 size_t scratch_bytes(const Kernel& kernel, const Arguments& arguments);
 
 // False only if `workers` failed. Little work is not spread over workers.

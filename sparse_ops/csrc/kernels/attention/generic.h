@@ -1,9 +1,9 @@
 // The kernel's body for any vector width. Included by one source file per instruction set.
 //
-// Scores are vectors of queries: those of a tile are transposed once, while keys are read where they are, element by
-// element; and a maximum or a sum over keys is one of whole vectors. For the result, channels of values lie in the
-// lanes, and weights are read element by element. Keys come in blocks; when a later one has a larger score, what was
-// summed so far is made smaller (online softmax: Milakov and Gimelshein, 2018).
+// Scores are vectors of queries: those of a tile are transposed once, while keys are read where they are,
+// element by element; and a maximum or a sum over keys is one of whole vectors. For the result, channels of
+// values lie in the lanes, and weights are read element by element. Keys come in blocks; when a later one has
+// a larger score, what was summed so far is made smaller (online softmax: Milakov and Gimelshein, 2018).
 //
 // Few queries would leave most lanes of the scores empty. For them, channels lie in the lanes there, too.
 #pragma once
@@ -56,10 +56,13 @@ inline void multiply(Bytes a, size_t row, size_t step, Bytes b, size_t b_step, s
   }
 }
 
-// to[c * to_row + r] = from[r * from_row + c] for c < columns and r < kLanes; rows from `rows` on are like the last.
+// to[c * to_row + r] = from[r * from_row + c] for c < columns and r < kLanes; rows from `rows` on are like
+// the last.
 template <size_t kLanes, bool kFull>
 inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t columns, float* to, size_t to_row) {
-  const auto place = [&](size_t r, size_t c) { return at(from, (kFull ? r : smaller(r, rows - 1)) * from_row + c); };
+  const auto place = [&](size_t r, size_t c) {
+    return at(from, (kFull ? r : smaller(r, rows - 1)) * from_row + c);
+  };
   size_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
     Vector<kLanes> square[kLanes];
@@ -83,7 +86,8 @@ inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t column
   }
 }
 
-// What is subtracted from scores before they go into the exponential: the largest, but a number where that is -Inf.
+// What is subtracted from scores before they go into the exponential: the largest, but a number where that is
+// -Inf.
 template <size_t kLanes>
 inline Vector<kLanes> finite_top(Vector<kLanes> top) {
   const Vector<kLanes> least = splat<kLanes>(-__FLT_MAX__);
@@ -133,7 +137,8 @@ MaskVectors lay_mask(const Arguments& a, const Tile& tile, size_t key, size_t ke
   return {to, kVectors * kLanes, kLanes};
 }
 
-// Side by side, so that they stay in the cache: to[r * width + c] = from[r * row + c], zeros for c from `columns` on.
+// Side by side, so that they stay in the cache: to[r * width + c] = from[r * row + c], zeros for c from
+// `columns` on.
 template <size_t kLanes>
 inline void pack_rows(Bytes from, size_t row, size_t rows, size_t columns, size_t width, float* to) {
   for (size_t r = 0; r < rows; ++r, from = at(from, row), to += width) {
@@ -149,8 +154,8 @@ inline void pack_rows(Bytes from, size_t row, size_t rows, size_t columns, size_
 // result = result * factor + weights . values, or without the first term. For rows r < rows of the result:
 //   weights (r, key) at weights[key * weights_row + r], factors at factor[r]
 template <size_t kLanes, size_t kMostVectors, size_t kSums>
-void add_values(const float* weights, size_t weights_row, const float* values, size_t width, size_t rows, size_t keys,
-                bool first, const float* factor, float* result) {
+void add_values(const float* weights, size_t weights_row, const float* values, size_t width, size_t rows,
+                size_t keys, bool first, const float* factor, float* result) {
   in_pieces<kMostVectors>(width / kLanes, [&]<size_t kVectors>(size_t column, Count<kVectors>) {
     in_pieces<smaller(8, kSums / kVectors)>(rows, [&]<size_t n>(size_t r, Count<n>) {
       float* place = result + r * width + column * kLanes;
@@ -159,7 +164,8 @@ void add_values(const float* weights, size_t weights_row, const float* values, s
 #pragma GCC unroll 8
         for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
-          for (size_t v = 0; v < kVectors; ++v) s[i][v] = load<kLanes>(place + i * width + v * kLanes) * factor[r + i];
+          for (size_t v = 0; v < kVectors; ++v)
+            s[i][v] = load<kLanes>(place + i * width + v * kLanes) * factor[r + i];
         }
       }
       multiply<kLanes>(at(weights, r), 1, weights_row, at(values, column * kLanes), width, keys, s);
@@ -172,8 +178,8 @@ void add_values(const float* weights, size_t weights_row, const float* values, s
   });
 }
 
-// A tile of kVectors vectors of queries; kSums vectors of sums fit into registers. `mask`: what lay_mask() made of all
-// keys for all heads, or nullptr.
+// A tile of kVectors vectors of queries; kSums vectors of sums fit into registers. `mask`: what lay_mask()
+// made of all keys for all heads, or nullptr.
 template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
 void run_queries(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
   using V = Vector<kLanes>;
@@ -187,8 +193,8 @@ void run_queries(const Arguments& a, const Tile& tile, const float* mask, float*
   float* result = values + kKeyBlock * value_width;  // [kWidth, value_width]
   const Bytes q = at(rows_of(a.q, tile), tile.first * a.q.row);
   for (size_t v = 0; v < kVectors; ++v) {
-    transpose_in<kLanes>(at(q, v * kLanes * a.q.row), a.q.row, tile.count - v * kLanes, a.size, queries + v * kLanes,
-                         kWidth);
+    transpose_in<kLanes>(at(q, v * kLanes * a.q.row), a.q.row, tile.count - v * kLanes, a.size,
+                         queries + v * kLanes, kWidth);
   }
   V top[kVectors], sum[kVectors];
   for (size_t v = 0; v < kVectors; ++v) top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
@@ -206,7 +212,8 @@ void run_queries(const Arguments& a, const Tile& tile, const float* mask, float*
       for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
-          const V score = s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
+          const V score =
+              s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
           store<kLanes>(scores + (j + i) * kWidth + v * kLanes, score);
           new_top[v] = score > new_top[v] ? score : new_top[v];
         }
@@ -228,15 +235,17 @@ void run_queries(const Arguments& a, const Tile& tile, const float* mask, float*
         sum[v] += w;
       }
     }
-    pack_rows<kLanes>(at(rows_of(a.v, tile), key * a.v.row), a.v.row, keys, a.value_size, value_width, values);
-    add_values<kLanes, kMostVectors, kSums>(scores, kWidth, values, value_width, tile.count, keys, key == 0, factors,
-                                            result);
+    pack_rows<kLanes>(at(rows_of(a.v, tile), key * a.v.row), a.v.row, keys, a.value_size, value_width,
+                      values);
+    add_values<kLanes, kMostVectors, kSums>(scores, kWidth, values, value_width, tile.count, keys, key == 0,
+                                            factors, result);
   }
   for (size_t v = 0; v < kVectors; ++v) store<kLanes>(factors + v * kLanes, 1.0f / sum[v]);
   float* y = result_row(a, tile, tile.first);
   for (size_t r = 0; r < tile.count; ++r, result += value_width, y += a.heads * a.value_size) {
     size_t c = 0;
-    for (; c + kLanes <= a.value_size; c += kLanes) store<kLanes>(y + c, load<kLanes>(result + c) * factors[r]);
+    for (; c + kLanes <= a.value_size; c += kLanes)
+      store<kLanes>(y + c, load<kLanes>(result + c) * factors[r]);
     for (; c < a.value_size; ++c) y[c] = result[c] * factors[r];
   }
 }

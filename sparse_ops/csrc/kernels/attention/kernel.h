@@ -1,7 +1,7 @@
 // What one kernel for attention is: plain data, so that sources compiled for wide vectors may include it.
 //
-// For every batch and head, Y = softmax(scale * Q Kᵀ + mask) V, softmax over the keys. Rows of scores that are all
-// -Inf give NaN, no keys give zeros.
+// For every batch and head, Y = softmax(scale * Q Kᵀ + mask) V, softmax over the keys. Rows of scores that
+// are all -Inf give NaN, no keys give zeros.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 
 namespace sparse_ops::attention {
 
-// float32 [batches, heads, rows, channels] in any order but for the channels, which lie side by side. Distances count
-// elements. Any alignment: constants lie where the model file has them.
+// float32 [batches, heads, rows, channels] in any order but for the channels, which lie side by side.
+// Distances count elements. Any alignment: constants lie where the model file has them.
 struct Operand {
   const void* data;
   size_t batch, head, row;
@@ -47,11 +47,12 @@ struct Kernel {
   Isa isa;
   size_t lanes, queries;  // of a vector; of a tile at most, a multiple of `lanes`
 
-  // Tiles do not depend on each other. `mask` is what lay_mask() made, or nullptr. `scratch` is aligned to 64 bytes and
-  // has scratch_floats(); neither is looked at where a kernel has no lay_mask().
+  // Tiles do not depend on each other. `mask` is what lay_mask() made, or nullptr. `scratch` is aligned to 64
+  // bytes and has scratch_floats(); neither is looked at where a kernel has no lay_mask().
   void (*run)(const Arguments& arguments, const Tile& tile, const float* mask, float* scratch);
 
-  // A mask as run() wants it for the tile, [keys, queries]: may be used for all heads where the mask is the same.
+  // A mask as run() wants it for the tile, [keys, queries]: may be used for all heads where the mask is the
+  // same.
   void (*lay_mask)(const Arguments& arguments, const Tile& tile, float* to);
 };
 

@@ -1,0 +1,287 @@
+"""Attention inside ONNX Runtime, with the library and on the function bodies."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import attention
+
+B, H, D, DV = 2, 3, 20, 24
+SCALE = 0.3
+NODE = "encoder/layer.3/attention"
+LOWEST = np.finfo(np.float32).min
+every_op = pytest.mark.parametrize("op_type", attention.OP_TYPES)
+masked_ops = pytest.mark.parametrize("op_type", ["AttentionMasked", "AttentionSplitMasked"])
+both_ways = pytest.mark.parametrize("library", [True, False])
+
+
+def floats(*shape, seed=3):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def feeds(op_type, sq, sk, *, batch=B, mask=None):
+    """Inputs; ``mask`` is one, or its shape, by default [B, 1, Sq, Sk]."""
+    signature = attention.OP_TYPES[op_type]
+    k = (batch, H, sk, D) if signature.split else (batch, sk, H * D)
+    v = (batch, H, sk, DV) if signature.split else (batch, sk, H * DV)
+    given = {"q": floats(batch, sq, H * D), "k": floats(*k, seed=4), "v": floats(*v, seed=5)}
+    if signature.masked:
+        mask = (batch, 1, sq, sk) if mask is None else mask
+        given["mask"] = floats(*mask, seed=6) if isinstance(mask, tuple) else mask
+    return given
+
+
+def model(op_type, *, shapes=None, opset=17, num_heads=H, scale=SCALE, with_body=True):
+    """One node; ``shapes`` are those of the inputs by name (default: of unknown rank)."""
+    signature, float32 = attention.OP_TYPES[op_type], onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node(op_type, signature.inputs, ["Y"], name=NODE, domain=attention.DOMAIN)
+    for name, value in (("num_heads", num_heads), ("scale", scale)):
+        if value is not None:
+            node.attribute.append(onnx.helper.make_attribute(name, value))
+    known = shapes or {}
+    graph = onnx.helper.make_graph(
+        [node],
+        "layer",
+        [onnx.helper.make_tensor_value_info(name, float32, known.get(name)) for name in signature.inputs],
+        [onnx.helper.make_tensor_value_info("Y", float32, None)],
+    )
+    return onnx.helper.make_model(
+        graph,
+        ir_version=9 if opset < 21 else 10,
+        opset_imports=[
+            onnx.helper.make_opsetid("", opset),
+            onnx.helper.make_opsetid(attention.DOMAIN, attention.VERSION),
+        ],
+        functions=[attention.function_body(op_type, opset)] if with_body else [],
+    )
+
+
+def expected(given):
+    return attention.reference(
+        given["q"], given["k"], given["v"], given.get("mask"), num_heads=H, scale=SCALE
+    )
+
+
+def assert_close(got, want):
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=4e-6)
+
+
+@every_op
+@both_ways
+@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (1, 9), (2, 130), (5, 5), (9, 70), (70, 9), (130, 64)])
+def test_computes_the_reference(op_type, library, sq, sk, open_session):
+    given = feeds(op_type, sq, sk)
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
+
+
+@every_op
+@pytest.mark.parametrize("opset", range(13, 27))
+def test_body_of_every_opset(op_type, opset, open_session):
+    given = feeds(op_type, 5, 7)
+    assert_close(
+        open_session(model(op_type, opset=opset), library=False).run(None, given)[0], expected(given)
+    )
+
+
+SQ, SK = 6, 10
+MASK_SHAPES = [
+    *itertools.product((B, 1), (H, 1), (SQ, 1), (SK, 1)),
+    *itertools.product((H, 1), (SQ, 1), (SK, 1)),
+    *itertools.product((SQ, 1), (SK, 1)),
+    (SK,),
+    (1,),
+    (),
+]
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_masks_broadcast(op_type, library, shape, open_session):
+    given = feeds(op_type, SQ, SK, mask=shape)
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
+
+
+@every_op
+@both_ways
+@pytest.mark.parametrize("sq", [2, 40])
+def test_one_batch_of_keys_serves_all_queries(op_type, library, sq, open_session):
+    given = feeds(op_type, sq, 9) | {name: feeds(op_type, sq, 9, batch=1)[name] for name in ("k", "v")}
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize("fill", [LOWEST, -1e30, -np.inf])
+def test_rows_without_a_key(op_type, library, fill, open_session):
+    """The mean of all values where the scores vanish in the mask, NaN where they are -Inf."""
+    mask = np.zeros((B, 1, SQ, SK), np.float32)
+    mask[1, :, 2] = fill
+    given = feeds(op_type, SQ, SK, mask=mask)
+    got = open_session(model(op_type), library=library).run(None, given)[0]
+    want = expected(given)
+    assert np.isnan(want[1, 2]).all() == np.isinf(fill)
+    assert_close(got, want)
+
+
+@every_op
+@both_ways
+def test_not_a_number_stays_in_its_head(op_type, library, open_session):
+    given = feeds(op_type, SQ, SK)
+    clean = expected(given)
+    given["q"][1, 2, 0] = np.nan
+    got = open_session(model(op_type), library=library).run(None, given)[0]
+    assert np.isnan(got[1, 2, :DV]).all()
+    got[1, 2, :DV] = clean[1, 2, :DV]
+    assert_close(got, clean)
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("batch", "sq", "sk"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["batches", "queries", "keys"]
+)
+def test_empty_inputs(op_type, batch, sq, sk, open_session):
+    got = open_session(model(op_type)).run(None, feeds(op_type, sq, sk, batch=batch))[0]
+    np.testing.assert_array_equal(got, np.zeros((batch, sq, H * DV), np.float32))
+
+
+@every_op
+@pytest.mark.parametrize("sq", [1, 200])
+def test_threads_give_the_same_bytes(op_type, sq, open_session):
+    given = feeds(op_type, sq, 200)
+    one, two, four = (open_session(model(op_type), threads=n).run(None, given)[0] for n in (1, 2, 4))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, four)
+
+
+@every_op
+def test_the_node_is_ours_only_with_the_library(op_type, open_session, tmp_path):
+    kept = {}
+    for library in (True, False):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / f"{library}.onnx")
+        open_session(model(op_type), library=library, options=options)
+        nodes = onnx.load(tmp_path / f"{library}.onnx").graph.node
+        kept[library] = [node.op_type for node in nodes if node.domain == attention.DOMAIN]
+    assert kept == {True: [op_type], False: []}
+
+
+@every_op
+def test_the_runtime_fuses_the_body(op_type, open_session, tmp_path):
+    """The scale goes into the product, as in a graph that was never fused."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    split = attention.OP_TYPES[op_type].split
+    key, value = ([B, H, SK, D], [B, H, SK, DV]) if split else ([B, SK, H * D], [B, SK, H * DV])
+    shapes = {"q": [B, SQ, H * D], "k": key, "v": value, "mask": [B, 1, SQ, SK]}
+    open_session(model(op_type, shapes=shapes), library=False, options=options)
+    op_types = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    assert "FusedMatMul" in op_types
+    assert not {"Mul", "Concat", "Constant"} & set(op_types)
+
+
+@every_op
+def test_output_shape_is_inferred(op_type, open_session):
+    split = attention.OP_TYPES[op_type].split
+    value = ["batch", H, "past", DV] if split else ["batch", "keys", H * DV]
+    shapes = {"q": ["batch", "tokens", H * D], "v": value}
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
+    assert output.shape == ["batch", "tokens", H * DV]
+
+
+@every_op
+def test_unknown_channels_stay_unknown(op_type, open_session):
+    (output,) = open_session(model(op_type, shapes={"q": ["batch", 7, "channels"]})).get_outputs()
+    assert output.shape[:2] == ["batch", 7]
+    assert not isinstance(output.shape[2], int)
+    assert output.shape[2] != "channels"
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("num_heads", 0), ("num_heads", -1), ("num_heads", None), ("num_heads", 1.0)]
+    + [("scale", value) for value in (float("nan"), float("inf"), None, 1)],
+)
+def test_wrong_attributes_are_refused_by_name(op_type, attribute, value, open_session):
+    with pytest.raises(Exception, match=rf"node '{NODE}' \({op_type}\): attribute {attribute} is"):
+        open_session(model(op_type, with_body=False, **{attribute: value}))
+
+
+MERGED = "AttentionMasked"
+WRONG = [
+    (
+        MERGED,
+        "q",
+        (B, SQ, H * D + 1),
+        r"input q has shape \[2, 6, 61\], expected \[batch, sequence, channels\]",
+    ),
+    (MERGED, "q", (B, SQ), r"input q has shape \[2, 6\], expected"),
+    (
+        MERGED,
+        "k",
+        (B, H, SK, D),
+        r"input k has shape \[2, 3, 10, 20\], expected \[batch, sequence, channels\]",
+    ),
+    (MERGED, "k", (B, SK, H * D + H), r"\[2, 6, 60\], \[2, 10, 63\] and \[2, 10, 72\], which do not fit"),
+    (MERGED, "k", (B + 1, SK, H * D), "which do not fit"),
+    (MERGED, "v", (B, SK + 1, H * DV), "which do not fit"),
+    (MERGED, "v", (B + 1, SK, H * DV), "which do not fit"),
+    (MERGED, "mask", (B, 1, SQ, SK + 1), r"mask has shape \[2, 1, 6, 11\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (H + 1, SQ, SK), r"mask has shape \[4, 6, 10\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (1, 1, 1, 1, 1), r"mask has shape \[1, 1, 1, 1, 1\], .* broadcast to \[2, 3, 6, 10\]"),
+    (
+        "AttentionSplit",
+        "k",
+        (B, SK, H * D),
+        r"input k has shape \[2, 10, 60\], expected \[batch, 3, sequence",
+    ),
+    ("AttentionSplit", "v", (B, H + 1, SK, DV), r"input v has shape \[2, 4, 10, 24\], expected \[batch, 3"),
+]
+
+
+@pytest.mark.parametrize(("op_type", "name", "shape", "message"), WRONG)
+def test_wrong_shapes_are_refused_by_name(op_type, name, shape, message, open_session):
+    session = open_session(model(op_type, with_body=False))
+    with pytest.raises(Exception, match=message) as caught:
+        session.run(None, feeds(op_type, SQ, SK) | {name: floats(*shape)})
+    assert f"node '{NODE}' ({op_type})" in str(caught.value)
+
+
+LOGGED = """
+import sys, onnxruntime
+from sparse_onnx import sparse_ops
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 1
+sparse_ops.register(options)
+onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "generic", "avx1024"])
+def test_the_forced_instruction_set_is_used_or_refused(isa, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model("Attention").SerializeToString())
+    result = subprocess.run(
+        [sys.executable, "-c", LOGGED, str(path)],
+        env={**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    where = f"node '{NODE}' (Attention): "
+    if any(name.startswith(isa) for name in sparse_ops.info().kernels):
+        assert result.returncode == 0, result.stderr
+        assert f"{where}kernel {isa}" in result.stderr
+    else:
+        assert result.returncode != 0
+        assert f"{where}SPARSE_ONNX_FORCE_ISA" in result.stderr
