@@ -18,7 +18,10 @@ WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_si
 
 
 @given(
-    weight=WEIGHTS, chunk=st.integers(1, 255), groups=st.integers(1, 32), width=st.sampled_from([1, 4, 8, None])
+    weight=WEIGHTS,
+    chunk=st.integers(1, 255),
+    groups=st.integers(1, 32),
+    width=st.sampled_from([1, 4, 8, None]),
 )
 @settings(max_examples=300, deadline=None)
 def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, groups, width):
