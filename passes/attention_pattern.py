@@ -321,9 +321,11 @@ def _fits(dims: _Dims, target: _Dims) -> bool:
 def _chain(value: ir.Value | None, scores: ir.Node, facts: Facts) -> tuple[float, tuple[Mask, ...]]:
     """The scale and the masks between the product and Softmax, in the order in which they are applied."""
     scale, masks = 1.0, list[Mask]()
+    budget = _MAX_CHAIN
     while (node := value.producer() if value is not None else None) is not scores:
         assert node is not None  # _scores has been here
-        index = next(i for i, x in enumerate(node.inputs) if _scores(x) is scores)
+        budget -= 1  # as _scores counted
+        index = next(i for i, x in enumerate(node.inputs) if _scores(x, budget) is scores)
         if (factor := _factor(node, index, facts)) is not None:
             scale *= factor
         elif node.op_type in ("Add", "Where") and scale != 1:

@@ -345,6 +345,13 @@ def test_additive_mask(from_text, run, shape, fill):
     assert [value.name for value in fused(model).inputs] == ["q", "k", "v", "mask"]
 
 
+def test_a_mask_that_is_a_product_too_is_told_from_the_scores(from_text, run):
+    """A search from the mask's side would reach another MatMul, just at the end of its reach."""
+    steps = " ".join(f"a{i + 1} = Identity(a{i})" for i in range(10))
+    body = f"{SPLITS} a0 = MatMul(e, h) {steps} s = MatMul(Q, K) m = Add(a10, s) S = Identity(m) {SOFTMAX} {MERGE}"
+    check_fused(build(from_text, body, inputs=f"{INPUTS}, float[S, 8] e, float[8, T] h"), run)
+
+
 def test_an_expanded_mask_goes_in_as_it_was(from_text, run):
     body = MASKED.replace("M = Add(S, mask)", "whole = Shape(S) full = Expand(mask, whole) M = Add(S, full)")
     model = build(from_text, body, inputs=f"{INPUTS}, float[B, 1, 1, T] mask")
