@@ -133,6 +133,7 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   w.bias = static_cast<const unsigned char*>(s.bias);
   w.activation = activation;
   w.block_entries = result.block_entries.data();
+  w.entries = entries;
   return {};
 }
 

@@ -28,7 +28,8 @@ struct Weight {
   const uint8_t* counts;
   const uint8_t* rows;
   const uint64_t* block_entries;  // [blocks] index of the first entry of each block
-  const unsigned char* bias;      // float32 [N]
+  uint64_t entries;
+  const unsigned char* bias;  // float32 [N]
   Activation activation;
   bool gated;  // Y = act(first half of X . W + bias) * second half; each half has whole blocks
 };

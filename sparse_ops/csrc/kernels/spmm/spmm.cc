@@ -72,12 +72,8 @@ void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
                                   output->y + strip.row(tile) * output->channels + channel);
 }
 
-// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
-// once.
-void multiply_task(void* context, size_t index) {
-  const Strip& strip = *static_cast<const Strip*>(context);
+void multiply_plain(const Strip& strip, size_t tile, size_t block) {
   const Weight& weight = strip.weight;
-  const size_t tile = index % strip.tiles, block = index / strip.tiles;
   const size_t channels = std::min(weight.block, weight.N - block * weight.block);
   const Kernel& kernel = strip.kernel(tile);
   alignas(kCacheLine) float acc[kMaxAccumulators];
@@ -86,10 +82,8 @@ void multiply_task(void* context, size_t index) {
   store(strip, tile, block, acc);
 }
 
-void gated_multiply_task(void* context, size_t index) {
-  const Strip& strip = *static_cast<const Strip*>(context);
+void multiply_gated(const Strip& strip, size_t tile, size_t block) {
   const Weight& weight = strip.weight;
-  const size_t tile = index % strip.tiles, block = index / strip.tiles;
   const Kernel& kernel = strip.kernel(tile);
   const size_t size = weight.block * kernel.tile;
   alignas(kCacheLine) float gate[kMaxAccumulators], acc[kMaxAccumulators];
@@ -100,12 +94,49 @@ void gated_multiply_task(void* context, size_t index) {
   store(strip, tile, block, acc);
 }
 
+void multiply(const Strip& strip, size_t tile, size_t block) {
+  if (strip.weight.gated) {
+    multiply_gated(strip, tile, block);
+  } else {
+    multiply_plain(strip, tile, block);
+  }
+}
+
+// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
+// once.
+void multiply_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  multiply(strip, index % strip.tiles, index / strip.tiles);
+}
+
+size_t processors() {
+  static const size_t count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
+}
+
+// Whether whole tiles are tasks: if they keep every processor busy, the panel of a tile then stays with the
+// one that made it. With few entries, panels that travel between processors cost more than a weight that each
+// of them reads.
+bool tiles_are_tasks(const Weight& weight, size_t tiles) {
+  const bool few_entries = weight.entries * weight.width < weight.K * weight.N / 4;
+  return few_entries && (tiles % processors() == 0 || tiles >= 4 * processors());
+}
+
+// One tile from its activations to its outputs.
+void tile_task(void* context, size_t tile) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  for (size_t slice = 0; slice < strip.slices; ++slice) transpose_task(context, tile * strip.slices + slice);
+  for (size_t block = 0; block < output_blocks(strip.weight); ++block) multiply(strip, tile, block);
+}
+
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
-  static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
   const size_t panel_bytes = panel_size(full, weight) * sizeof(float);
-  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors, output_blocks(weight)));
+  const size_t tiles = divide_up(tokens, full.tile);
+  const size_t busy =
+      tiles_are_tasks(weight, tiles) ? processors() : divide_up(processors(), output_blocks(weight));
+  const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
-  const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, divide_up(tokens, full.tile))});
+  const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, tiles)});
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
 }
 
@@ -164,15 +195,18 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
 
 bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
          void* scratch, Workers& workers) {
-  const auto multiply = weight.gated ? gated_multiply_task : multiply_task;
   float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t tokens = std::min(plan.strip, plan.tokens - first);
     const size_t tiles = divide_up(tokens, plan.full->tile);
     const size_t slices = divide_up(weight.K, kSlice);
     Strip strip{plan, weight, x, outputs, panels, first, tokens, tiles, slices};
-    if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
-    if (!workers.run(tiles * output_blocks(weight), multiply, &strip)) return false;
+    if (tiles_are_tasks(weight, tiles)) {
+      if (!workers.run(tiles, tile_task, &strip)) return false;
+    } else {
+      if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
+      if (!workers.run(tiles * output_blocks(weight), multiply_task, &strip)) return false;
+    }
   }
   return true;
 }
