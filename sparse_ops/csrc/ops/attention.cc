@@ -1,14 +1,11 @@
 #include "ops/attention.h"
 
-#include <array>
 #include <cmath>
-#include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
 #include "kernels/attention/attention.h"
+#include "ops/op_set.h"
 #include "ops/op_support.h"
 
 namespace sparse_ops {
@@ -16,21 +13,27 @@ namespace {
 
 enum Input : size_t { kQ, kK, kV, kMask };
 
-// A description, and behind it what its callbacks need.
-struct Op : OrtCustomOp {
-  const OrtApi* api;
+// What the name of an operator says.
+struct AttentionVariant {
   const char* name;
   bool split, masked;  // k and v are [B, H, Sk, D]; there is a mask
 };
-
-const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 using Dims = std::vector<int64_t>;
 
 class Kernel {
  public:
-  Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info);
-  const OrtApi& api() const { return api_; }
+  using Variant = AttentionVariant;
+  static constexpr Variant kVariants[] = {{"Attention", false, false},
+                                          {"AttentionMasked", false, true},
+                                          {"AttentionSplit", true, false},
+                                          {"AttentionSplitMasked", true, true}};
+  static OrtElementType input_type(size_t) { return ORT_FLOAT; }
+  static size_t input_count(const Variant& variant) { return size_t{kV} + 1 + variant.masked; }
+  static size_t output_count(const Variant&) { return 1; }
+  static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -44,7 +47,7 @@ class Kernel {
   attention::Mask mask(OrtKernelContext* context, const attention::Arguments& arguments) const;
   [[noreturn]] void fail(const std::string& what) const { throw InvalidError{where_ + ": " + what}; }
 
-  const Op& op_;
+  const Variant& variant_;
   const OrtApi& api_;
   std::string where_;
   size_t heads_ = 0;
@@ -52,8 +55,9 @@ class Kernel {
   const attention::Kernel* kernel_;
 };
 
-Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : op_(op), api_(api) {
-  const NodeReader node(api, info, op.name);
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
+    : variant_(variant), api_(api) {
+  const NodeReader node(api, info, variant.name);
   where_ = node.where();
   const int64_t heads = node.integer("num_heads");
   if (heads < 1) node.fail("attribute num_heads is " + std::to_string(heads) + ", expected at least 1");
@@ -61,9 +65,7 @@ Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : op_
   scale_ = node.number("scale");
   if (!std::isfinite(scale_))
     node.fail("attribute scale is " + std::to_string(scale_) + ", expected a finite number");
-  const IsaChoice choice = active_isa();
-  if (choice.error != nullptr) node.fail(choice.error);
-  kernel_ = &attention::select_kernel(choice.isa);
+  kernel_ = &attention::select_kernel(node.isa());
   node.log(std::string("kernel ") + kernel_->name);
 }
 
@@ -111,8 +113,8 @@ attention::Mask Kernel::mask(OrtKernelContext* context, const attention::Argumen
 void Kernel::compute(OrtKernelContext* context) const {
   const InputTensor query = float_input(api_, context, kQ), key = float_input(api_, context, kK),
                     value = float_input(api_, context, kV);
-  const Heads q = merged(query, "q"), k = op_.split ? split(key, "k") : merged(key, "k"),
-              v = op_.split ? split(value, "v") : merged(value, "v");
+  const Heads q = merged(query, "q"), k = variant_.split ? split(key, "k") : merged(key, "k"),
+              v = variant_.split ? split(value, "v") : merged(value, "v");
   const auto serves = [&](const Heads& x) { return x.batches == q.batches || x.batches == 1; };
   if (!serves(k) || !serves(v) || k.size != q.size || v.rows != k.rows) {
     fail("inputs q, k and v have shapes " + text_of(query.dims) + ", " + text_of(key.dims) + " and " +
@@ -129,7 +131,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   arguments.size = q.size;
   arguments.value_size = v.size;
   arguments.scale = scale_;
-  if (op_.masked) arguments.mask = mask(context, arguments);
+  if (variant_.masked) arguments.mask = mask(context, arguments);
   arguments.y =
       float_output(api_, context, 0, {query.dims[0], query.dims[1], static_cast<int64_t>(heads_ * v.size)});
   if (q.batches * q.rows * v.size == 0) return;
@@ -140,57 +142,21 @@ void Kernel::compute(OrtKernelContext* context) const {
 }
 
 // [B, Sq, H * D]: B and Sq as in q, the channels as in v
-void infer_shape(const Op& op, OrtShapeInferContext* context) {
+void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
   SymbolicShape q, v;
-  if (!input_shape(*op.api, context, kQ, q) || q.dims.size() != 3) return;
+  if (!input_shape(api, context, kQ, q) || q.dims.size() != 3) return;
   q.dims[2] = -1;
   q.names[2] = "";
-  if (input_shape(*op.api, context, kV, v) && v.dims.size() == (op.split ? 4 : 3)) {
-    const int64_t heads = op.split ? integer_attribute(*op.api, context, "num_heads") : 1;
+  if (input_shape(api, context, kV, v) && v.dims.size() == (variant.split ? 4 : 3)) {
+    const int64_t heads = variant.split ? integer_attribute(api, context, "num_heads") : 1;
     if (v.dims.back() >= 0) q.dims[2] = heads * v.dims.back();
-    if (!op.split) q.names[2] = v.names[2];
+    if (!variant.split) q.names[2] = v.names[2];
   }
-  set_output_shape(*op.api, context, 0, q);
-}
-
-Op make_op(const OrtApi& api, const char* name, bool split, bool masked) {
-  Op op{cpu_op(), &api, name, split, masked};
-  op.GetName = [](const OrtCustomOp* o) { return self(o).name; };
-  op.GetInputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetInputTypeCount = [](const OrtCustomOp* o) { return size_t{kV} + 1 + self(o).masked; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
-                         void** kernel) {
-    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Kernel& k = *static_cast<Kernel*>(kernel);
-    return guarded(k.api(), [&] { k.compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return guarded(*self(o).api, [&] { infer_shape(self(o), context); });
-  };
-  return op;
+  set_output_shape(api, context, 0, q);
 }
 
 }  // namespace
 
-std::vector<const OrtCustomOp*> attention_ops(const OrtApi& api) {
-  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
-  static std::mutex mutex;
-  static auto& sets = *new std::map<const OrtApi*, std::array<Op, 4>>;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = sets.try_emplace(&api);
-  if (is_new) {
-    place->second = {make_op(api, "Attention", false, false), make_op(api, "AttentionMasked", false, true),
-                     make_op(api, "AttentionSplit", true, false),
-                     make_op(api, "AttentionSplitMasked", true, true)};
-  }
-  std::vector<const OrtCustomOp*> ops;
-  for (const Op& op : place->second) ops.push_back(&op);
-  return ops;
-}
+std::vector<const OrtCustomOp*> attention_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
 
 }  // namespace sparse_ops

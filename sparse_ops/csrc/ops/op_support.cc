@@ -93,6 +93,12 @@ NodeReader::Constant NodeReader::constant(size_t index, const char* name, OrtEle
   return {data, count};
 }
 
+Isa NodeReader::isa() const {
+  const IsaChoice choice = active_isa();
+  if (choice.error != nullptr) fail(choice.error);
+  return choice.isa;
+}
+
 void NodeReader::log(const std::string& message) const {
   const OrtLogger* logger = nullptr;
   check_status(api_.KernelInfo_GetLogger(info_, &logger));

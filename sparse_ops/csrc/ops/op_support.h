@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu_features.h"
 #include "kernels/workers.h"
 #include "ort_abi.h"
 #include "ort_status.h"
@@ -39,6 +40,9 @@ class NodeReader {
     size_t count;
   };
   Constant constant(size_t index, const char* name, OrtElementType type) const;
+
+  // The instruction set to use.
+  Isa isa() const;
 
   void log(const std::string& message) const;
 

@@ -1,15 +1,12 @@
 #include "ops/skip_layer_norm.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
 #include "kernels/normalization/normalization.h"
+#include "ops/op_set.h"
 #include "ops/op_support.h"
 
 namespace sparse_ops {
@@ -18,14 +15,11 @@ namespace {
 enum Input : size_t { kX, kSkip, kGamma, kBeta };
 enum Output : size_t { kY, kSum };
 
-// A description, and behind it what its callbacks need.
-struct Op : OrtCustomOp {
-  const OrtApi* api;
+// What the name of an operator says.
+struct NormVariant {
   const char* name;
   bool has_beta, has_sum;
 };
-
-const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 using Dims = std::vector<int64_t>;
 
@@ -85,30 +79,38 @@ void add_broadcast(const InputTensor& x, const InputTensor& skip, const Dims& di
 
 class Kernel {
  public:
-  Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info);
-  const OrtApi& api() const { return api_; }
+  using Variant = NormVariant;
+  static constexpr Variant kVariants[] = {{"SkipLayerNormalization", true, false},
+                                          {"SkipLayerNormalizationSum", true, true},
+                                          {"SkipRMSNormalization", false, false},
+                                          {"SkipRMSNormalizationSum", false, true}};
+  static OrtElementType input_type(size_t) { return ORT_FLOAT; }
+  static size_t input_count(const Variant& variant) { return size_t{kGamma} + 1 + variant.has_beta; }
+  static size_t output_count(const Variant& variant) { return size_t{kY} + 1 + variant.has_sum; }
+  static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
   void compute(OrtKernelContext* context) const;
 
  private:
   const float* vector(OrtKernelContext* context, Input index, const char* name, size_t channels) const;
 
-  const Op& op_;
+  const Variant& variant_;
   const OrtApi& api_;
   std::string where_;
   float epsilon_;
   const normalization::Kernel* kernel_;
 };
 
-Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : op_(op), api_(api) {
-  const NodeReader node(api, info, op.name);
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
+    : variant_(variant), api_(api) {
+  const NodeReader node(api, info, variant.name);
   where_ = node.where();
   epsilon_ = node.number("epsilon");
   if (!(epsilon_ >= 0) || std::isinf(epsilon_)) {
     node.fail("attribute epsilon is " + std::to_string(epsilon_) + ", expected a number of at least 0");
   }
-  const IsaChoice choice = active_isa();
-  if (choice.error != nullptr) node.fail(choice.error);
-  kernel_ = &normalization::select_kernel(choice.isa);
+  kernel_ = &normalization::select_kernel(node.isa());
   node.log(std::string("kernel ") + kernel_->name);
 }
 
@@ -129,7 +131,7 @@ void Kernel::compute(OrtKernelContext* context) const {
                        text_of(skip.dims) + ", which cannot be added to rows of channels"};
   }
   float* y = float_output(api_, context, kY, dims);
-  float* sum = op_.has_sum ? float_output(api_, context, kSum, dims) : nullptr;
+  float* sum = variant_.has_sum ? float_output(api_, context, kSum, dims) : nullptr;
 
   normalization::Arguments arguments{};
   arguments.y = y;
@@ -139,7 +141,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   for (size_t axis = 0; axis + 1 < dims.size(); ++axis) arguments.rows *= static_cast<size_t>(dims[axis]);
   arguments.epsilon = epsilon_;
   arguments.gamma = vector(context, kGamma, "gamma", arguments.channels);
-  arguments.beta = op_.has_beta ? vector(context, kBeta, "beta", arguments.channels) : nullptr;
+  arguments.beta = variant_.has_beta ? vector(context, kBeta, "beta", arguments.channels) : nullptr;
   if (!repeats(skip.dims, x.dims)) std::swap(x, skip);
   arguments.x = x.data;
   arguments.skip = skip.data;
@@ -156,9 +158,9 @@ void Kernel::compute(OrtKernelContext* context) const {
 }
 
 // What is known of the shape of x + skip.
-void infer_shape(const Op& op, OrtShapeInferContext* context) {
+void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
   SymbolicShape x, skip;
-  if (!input_shape(*op.api, context, kX, x) || !input_shape(*op.api, context, kSkip, skip)) return;
+  if (!input_shape(api, context, kX, x) || !input_shape(api, context, kSkip, skip)) return;
   if (x.dims.size() < skip.dims.size()) std::swap(x, skip);
   const size_t shift = x.dims.size() - skip.dims.size();
   for (size_t axis = 0; axis < skip.dims.size(); ++axis) {
@@ -172,49 +174,12 @@ void infer_shape(const Op& op, OrtShapeInferContext* context) {
       name.clear();
     }
   }
-  set_output_shape(*op.api, context, kY, x);
-  if (op.has_sum) set_output_shape(*op.api, context, kSum, x);
-}
-
-Op make_op(const OrtApi& api, const char* name, bool has_beta, bool has_sum) {
-  Op op{cpu_op(), &api, name, has_beta, has_sum};
-  op.GetName = [](const OrtCustomOp* o) { return self(o).name; };
-  op.GetInputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetInputTypeCount = [](const OrtCustomOp* o) { return size_t{kGamma} + 1 + self(o).has_beta; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetOutputTypeCount = [](const OrtCustomOp* o) { return size_t{kY} + 1 + self(o).has_sum; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
-                         void** kernel) {
-    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Kernel& k = *static_cast<Kernel*>(kernel);
-    return guarded(k.api(), [&] { k.compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return guarded(*self(o).api, [&] { infer_shape(self(o), context); });
-  };
-  return op;
+  set_output_shape(api, context, kY, x);
+  if (variant.has_sum) set_output_shape(api, context, kSum, x);
 }
 
 }  // namespace
 
-std::vector<const OrtCustomOp*> skip_layer_norm_ops(const OrtApi& api) {
-  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
-  static std::mutex mutex;
-  static auto& sets = *new std::map<const OrtApi*, std::array<Op, 4>>;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = sets.try_emplace(&api);
-  if (is_new) {
-    place->second = {make_op(api, "SkipLayerNormalization", true, false),
-                     make_op(api, "SkipLayerNormalizationSum", true, true),
-                     make_op(api, "SkipRMSNormalization", false, false),
-                     make_op(api, "SkipRMSNormalizationSum", false, true)};
-  }
-  std::vector<const OrtCustomOp*> ops;
-  for (const Op& op : place->second) ops.push_back(&op);
-  return ops;
-}
+std::vector<const OrtCustomOp*> skip_layer_norm_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
 
 }  // namespace sparse_ops

@@ -1,16 +1,13 @@
 #include "ops/sparse_conv.h"
 
-#include <array>
 #include <limits>
-#include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
 #include "kernels/spconv/spconv.h"
 #include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
+#include "ops/op_set.h"
 #include "ops/op_support.h"
 #include "ops/stored_weight.h"
 
@@ -20,33 +17,13 @@ namespace {
 using spmm::MapEpilogue;
 
 // What the name of an operator says.
-struct Variant {
+struct ConvVariant {
   const char* name;
   bool residual;
   MapEpilogue::Activation activation;
   bool has_limits;  // of the clip, as attributes; otherwise it is ReLU
 };
 using enum MapEpilogue::Activation;
-constexpr Variant kVariants[] = {
-    {"SparseConv", false, none, false},
-    {"SparseConvRelu", false, clip, false},
-    {"SparseConvClip", false, clip, true},
-    {"SparseConvSilu", false, silu, false},
-    {"SparseConvHardSwish", false, hard_swish, false},
-    {"SparseConvAdd", true, none, false},
-    {"SparseConvAddRelu", true, clip, false},
-    {"SparseConvAddClip", true, clip, true},
-    {"SparseConvAddSilu", true, silu, false},
-    {"SparseConvAddHardSwish", true, hard_swish, false},
-};
-
-// A description, and behind it what its callbacks need.
-struct Op : OrtCustomOp {
-  const OrtApi* api;
-  Variant variant;
-};
-
-const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 // Far more than any image has, and so little that sums and products of sizes cannot overflow.
 constexpr int64_t kLargest = int64_t{1} << 24;
@@ -101,8 +78,27 @@ Geometry read_geometry(const NodeReader& node) {
 
 class Kernel {
  public:
-  Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info);
-  const OrtApi& api() const { return api_; }
+  using Variant = ConvVariant;
+  static constexpr Variant kVariants[] = {
+      {"SparseConv", false, none, false},
+      {"SparseConvRelu", false, clip, false},
+      {"SparseConvClip", false, clip, true},
+      {"SparseConvSilu", false, silu, false},
+      {"SparseConvHardSwish", false, hard_swish, false},
+      {"SparseConvAdd", true, none, false},
+      {"SparseConvAddRelu", true, clip, false},
+      {"SparseConvAddClip", true, clip, true},
+      {"SparseConvAddSilu", true, silu, false},
+      {"SparseConvAddHardSwish", true, hard_swish, false},
+  };
+  static OrtElementType input_type(size_t i) {
+    return i == 0 || i == kResidual ? ORT_FLOAT : kWeightInputs[i - 1].type;
+  }
+  static size_t input_count(const Variant& variant) { return kResidual + variant.residual; }
+  static size_t output_count(const Variant&) { return 1; }
+  static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -115,15 +111,15 @@ class Kernel {
   spmm::CheckedWeight weight_;
 };
 
-Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info)
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
     : api_(api),
-      residual_(op.variant.residual),
-      epilogue_{op.variant.activation, 0.0f, std::numeric_limits<float>::infinity()} {
-  const NodeReader node(api, info, op.variant.name);
+      residual_(variant.residual),
+      epilogue_{variant.activation, 0.0f, std::numeric_limits<float>::infinity()} {
+  const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = read_isa(node);
+  isa_ = node.isa();
   geometry_ = read_geometry(node);
-  if (op.variant.has_limits) {
+  if (variant.has_limits) {
     epilogue_.low = node.number("min");
     epilogue_.high = node.number("max");
     if (!(epilogue_.low <= epilogue_.high)) node.fail("attribute min is not at most attribute max");
@@ -136,8 +132,8 @@ Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info)
               " elements of kernel_shape");
   }
   if (weight.N % group != 0 || (group > 1 && weight.N / group % weight.block != 0)) {
-    node.fail("attribute N is " + std::to_string(weight.N) + ", which does not make " + std::to_string(group) +
-              " groups of whole blocks of " + std::to_string(weight.block));
+    node.fail("attribute N is " + std::to_string(weight.N) + ", which does not make " +
+              std::to_string(group) + " groups of whole blocks of " + std::to_string(weight.block));
   }
   size_t channels;
   if (__builtin_mul_overflow(weight.K / taps, group, &channels) || channels > size_t{1} << 48) {
@@ -182,7 +178,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());
 }
 
-void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
+void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
   SymbolicShape shape;
   if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;
   const auto integers = [&](const char* name) { return integers_attribute(api, context, name); };
@@ -198,44 +194,8 @@ void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
   set_output_shape(api, context, 0, shape);
 }
 
-Op make_op(const OrtApi& api, const Variant& variant) {
-  Op op{cpu_op(), &api, variant};
-  op.GetName = [](const OrtCustomOp* o) { return self(o).variant.name; };
-  op.GetInputType = [](const OrtCustomOp*, size_t i) {
-    return i == 0 || i == kResidual ? ORT_FLOAT : kWeightInputs[i - 1].type;
-  };
-  op.GetInputTypeCount = [](const OrtCustomOp* o) { return kResidual + self(o).variant.residual; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
-                         void** kernel) {
-    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Kernel& k = *static_cast<Kernel*>(kernel);
-    return guarded(k.api(), [&] { k.compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return guarded(*self(o).api, [&] { infer_shape(*self(o).api, context); });
-  };
-  return op;
-}
-
 }  // namespace
 
-std::vector<const OrtCustomOp*> sparse_conv_ops(const OrtApi& api) {
-  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
-  static std::mutex mutex;
-  static auto& sets = *new std::map<const OrtApi*, std::array<Op, std::size(kVariants)>>;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = sets.try_emplace(&api);
-  if (is_new) {
-    for (size_t i = 0; i < std::size(kVariants); ++i) place->second[i] = make_op(api, kVariants[i]);
-  }
-  std::vector<const OrtCustomOp*> ops;
-  for (const Op& op : place->second) ops.push_back(&op);
-  return ops;
-}
+std::vector<const OrtCustomOp*> sparse_conv_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
 
 }  // namespace sparse_ops

@@ -1,15 +1,12 @@
 #include "ops/sparse_matmul.h"
 
-#include <array>
-#include <map>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
 #include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
+#include "ops/op_set.h"
 #include "ops/op_support.h"
 #include "ops/stored_weight.h"
 
@@ -20,34 +17,32 @@ using spmm::Activation;
 
 constexpr size_t kMaxOutputs = 3;
 
-struct Variant {
+// What the name of an operator says.
+struct MatMulVariant {
   const char* name;
   Activation activation;
   size_t outputs = 1;  // with several, the attribute `split` has the channels of each
   bool gated = false;
 };
-constexpr Variant kVariants[] = {{"SparseMatMul", Activation::none},
-                                 {"SparseMatMulRelu", Activation::relu},
-                                 {"SparseMatMulGelu", Activation::gelu},
-                                 {"SparseMatMulGeluTanh", Activation::gelu_tanh},
-                                 {"SparseMatMulSilu", Activation::silu},
-                                 {"SparseMatMulSplit2", Activation::none, 2},
-                                 {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
-                                 {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
-                                 {"SparseMatMulSiluGate", Activation::silu, 1, true}};
-
-// A description, and behind it what its callbacks need.
-struct Op : OrtCustomOp {
-  const OrtApi* api;
-  Variant variant;
-};
-
-const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 class Kernel {
  public:
-  Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info);
-  const OrtApi& api() const { return api_; }
+  using Variant = MatMulVariant;
+  static constexpr Variant kVariants[] = {{"SparseMatMul", Activation::none},
+                                          {"SparseMatMulRelu", Activation::relu},
+                                          {"SparseMatMulGelu", Activation::gelu},
+                                          {"SparseMatMulGeluTanh", Activation::gelu_tanh},
+                                          {"SparseMatMulSilu", Activation::silu},
+                                          {"SparseMatMulSplit2", Activation::none, 2},
+                                          {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
+                                          {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
+                                          {"SparseMatMulSiluGate", Activation::silu, 1, true}};
+  static OrtElementType input_type(size_t i) { return i == 0 ? ORT_FLOAT : kWeightInputs[i - 1].type; }
+  static size_t input_count(const Variant&) { return 1 + std::size(kWeightInputs); }
+  static size_t output_count(const Variant& variant) { return variant.outputs; }
+  static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -59,7 +54,8 @@ class Kernel {
 };
 
 // The channels of each output of a weight; every one but the last has whole blocks.
-std::vector<int64_t> read_split(const NodeReader& node, const Variant& variant, const spmm::Weight& weight) {
+std::vector<int64_t> read_split(const NodeReader& node, const MatMulVariant& variant,
+                                const spmm::Weight& weight) {
   const auto N = static_cast<int64_t>(weight.N), block = static_cast<int64_t>(weight.block);
   if (variant.gated) {
     if (N % (2 * block) != 0) {
@@ -84,13 +80,13 @@ std::vector<int64_t> read_split(const NodeReader& node, const Variant& variant, 
   return split;
 }
 
-Kernel::Kernel(const Op& op, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
-  const NodeReader node(api, info, op.variant.name);
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
+  const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = read_isa(node);
-  read_weight(node, op.variant.activation, weight_);
-  weight_.weight.gated = op.variant.gated;
-  split_ = read_split(node, op.variant, weight_.weight);
+  isa_ = node.isa();
+  read_weight(node, variant.activation, weight_);
+  weight_.weight.gated = variant.gated;
+  split_ = read_split(node, variant, weight_.weight);
   node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight_.weight, SIZE_MAX).name);
 }
 
@@ -116,7 +112,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   if (!spmm::run(plan, weight, x.data, used, scratch.get(), workers)) check_status(workers.status());
 }
 
-void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
+void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
   SymbolicShape shape;
   if (!input_shape(api, context, 0, shape)) return;
   shape.names.back() = "";
@@ -133,44 +129,8 @@ void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext
   }
 }
 
-Op make_op(const OrtApi& api, const Variant& variant) {
-  Op op{cpu_op(), &api, variant};
-  op.GetName = [](const OrtCustomOp* o) { return self(o).variant.name; };
-  op.GetInputType = [](const OrtCustomOp*, size_t i) {
-    return i == 0 ? ORT_FLOAT : kWeightInputs[i - 1].type;
-  };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return 1 + std::size(kWeightInputs); };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  op.GetOutputTypeCount = [](const OrtCustomOp* o) { return self(o).variant.outputs; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
-                         void** kernel) {
-    return guarded(*runtime, [&] { *kernel = new Kernel(self(o), *runtime, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Kernel& k = *static_cast<Kernel*>(kernel);
-    return guarded(k.api(), [&] { k.compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return guarded(*self(o).api, [&] { infer_shape(*self(o).api, self(o).variant, context); });
-  };
-  return op;
-}
-
 }  // namespace
 
-std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api) {
-  // A process may hold several runtimes. Sessions may outlive any moment at which these could be freed.
-  static std::mutex mutex;
-  static auto& sets = *new std::map<const OrtApi*, std::array<Op, std::size(kVariants)>>;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = sets.try_emplace(&api);
-  if (is_new) {
-    for (size_t i = 0; i < std::size(kVariants); ++i) place->second[i] = make_op(api, kVariants[i]);
-  }
-  std::vector<const OrtCustomOp*> ops;
-  for (const Op& op : place->second) ops.push_back(&op);
-  return ops;
-}
+std::vector<const OrtCustomOp*> sparse_matmul_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
 
 }  // namespace sparse_ops

@@ -1,7 +1,6 @@
 // The compressed weight of a node, as all sparse operators store it.
 #pragma once
 
-#include "cpu_features.h"
 #include "kernels/spmm/check.h"
 #include "ops/op_support.h"
 
@@ -17,12 +16,6 @@ constexpr WeightInput kWeightInputs[] = {{"values", ORT_FLOAT},
                                          {"counts", ORT_UINT8},
                                          {"rows", ORT_UINT8},
                                          {"bias", ORT_FLOAT}};
-
-inline Isa read_isa(const NodeReader& node) {
-  const IsaChoice choice = active_isa();
-  if (choice.error != nullptr) node.fail(choice.error);
-  return choice.isa;
-}
 
 // Read and check them; they stay where they are.
 inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight) {
