@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/attention/table.h"
+#include "kernels/sizes.h"
 
 namespace sparse_ops::attention {
 namespace {
@@ -16,7 +17,6 @@ constexpr const Kernel* kKernels[] = {
 #undef ATTENTION_KERNEL
 };
 
-constexpr size_t kCacheLine = 64;
 // Enough for the threads of any processor to share; the bits of a FreeScratch.
 constexpr size_t kMostTasks = 64;
 // Multiplications of one task at least: some microseconds of work, so that waking a thread for it pays.
@@ -24,11 +24,7 @@ constexpr size_t kTaskWork = 1 << 17;
 // Elements of a mask that all heads share which are laid out once for all: 4 MiB.
 constexpr size_t kSharedMask = 1 << 20;
 
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-size_t whole_lines(size_t floats) {
-  constexpr size_t line = kCacheLine / sizeof(float);
-  return ceil_div(floats, line) * line;
-}
+size_t whole_lines(size_t floats) { return round_up(floats, kCacheLine / sizeof(float)); }
 
 // Pieces of scratch, one bit each, for tasks that run at the same time. One that was just used is in the
 // cache: a task takes the first that is free.
@@ -59,7 +55,7 @@ struct Plan {
   float *mask = nullptr, *scratch = nullptr;
   FreeScratch free_scratch;
 
-  size_t tasks() const { return ceil_div(tiles, per_task); }
+  size_t tasks() const { return divide_up(tiles, per_task); }
   // Tiles are numbered by batch, then head, then strip.
   Tile tile(size_t index) const {
     const size_t strip = index % strips, first = strip * vectors / strips * kernel.lanes;
@@ -73,17 +69,20 @@ struct Plan {
 };
 
 Plan::Plan(const Kernel& k, const Arguments& a)
-    : kernel(k), arguments(a), vectors(ceil_div(a.queries, k.lanes)), strips(ceil_div(a.queries, k.queries)) {
+    : kernel(k),
+      arguments(a),
+      vectors(divide_up(a.queries, k.lanes)),
+      strips(divide_up(a.queries, k.queries)) {
   tiles = a.batches * a.heads * strips;
   const size_t work = a.queries * a.keys * (a.size + a.value_size) / std::max<size_t>(1, strips);
-  per_task = std::max({size_t{1}, ceil_div(tiles, kMostTasks), kTaskWork / std::max<size_t>(1, work)});
+  per_task = std::max({size_t{1}, divide_up(tiles, kMostTasks), kTaskWork / std::max<size_t>(1, work)});
   mask_floats = a.keys * k.queries;
   if (a.mask.data != nullptr && a.mask.row != 0 && a.mask.head == 0 && a.heads > 1 &&
       a.queries > kFewQueries && k.lay_mask != nullptr) {
     masks = a.mask.batch == 0 ? 1 : a.batches;
     if (masks * strips * mask_floats > kSharedMask) masks = 0;
   }
-  const size_t value_width = ceil_div(a.value_size, k.lanes) * k.lanes;
+  const size_t value_width = divide_up(a.value_size, k.lanes) * k.lanes;
   scratch_floats =
       whole_lines(k.queries * (a.size + 2 * kKeyBlock + 1) + (kKeyBlock + k.queries) * value_width);
 }

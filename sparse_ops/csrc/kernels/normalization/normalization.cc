@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/normalization/table.h"
+#include "kernels/sizes.h"
 
 namespace sparse_ops::normalization {
 namespace {
@@ -38,13 +39,13 @@ const Kernel& select_kernel(Isa isa) {
 
 bool run(const Kernel& kernel, const Arguments& arguments, Workers& workers) {
   if (arguments.rows == 0 || arguments.channels == 0) return true;
-  const size_t rows = (kTaskChannels + arguments.channels - 1) / arguments.channels;
+  const size_t rows = divide_up(kTaskChannels, arguments.channels);
   if (rows >= arguments.rows) {
     kernel.run(arguments, 0, arguments.rows);
     return true;
   }
   Tasks tasks{kernel, arguments, rows};
-  return workers.run((arguments.rows + rows - 1) / rows, task, &tasks);
+  return workers.run(divide_up(arguments.rows, rows), task, &tasks);
 }
 
 }  // namespace sparse_ops::normalization

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/sizes.h"
 #include "kernels/spconv/copy.h"
 
 namespace sparse_ops::spconv {
@@ -14,8 +15,6 @@ constexpr size_t kSlack = 64;          // floats that kernels may touch behind e
 constexpr size_t kMaxPhases = 16;      // of a stride in both directions together
 constexpr size_t kMaxTaps = 255;       // as many as a chunk has
 constexpr size_t kTaskFloats = 16384;  // outputs of one task, about
-
-size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
 
 // How a band is laid out. Input rows and columns are sorted by their remainder to the stride (their phase),
 // so that every tap of a band of output rows is the same band shifted.

@@ -1,8 +1,8 @@
 #include "kernels/spconv/spconv.h"
 
 #include <algorithm>
-#include <thread>
 
+#include "kernels/sizes.h"
 #include "kernels/spconv/depthwise.h"
 #include "kernels/spconv/panel.h"
 #include "kernels/spmm/spmm.h"
@@ -15,11 +15,7 @@ using spmm::Kernel;
 // Panels in memory at a time: few enough to stay in the second-level cache, enough for every processor.
 constexpr size_t kPanelBytes = size_t{1} << 19;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
-constexpr size_t kCacheLine = 64;
 constexpr size_t kSlice = 256;  // rows of a panel gathered by one task, about
-
-size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
-size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
 
 // Floats of the panels of one tile: one for each group.
 size_t panel_size(const Convolution& c, const Kernel& kernel) {
@@ -109,10 +105,9 @@ void multiply_task(void* context, size_t index) {
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& full,
                const Kernel& last) {
-  static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
   const size_t out_height = output_size(c.rows, height), out_width = output_size(c.columns, width);
   const size_t panel_bytes = panel_size(c, full) * c.group * sizeof(float);
-  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors, c.weight.blocks));
+  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors(), c.weight.blocks));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
   const size_t strip = std::min({wanted, possible, tiles});

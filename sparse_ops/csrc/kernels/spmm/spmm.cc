@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
+#include "kernels/sizes.h"
 #include "kernels/spmm/table.h"
 
 namespace sparse_ops::spmm {
@@ -19,13 +19,9 @@ constexpr const Kernel* kKernels[] = {
 // read, but enough to give every processor a task.
 constexpr size_t kPanelBytes = size_t{1} << 20;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
-constexpr size_t kCacheLine = 64;  // panels begin at one, so that no vector straddles two
-constexpr size_t kSlice = 64;      // input channels transposed by one task
+constexpr size_t kSlice = 64;  // input channels transposed by one task
 
-size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
-size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
-
-// Floats of the panel of one tile.
+// Floats of the panel of one tile. It begins at a cache line, so that no vector straddles two.
 size_t panel_size(const Kernel& kernel, const Weight& weight) {
   return round_up(kernel.tile * weight.K, kCacheLine / sizeof(float));
 }
@@ -107,11 +103,6 @@ void multiply(const Strip& strip, size_t tile, size_t block) {
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
   multiply(strip, index % strip.tiles, index / strip.tiles);
-}
-
-size_t processors() {
-  static const size_t count = std::max(1u, std::thread::hardware_concurrency());
-  return count;
 }
 
 // Whether whole tiles are tasks: if they keep every processor busy, the panel of a tile then stays with the

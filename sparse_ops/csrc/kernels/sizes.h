@@ -1,0 +1,22 @@
+// Arithmetic of sizes that the drivers of the kernels share. Not for sources that are compiled for wide
+// vectors.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <thread>
+
+namespace sparse_ops {
+
+constexpr size_t kCacheLine = 64;
+
+constexpr size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
+constexpr size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
+
+// Of the machine; how many of them a session uses is not known here.
+inline size_t processors() {
+  static const size_t count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
+}
+
+}  // namespace sparse_ops
