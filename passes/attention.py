@@ -34,7 +34,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard, value_names
+from sparse_onnx.graph import add_function, all_graphs, drop_if_unused, is_standard, value_names
 from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.sparse_ops import attention
@@ -92,7 +92,6 @@ class _Rewriter:
         self._biases: dict[object, ir.Value] = {}
         self._constants: dict[tuple[int, ...] | float, ir.Value] = {}
         self._replaced: dict[ir.Value, ir.Value] = {}
-        model.opset_imports[DOMAIN] = attention.VERSION
 
     def fuse(self, match: Attention) -> None:
         old, softmax = match.output, match.softmax
@@ -104,7 +103,7 @@ class _Rewriter:
         op_type = _OP_TYPES[Signature(split=match.split, masked=bool(match.masks))]
         attributes = {"num_heads": match.heads, "scale": match.scale}
         fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
-        self._add_body(op_type)
+        add_function(self._model, attention.function_body(op_type, self._opset), attention.VERSION)
         nodes = [fused]
         if match.nan_to_zero:
             test = ir.node("IsNaN", [fused.outputs[0]])
@@ -128,11 +127,6 @@ class _Rewriter:
     def _now(self, value: ir.Value) -> ir.Value:
         """``value``, or what an earlier fusion put in its place."""
         return self._replaced.get(value, value)
-
-    def _add_body(self, op_type: str) -> None:
-        body = attention.function_body(op_type, self._opset)
-        function = ir.serde.deserialize_function(body)
-        self._model.functions[function.identifier()] = function
 
     def _bias(self, match: Attention) -> ir.Value:
         """The sum of all masks, in front of the Softmax; it broadcasts to [B, H, Sq, Sk]."""

@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import drop_if_unused
+from sparse_onnx.graph import add_function, drop_if_unused
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
@@ -206,16 +206,11 @@ class Lowering(Pass):
             context.progress(f"lowering {index + 1}/{len(lowered)} {candidate.weight.name}")
             _lower(model, candidate, packer(candidate), context)
         if lowered:
-            self._add_functions(model, {layer.op_type for c in lowered for layer in c.layers})
+            for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):
+                add_function(model, self.function_body(op_type, model.opset_imports[""]), VERSION)
         count = sum(len(candidate.layers) for candidate in lowered)
         statistics: dict[str, int | float] = {"weights": len(lowered), f"{self.kind}s": count}
         return PassResult(model, bool(lowered), statistics, tuple(declined))
-
-    def _add_functions(self, model: ir.Model, op_types: set[str]) -> None:
-        model.opset_imports[DOMAIN] = VERSION
-        for op_type in sorted(op_types):
-            function = ir.serde.deserialize_function(self.function_body(op_type, model.opset_imports[""]))
-            model.functions[function.identifier()] = function
 
 
 def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context: PassContext) -> None:

@@ -30,7 +30,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard
+from sparse_onnx.graph import add_function, all_graphs, drop_if_unused, is_standard
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -231,8 +231,7 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
         if old_input is not None:
             drop_if_unused(old_input)
     body = sparse_matmul_split.function_body(merge.op_type, model.opset_imports[""])
-    function = ir.serde.deserialize_function(body)
-    model.functions[function.identifier()] = function
+    add_function(model, body, sparse_matmul.VERSION)
 
 
 def _joined(names: Sequence[str]) -> str:

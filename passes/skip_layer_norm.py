@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import is_standard, value_names
+from sparse_onnx.graph import add_function, is_standard, value_names
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
@@ -77,12 +77,9 @@ class FuseSkipLayerNorm(Pass):
                     declined.append(self.declined(node.name or node.outputs[0].name or "?", match))
                 else:
                     fused.append(_fuse(model, graph, match))
-        if fused:
-            model.opset_imports[DOMAIN] = skip_layer_norm.VERSION
         for signature in sorted(set(fused), key=_OP_TYPES.__getitem__):
             body = skip_layer_norm.function_body(_OP_TYPES[signature], opset)
-            function = ir.serde.deserialize_function(body)
-            model.functions[function.identifier()] = function
+            add_function(model, body, skip_layer_norm.VERSION)
         statistics: dict[str, int | float] = {"normalizations": len(fused)}
         return PassResult(model, bool(fused), statistics, tuple(declined))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import onnx
 import onnx_ir as ir
 
-__all__ = ["all_graphs", "drop_if_unused", "is_standard", "subgraphs", "value_names"]
+__all__ = ["add_function", "all_graphs", "drop_if_unused", "is_standard", "subgraphs", "value_names"]
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
@@ -30,6 +31,13 @@ def value_names(model: ir.Model) -> set[str]:
         names.update(graph.initializers)
         names.update(value.name for node in graph for value in node.outputs)
     return {name for name in names if name}
+
+
+def add_function(model: ir.Model, body: onnx.FunctionProto, version: int) -> None:
+    """Give ``model`` the body of an operator; its domain is imported as ``version``."""
+    model.opset_imports[body.domain] = version
+    function = ir.serde.deserialize_function(body)
+    model.functions[function.identifier()] = function
 
 
 def drop_if_unused(value: ir.Value) -> bool:
