@@ -11,6 +11,7 @@
 #include "expect.h"
 #include "guarded.h"
 #include "kernels/attention/attention.h"
+#include "workers.h"
 
 namespace {
 
@@ -22,22 +23,6 @@ using List = std::initializer_list<size_t>;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
-
-// Runs the last task first: tasks must not depend on their order.
-class Backwards final : public Workers {
- public:
-  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
-    tasks += total;
-    for (size_t i = total; i-- > 0;) task(context, i);
-    return true;
-  }
-  size_t tasks = 0;
-};
-
-class Failing final : public Workers {
- public:
-  bool run(size_t, void (*)(void*, size_t), void*) override { return false; }
-};
 
 std::vector<float> random_floats(size_t count, unsigned seed) {
   std::mt19937 generator(seed);

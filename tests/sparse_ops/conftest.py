@@ -1,6 +1,10 @@
 """Sparse weights and one-layer models."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +82,28 @@ def _open_session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
+LOGGED = """
+import sys, onnxruntime
+from sparse_onnx import sparse_ops
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 1
+sparse_ops.register(options)
+onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+"""
+
+
+def _create_session(path: Path, isa: str) -> subprocess.CompletedProcess[str]:
+    """A session for the model at ``path`` in a process of its own, with a forced instruction set and all its logs."""
+    return subprocess.run(
+        [sys.executable, "-c", LOGGED, str(path)],
+        env={**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
 @pytest.fixture
 def sparse() -> Callable[..., np.ndarray]:
     """``sparse(K, N, density, seed=0)``"""
@@ -92,6 +118,11 @@ def layer_model() -> Callable[..., onnx.ModelProto]:
 @pytest.fixture
 def open_session() -> Callable[..., onnxruntime.InferenceSession]:
     return _open_session
+
+
+@pytest.fixture
+def create_session() -> Callable[[Path, str], subprocess.CompletedProcess[str]]:
+    return _create_session
 
 
 @pytest.fixture

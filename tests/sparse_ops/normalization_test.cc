@@ -10,6 +10,7 @@
 #include "expect.h"
 #include "guarded.h"
 #include "kernels/normalization/normalization.h"
+#include "workers.h"
 
 namespace {
 
@@ -18,22 +19,6 @@ using namespace sparse_ops::normalization;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
-
-// Runs the last task first: tasks must not depend on their order.
-class Backwards final : public Workers {
- public:
-  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
-    tasks += total;
-    for (size_t i = total; i-- > 0;) task(context, i);
-    return true;
-  }
-  size_t tasks = 0;
-};
-
-class Failing final : public Workers {
- public:
-  bool run(size_t, void (*)(void*, size_t), void*) override { return false; }
-};
 
 std::vector<float> random_floats(size_t count, unsigned seed, float mean = 0) {
   std::mt19937 generator(seed);

@@ -14,6 +14,7 @@
 #include "kernels/spconv/spconv.h"
 #include "kernels/spmm/spmm.h"
 #include "random_weight.h"
+#include "workers.h"
 
 namespace {
 
@@ -21,28 +22,6 @@ using namespace sparse_ops;
 using namespace sparse_ops::spconv;
 using spmm::MapEpilogue;
 using Activation = MapEpilogue::Activation;
-
-// Runs the last task first: tasks must not depend on their order.
-class Backwards final : public Workers {
- public:
-  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
-    for (size_t i = total; i-- > 0;) task(context, i);
-    return true;
-  }
-};
-
-class Failing final : public Workers {
- public:
-  explicit Failing(int calls) : calls_(calls) {}
-  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
-    if (calls_-- == 0) return false;
-    for (size_t i = 0; i < total; ++i) task(context, i);
-    return true;
-  }
-
- private:
-  int calls_;
-};
 
 double activated(const MapEpilogue& epilogue, double h) {
   switch (epilogue.activation) {

@@ -13,17 +13,9 @@
 #include "guarded.h"
 #include "kernels/spmm/spmm.h"
 #include "random_weight.h"
+#include "workers.h"
 
 namespace sparse_ops::spmm {
-
-// Runs the last task first: tasks must not depend on their order.
-class Backwards final : public Workers {
- public:
-  bool run(size_t total, void (*task)(void*, size_t), void* context) override {
-    for (size_t i = total; i-- > 0;) task(context, i);
-    return true;
-  }
-};
 
 inline constexpr Activation kActivations[] = {Activation::none, Activation::relu, Activation::gelu,
                                               Activation::gelu_tanh, Activation::silu};

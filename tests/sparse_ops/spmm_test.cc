@@ -7,11 +7,6 @@ namespace {
 using namespace sparse_ops;
 using namespace sparse_ops::spmm;
 
-class Failing final : public Workers {
- public:
-  bool run(size_t, void (*)(void*, size_t), void*) override { return false; }
-};
-
 void test_shapes() {
   for_every_shape([](const Weight& weight, size_t tokens, const std::vector<float>& x, const Exact& want) {
     for (const Kernel* kernel : kernels()) {

@@ -1,9 +1,5 @@
 """The operators inside ONNX Runtime, with the library and on their function bodies."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -278,28 +274,6 @@ def test_not_a_number_and_infinity_pass_through(packed, layer_model, open_sessio
     np.testing.assert_allclose(got[0][clean], expected[0][clean], rtol=1e-5, atol=3e-5)
 
 
-LOGGED = """
-import sys, onnxruntime
-from sparse_onnx import sparse_ops
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 1
-sparse_ops.register(options)
-onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
-"""
-
-
-def create_session(path, isa: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", LOGGED, str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 @pytest.fixture
 def model_file(packed, bias, layer_model, tmp_path):
     path = tmp_path / "model.onnx"
@@ -308,7 +282,7 @@ def model_file(packed, bias, layer_model, tmp_path):
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
-def test_session_logs_the_kernel_of_the_forced_instruction_set(isa, model_file, node_name):
+def test_session_logs_the_kernel_of_the_forced_instruction_set(isa, model_file, node_name, create_session):
     result = create_session(model_file, isa)
     if any(name.startswith(isa) for name in sparse_ops.info().kernels):
         assert result.returncode == 0, result.stderr
@@ -318,7 +292,7 @@ def test_session_logs_the_kernel_of_the_forced_instruction_set(isa, model_file, 
         assert "lacks" in result.stderr
 
 
-def test_unknown_instruction_set_fails_the_session(model_file, node_name):
+def test_unknown_instruction_set_fails_the_session(model_file, node_name, create_session):
     result = create_session(model_file, "avx1024")
     assert result.returncode != 0
     assert f"node '{node_name}' (SparseMatMul): SPARSE_ONNX_FORCE_ISA is none of" in result.stderr

@@ -1,9 +1,5 @@
 """Residual addition with normalization inside ONNX Runtime, with the library and on the function bodies."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -254,28 +250,11 @@ def test_gamma_at_an_odd_address(tmp_path):
     assert_close(session.run(None, {"X": x, "skip": skip}), expected(op_type, x, skip, stored))
 
 
-LOGGED = """
-import sys, onnxruntime
-from sparse_onnx import sparse_ops
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 1
-sparse_ops.register(options)
-onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
-"""
-
-
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "generic", "avx1024"])
-def test_the_forced_instruction_set_is_used_or_refused(isa, tmp_path):
+def test_the_forced_instruction_set_is_used_or_refused(isa, tmp_path, create_session):
     path = tmp_path / "model.onnx"
     path.write_bytes(model("SkipLayerNormalization").SerializeToString())
-    result = subprocess.run(
-        [sys.executable, "-c", LOGGED, str(path)],
-        env={**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    result = create_session(path, isa)
     where = f"node '{NODE}' (SkipLayerNormalization): "
     if any(name.startswith(isa) for name in sparse_ops.info().kernels):
         assert result.returncode == 0, result.stderr
