@@ -12,8 +12,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -27,7 +27,7 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
 
-__all__ = ["Candidate", "Layer", "Lowering", "PackedTensors", "Packer", "count_zeros"]
+__all__ = ["Candidate", "Layer", "Lowering", "PackedTensors", "Packer", "count_zeros", "match_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,27 @@ def count_zeros(weight: Weight) -> tuple[int, int]:
     del matrix
     weight.release()
     return zeros, non_finite
+
+
+_L = TypeVar("_L", bound=Layer)
+
+
+def match_layers(
+    weights: Sequence[Weight], match: Callable[[Weight, ir.Node], _L | str], declined: list[tuple[str, str]]
+) -> list[tuple[Weight, tuple[_L, ...]]]:
+    """The weights of which every user is a layer, with these. Of the others ``declined`` gets the first reason."""
+    found = []
+    for weight in weights:
+        layers: list[_L] = []
+        for node in weight.nodes:
+            layer = match(weight, node)
+            if isinstance(layer, str):
+                declined.append((weight.name, layer))
+                break
+            layers.append(layer)
+        else:
+            found.append((weight, tuple(layers)))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

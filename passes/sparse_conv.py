@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.passes.conv_pattern import Shapes, match_conv
-from sparse_onnx.passes.lowering import Candidate, Lowering
+from sparse_onnx.passes.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.weights import CONVOLUTIONS, find_weights
 from sparse_onnx.sparse_ops import sparse_conv
 
@@ -39,20 +39,15 @@ class LowerSparseConv(Lowering):
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, declined = find_weights(model, CONVOLUTIONS, depthwise=True)
         shapes = Shapes(model)
+        found = match_layers(
+            weights, lambda weight, node: match_conv(weight, node, model.graph, shapes), declined
+        )
         candidates = []
-        for weight in weights:
-            layers = []
-            for node in weight.nodes:
-                match = match_conv(weight, node, model.graph, shapes)
-                if isinstance(match, str):
-                    declined.append((weight.name, match))
-                    break
-                layers.append(match)
+        for weight, layers in found:
+            if len({layer.window.group for layer in layers}) > 1:  # blocks are cut to fit the groups
+                declined.append((weight.name, "shared by convolutions with different groups"))
             else:
-                if len({layer.window.group for layer in layers}) > 1:  # blocks are cut to fit the groups
-                    declined.append((weight.name, "shared by convolutions with different groups"))
-                else:
-                    candidates.append(Candidate(weight, tuple(layers), cls))
+                candidates.append(Candidate(weight, layers, cls))
         return candidates, declined
 
     @staticmethod

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.passes.linear_pattern import match_linear
-from sparse_onnx.passes.lowering import Candidate, Lowering
+from sparse_onnx.passes.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.weights import LINEARS, find_weights
 from sparse_onnx.sparse_ops import sparse_matmul
 
@@ -35,18 +35,8 @@ class LowerSparseMatMul(Lowering):
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, declined = find_weights(model, LINEARS)
-        candidates = []
-        for weight in weights:
-            linears = []
-            for node in weight.nodes:
-                match = match_linear(weight, node, model.graph)
-                if isinstance(match, str):
-                    declined.append((weight.name, match))
-                    break
-                linears.append(match)
-            else:
-                candidates.append(Candidate(weight, tuple(linears), cls))
-        return candidates, declined
+        found = match_layers(weights, lambda weight, node: match_linear(weight, node, model.graph), declined)
+        return [Candidate(weight, linears, cls) for weight, linears in found], declined
 
     @staticmethod
     def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
