@@ -34,7 +34,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_function, all_graphs, drop_if_unused, is_standard, value_names
+from sparse_onnx.graph import (
+    add_function,
+    add_initializer,
+    all_graphs,
+    drop_if_unused,
+    is_standard,
+    value_names,
+)
 from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.sparse_ops import attention
@@ -156,15 +163,8 @@ class _Rewriter:
         if content not in self._constants:
             array = np.array(content, np.int64 if isinstance(content, tuple) else np.float32)
             label = "_".join(map(str, content)) if isinstance(content, tuple) else f"{content:g}"
-            tensor = ir.tensor(array, name=self._name(f"{FuseAttention.name}.{label}"))
-            value = ir.Value(
-                name=tensor.name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(array.shape),
-                const_value=tensor,
-            )
-            self._graph.register_initializer(value)
-            self._constants[content] = value
+            name = self._name(f"{FuseAttention.name}.{label}")
+            self._constants[content] = add_initializer(self._graph, name, ir.tensor(array, name=name))
         return self._constants[content]
 
     def _name(self, wanted: str) -> str:

@@ -16,14 +16,13 @@ import onnx_ir as ir
 
 from sparse_onnx.layer_timing import cut_layer, time_pair
 from sparse_onnx.passes.base import Declined
-from sparse_onnx.passes.lowering import Candidate, Layer, Lowering, Packer
+from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Lowering, Packer
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio
 
 __all__ = [
     "LOWERINGS",
-    "MIN_SPARSITY",
     "TABLE_SPARSITY",
     "Decision",
     "decide",
@@ -33,9 +32,6 @@ __all__ = [
 
 LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
 """Whose candidates the guard decides on."""
-
-MIN_SPARSITY = 0.3
-"""Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
 
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""

@@ -20,14 +20,26 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import add_function, drop_if_unused
+from sparse_onnx.graph import add_function, add_initializer, drop_if_unused
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
 
-__all__ = ["Candidate", "Layer", "Lowering", "PackedTensors", "Packer", "count_zeros", "match_layers"]
+__all__ = [
+    "MIN_SPARSITY",
+    "Candidate",
+    "Layer",
+    "Lowering",
+    "PackedTensors",
+    "Packer",
+    "count_zeros",
+    "match_layers",
+]
+
+MIN_SPARSITY = 0.3
+"""Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,11 @@ class Layer(abc.ABC):
     @property
     def attributes(self) -> Mapping[str, int | float | Sequence[int]]:
         """Those of the operator that do not describe the stored weight."""
+        return {}
+
+    @property
+    def constants(self) -> Mapping[str, np.ndarray]:
+        """Constant inputs of the operator behind the stored weight and its bias, by their names in the model."""
         return {}
 
     @property
@@ -240,6 +257,8 @@ def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context
     for layer in candidate.layers:
         bias = _bias(model.graph, layer, context)
         x, *others = layer.inputs
+        for key, array in layer.constants.items():
+            others.append(_initializer(model.graph, key, context.store(array, key)))
         output = ir.Value(
             name=layer.output.name,
             type=layer.output.type,
@@ -263,25 +282,17 @@ def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context
         layer.output.name = None
         output.name = node.outputs[0].name
         model.graph.remove(layer.nodes, safe=False)
+        unused = [value for old in layer.nodes for value in old.inputs if value is not None]
         for old in layer.nodes:
             for index in range(len(old.inputs)):
                 old.replace_input_with(index, None)
-        if layer.bias is not None:
-            drop_if_unused(layer.bias)
-    drop_if_unused(candidate.weight.value)
+        for value in dict.fromkeys(unused):
+            drop_if_unused(value)
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(list(tensor.shape.numpy())),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+    """The initializer ``name``, which layers may share: a new one if there is none."""
+    return graph.initializers[name] if name in graph.initializers else add_initializer(graph, name, tensor)
 
 
 def _bias(graph: ir.Graph, layer: Layer, context: PassContext) -> ir.Value:

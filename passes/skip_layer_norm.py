@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_function, is_standard, value_names
+from sparse_onnx.graph import add_function, add_initializer, is_standard, new_name
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
@@ -182,7 +182,7 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
     new_nodes = []
     b = residual.b
     if residual.bias is not None:
-        name = _new_name(model, f"{norm.output.name}.biased")
+        name = new_name(model, f"{norm.output.name}.biased")
         biased = ir.Value(name=name, type=b.type, shape=b.shape)
         new_nodes.append(ir.node("Add", [b, residual.bias], outputs=[biased], name=name))
         b = biased
@@ -216,15 +216,5 @@ def _zeros(model: ir.Model, graph: ir.Graph, gamma: ir.Value) -> ir.Value:
     name = f"{DOMAIN}.zeros.{size}"
     if name in graph.initializers:
         return graph.initializers[name]
-    name = _new_name(model, name)
-    tensor = ir.tensor(np.zeros(size, np.float32), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([size]), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _new_name(model: ir.Model, name: str) -> str:
-    taken = value_names(model)
-    while name in taken:
-        name += "_"
-    return name
+    name = new_name(model, name)
+    return add_initializer(graph, name, ir.tensor(np.zeros(size, np.float32), name=name))

@@ -6,8 +6,9 @@ Before::                                       After::
     s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
     Y = Relu(s)
 
-Depthwise convolutions go along where others are lowered, whatever their zeros: one group has one block of one output
-channel then, and the operator computes it without a panel.
+A convolution and the depthwise one behind it become one operator, ``SparseConvDepthwise``, see
+:mod:`sparse_onnx.passes.depthwise_pattern`. Other depthwise convolutions go along where others are lowered, whatever
+their zeros: one group has one block of one output channel then, and the operator computes it without a panel.
 
 See :mod:`sparse_onnx.passes.lowering` for what is the same for all operators.
 """
@@ -21,9 +22,10 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.passes.conv_pattern import Shapes, match_conv
+from sparse_onnx.passes.depthwise_pattern import join_depthwise
 from sparse_onnx.passes.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.weights import CONVOLUTIONS, find_weights
-from sparse_onnx.sparse_ops import sparse_conv
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
 
 __all__ = ["LowerSparseConv"]
 
@@ -42,14 +44,16 @@ class LowerSparseConv(Lowering):
         found = match_layers(
             weights, lambda weight, node: match_conv(weight, node, model.graph, shapes), declined
         )
-        candidates = []
+        alike = []
         for weight, layers in found:
             if len({layer.window.group for layer in layers}) > 1:  # blocks are cut to fit the groups
                 declined.append((weight.name, "shared by convolutions with different groups"))
             else:
-                candidates.append(Candidate(weight, layers, cls))
-        return candidates, declined
+                alike.append((weight, layers))
+        return [Candidate(weight, layers, cls) for weight, layers in join_depthwise(alike)], declined
 
     @staticmethod
     def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
+        if op_type in sparse_conv_depthwise.OP_TYPES:
+            return sparse_conv_depthwise.function_body(op_type, opset)
         return sparse_conv.function_body(op_type, opset)

@@ -50,6 +50,7 @@ __all__ = [
     "ACTIVATIONS",
     "OP_TYPES",
     "Window",
+    "activation_body",
     "block_size",
     "function_body",
     "operator_name",
@@ -177,21 +178,28 @@ def reference(
     return _FLOAT64[activation](h if residual is None else h + residual, *limits)
 
 
-# The last lines of each body: from `h` to `Y`. Opset 13 has no HardSwish.
+# From {h} to {y}. Opset 13 has no HardSwish.
 _ACTIVATION_BODIES = {
-    "none": "Y = Identity(h)",
-    "relu": "Y = Relu(h)",
+    "none": "{y} = Identity({h})",
+    "relu": "{y} = Relu({h})",
     "clip": """
-        low = Constant<value_float: float = @min>()
-        high = Constant<value_float: float = @max>()
-        Y = Clip(h, low, high)""",
+        {y}_low = Constant<value_float: float = @min>()
+        {y}_high = Constant<value_float: float = @max>()
+        {y} = Clip({h}, {y}_low, {y}_high)""",
     "silu": """
-        gate = Sigmoid(h)
-        Y = Mul(h, gate)""",
+        {y}_gate = Sigmoid({h})
+        {y} = Mul({h}, {y}_gate)""",
     "hard_swish": """
-        gate = HardSigmoid<alpha = 0.16666667, beta = 0.5>(h)
-        Y = Mul(h, gate)""",
+        {y}_gate = HardSigmoid<alpha = 0.16666667, beta = 0.5>({h})
+        {y} = Mul({h}, {y}_gate)""",
 }
+
+
+def activation_body(activation: str, h: str, y: str) -> str:
+    """Lines of a function's body that compute ``y`` from ``h``; a clip's limits are the attributes min and max."""
+    return _ACTIVATION_BODIES[activation].format(h=h, y=y)
+
+
 _WINDOW = ("kernel_shape", "strides", "pads", "dilations")
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
@@ -223,7 +231,7 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         window=", ".join(f"{name}: ints = @{name}" for name in _WINDOW),
         product="product" if residual else "h",
         sum="h = Add(product, R)" if residual else "",
-        activation=_ACTIVATION_BODIES[activation],
+        activation=activation_body(activation, "h", "Y"),
     )
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-__all__ = ["add_function", "all_graphs", "drop_if_unused", "is_standard", "subgraphs", "value_names"]
+__all__ = [
+    "add_function",
+    "add_initializer",
+    "all_graphs",
+    "drop_if_unused",
+    "is_standard",
+    "new_name",
+    "subgraphs",
+    "value_names",
+]
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
@@ -31,6 +40,26 @@ def value_names(model: ir.Model) -> set[str]:
         names.update(graph.initializers)
         names.update(value.name for node in graph for value in node.outputs)
     return {name for name in names if name}
+
+
+def new_name(model: ir.Model, wanted: str) -> str:
+    """``wanted``, or with a number behind it where the model has a value of that name already."""
+    taken, name, count = value_names(model), wanted, 1
+    while name in taken:
+        name, count = f"{wanted}.{count}", count + 1
+    return name
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of ``graph`` with that tensor."""
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(list(tensor.shape.numpy())),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def add_function(model: ir.Model, body: onnx.FunctionProto, version: int) -> None:
@@ -58,3 +87,12 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from attribute.as_graphs()
+
+
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads, those that its subgraphs take from outside included."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs(node):
+        for inner in graph.all_nodes():
+            yield from (value for value in inner.inputs if value is not None)
+        yield from (value for value in graph.outputs if value is not None)

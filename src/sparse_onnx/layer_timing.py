@@ -21,7 +21,7 @@ from sparse_onnx import model_io
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops import sparse_conv, sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_matmul, sparse_matmul_split
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
@@ -41,7 +41,12 @@ __all__ = [
     "with_shape_outputs",
 ]
 
-SPARSE_OP_TYPES = (*sparse_matmul.ACTIVATIONS, *sparse_matmul_split.OP_TYPES, *sparse_conv.OP_TYPES)
+SPARSE_OP_TYPES = (
+    *sparse_matmul.ACTIVATIONS,
+    *sparse_matmul_split.OP_TYPES,
+    *sparse_conv.OP_TYPES,
+    *sparse_conv_depthwise.OP_TYPES,
+)
 """The operators with a compressed weight."""
 
 _SHAPE_OUTPUT = "sparse_onnx.shape."
@@ -193,7 +198,7 @@ def time_sparse_layers(
 
 def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
     """The vectors of K elements that the weight multiplies: tokens, or the positions of a convolution's output."""
-    if node.op_type not in sparse_conv.OP_TYPES:
+    if node.op_type not in (*sparse_conv.OP_TYPES, *sparse_conv_depthwise.OP_TYPES):
         return math.prod(x_shape[:-1])
     names = ("kernel_shape", "strides", "pads", "dilations")
     window = sparse_conv.Window(*(tuple(node.attributes[name].as_ints()) for name in names))  # type: ignore[arg-type]

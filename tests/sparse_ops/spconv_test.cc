@@ -10,6 +10,8 @@
 
 #include "expect.h"
 #include "guarded.h"
+#include "kernels/sizes.h"
+#include "kernels/spconv/fused_depthwise.h"
 #include "kernels/spconv/panel.h"
 #include "kernels/spconv/spconv.h"
 #include "kernels/spmm/spmm.h"
@@ -299,6 +301,123 @@ void test_strips() {
   }
 }
 
+// The depthwise convolution of maps [images, N, height, width] in double, and the same of magnitudes.
+Exact exact_depthwise(const Exact& maps, size_t count, size_t height, size_t width, size_t N,
+                      const Axis& rows, const Axis& columns, const std::vector<float>& filters,
+                      const std::vector<float>& bias) {
+  Exact y;
+  for (size_t m = 0; m < count; ++m) {
+    for (size_t i = 0; i < output_size(rows, height); ++i) {
+      for (size_t j = 0; j < output_size(columns, width); ++j) {
+        double sum = static_cast<double>(bias[m % N]), magnitude = std::abs(sum);
+        for (size_t tap = 0; tap < rows.kernel * columns.kernel; ++tap) {
+          const size_t row = i * rows.stride + tap / columns.kernel * rows.dilation;
+          const size_t column = j * columns.stride + tap % columns.kernel * columns.dilation;
+          if (row < rows.begin || row >= rows.begin + height) continue;
+          if (column < columns.begin || column >= columns.begin + width) continue;
+          const size_t at = (m * height + row - rows.begin) * width + column - columns.begin;
+          const double f = static_cast<double>(filters[m % N * rows.kernel * columns.kernel + tap]);
+          sum += f * maps.sum[at];
+          magnitude += std::abs(f) * maps.magnitude[at];
+        }
+        y.sum.push_back(sum);
+        y.magnitude.push_back(magnitude);
+      }
+    }
+  }
+  return y;
+}
+
+// A convolution and the depthwise one behind it as one, with every kernel, in one band and in several.
+void test_fused_depthwise() {
+  const Axis one = {1, 1, 0, 0, 1}, three = {3, 1, 1, 1, 1}, half = {3, 2, 1, 1, 1}, bare = {3, 1, 0, 0, 1};
+  const Axis wide = {3, 1, 2, 2, 2}, odd = {4, 3, 1, 2, 3}, far = {3, 5, 7, 7, 1}, five = {5, 2, 2, 2, 1};
+  struct Fused {
+    Case first;
+    Axis rows, columns;
+  };
+  const Fused cases[] = {
+      {{1, 4, 14, 14, 40, one, one, 1, 4, 16, 0.5}, three, three},
+      {{2, 4, 14, 15, 40, one, one, 1, 4, 16, 0.5}, half, half},
+      {{1, 5, 7, 7, 33, one, one, 1, 5, 8, 0.5}, three, three},
+      {{3, 5, 7, 8, 6, one, one, 1, 2, 6, 0.5}, half, three},
+      {{1, 3, 33, 31, 9, half, half, 1, 27, 4, 1.0}, three, three},
+      {{1, 3, 20, 40, 5, three, three, 1, 27, 4, 0.4}, five, five},
+      {{1, 2, 300, 70, 8, one, one, 1, 2, 8, 0.9}, three, half},
+      {{1, 2, 120, 200, 64, one, one, 1, 2, 64, 0.9}, half, half},
+      {{1, 1, 1, 1, 1, one, one, 1, 1, 1, 1.0}, three, three},
+      {{2, 2, 5, 1, 3, one, one, 1, 2, 2, 0.9}, bare, {1, 1, 0, 0, 1}},
+      {{1, 2, 6, 2, 3, one, one, 1, 2, 2, 0.9}, three, three},
+      {{1, 2, 9, 3, 3, one, one, 1, 2, 2, 0.9}, three, three},
+      {{1, 2, 9, 17, 3, one, one, 1, 2, 2, 0.9}, wide, wide},
+      {{1, 2, 12, 19, 3, one, one, 1, 2, 2, 0.9}, odd, odd},
+      {{1, 2, 4, 5, 3, one, one, 1, 2, 2, 0.9}, far, far},
+      {{1, 2, 3, 4, 130, one, one, 1, 2, 64, 0.9}, three, three},
+      {{2, 2, 4, 9000, 2, one, one, 1, 2, 2, 0.9}, half, half},
+  };
+  size_t round = 0, most_bands = 0, most_parts = 0;
+  for (const Fused& c : cases) {
+    const Case& first = c.first;
+    const size_t K = first.channels * first.rows.kernel * first.columns.kernel;
+    const spmm::RandomWeight random =
+        spmm::random_weight(K, first.outputs, first.density, first.chunk, first.block);
+    spmm::CheckedWeight checked;
+    expect(check(random.stored(), spmm::Activation::none, checked).empty(), "valid weight refused");
+    const std::vector<float> x = random_floats(first.images * first.channels * first.height * first.width, 1);
+    const size_t height = output_size(first.rows, first.height);
+    const size_t width = output_size(first.columns, first.width);
+    const std::vector<float> filters = random_floats(first.outputs * c.rows.kernel * c.columns.kernel, 3);
+    const std::vector<float> bias = random_floats(first.outputs, 4);
+    const MapEpilogue& epilogue = kEpilogues[1 + round++ % (std::size(kEpilogues) - 1)];
+    Exact maps = exact(first, random, x);
+    for (double& value : maps.sum) value = activated(epilogue, value);
+    const Exact want = exact_depthwise(maps, first.images * first.outputs, height, width, first.outputs,
+                                       c.rows, c.columns, filters, bias);
+    const Guarded<float> guarded_x(x), guarded_filters(filters), guarded_bias(bias);
+    const FusedDepthwise fused = {{checked.weight, first.rows, first.columns, 1, epilogue},
+                                  c.rows,
+                                  c.columns,
+                                  reinterpret_cast<const unsigned char*>(guarded_filters.typed()),
+                                  reinterpret_cast<const unsigned char*>(guarded_bias.typed())};
+    const auto run_plan = [&](const FusedPlan& plan) {
+      most_bands = std::max(most_bands, plan.bands);
+      most_parts = std::max(most_parts, plan.parts);
+      const Guarded<float> y(std::vector<float>(want.sum.size(), std::nanf("")));
+      const Guarded<char> scratch(plan.scratch_bytes);
+      std::memset(scratch.data(), 0xff, plan.scratch_bytes);  // NaN: what is not written must not be read
+      Backwards workers;
+      expect(run(plan, fused, guarded_x.typed(), y.typed(), scratch.data(), workers), "workers failed");
+      const double epsilon = static_cast<double>(std::numeric_limits<float>::epsilon());
+      const auto terms = static_cast<double>(K + c.rows.kernel * c.columns.kernel + 4);
+      size_t wrong = 0;
+      for (size_t i = 0; i < want.sum.size(); ++i) {
+        const double expected = activated(epilogue, want.sum[i]);
+        const double bound = 4 * terms * epsilon * (want.magnitude[i] + std::abs(expected)) + 1e-30;
+        wrong += !(std::abs(static_cast<double>(y.typed()[i]) - expected) <= bound);
+      }
+      char where[200];
+      std::snprintf(where, sizeof where,
+                    "%s: fused depthwise case %zu (%zu bands, %zu parts): %zu of %zu wrong", plan.full->name,
+                    round, plan.bands, plan.parts, wrong, want.sum.size());
+      expect(wrong == 0, where);
+    };
+    for (const spmm::Kernel* kernel : spmm::kernels()) {
+      if (!isa_supported(kernel->isa) || !fits(*kernel, checked.weight)) continue;
+      run_plan(make_plan(fused, first.images, first.height, first.width, *kernel));
+    }
+    for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
+      if (isa_supported(isa)) run_plan(make_plan(fused, first.images, first.height, first.width, isa));
+    }
+    const FusedPlan plan = make_plan(fused, first.images, first.height, first.width, Isa::generic);
+    std::vector<float> y(want.sum.size());
+    std::vector<char> scratch(plan.scratch_bytes);
+    Failing failing(0);
+    expect(!run(plan, fused, x.data(), y.data(), scratch.data(), failing), "a failure was lost");
+  }
+  expect(most_bands > 1, "no case has several bands");
+  expect(most_parts > 1 || processors() == 1, "no case has several parts");
+}
+
 }  // namespace
 
 int main() {
@@ -306,5 +425,6 @@ int main() {
   test_epilogues();
   test_strips();
   test_all_kernels();
+  test_fused_depthwise();
   return summary();
 }

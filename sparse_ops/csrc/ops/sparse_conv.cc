@@ -10,6 +10,7 @@
 #include "ops/op_set.h"
 #include "ops/op_support.h"
 #include "ops/stored_weight.h"
+#include "ops/window.h"
 
 namespace sparse_ops {
 namespace {
@@ -25,56 +26,8 @@ struct ConvVariant {
 };
 using enum MapEpilogue::Activation;
 
-// Far more than any image has, and so little that sums and products of sizes cannot overflow.
-constexpr int64_t kLargest = int64_t{1} << 24;
-
 // The residual comes last.
 constexpr size_t kResidual = 1 + std::size(kWeightInputs);
-
-// Attributes of one convolution.
-struct Geometry {
-  spconv::Axis rows, columns;
-  size_t group;
-};
-
-size_t size_of(int64_t value) { return static_cast<size_t>(value); }
-
-// The attributes that describe the window, as the node has them.
-struct Window {
-  std::vector<int64_t> kernel_shape, strides, pads, dilations;
-
-  // What is wrong with them, or "".
-  std::string problem() const {
-    const auto check = [](const char* name, const std::vector<int64_t>& values, size_t count, int64_t least) {
-      bool good = values.size() == count;
-      for (int64_t value : values) good = good && value >= least && value <= kLargest;
-      return good ? ""
-                  : std::string("attribute ") + name + " is " + text_of(values) + ", expected " +
-                        std::to_string(count) + " numbers from " + std::to_string(least) + " to " +
-                        std::to_string(kLargest);
-    };
-    for (const std::string& problem :
-         {check("kernel_shape", kernel_shape, 2, 1), check("strides", strides, 2, 1),
-          check("pads", pads, 4, 0), check("dilations", dilations, 2, 1)}) {
-      if (!problem.empty()) return problem;
-    }
-    return "";
-  }
-
-  spconv::Axis axis(size_t i) const {
-    return {size_of(kernel_shape[i]), size_of(strides[i]), size_of(pads[i]), size_of(pads[i + 2]),
-            size_of(dilations[i])};
-  }
-};
-
-Geometry read_geometry(const NodeReader& node) {
-  const Window window = {node.integers("kernel_shape"), node.integers("strides"), node.integers("pads"),
-                         node.integers("dilations")};
-  if (const std::string problem = window.problem(); !problem.empty()) node.fail(problem);
-  const int64_t group = node.integer("group");
-  if (group < 1) node.fail("attribute group is " + std::to_string(group) + ", expected at least 1");
-  return {window.axis(0), window.axis(1), size_of(group)};
-}
 
 class Kernel {
  public:
@@ -107,7 +60,8 @@ class Kernel {
   Isa isa_;
   bool residual_;
   MapEpilogue epilogue_;
-  Geometry geometry_;
+  spconv::Axis rows_, columns_;
+  size_t group_;
   spmm::CheckedWeight weight_;
 };
 
@@ -118,7 +72,13 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
-  geometry_ = read_geometry(node);
+  const Window window = Window::read("", node);
+  rows_ = window.rows();
+  columns_ = window.columns();
+  if (node.integer("group") < 1) {
+    node.fail("attribute group is " + std::to_string(node.integer("group")) + ", expected at least 1");
+  }
+  group_ = size_of(node.integer("group"));
   if (variant.has_limits) {
     epilogue_.low = node.number("min");
     epilogue_.high = node.number("max");
@@ -126,7 +86,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   }
   read_weight(node, spmm::Activation::none, weight_);
   const spmm::Weight& weight = weight_.weight;
-  const size_t taps = geometry_.rows.kernel * geometry_.columns.kernel, group = geometry_.group;
+  const size_t taps = rows_.kernel * columns_.kernel, group = group_;
   if (weight.K % taps != 0) {
     node.fail("attribute K is " + std::to_string(weight.K) + ", no multiple of the " + std::to_string(taps) +
               " elements of kernel_shape");
@@ -143,8 +103,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  const spconv::Convolution conv{weight_.weight, geometry_.rows, geometry_.columns, geometry_.group,
-                                 epilogue_};
+  const spconv::Convolution conv{weight_.weight, rows_, columns_, group_, epilogue_};
   const InputTensor x = float_input(api_, context, 0);
   const auto channels = static_cast<int64_t>(conv.channels());
   if (x.dims.size() != 4 || x.dims[1] != channels) {
@@ -181,16 +140,10 @@ void Kernel::compute(OrtKernelContext* context) const {
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
   SymbolicShape shape;
   if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;
-  const auto integers = [&](const char* name) { return integers_attribute(api, context, name); };
-  const Window window = {integers("kernel_shape"), integers("strides"), integers("pads"),
-                         integers("dilations")};
+  const Window window =
+      Window::read("", [&](const char* name) { return integers_attribute(api, context, name); });
   if (!window.problem().empty()) return;  // refused when the kernel is created
-  shape.dims[1] = integer_attribute(api, context, "N");
-  for (size_t i = 0; i < 2; ++i) {
-    int64_t& size = shape.dims[2 + i];
-    if (size >= 0) size = static_cast<int64_t>(spconv::output_size(window.axis(i), size_of(size)));
-  }
-  for (size_t axis = 1; axis < 4; ++axis) shape.names[axis] = "";
+  window.infer(shape, integer_attribute(api, context, "N"));
   set_output_shape(api, context, 0, shape);
 }
 

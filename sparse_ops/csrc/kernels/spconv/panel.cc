@@ -71,6 +71,18 @@ Runs runs_of(size_t first, size_t count, size_t out_height, size_t out_width) {
   return runs;
 }
 
+Source make_source(const Convolution& c, const float* x, size_t height, size_t width) {
+  const auto is_pointwise = [](const Axis& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.begin == 0 && axis.end == 0;
+  };
+  Source source{x, height, width, c.channels() * height * width, c.rows, c.columns};
+  if (is_pointwise(c.rows) && is_pointwise(c.columns)) {
+    source.width = height * width;
+    source.height = 1;
+  }
+  return source;
+}
+
 void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel) {
   const size_t taps = source.rows.kernel * source.columns.kernel;
   const size_t plane = source.height * source.width, stride = source.columns.stride;

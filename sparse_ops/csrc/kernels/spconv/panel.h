@@ -43,6 +43,10 @@ struct Source {
   Axis rows, columns;
 };
 
+// All images of a call. Where the window is one element that visits all elements in order, rows need not be
+// told apart: the source then has one row of all of them.
+Source make_source(const Convolution& convolution, const float* x, size_t height, size_t width);
+
 // Input channels begin..end-1 of the source into the rows of `panel` [channels * taps, tile] that belong to
 // them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image are 0.
 void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel);

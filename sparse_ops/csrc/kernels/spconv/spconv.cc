@@ -22,11 +22,6 @@ size_t panel_size(const Convolution& c, const Kernel& kernel) {
   return round_up(kernel.tile * c.weight.K, kCacheLine / sizeof(float));
 }
 
-// A window of one element that visits all elements in order: rows need not be told apart.
-bool is_pointwise(const Axis& axis) {
-  return axis.kernel == 1 && axis.stride == 1 && axis.begin == 0 && axis.end == 0;
-}
-
 // Everything that the tasks of one strip of tiles need.
 struct Strip {
   const Plan& plan;
@@ -138,13 +133,9 @@ bool run(const Plan& plan, const Convolution& conv, const float* x, const float*
   const size_t tile = plan.full->tile, positions = plan.images * plan.out_height * plan.out_width;
   const size_t channels = conv.channels() / conv.group;
   const size_t slice = std::max<size_t>(1, kSlice / conv.taps());
-  Source source{x,         plan.height, plan.width, conv.channels() * plan.height * plan.width,
-                conv.rows, conv.columns};
-  size_t out_rows = plan.out_height, out_columns = plan.out_width;
-  if (is_pointwise(conv.rows) && is_pointwise(conv.columns)) {
-    source.width = out_columns = plan.height * plan.width;
-    source.height = out_rows = 1;
-  }
+  const Source source = make_source(conv, x, plan.height, plan.width);
+  const size_t out_rows = output_size(source.rows, source.height);
+  const size_t out_columns = output_size(source.columns, source.width);
   float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < positions; first += plan.strip * tile) {
     const size_t count = std::min(plan.strip * tile, positions - first), tiles = divide_up(count, tile);

@@ -19,15 +19,16 @@ inline void add_entry(Vector<kLanes>* sum, const float* row, const unsigned char
   for (size_t v = 0; v < kVectors; ++v) sum[v] += w * load<kLanes>(row + v * kLanes);
 }
 
-// acc[tile] += one segment. kSets independent sums per vector hide the latency of the multiply-add.
+// acc[tile] += one segment; with a `bias` it is what acc begins with. kSets independent sums per vector hide
+// the latency of the multiply-add.
 template <size_t kLanes, size_t kVectors, size_t kSets>
 inline void add_segment(const float* x, const uint8_t* offsets, const unsigned char* values, size_t count,
-                        float* acc) {
+                        const float* bias, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   Vector<kLanes> sum[kSets][kVectors];
 #pragma GCC unroll 16
   for (size_t v = 0; v < kVectors; ++v) {
-    sum[0][v] = load<kLanes>(acc + v * kLanes);
+    sum[0][v] = bias != nullptr ? splat<kLanes>(*bias) : load<kLanes>(acc + v * kLanes);
 #pragma GCC unroll 16
     for (size_t s = 1; s < kSets; ++s) sum[s][v] = Vector<kLanes>{};
   }
@@ -73,11 +74,12 @@ constexpr size_t vectors_at_a_time() {
   return best;
 }
 
-// acc[kWidth][tile] += one segment whose entries have kWidth values each, for neighbouring output channels. A
-// vector of activations is loaded once for kRows channels: that is why blocks lie along the outputs.
+// acc[kWidth][tile] += one segment (with a `bias` [kWidth]: it is what acc begins with) whose entries have
+// kWidth values each, for neighbouring output channels. A vector of activations is loaded once for kRows
+// channels: that is why blocks lie along the outputs.
 template <size_t kLanes, size_t kVectors, size_t kWidth>
 inline void add_wide_segment(const float* x, const uint8_t* offsets, const unsigned char* values,
-                             size_t count, float* acc) {
+                             size_t count, const float* bias, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   constexpr size_t kRows = kWidth < kWideRows ? kWidth : kWideRows;
   constexpr size_t kPart = vectors_at_a_time<kVectors, kRows>();
@@ -88,7 +90,10 @@ inline void add_wide_segment(const float* x, const uint8_t* offsets, const unsig
 #pragma GCC unroll 16
       for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (size_t v = 0; v < kPart; ++v) sum[r][v] = load<kLanes>(to + r * kTile + v * kLanes);
+        for (size_t v = 0; v < kPart; ++v) {
+          sum[r][v] =
+              bias != nullptr ? splat<kLanes>(bias[r0 + r]) : load<kLanes>(to + r * kTile + v * kLanes);
+        }
       }
       const unsigned char* value = values + 4 * r0;
       const float* from = x + v0 * kLanes;
@@ -135,41 +140,46 @@ inline void for_each_segment(const Weight& w, size_t block, const float* panel, 
   }
 }
 
-template <size_t kLanes, size_t kVectors>
-inline void start_with_bias(const Weight& w, size_t block, float* acc) {
-  const size_t first = block * w.block;
-  const size_t channels = w.N - first < w.block ? w.N - first : w.block;
-  for (size_t n = 0; n < w.block; ++n) {
-    const Vector<kLanes> bias = splat<kLanes>(n < channels ? load_float(w.bias + 4 * (first + n)) : 0.0f);
-    for (size_t v = 0; v < kVectors; ++v) store<kLanes>(acc + (n * kVectors + v) * kLanes, bias);
+// The bias of each channel of a block; of channels behind N it is 0.
+struct BlockBias {
+  float values[256];
+
+  BlockBias(const Weight& w, size_t block) {
+    for (size_t n = 0; n < w.block; ++n) {
+      const size_t channel = block * w.block + n;
+      values[n] = channel < w.N ? load_float(w.bias + 4 * channel) : 0.0f;
+    }
   }
-}
+};
 
 template <size_t kLanes, size_t kVectors, size_t kSets>
 void multiply(const Weight& w, size_t block, const float* panel, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
-  start_with_bias<kLanes, kVectors>(w, block, acc);
+  const BlockBias bias(w, block);
+  const float* second_chunk = panel + w.chunk * kTile;
   const auto wide = [&]<size_t kWidth>(std::integral_constant<size_t, kWidth>) {
     for_each_segment<kTile, kWidth>(
         w, block, panel,
-        [acc](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
-          add_wide_segment<kLanes, kVectors, kWidth>(x, offsets, values, count,
-                                                     acc + row * kWidth * kLanes * kVectors);
+        [&](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
+          const float* start = x < second_chunk ? bias.values + row * kWidth : nullptr;
+          add_wide_segment<kLanes, kVectors, kWidth>(x, offsets, values, count, start,
+                                                     acc + row * kWidth * kTile);
         });
   };
   if (w.width == 4) return wide(std::integral_constant<size_t, 4>());
   if (w.width == 8) return wide(std::integral_constant<size_t, 8>());
   for_each_segment<kTile, 1>(
       w, block, panel,
-      [acc](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
+      [&](const float* x, const uint8_t* offsets, const unsigned char* values, size_t count, size_t row) {
         // Short segments overlap in the processor by themselves: fewer sums are quicker to add up.
         constexpr size_t kShortSets = kSets > 2 ? kSets / 2 : 1;
         constexpr size_t kLong = 24;
+        const float* start = x < second_chunk ? bias.values + row : nullptr;
         float* sum = acc + row * kTile;
         if (count >= kLong) {
-          add_segment<kLanes, kVectors, kSets>(x, offsets, values, count, sum);
+          add_segment<kLanes, kVectors, kSets>(x, offsets, values, count, start, sum);
         } else {
-          add_segment<kLanes, kVectors, kShortSets>(x, offsets, values, count, sum);
+          add_segment<kLanes, kVectors, kShortSets>(x, offsets, values, count, start, sum);
         }
       });
 }

@@ -3,7 +3,7 @@
 
 #include "kernels/activations.h"
 #include "kernels/spmm/accumulate.h"
-#include "kernels/spmm/combine.h"
+#include "kernels/spmm/depthwise.h"
 #include "kernels/spmm/kernel.h"
 #include "kernels/spmm/store_channels.h"
 #include "kernels/vector.h"
@@ -122,7 +122,7 @@ constexpr Kernel make_kernel(const char* name, Isa isa) {
           activate<kLanes>,
           store_tokens<kLanes, kLanes * kVectors>,
           store_channels<kLanes>,
-          combine<kLanes>,
+          depthwise<kLanes>,
           peak<kLanes>,
           load_peak<kLanes>};
 }

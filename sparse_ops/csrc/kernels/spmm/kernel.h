@@ -41,6 +41,20 @@ struct MapEpilogue {
   float low, high;  // of the clip
 };
 
+// What a window gives on a map with a padded border: bias + the sum over i, j of filter[i, j] * from[i *
+// tap_row_step + j * tap_column_step + r * row_step + c * column_step] for r < rows, c < columns. Kernels may
+// touch kMapSlack floats behind what that reads.
+struct MapProduct {
+  const unsigned char* filter;  // float32 [window_rows, window_columns], any alignment
+  float bias;
+  const float* from;
+  size_t window_rows, window_columns;
+  size_t tap_row_step, tap_column_step;
+  size_t row_step, column_step;
+  size_t rows, columns;
+};
+constexpr size_t kMapSlack = 32;
+
 // The accumulators of one task live on the stack, so that tile * block may not exceed this (64 KiB).
 constexpr size_t kMaxAccumulators = 16384;
 
@@ -73,10 +87,8 @@ struct Kernel {
   void (*store_channels)(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
                          size_t positions, size_t stride, const float* residual, float* y);
 
-  // acc[t] = bias + the sum over e of values[e] * from[shifts[e] + t], t = 0..count-1; `values` are float32
-  // of any alignment. As many numbers as a vector has may be touched behind what is read and written.
-  void (*combine)(const size_t* shifts, const unsigned char* values, size_t entries, float bias, size_t count,
-                  const float* from, float* acc);
+  // One map of a depthwise convolution, to y[r, c] = act(sum + residual[r, c]) (residual may be nullptr).
+  void (*depthwise)(const MapEpilogue& epilogue, const MapProduct& product, const float* residual, float* y);
 
   // `steps` times some independent multiply-adds in registers, as wide as the kernel's; returns how many
   // floating-point operations that was. Timing it gives what the machine could reach at most.

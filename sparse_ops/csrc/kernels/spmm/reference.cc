@@ -84,16 +84,20 @@ void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_st
   }
 }
 
-void combine(const size_t* shifts, const unsigned char* values, size_t entries, float bias, size_t count,
-             const float* from, float* acc) {
-  for (size_t t = 0; t < count; ++t) {
-    double sum = bias;
-    for (size_t e = 0; e < entries; ++e) {
-      float value;
-      std::memcpy(&value, values + e * sizeof(float), sizeof(value));
-      sum += static_cast<double>(value) * from[shifts[e] + t];
+void depthwise(const MapEpilogue& epilogue, const MapProduct& p, const float* residual, float* y) {
+  for (size_t r = 0; r < p.rows; ++r) {
+    for (size_t c = 0; c < p.columns; ++c, ++y) {
+      double sum = p.bias;
+      for (size_t tap = 0; tap < p.window_rows * p.window_columns; ++tap) {
+        const size_t i = tap / p.window_columns, j = tap % p.window_columns;
+        float value;
+        std::memcpy(&value, p.filter + tap * sizeof(float), sizeof(value));
+        sum += static_cast<double>(value) *
+               p.from[i * p.tap_row_step + j * p.tap_column_step + r * p.row_step + c * p.column_step];
+      }
+      if (residual != nullptr) sum += residual[r * p.columns + c];
+      *y = static_cast<float>(activated(epilogue, sum));
     }
-    acc[t] = static_cast<float>(sum);
   }
 }
 
@@ -107,6 +111,6 @@ double peak(size_t steps) {
 
 constexpr Kernel reference = {
     "reference",  Isa::reference, 1,       255,  8,   1, transpose, multiply, activate,
-    store_tokens, store_channels, combine, peak, peak};
+    store_tokens, store_channels, depthwise, peak, peak};
 
 }  // namespace sparse_ops::spmm

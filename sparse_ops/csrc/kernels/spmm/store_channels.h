@@ -81,22 +81,27 @@ inline void store_rows(const float* acc, size_t acc_stride, size_t channels, siz
   }
 }
 
+// Calls use(the activation).
+template <class Use>
+inline void with_activation(const MapEpilogue& epilogue, Use use) {
+  switch (epilogue.activation) {
+    case MapEpilogue::Activation::none:
+      return use(Unchanged{});
+    case MapEpilogue::Activation::clip:
+      return use(Clip{epilogue.low, epilogue.high});
+    case MapEpilogue::Activation::silu:
+      return use(Silu{});
+    case MapEpilogue::Activation::hard_swish:
+      return use(HardSwish{});
+  }
+}
+
 template <size_t kLanes>
 void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
                     size_t positions, size_t stride, const float* residual, float* y) {
-  const auto rows = [&](auto function) {
+  with_activation(epilogue, [&](auto function) {
     store_rows<kLanes>(acc, acc_stride, channels, positions, stride, residual, y, function);
-  };
-  switch (epilogue.activation) {
-    case MapEpilogue::Activation::none:
-      return rows(Unchanged{});
-    case MapEpilogue::Activation::clip:
-      return rows(Clip{epilogue.low, epilogue.high});
-    case MapEpilogue::Activation::silu:
-      return rows(Silu{});
-    case MapEpilogue::Activation::hard_swish:
-      return rows(HardSwish{});
-  }
+  });
 }
 
 }  // namespace

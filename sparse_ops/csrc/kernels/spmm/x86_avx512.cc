@@ -11,19 +11,7 @@ constexpr Kernel avx512_t32 = make_kernel<16, 2, 4>("avx512_t32", Isa::avx512);
 constexpr Kernel avx512_t16 = make_kernel<16, 1, 4>("avx512_t16", Isa::avx512);
 constexpr Kernel avx512_t8 = make_kernel<8, 1, 4>("avx512_t8", Isa::avx512);
 constexpr Kernel avx512_t4 = make_kernel<4, 1, 4>("avx512_t4", Isa::avx512);
-constexpr Kernel avx512_t1 = {"avx512_t1",
-                              Isa::avx512,
-                              1,
-                              lookup::kMaxChunk,
-                              1,
-                              1,
-                              lookup::transpose,
-                              lookup::multiply,
-                              activate<16>,
-                              lookup::store_tokens,
-                              store_channels<16>,
-                              combine<16>,
-                              peak<16>,
-                              load_peak<16>};
+constexpr Kernel avx512_t2 = lookup::make_kernel<2>("avx512_t2", Isa::avx512);
+constexpr Kernel avx512_t1 = lookup::make_kernel<1>("avx512_t1", Isa::avx512);
 
 }  // namespace sparse_ops::spmm

@@ -1,0 +1,144 @@
+#include "ops/sparse_conv_depthwise.h"
+
+#include <limits>
+
+#include "kernels/spconv/fused_depthwise.h"
+#include "kernels/spmm/check.h"
+#include "kernels/spmm/spmm.h"
+#include "ops/op_set.h"
+#include "ops/op_support.h"
+#include "ops/stored_weight.h"
+#include "ops/window.h"
+
+namespace sparse_ops {
+namespace {
+
+using spmm::MapEpilogue;
+using enum MapEpilogue::Activation;
+
+struct DepthwiseVariant {
+  const char* name;
+  MapEpilogue::Activation activation;
+  bool has_limits;  // of the clip, as attributes; otherwise it is ReLU
+};
+
+// The filters of the depthwise convolution come behind the weight of the first, then their bias.
+constexpr size_t kFilters = 1 + std::size(kWeightInputs), kFilterBias = kFilters + 1;
+constexpr const char* kPrefix = "depthwise_";
+
+class Kernel {
+ public:
+  using Variant = DepthwiseVariant;
+  static constexpr Variant kVariants[] = {
+      {"SparseConvDepthwiseRelu", clip, false},
+      {"SparseConvDepthwiseClip", clip, true},
+      {"SparseConvDepthwiseSilu", silu, false},
+      {"SparseConvDepthwiseHardSwish", hard_swish, false},
+  };
+  static OrtElementType input_type(size_t i) {
+    return i == 0 || i >= kFilters ? ORT_FLOAT : kWeightInputs[i - 1].type;
+  }
+  static size_t input_count(const Variant&) { return kFilterBias + 1; }
+  static size_t output_count(const Variant&) { return 1; }
+  static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  void compute(OrtKernelContext* context) const;
+
+ private:
+  const OrtApi& api_;
+  std::string where_;
+  Isa isa_;
+  MapEpilogue epilogue_;
+  spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
+  spmm::CheckedWeight weight_;
+  const unsigned char* filters_;
+  const unsigned char* filter_bias_;
+};
+
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
+    : api_(api), epilogue_{variant.activation, 0.0f, std::numeric_limits<float>::infinity()} {
+  const NodeReader node(api, info, variant.name);
+  where_ = node.where();
+  isa_ = node.isa();
+  const Window first = Window::read("", node), depthwise = Window::read(kPrefix, node);
+  rows_ = first.rows();
+  columns_ = first.columns();
+  depthwise_rows_ = depthwise.rows();
+  depthwise_columns_ = depthwise.columns();
+  if (variant.has_limits) {
+    epilogue_.low = node.number("min");
+    epilogue_.high = node.number("max");
+    if (!(epilogue_.low <= epilogue_.high)) node.fail("attribute min is not at most attribute max");
+  }
+  read_weight(node, spmm::Activation::none, weight_);
+  const spmm::Weight& weight = weight_.weight;
+  const size_t window = rows_.kernel * columns_.kernel;
+  if (weight.K % window != 0) {
+    node.fail("attribute K is " + std::to_string(weight.K) + ", no multiple of the " +
+              std::to_string(window) + " elements of kernel_shape");
+  }
+  const size_t taps = depthwise_rows_.kernel * depthwise_columns_.kernel;
+  const auto constant = [&](size_t index, const char* name, size_t count) {
+    const NodeReader::Constant found = node.constant(index, name, ORT_FLOAT);
+    if (found.count != count) {
+      node.fail(std::string("input ") + name + " has " + std::to_string(found.count) +
+                " elements, expected " + std::to_string(count));
+    }
+    return static_cast<const unsigned char*>(found.data);
+  };
+  filters_ = constant(kFilters, "filters", weight.N * taps);
+  filter_bias_ = constant(kFilterBias, "filter_bias", weight.N);
+  node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight, SIZE_MAX).name);
+}
+
+void Kernel::compute(OrtKernelContext* context) const {
+  const spconv::FusedDepthwise fused{{weight_.weight, rows_, columns_, 1, epilogue_},
+                                     depthwise_rows_,
+                                     depthwise_columns_,
+                                     filters_,
+                                     filter_bias_};
+  const InputTensor x = float_input(api_, context, 0);
+  const auto channels = static_cast<int64_t>(fused.first.channels());
+  if (x.dims.size() != 4 || x.dims[1] != channels) {
+    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
+                       std::to_string(channels) + ", height, width]"};
+  }
+  const auto size = [&](size_t axis) { return size_of(x.dims[axis]); };
+  const auto out = [&](const spconv::Axis& first, const spconv::Axis& depthwise, size_t axis) {
+    return spconv::output_size(depthwise, spconv::output_size(first, size(axis)));
+  };
+  const size_t out_height = out(rows_, depthwise_rows_, 2), out_width = out(columns_, depthwise_columns_, 3);
+  const bool between = spconv::output_size(rows_, size(2)) > 0 && spconv::output_size(columns_, size(3)) > 0;
+  if (!between || out_height == 0 || out_width == 0) {
+    throw InvalidError{where_ + ": the windows do not fit into input X of shape " + text_of(x.dims) +
+                       " with their padding"};
+  }
+  float* y = float_output(api_, context, 0,
+                          {x.dims[0], static_cast<int64_t>(weight_.weight.N),
+                           static_cast<int64_t>(out_height), static_cast<int64_t>(out_width)});
+  if (x.dims[0] == 0) return;
+
+  const spconv::FusedPlan plan = spconv::make_plan(fused, size(0), size(2), size(3), isa_);
+  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
+  SessionWorkers workers(api_, context);
+  if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());
+}
+
+void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
+  SymbolicShape shape;
+  if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;
+  for (const char* prefix : {"", kPrefix}) {
+    const Window window =
+        Window::read(prefix, [&](const char* name) { return integers_attribute(api, context, name); });
+    if (!window.problem().empty()) return;  // refused when the kernel is created
+    window.infer(shape, integer_attribute(api, context, "N"));
+  }
+  set_output_shape(api, context, 0, shape);
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> sparse_conv_depthwise_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
+
+}  // namespace sparse_ops

@@ -1,0 +1,72 @@
+// The attributes that say how a convolution moves over its input.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/spconv/spconv.h"
+#include "ops/op_support.h"
+
+namespace sparse_ops {
+
+inline size_t size_of(int64_t value) { return static_cast<size_t>(value); }
+
+// As a node has them, named with a prefix where there are two windows.
+struct Window {
+  // Far more than any image has, and so little that sums and products of sizes cannot overflow.
+  static constexpr int64_t kLargest = int64_t{1} << 24;
+
+  std::vector<int64_t> kernel_shape, strides, pads, dilations;
+  std::string prefix;
+
+  // `integers` returns the attribute of a name.
+  template <class Integers>
+  static Window read(const std::string& prefix, Integers integers) {
+    const auto get = [&](const char* name) { return integers((prefix + name).c_str()); };
+    return {get("kernel_shape"), get("strides"), get("pads"), get("dilations"), prefix};
+  }
+  // Checked: what is wrong with them is an InvalidError.
+  static Window read(const std::string& prefix, const NodeReader& node) {
+    Window window = read(prefix, [&](const char* name) { return node.integers(name); });
+    if (const std::string problem = window.problem(); !problem.empty()) node.fail(problem);
+    return window;
+  }
+
+  // What is wrong with them, or "".
+  std::string problem() const {
+    const auto check = [&](const char* name, const std::vector<int64_t>& values, size_t count,
+                           int64_t least) {
+      bool good = values.size() == count;
+      for (int64_t value : values) good = good && value >= least && value <= kLargest;
+      return good ? ""
+                  : "attribute " + prefix + name + " is " + text_of(values) + ", expected " +
+                        std::to_string(count) + " numbers from " + std::to_string(least) + " to " +
+                        std::to_string(kLargest);
+    };
+    for (const std::string& problem :
+         {check("kernel_shape", kernel_shape, 2, 1), check("strides", strides, 2, 1),
+          check("pads", pads, 4, 0), check("dilations", dilations, 2, 1)}) {
+      if (!problem.empty()) return problem;
+    }
+    return "";
+  }
+
+  spconv::Axis axis(size_t i) const {
+    return {size_of(kernel_shape[i]), size_of(strides[i]), size_of(pads[i]), size_of(pads[i + 2]),
+            size_of(dilations[i])};
+  }
+  spconv::Axis rows() const { return axis(0); }
+  spconv::Axis columns() const { return axis(1); }
+
+  // `shape` [batch, channels, height, width] of the input to the one of an output with N channels.
+  void infer(SymbolicShape& shape, int64_t N) const {
+    shape.dims[1] = N;
+    for (size_t i = 0; i < 2; ++i) {
+      int64_t& size = shape.dims[2 + i];
+      if (size >= 0) size = static_cast<int64_t>(spconv::output_size(axis(i), size_of(size)));
+    }
+    for (size_t dim = 1; dim < 4; ++dim) shape.names[dim] = "";
+  }
+};
+
+}  // namespace sparse_ops
