@@ -8,7 +8,9 @@ from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.oneshot import ONE_SHOT_PASSES
 from sparse_onnx.passes.options import unknown
 from sparse_onnx.passes.random_pruning import Random
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
@@ -16,18 +18,25 @@ from sparse_onnx.passes.threshold import Threshold
 
 __all__ = ["PASSES", "pass_by_name"]
 
-PASSES: tuple[type[Pass], ...] = (  # sorted by name
-    Constants,
-    Duplicates,
-    FoldWeights,
-    Identities,
-    Unused,
-    FuseAttention,
-    FuseBatchNorm,
-    FuseSkipLayerNorm,
-    Magnitude,
-    Random,
-    Threshold,
+PASSES: tuple[type[Pass], ...] = tuple(
+    sorted(
+        (
+            Constants,
+            Duplicates,
+            FoldWeights,
+            Identities,
+            Unused,
+            FuseAttention,
+            FuseBatchNorm,
+            FuseSkipLayerNorm,
+            Gradient,
+            Magnitude,
+            Random,
+            Threshold,
+            *ONE_SHOT_PASSES,
+        ),
+        key=lambda cls: cls.name,
+    )
 )
 
 

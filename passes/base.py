@@ -16,7 +16,8 @@ import enum
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,12 @@ import onnx_ir as ir
 from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
 from sparse_onnx.passes.options import check_types
 
+if TYPE_CHECKING:
+    from sparse_onnx.passes.calibration import Options as CalibrationOptions
+    from sparse_onnx.passes.calibration import Samples
+
 __all__ = [
+    "CalibrationData",
     "Declined",
     "LayerChange",
     "Pass",
@@ -64,12 +70,14 @@ class Declined:
 
 @dataclasses.dataclass(frozen=True)
 class LayerChange:
-    """Zeros of one weight before and after a pass; ``name`` is the initializer's."""
+    """Zeros of one weight before and after a pass; ``name`` is the initializer's. ``error`` is ‖X(W − W′)‖ / ‖XW‖ on
+    calibration data, where that is known."""
 
     name: str
     size: int
     zeros_before: int
     zeros_after: int
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,27 +104,43 @@ def _silent(_message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationData:
+    """Real inputs of the model, and how to run it on them; scratch files go to ``work``.
+
+    ``statistics`` is a file for what one-shot calibration finds: read if it fits, written if not.
+    """
+
+    samples: Samples
+    work: Path
+    options: CalibrationOptions | None = None
+    statistics: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class PassContext:
     """What a pass may use of its surroundings.
 
     ``store(array, name)`` turns a new weight into a tensor; a store that spools to disk keeps memory bounded.
-    ``progress(message)`` tells the user where a long pass is.
+    ``progress(message)`` tells the user where a long pass is. ``calibration`` is for passes that need real inputs.
     """
 
     store: Callable[[np.ndarray, str], ir.TensorProtocol] = in_memory
     progress: Callable[[str], None] = _silent
+    calibration: CalibrationData | None = None
 
 
 class Pass(abc.ABC):
     """Base of all passes; see the module's docstring.
 
     A subclass is a frozen dataclass, sets ``name`` (as recipes write it) and ``stage``, and implements
-    :meth:`apply`. ``idempotent`` says that a second run changes nothing.
+    :meth:`apply`. ``idempotent`` says that a second run changes nothing, ``needs_calibration`` that the context must
+    have real inputs.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
     idempotent: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         try:

@@ -9,7 +9,7 @@
           - prune.magnitude: {sparsity: 0.8, ignore: ["re:.*classifier.*"]}
           - prune.threshold: {theta: 1e-4}
     target: {shapes: {input_ids: [1, 128]}, threads: 4}
-    calibration: {data: samples.npz, num_calibration_samples: 64, seed: 0}
+    calibration: {data: samples.npz, num_calibration_samples: 512, seed: 0}
     goal: {max_drop: 0.01, min_speedup: 1.05}
 
 A modifier is a pass by its ``name`` with its options. Everything is optional but ``version``. Numbers and
@@ -85,15 +85,30 @@ class Target(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration(_Section):
-    """Real inputs: the ``data`` file and how many samples to use (None: all); ``seed`` of generated ones."""
+    """Real inputs, and how to run the model on them.
+
+    Attributes:
+        data: An .npz, a folder of .npz, ``module:function``, or a text file with a ``tokenizer``.
+        num_calibration_samples: Use so many; None: all. An eighth of them is held out to measure the result.
+        batch_size: Samples that are run together.
+        tokenizer: A folder that holds the tokenizer of a text file.
+        padding_mask: The input [B, S] whose zeros are padding, where the model has it.
+        statistics: A file for what one-shot calibration finds: read if it fits, else written.
+        seed: Of generated inputs, where there are no real ones.
+    """
 
     data: str | None = None
     num_calibration_samples: int | None = None
+    batch_size: int = 4
+    tokenizer: str | None = None
+    padding_mask: str = "attention_mask"
+    statistics: str | None = None
     seed: int = 0
 
     def check(self) -> None:
         number = self.num_calibration_samples
         require(number is None or number >= 1, "num_calibration_samples", number, "1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
@@ -370,7 +385,7 @@ def override(recipe: Recipe, method: str | None = None, **flags: Any) -> Recipe:
     """``recipe`` with the flags of a command line, which win over it; flags that are None are not given.
 
     ``method`` names a pruning pass without its ``prune.``. It is added, or takes the place of the recipe's
-    only pruning modifier and then inherits the options that both have. Without it, ``sparsity`` or
+    only pruning modifier and then inherits what was set there, where both have it. Without it, ``sparsity`` or
     ``mask_structure`` on a recipe without pruning mean :data:`DEFAULT_METHOD`. Every other flag is set
     wherever its name is a field: in all pruning modifiers, and in the sections of the recipe
     (``calibration_data`` stands for the calibration's ``data``).
@@ -390,7 +405,7 @@ def override(recipe: Recipe, method: str | None = None, **flags: Any) -> Recipe:
         added = (RecipeStage("prune", (_build(cls, _of(cls, given)),)),)
     elif len(pruning) == 1:
         cls = _method(method)
-        changed = {pruning[0]: _build(cls, _of(cls, _own(pruning[0]) | given))}
+        changed = {pruning[0]: _build(cls, _of(cls, _changed(pruning[0]) | given))}
     else:
         names = ", ".join(modifier.name for modifier in pruning)
         raise UsageError(f"method {method!r} cannot take the place of several pruning modifiers ({names})")
@@ -409,6 +424,12 @@ def override(recipe: Recipe, method: str | None = None, **flags: Any) -> Recipe:
 
 def _own(modifier: Pass) -> dict[str, Any]:
     return {name: getattr(modifier, name) for name in _fields(type(modifier))}
+
+
+def _changed(modifier: Pass) -> dict[str, Any]:
+    """The options that are not as the method has them by default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(modifier)}  # type: ignore[arg-type]
+    return {name: value for name, value in _own(modifier).items() if value != defaults[name]}
 
 
 def _of(cls: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparse_onnx.tools.console import format_option
+from sparse_onnx.tools.console import format_option, progress, quiet_option
 
 if TYPE_CHECKING:
     from sparse_onnx.exporter import ExportResult
+    from sparse_onnx.inputs import InputSpec
+    from sparse_onnx.passes.calibration import Samples
 
 __all__ = ["command"]
 
@@ -23,10 +25,35 @@ _OPTIONS = {"dynamic_shapes", "input_names", "output_names"}
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--task", help="What a Hugging Face model is for.  [default: what its config.json says]")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23.")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@click.option(
+    "--gradients",
+    type=click.Path(path_type=Path),
+    help="Write the loss gradients of the weights to this .npz as well, for prune.gradient; it may lie in the folder.",
+)
+@click.option(
+    "--calibration-data",
+    help="Real inputs for the gradients: an .npz (with labels, if there are any), a folder of .npz, module:function, "
+    "or a text file (with --tokenizer).",
+)
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
+)
+@click.option("--num-calibration-samples", type=click.IntRange(1), help="Use so many.  [default: all]")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder, and the file of gradients.")
+@quiet_option
 @format_option
 def command(
-    source: str, output: Path, task: str | None, opset: int, overwrite: bool, output_format: str
+    source: str,
+    output: Path,
+    task: str | None,
+    opset: int,
+    gradients: Path | None,
+    calibration_data: str | None,
+    tokenizer: Path | None,
+    num_calibration_samples: int | None,
+    overwrite: bool,
+    quiet: bool,
+    output_format: str,
 ) -> None:
     """Export SOURCE to model.onnx in the folder given with -o, and compare it with torch.
 
@@ -34,26 +61,95 @@ def command(
     (module, example_inputs) or (module, example_inputs, options) with options of export_torch, such as
     {"dynamic_shapes": {"x": {0: "batch"}}}.
     """
+    from sparse_onnx.exporter.gradients import loss_gradients
+    from sparse_onnx.gradient_file import write_gradients
     from sparse_onnx.model_io import OutputFolder, save_model
 
-    with OutputFolder(
-        output, overwrite=overwrite, sources=[source] if Path(source).exists() else []
-    ) as folder:
-        result = _export(source, task, opset)
+    _check_gradient_options(gradients, calibration_data, tokenizer, num_calibration_samples)
+    with (
+        OutputFolder(
+            output, overwrite=overwrite, sources=[source] if Path(source).exists() else []
+        ) as folder,
+        progress(quiet) as say,
+    ):
+        target = None if gradients is None else _gradient_target(gradients, output, folder, overwrite)
+        result, module = _export(source, task, opset, names_kept=gradients is not None)
         save_model(result.model, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    if output_format == "json":
-        click.echo(json.dumps(_summary(result, output, size), indent=2))
-    else:
-        click.echo(_text(_summary(result, output, size)))
+        summary = _summary(result, output, size)
+        if target is not None and calibration_data is not None:
+            samples = _samples(result, calibration_data, tokenizer, num_calibration_samples)
+            found = loss_gradients(
+                module,
+                samples,
+                model=result.model,
+                task=task,
+                progress=lambda line: say(f"{line} of {len(samples)}"),
+            )
+            write_gradients(target, found)
+            summary["gradients"] = {"file": str(gradients), "weights": len(found)}
+    click.echo(json.dumps(summary, indent=2) if output_format == "json" else _text(summary))
 
 
-def _export(source: str, task: str | None, opset: int) -> ExportResult:
+def _check_gradient_options(gradients: Path | None, data: str | None, *others: object) -> None:
+    from sparse_onnx.errors import UsageError
+
+    if gradients is None and (data is not None or any(option is not None for option in others)):
+        raise UsageError("calibration data is for --gradients only: give the file to write, or leave it out")
+    if gradients is not None and data is None:
+        raise UsageError("--gradients needs --calibration-data with real inputs")
+    if gradients is not None and gradients.suffix != ".npz":
+        raise UsageError(f"--gradients {gradients}: the name must end in .npz")
+    if gradients is not None and data is not None and gradients.absolute() == Path(data).absolute():
+        raise UsageError(f"--gradients {gradients} is the calibration data; choose another file to write")
+
+
+def _gradient_target(gradients: Path, output: Path, folder: Path, overwrite: bool) -> Path:
+    """Where to write; a file in the output folder appears together with it, from the temporary ``folder``."""
+    from sparse_onnx.errors import UsageError
+
+    if gradients.absolute().parent == output.absolute():
+        return folder / gradients.name
+    if not gradients.absolute().parent.is_dir():
+        raise UsageError(f"--gradients {gradients}: {gradients.parent} is no folder; create it first")
+    if gradients.exists() and not overwrite:
+        raise UsageError(f"{gradients} exists; choose another file, or replace it with --overwrite")
+    return gradients
+
+
+def _samples(result: ExportResult, data: str, tokenizer: Path | None, limit: int | None) -> Samples:
+    """One sample in a batch: the gradients of several would be averaged before they are squared."""
+    from sparse_onnx.inputs import input_specs
+    from sparse_onnx.passes.calibration import open_samples
+
+    specs = (*input_specs(result.model), *_label_specs(data))
+    return open_samples(data, specs, limit=limit, batch=1, tokenizer=tokenizer)
+
+
+def _label_specs(data: str) -> list[InputSpec]:
+    """Labels that an .npz holds beside the inputs of the model."""
+    import numpy as np
+
+    from sparse_onnx.exporter.gradients import LABELS
+    from sparse_onnx.inputs import InputSpec
+
+    if not Path(data).is_file() or Path(data).suffix != ".npz":
+        return []
+    try:
+        with np.load(data, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in LABELS if name in file.files}
+    except Exception:  # whatever is wrong with the file: reading the samples says it
+        return []
+    return [InputSpec(name, array.dtype, (None,) * array.ndim, None) for name, array in arrays.items()]
+
+
+def _export(source: str, task: str | None, opset: int, *, names_kept: bool) -> tuple[ExportResult, Any]:
+    """The model, and the module or folder that it is from; with ``names_kept``, inputs are called as in forward()."""
     from sparse_onnx.errors import UsageError
     from sparse_onnx.exporter import export_huggingface, export_torch
 
     if Path(source).exists() or ":" not in source:
-        return export_huggingface(source, task=task, opset=opset)
+        return export_huggingface(source, task=task, opset=opset), source
     if task is not None:
         raise UsageError("--task is for Hugging Face folders; a function says itself what to export")
     module, inputs, options = _call(source)
@@ -61,7 +157,9 @@ def _export(source: str, task: str | None, opset: int) -> ExportResult:
         raise UsageError(
             f"{source} returns the options {sorted(unknown)}; known: {', '.join(sorted(_OPTIONS))}"
         )
-    return export_torch(module, inputs, opset=opset, **options)
+    if names_kept and options.get("input_names"):
+        raise UsageError(f"{source} renames inputs; --gradients needs the names of the module's forward()")
+    return export_torch(module, inputs, opset=opset, **options), module
 
 
 def _call(source: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -123,4 +221,6 @@ def _text(summary: dict[str, Any]) -> str:
     ]
     difference = f"largest difference from torch {summary['max_abs_difference']:.1e}"
     lines.append(f"checked   {difference}, at {', '.join(' '.join(run) for run in runs)}")
+    if "gradients" in summary:
+        lines.append("gradients {file}, {weights} weights".format_map(summary["gradients"]))
     return "\n".join(lines)

@@ -22,15 +22,18 @@ _ROWS, _OPERATORS, _REASONS = 40, 12, 6
 @click.command(short_help="Show a model's layers, zeros and sizes, and what can be touched.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--all", "show_all", is_flag=True, help=f"Every weight, not only the {_ROWS} largest.")
+@click.option(
+    "--metrics", is_flag=True, help="How the zeros lie, and the size in sparse form; always there in json."
+)
 @format_option
-def command(model: Path, show_all: bool, output_format: str) -> int:
+def command(model: Path, show_all: bool, metrics: bool, output_format: str) -> int:
     """Show what MODEL (an .onnx file, or an output folder of `sparse-onnx optimize`) holds.
 
     Nothing is run, and ONNX Runtime is not needed.
     """
     from sparse_onnx.inspection import inspect_model
 
-    document = inspect_model(model_file(model))
+    document = inspect_model(model_file(model), metrics=metrics or output_format == "json")
     if output_format == "json":
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
         return 0
@@ -42,6 +45,8 @@ def _sections(document: dict[str, Any], show_all: bool) -> list[str]:
     sections = [_head(document, show_all)]
     if document["weights"]:
         sections.append(_weights(document["weights"], show_all))
+    if document["total"].get("metrics"):
+        sections.append(_metrics(document, show_all))
     sections.append(_total(document))
     if left := _left_alone(document, show_all):
         sections.append(left)
@@ -77,22 +82,55 @@ def _custom(row: dict[str, Any]) -> str:
 
 
 def _weights(rows: Sequence[dict[str, Any]], show_all: bool) -> str:
-    largest = sorted(range(len(rows)), key=lambda index: -rows[index]["bytes"])[: None if show_all else _ROWS]
+    shown = rows if show_all else _largest(rows)
     cells = [
         [
             row["module"] or row["name"],
             row["op_type"],
             " x ".join(str(size) for size in row["shape"]),
             row["dtype"],
-            format_share(row["zeros"] / row["size"]),
+            format_share(row["sparsity"]),
             format_bytes(row["bytes"]),
             row["state"],
         ]
-        for row in (rows[index] for index in sorted(largest))
+        for row in shown
     ]
     text = table(cells, ["weight", "operator", "shape", "dtype", "zeros", "stored", "state"])
-    hidden = len(rows) - len(cells)
-    return text + (f"\n{hidden} more weights are not shown; --all shows them" if hidden else "")
+    return text + _hidden(rows, shown)
+
+
+def _largest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the most bytes, in their order."""
+    chosen = sorted(range(len(rows)), key=lambda index: -rows[index]["bytes"])[:_ROWS]
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _hidden(rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> str:
+    hidden = len(rows) - len(shown)
+    return f"\n{hidden} more weights are not shown; --all shows them" if hidden else ""
+
+
+def _metrics(document: dict[str, Any], show_all: bool) -> str:
+    rows = [row for row in document["weights"] if row["metrics"]]
+    shown = rows if show_all else _largest(rows)
+    named = [(row["module"] or row["name"], row["metrics"]) for row in shown]
+    blocks = list(document["total"]["metrics"]["blocks"])
+    cells = [
+        [
+            name,
+            format_share(metrics["sparsity"]),
+            f"{metrics['row_variation']:.2f}",
+            f"{metrics['clustering_index']:.2f}",
+            *(format_share(metrics["blocks"][size]["occupancy"]) for size in blocks),
+            format_bytes(metrics["dense_bytes"]),
+            format_bytes(metrics["sparse_bytes"]),
+            f"{metrics['bits_per_weight']:.1f}",
+        ]
+        for name, metrics in (*named, ("all of them", document["total"]["metrics"]))
+    ]
+    occupied = [f"{size} in use" for size in blocks]
+    header = ["zeros of", "share", "variation", "clustering", *occupied, "dense", "sparse", "bits/weight"]
+    return table(cells, header) + _hidden(rows, shown)
 
 
 def _total(document: dict[str, Any]) -> str:

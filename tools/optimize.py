@@ -21,16 +21,42 @@ __all__ = ["command", "summary_table"]
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write (required unless --dry-run)."
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; the other options override it.")
-@click.option("--method", help="Pruning method: magnitude, random or threshold.")
+@click.option(
+    "--method",
+    help="Pruning method. With --calibration-data: auto (the most accurate), alps, admm, sparsegpt, wanda, ria, "
+    "taylor, iht, omp, lasso. Without: magnitude, random, threshold.",
+)
 @click.option("--sparsity", type=float, help="Share of zeros to reach, in [0, 1).")
 @click.option("--mask-structure", help="unstructured, N:M (keep N of M), or block:RxC.")
-@click.option("--scope", help="layer or global.")
+@click.option("--scope", help="Where the share of zeros is kept: row, layer or global, as the method has it.")
 @click.option("--theta", type=float, help="For method threshold: smaller absolute values become zero.")
+@click.option(
+    "--gradients",
+    type=click.Path(path_type=Path),
+    help="For method gradient: a file of `export --gradients`.",
+)
 @click.option("--targets", multiple=True, help="Layers to prune: name, op type, or re:REGEX; repeatable.")
 @click.option(
     "--ignore", multiple=True, help="Layers to leave alone: name, op type, or re:REGEX; repeatable."
 )
-@click.option("--calibration-data", type=click.Path(path_type=Path), help=".npz with real inputs.")
+@click.option(
+    "--calibration-data",
+    help="Real inputs: an .npz, a folder of .npz, module:function, or a text file (with --tokenizer).",
+)
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
+)
+@click.option("--num-calibration-samples", type=click.IntRange(1), help="Use so many.  [default: all]")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples that are run together.  [default: 4]")
+@click.option("--calibration", help="oneshot, sequential or asymmetric.  [default: as the method has it]")
+@click.option(
+    "--allocation", help="Zeros over layers: uniform, depth, owl, alpha or error.  [default: uniform]"
+)
+@click.option("--bias-correction/--no-bias-correction", default=None, help="Whether biases change.")
+@click.option("--dampening-frac", type=float, help="Added to the diagonal of the Gram.  [default: 0.01]")
+@click.option(
+    "--statistics", type=click.Path(path_type=Path), help="File for the statistics of oneshot calibration."
+)
 @click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to decide and time for; repeatable.")
 @click.option(
     "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
@@ -56,9 +82,18 @@ def command(
     mask_structure: str | None,
     scope: str | None,
     theta: float | None,
+    gradients: Path | None,
     targets: tuple[str, ...],
     ignore: tuple[str, ...],
-    calibration_data: Path | None,
+    calibration_data: str | None,
+    tokenizer: Path | None,
+    num_calibration_samples: int | None,
+    batch_size: int | None,
+    calibration: str | None,
+    allocation: str | None,
+    bias_correction: bool | None,
+    dampening_frac: float | None,
+    statistics: Path | None,
     input_shape: tuple[str, ...],
     threads: int | None,
     min_speedup: float | None,
@@ -89,9 +124,18 @@ def command(
             mask_structure=mask_structure,
             scope=scope,
             theta=theta,
+            gradients=gradients,
             targets=targets or None,
             ignore=ignore or None,
             calibration_data=calibration_data,
+            tokenizer=tokenizer,
+            num_calibration_samples=num_calibration_samples,
+            batch_size=batch_size,
+            calibration=calibration,
+            allocation=allocation,
+            bias_correction=bias_correction,
+            dampening_frac=dampening_frac,
+            statistics=statistics,
             input_shapes=parse_shape_flags(input_shape) or None,
             threads=threads,
             min_speedup=min_speedup,

@@ -16,7 +16,7 @@ from sparse_onnx.units import format_number, format_share
 if TYPE_CHECKING:
     from sparse_onnx.verification import VerifyResult
 
-__all__ = ["command", "result_table"]
+__all__ = ["command", "predictions_table", "result_table"]
 
 
 @click.command(short_help="Compare an optimized model with its original.")
@@ -67,6 +67,8 @@ def command(
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:
         click.echo(result_table(result))
+        if text := predictions_table(result):
+            click.echo(f"\n{text}")
     for line in result.skipped:
         click.echo(f"Not run, as the original refuses it: {line}", err=True)
     if result.passed:
@@ -98,6 +100,24 @@ def result_table(result: VerifyResult) -> str:
         "worst output",
     ]
     return table(rows, header)
+
+
+def predictions_table(result: VerifyResult) -> str:
+    """One row for each way and each output that holds logits; "" if none does."""
+    rows = [
+        [
+            name.replace("_", " "),
+            found.output,
+            format_number(found.kl_divergence),
+            format_share(found.top1_agreement),
+            "-" if found.reference_perplexity is None else f"{found.reference_perplexity:.4g}",
+            "-" if found.candidate_perplexity is None else f"{found.candidate_perplexity:.4g}",
+        ]
+        for name, difference in result.differences.items()
+        for found in difference.predictions
+    ]
+    header = ["optimized model", "logits", "KL divergence", "same top-1", "perplexity before", "after"]
+    return table(rows, header) if rows else ""
 
 
 def _failure(result: VerifyResult) -> str:

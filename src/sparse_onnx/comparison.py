@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.predictions import Head, Prediction, compare_predictions
 
 __all__ = ["Difference", "compare"]
 
@@ -23,6 +25,7 @@ class Difference:
     cosine: mean over samples (first axis) of the cosine between the two.
     top1_agreement: share of rows (last axis) whose largest element is the same one.
     worst_output: the output with the largest relative error.
+    predictions: of each output that holds logits, how far the predictions lie apart.
 
     NaN and Inf must stand in the same places, with the same sign, and then count as no difference; if they do
     not, the differences are infinite and the others 0. Integer and bool outputs are equal or not, whatever the
@@ -34,6 +37,16 @@ class Difference:
     cosine: float
     top1_agreement: float
     worst_output: str
+    predictions: tuple[Prediction, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no Inf and NaN: None there."""
+        values = dataclasses.asdict(self)
+        return {**_finite(values), "predictions": [_finite(values) for values in values["predictions"]]}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +65,15 @@ class _Sums:
 _BROKEN = _Sums(math.inf, math.inf, 0.0, 0.0, 1, 0.0, 1)
 
 
-def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Difference:
+def compare(
+    reference: Sequence[Feeds],
+    candidate: Sequence[Feeds],
+    heads: Sequence[Head] = (),
+    inputs: Sequence[Feeds] = (),
+) -> Difference:
     """Compare the outputs of two models on the same batches (one dict of arrays a batch).
+
+    With ``heads``, the outputs that hold logits, their predictions are compared too; that takes the ``inputs``.
 
     Raises VerificationError if names or shapes differ.
     """
@@ -76,6 +96,7 @@ def compare(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Differenc
         min(result.cosine for result in results),
         min(result.top1_agreement for result in results),
         max(results, key=lambda result: result.relative_error).worst_output,
+        compare_predictions(heads, reference, candidate, inputs) if heads else (),
     )
 
 

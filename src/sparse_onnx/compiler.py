@@ -19,21 +19,27 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
-from sparse_onnx.comparison import Difference, compare
-from sparse_onnx.errors import VerificationError
+from sparse_onnx.comparison import compare
+from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
-from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.base import CalibrationData, Declined, Pass, PassContext, PassResult, Pipeline
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
+from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.passes.calibration import Samples, open_samples
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
+from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.merge_linears import MergeLinears
+from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 
@@ -76,9 +82,19 @@ def optimize(
     mask_structure: str | None = None,
     scope: str | None = None,
     theta: float | None = None,
+    gradients: str | Path | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     calibration_data: str | Path | None = None,
+    calibration: str | None = None,
+    allocation: str | None = None,
+    sparsities: Mapping[str, float] | None = None,
+    bias_correction: bool | None = None,
+    dampening_frac: float | None = None,
+    num_calibration_samples: int | None = None,
+    batch_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    statistics: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
@@ -95,9 +111,14 @@ def optimize(
         model: An ``.onnx`` file or a Hugging Face model folder.
         output: The folder to write: model.onnx, model.onnx.data, recipe.yaml, report.json, report.html.
         recipe: A recipe file or object; the other arguments override it.
-        method, sparsity, mask_structure, scope, theta, targets, ignore: Pruning; without ``method`` and
+        method, sparsity, mask_structure, scope, theta, gradients, targets, ignore: Pruning; without ``method`` and
             ``sparsity`` the zeros that are already there are used.
-        calibration_data: An .npz with real inputs, used to verify.
+        calibration_data: Real inputs, to prune with and to measure the result on: an .npz, a folder of .npz,
+            ``module:function``, or a text file with ``tokenizer``, a folder.
+        num_calibration_samples, batch_size: How many of them to use, and at a time.
+        calibration, allocation, sparsities, bias_correction, dampening_frac: Of methods with calibration, see
+            :class:`sparse_onnx.passes.oneshot.OneShot`.
+        statistics: A file for the statistics of one-shot calibration: read if it fits, else written.
         input_shapes: Shapes to decide and time for, by input name.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
@@ -119,9 +140,19 @@ def optimize(
         mask_structure=mask_structure,
         scope=scope,
         theta=theta,
+        gradients=None if gradients is None else str(gradients),
         targets=targets,
         ignore=ignore,
         calibration_data=None if calibration_data is None else str(calibration_data),
+        calibration=calibration,
+        allocation=allocation,
+        sparsities=sparsities,
+        bias_correction=bias_correction,
+        dampening_frac=dampening_frac,
+        num_calibration_samples=num_calibration_samples,
+        batch_size=batch_size,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        statistics=None if statistics is None else str(statistics),
         shapes=None if input_shapes is None else {k: tuple(v) for k, v in input_shapes.items()},
         threads=threads,
         min_speedup=min_speedup,
@@ -167,6 +198,10 @@ class _Job:
         self.declined: list[Declined] = []
         self.path = source
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.calibration: CalibrationData | None = None
+        self.held_out: Samples | None = None
+        self.errors: dict[str, float | None] = {}
+        self.held_out_errors: dict[str, float] = {}
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -186,9 +221,35 @@ class _Job:
         """Clean up and prune; ``declined`` collects what was left alone."""
         cleaned = Pipeline((*CLEAN_PASSES, FuseBatchNorm()))(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
+        dense = model.clone() if self.held_out is not None else None
         pruned = pipeline(model, context)
+        if dense is not None:
+            self.held_out_errors = self.errors_on_held_out(dense, model, pipeline)
         self.declined += [*cleaned.declined, *pruned.declined]
+        self.errors = {change.name: change.error for change in pruned.layers}
         return cleaned, pruned
+
+    def errors_on_held_out(self, dense: ir.Model, pruned: ir.Model, pipeline: Pipeline) -> dict[str, float]:
+        """Of every pruned layer, on inputs such as its method saw."""
+        assert self.held_out is not None
+        assert self.calibration is not None
+        behind_pruned = any(
+            isinstance(modifier, OneShot) and modifier.calibration != "oneshot"
+            for modifier in pipeline.passes
+        )
+        try:
+            return layer_errors(
+                dense,
+                pruned,
+                self.held_out,
+                self.calibration.options,
+                work=self.work,
+                behind_pruned=behind_pruned,
+                progress=self.say,
+            )
+        except UsageError as error:  # of the data: no reason to lose what was pruned
+            self.say(f"warning: no errors on held-out data: {error}")
+            return {}
 
     def fuse(self, model: ir.Model, context: PassContext) -> list[Candidate]:
         """Fuse what lies between the linears; returns the layers that kernels could take."""
@@ -203,7 +264,7 @@ class _Job:
         nbytes = model_io.weight_bytes(model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             context = PassContext(spool.put, self.say)
-            self.prepare(model, pipeline, context)
+            self.prepare(model, Pipeline(tuple(map(_planned, pipeline.passes))), context)
             candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
             layers = self.layers(decisions, None)
@@ -214,9 +275,9 @@ class _Job:
             model = self.load()
         nbytes = model_io.weight_bytes(model)
         self.budget = session_budget(nbytes)
-        samples, self.feeds = self.inputs(model)
+        samples, self.feeds = self.inputs(model, pipeline)
         with model_io.Spool(self.work) as spool:
-            context = PassContext(spool.put, self.say)
+            context = PassContext(spool.put, self.say, self.calibration)
             with self.clock("prune"):
                 cleaned, pruned = self.prepare(model, pipeline, context)
                 candidates = find_candidates(model)[0]
@@ -256,17 +317,41 @@ class _Job:
         size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
         return exit_code, self.report(nbytes, size, timing, decisions, layers, verification, drop)
 
-    def inputs(self, model: ir.Model) -> tuple[list[Feeds], Feeds]:
-        """Batches to verify with (real ones if given), and the one to time with."""
+    def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], Feeds]:
+        """Batches to verify with (real ones if given), and the one to time with. Where the pipeline needs real inputs,
+        most of them are for that, and an eighth is held out to verify with."""
         specs = inputs.input_specs(model)
         calibration = self.recipe.calibration
         given = dict(self.recipe.target.shapes)
         samples: list[Feeds] = []
         if calibration.data is not None:
-            samples = inputs.read_samples(Path(calibration.data), specs)
-            limit = min(calibration.num_calibration_samples or _MAX_SAMPLES, _MAX_SAMPLES)
-            size = max(1, len(next(iter(samples[0].values())))) if samples[0] else 1
-            samples = samples[: -(-limit // size)]
+            known = open_samples(
+                calibration.data,
+                specs,
+                limit=calibration.num_calibration_samples,
+                batch=calibration.batch_size,
+                tokenizer=calibration.tokenizer,
+            )
+            held = known
+            if any(modifier.needs_calibration for modifier in pipeline.passes):
+                kept = len(known) - max(1, len(known) // 8) if len(known) > 1 else 1
+                self.calibration = CalibrationData(
+                    known.part(0, kept),
+                    self.work,
+                    CalibrationOptions(mask=calibration.padding_mask, threads=self.threads),
+                    None if calibration.statistics is None else Path(calibration.statistics),
+                )
+                held = known.part(kept, len(known)) if len(known) > 1 else known
+                if held is known:
+                    self.say(
+                        "warning: one batch only: the result is measured on the data that it was made with"
+                    )
+            for feeds in held:
+                samples.append(feeds)
+                if sum(map(inputs.sample_count, samples)) >= _MAX_SAMPLES:
+                    break
+            if self.calibration is not None and held is not known:
+                self.held_out = held.part(0, len(samples))
         self.shapes, guessed = inputs.resolve_shapes(specs, given)
         for name, size in guessed.items():
             self.say(f"dimension {name} is taken as {size}; say --input-shape to decide for another")
@@ -347,9 +432,12 @@ class _Job:
         self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
     ) -> dict[str, Any]:
         """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        heads = find_heads(optimized)
+        probe = None if self.generated else make_probe(heads, samples[0])
         with self.open(optimized, self.written) as runner:
             ours = [runner.run(feeds) for feeds in samples]
-        compiled = compare(reference, ours)
+            heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
+        compiled = compare(reference, ours, () if changed else heads, samples)
         with self.open(optimized, self.written, library=False) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
         for what, difference in (("with the library", compiled), ("without it", portable)):
@@ -361,15 +449,15 @@ class _Job:
         if changed:
             original = model_io.load_model(self.path)
             with self.open(original, self.path, library=False) as runner:
-                loss = compare([runner.run(feeds) for feeds in samples], ours)
+                loss = compare([runner.run(feeds) for feeds in samples], ours, heads, samples)
         else:
             loss = compiled
         return {
             "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
             "batches": len(samples),
-            "against_pruned_dense": _finite(compiled),
-            "without_library": _finite(portable),
-            "against_original": _finite(loss),
+            "against_pruned_dense": compiled.to_dict(),
+            "without_library": portable.to_dict(),
+            "against_original": loss.to_dict(),
         }
 
     # -- report -----------------------------------------------------------------------------------------------
@@ -405,6 +493,8 @@ class _Job:
                     "sparse_ms": decision.sparse_ms,
                     "speedup_low": decision.low,
                     "speedup_high": decision.high,
+                    "output_error": self.errors.get(weight.name),
+                    "output_error_held_out": self.held_out_errors.get(weight.name),
                     "relative_error": 0.0
                     if original is weight.tensor
                     else _weight_error(original, weight.tensor),
@@ -460,6 +550,18 @@ class _Job:
         }
 
 
+def _planned(modifier: Pass) -> Pass:
+    """What stands for a pass in a plan: one-shot pruning takes minutes, and magnitude gives as many zeros."""
+    if not isinstance(modifier, OneShot):
+        return modifier
+    return Magnitude(
+        sparsity=modifier.sparsity,
+        mask_structure=modifier.mask_structure,
+        targets=modifier.targets,
+        ignore=modifier.ignore,
+    )
+
+
 def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
     """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
     if original is None:
@@ -471,9 +573,3 @@ def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol)
     for tensor in (original, pruned):
         model_io.release_mapping(tensor)
     return error if math.isfinite(error) else None
-
-
-def _finite(difference: Difference) -> dict[str, Any]:
-    """As JSON, which has no Inf and NaN: null there."""
-    values = dataclasses.asdict(difference)
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -19,11 +19,16 @@ from sparse_onnx.errors import UsageError
 __all__ = [
     "Feeds",
     "InputSpec",
+    "check_samples",
+    "fixed_batch",
     "generate",
     "input_specs",
     "parse_shape_flags",
+    "read_arrays",
     "read_samples",
     "resolve_shapes",
+    "sample_count",
+    "split_batches",
 ]
 
 Feeds = dict[str, np.ndarray]
@@ -173,11 +178,62 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
     return feeds
 
 
-def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> list[Feeds]:
-    """Real inputs from an ``.npz`` file: one array an input, samples along the first axis, cut into batches.
+def _may_be_empty(spec: InputSpec, array: np.ndarray) -> bool:
+    """Whether all dimensions of size 0 are those of a cache, which is empty before the first token."""
+    return len(spec.shape) == array.ndim and all(
+        isinstance(dim, str) and _guess(dim, 1, array.ndim) == 0
+        for dim, size in zip(spec.shape, array.shape, strict=True)
+        if size == 0
+    )
 
-    Arrays are cast to the input's type if that loses nothing but precision.
+
+def check_samples(arrays: Mapping[str, np.ndarray], specs: Sequence[InputSpec], where: str) -> Feeds:
+    """The inputs among ``arrays``, cast to the model's types if that loses nothing but precision.
+
+    Raises UsageError with ``where`` they come from and what was expected: missing, wrong rank, size or type,
+    empty, NaN or Inf, values beyond the type, arrays that differ in their number of samples (first axis).
     """
+    expected = "; ".join(spec.describe() for spec in specs)
+    missing = [spec.name for spec in specs if spec.name not in arrays]
+    if missing:
+        raise UsageError(
+            f"{where} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}"
+        )
+    checked: Feeds = {}
+    for spec in specs:
+        array = arrays[spec.name]
+        if array.ndim != len(spec.shape) or (array.size == 0 and not _may_be_empty(spec, array)):
+            raise UsageError(
+                f"{where}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
+            )
+        if any(
+            isinstance(d, int) and i > 0 and d != s
+            for i, (d, s) in enumerate(zip(spec.shape, array.shape, strict=True))
+        ):
+            raise UsageError(
+                f"{where}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
+            )
+        if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
+            raise UsageError(f"{where}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = array.astype(spec.dtype, order="C")
+        if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+            raise UsageError(f"{where}: {spec.name} holds NaN, Inf or values beyond {spec.dtype}")
+        if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
+            raise UsageError(f"{where}: {spec.name} holds values beyond {spec.dtype}")
+        if spec.rows is not None and cast.size and cast.max() >= spec.rows:
+            raise UsageError(
+                f"{where}: {spec.name} holds the index {cast.max()}, but the table has {spec.rows} rows"
+            )
+        checked[spec.name] = cast
+    lengths = {name: array.shape[0] for name, array in checked.items() if array.ndim}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"{where}: the arrays differ in their number of samples: {lengths}")
+    return checked
+
+
+def read_arrays(path: Path, specs: Sequence[InputSpec]) -> Feeds:
+    """The checked inputs of an ``.npz`` file: one array an input, samples along the first axis."""
     expected = "; ".join(spec.describe() for spec in specs)
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -187,41 +243,32 @@ def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> l
     except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
         # TypeError: a single .npy array, which is no context
         raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
-    missing = [spec.name for spec in specs if spec.name not in arrays]
-    if missing:
-        raise UsageError(
-            f"{path} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}"
-        )
-    checked: Feeds = {}
-    for spec in specs:
-        array = arrays[spec.name]
-        if array.ndim != len(spec.shape) or array.size == 0:
-            raise UsageError(
-                f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
-            )
-        if any(
-            isinstance(d, int) and i > 0 and d != s
-            for i, (d, s) in enumerate(zip(spec.shape, array.shape, strict=True))
-        ):
-            raise UsageError(
-                f"{path}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}"
-            )
-        if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
-            raise UsageError(f"{path}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = array.astype(spec.dtype, order="C")
-        if cast.dtype.kind == "f" and not np.isfinite(cast).all():
-            raise UsageError(f"{path}: {spec.name} holds NaN, Inf or values beyond {spec.dtype}")
-        if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
-            raise UsageError(f"{path}: {spec.name} holds values beyond {spec.dtype}")
-        checked[spec.name] = cast
-    lengths = {name: array.shape[0] for name, array in checked.items() if array.ndim}
-    if len(set(lengths.values())) > 1:
-        raise UsageError(f"{path}: the arrays differ in their number of samples: {lengths}")
-    total = next(iter(lengths.values()), 1)
-    fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
-    step = next(iter(fixed), batch)
-    if total % step and fixed:
-        raise UsageError(f"{path}: {total} samples are no multiple of the model's fixed batch of {step}")
+    return check_samples(arrays, specs, str(path))
+
+
+def sample_count(feeds: Feeds) -> int:
+    """How many samples a batch holds; 1 if no input has an axis."""
+    return next((len(array) for array in feeds.values() if array.ndim), 1)
+
+
+def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
+    """The batch size that the model's inputs demand, or None if it is free."""
+    return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)), None)
+
+
+def split_batches(arrays: Feeds, specs: Sequence[InputSpec], batch: int, where: str) -> list[Feeds]:
+    """``arrays`` cut along the first axis into batches of ``batch`` samples, or of the size that the model demands."""
+    total, fixed = sample_count(arrays), fixed_batch(specs)
+    step = fixed or batch
+    if fixed and total % fixed:
+        raise UsageError(f"{where}: {total} samples are no multiple of the model's fixed batch of {fixed}")
     starts = range(0, total, step)
-    return [{k: array[i : i + step] if array.ndim else array for k, array in checked.items()} for i in starts]
+    return [{k: array[i : i + step] if array.ndim else array for k, array in arrays.items()} for i in starts]
+
+
+def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> list[Feeds]:
+    """Real inputs from an ``.npz`` file: one array an input, samples along the first axis, cut into batches.
+
+    Arrays are cast to the input's type if that loses nothing but precision.
+    """
+    return split_batches(read_arrays(path, specs), specs, batch, str(path))

@@ -5,9 +5,11 @@ Weights are read one at a time and in pieces, so that a model of any size is ins
 
 from __future__ import annotations
 
+import functools
+import operator
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import find_candidates
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, PackedWeight, unpack
+from sparse_onnx.sparsity_metrics import Metrics, measure
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -32,12 +35,17 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 _RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml")
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
+def inspect_model(path: Path, *, metrics: bool = False) -> dict[str, Any]:
     """Everything about the model file at ``path`` as one JSON document.
 
     ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
     operator. Its ``state`` is ``sparse`` (a sparse operator already), ``can be sparse``, ``folded`` (not there any
     more after the clean-up) or ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
+    ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number.
+
+    With ``metrics``, every weight that is or can be sparse, and ``total`` for all of these together, has ``metrics``:
+    see :meth:`.sparsity_metrics.Metrics.to_dict`. They are of the weight as the compiler would store it, after the
+    clean-up. Each weight lies in memory and is packed for its true size: about 50 s for 10⁹ weights.
 
     Raises:
         ModelFileError: The file is missing or cannot be read as a model.
@@ -64,19 +72,25 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "functions": [f"{domain}::{name}" for domain, name, _ in model.functions],
         "custom_operators": _custom(model),
     }
-    rows = [*_stored(model), *_plain(model)]
-    states, places = _states(model)
+    measured: dict[str, Metrics] | None = {} if metrics else None
+    rows = [*_stored(model, measured), *_plain(model)]
+    states, places = _states(model, measured)
     left = {value.name for value in _initializers(model)}
     for row in rows:
         if row["state"] is None:
             gone = ("folded", "merged with an equal one or folded by the clean-up")
             stays = ("stays", f"used by {row['op_type']}")
             row["state"], row["reason"] = states.get(row["name"], stays if row["name"] in left else gone)
+        row["sparsity"] = row["zeros"] / row["size"]
+        if measured is not None:
+            row["metrics"] = measured[row["name"]].to_dict() if row["name"] in measured else None
     listed = {row["name"] for row in rows}
     size = sum(row["size"] for row in rows)
+    together = functools.reduce(operator.add, measured.values()).to_dict() if measured else None
     return {
         **document,
         "weights": rows,
+        "layers": _layers(rows),
         "declined": [{"place": place, "reason": reason} for place, reason in places if place not in listed],
         "total": {
             "weights": size,
@@ -86,6 +100,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
             "inf": sum(row["inf"] for row in rows),
             "can_be_sparse": sum(row["state"] == "can be sparse" for row in rows),
             "sparse": sum(row["state"] == "sparse" for row in rows),
+            **({} if measured is None else {"metrics": together}),
         },
     }
 
@@ -156,8 +171,27 @@ def _custom(model: ir.Model) -> list[dict[str, Any]]:
     return rows
 
 
-def _stored(model: ir.Model) -> Iterator[dict[str, Any]]:
-    """One row for each stored weight of sparse operators; operators may share one."""
+def _layers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Weights and zeros by layer, in the order of the rows."""
+    layers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = _layer_name(row["module"] or row["name"])
+        layer = layers.setdefault(name, {"name": name, "tensors": 0, "weights": 0, "zeros": 0})
+        layer["tensors"] += 1
+        layer["weights"] += row["size"]
+        layer["zeros"] += row["zeros"]
+    return [{**layer, "sparsity": layer["zeros"] / layer["weights"]} for layer in layers.values()]
+
+
+def _layer_name(path: str) -> str:
+    """``encoder.layer.3`` of ``encoder.layer.3.attention.query``; all of a path without a number."""
+    parts = path.split(".")
+    numbers = (index for index, part in enumerate(parts) if part.isdecimal())
+    return ".".join(parts[: next(numbers, len(parts)) + 1])
+
+
+def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[dict[str, Any]]:
+    """One row for each stored weight of sparse operators; operators may share one. Metrics go to ``measured``."""
     seen = set()
     for node in sparse_nodes(model):
         values = node.inputs[1]
@@ -167,21 +201,41 @@ def _stored(model: ir.Model) -> Iterator[dict[str, Any]]:
         K, N = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
         padding, nan, inf = count_values(values.const_value)
         stored = [value.const_value for value in node.inputs[1:5] if value is not None and value.const_value]
+        name, nbytes, reason = (values.name or "").removesuffix(".values"), sum(t.nbytes for t in stored), ""
+        if measured is not None:
+            try:
+                W = _unpacked(node, stored)
+            except FormatError as error:
+                reason = f"the stored weight is damaged: {error}"
+            else:
+                measured[name] = measure(W, W.nbytes, nbytes)
+                del W
+            for tensor in stored:
+                model_io.release_mapping(tensor)
         yield {
-            "name": (values.name or "").removesuffix(".values"),
+            "name": name,
             "module": node.metadata_props.get(MODULE_KEY, ""),
             "op_type": node.op_type,
             "shape": [K, N],
             "size": K * N,
             "dtype": values.const_value.dtype.name,
-            "bytes": sum(tensor.nbytes for tensor in stored),
+            "bytes": nbytes,
             "zeros": K * N - (values.const_value.size - padding),
             "nan": nan,
             "inf": inf,
             "mask_structure": node.attributes.get_string("mask_structure", "unstructured"),
             "state": "sparse",
-            "reason": "",
+            "reason": reason,
         }
+
+
+def _unpacked(node: ir.Node, stored: Sequence[ir.TensorProtocol]) -> np.ndarray:
+    """The dense weight [K, N] of a sparse operator. Raises FormatError if it is damaged."""
+    sizes = [node.attributes.get_int(name, 0) for name in ("K", "N", "chunk", "block", "width")]
+    if len(stored) != 4 or min(sizes) < 1:
+        raise FormatError("K, N, chunk, block, width and four constant tensors are needed")
+    K, N, chunk, block, width = sizes
+    return unpack(PackedWeight(K, N, chunk, block, width, *(tensor.numpy() for tensor in stored)))
 
 
 def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
@@ -209,8 +263,11 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
         }
 
 
-def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
-    """What the compiler would do with each weight, by name, and the places that it leaves alone.
+def _states(
+    model: ir.Model, measured: dict[str, Metrics] | None
+) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
+    """What the compiler would do with each weight, by name, and the places that it leaves alone. Metrics go to
+    ``measured``.
 
     Changes ``model``: the clean-up runs first, as it does in the compiler.
     """
@@ -225,4 +282,9 @@ def _states(model: ir.Model) -> tuple[dict[str, tuple[str, str]], list[tuple[str
                 if candidate.companion
                 else ("can be sparse", "")
             )
+            if measured is not None and not candidate.companion:
+                weight = candidate.weight
+                nbytes = candidate.layers[0].pack().nbytes
+                measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
+                weight.release()
     return states, places

@@ -48,6 +48,7 @@ __all__ = [
     "load_model",
     "release_mapping",
     "save_model",
+    "skeleton",
     "weight_bytes",
 ]
 
@@ -496,6 +497,44 @@ def _stored(tensor: ir.TensorProtocol, offset: int | None, data_name: str) -> ir
         stored = ir.serde.TensorProtoTensor(proto)
     stored.metadata_props.update(tensor.metadata_props)
     return stored
+
+
+def skeleton(model: ir.Model, min_bytes: int = 4096) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+    """The bytes of a model file without its large weights, and these by name.
+
+    Initializers of the main graph of at least ``min_bytes``, of numbers of a byte or more each, refer to a data
+    file that does not exist; all other tensors, shapes among them, are inside. ``model`` is left as it was.
+
+    Raises ModelFileError if the rest takes more than the 2 GiB of an ONNX file.
+    """
+    slots = list(_tensor_slots(model))
+    outside: dict[str, ir.TensorProtocol] = {}
+    too_large = ModelFileError("the graph without its initializers takes more than the 2 GiB of an ONNX file")
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, model, "ir_version", model.ir_version)
+        model.ir_version = _needed_ir_version(model, slots)
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            # Types below a byte are packed, and no array of NumPy's.
+            if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+                continue
+            if tensor.nbytes >= min_bytes:
+                outside[name] = tensor
+        for slot in slots:
+            undo.callback(slot.undo)
+        apart = set(map(id, outside.values()))
+        inside = [slot for slot in slots if id(slot.tensor) not in apart]
+        if sum(_nbytes(slot.tensor) for slot in inside) > PROTOBUF_LIMIT:
+            raise too_large
+        for slot in inside:
+            slot.put(_stored(slot.tensor, None, ""))
+        for name, tensor in outside.items():
+            model.graph.initializers[name].const_value = _stored(tensor, 0, "weights-from-outside")
+        try:
+            content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+        except (EncodeError, ValueError):
+            raise too_large from None
+    return content, outside
 
 
 # The IR version that first knows a type; types not listed are older than 8.

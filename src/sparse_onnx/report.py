@@ -1,4 +1,13 @@
-"""The report of one compilation: what was found, decided and measured (``report.json``)."""
+"""The report of one compilation: what was found, decided and measured (``report.json``).
+
+What the names of measured errors stand for; null where a figure was not measured, or is no finite number:
+
+- ``verification.against_pruned_dense``, ``.without_library`` and ``.against_original``: see
+  :class:`.comparison.Difference`; in it ``predictions``, a list: see :class:`.predictions.Prediction`.
+- ``layers[].relative_error``: ‖W − W′‖ / ‖W‖. ``layers[].output_error``: ‖X(W − W′)‖ / ‖XW‖ on the inputs X that
+  the weight was pruned with; ``output_error_held_out``: on data that no weight was pruned with, see
+  :func:`.layer_errors.layer_errors`. Both are for methods with calibration.
+"""
 
 from __future__ import annotations
 

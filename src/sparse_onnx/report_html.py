@@ -7,6 +7,7 @@ file, so the template escapes everything, and a content policy in the page forbi
 from __future__ import annotations
 
 import dataclasses
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sparse_onnx.units import format_bytes, format_ms, format_number, format_sha
 __all__ = ["render_html", "write_html"]
 
 _MAX_BARS = 60
+_ERRORS = ("output_error", "output_error_held_out")
 _SIMILAR = 0.98
 """Below this cosine to the original's outputs the page warns, and its headline is no good news."""
 
@@ -39,7 +41,9 @@ def render_html(report: dict[str, Any]) -> str:
         verdict=_verdict(report),
         facts=_facts(report),
         checks=_checks(report),
+        predictions=_predictions(report),
         layers=[_layer(row) for row in report["layers"]],
+        with_errors=any(row.get(key) is not None for row in report["layers"] for key in _ERRORS),
         bars=_bars(report["layers"]),
         declined=_by_reason(report["declined"]),
         stages=_stages(report["stages"]),
@@ -110,9 +114,35 @@ def _facts(report: dict[str, Any]) -> list[dict[str, str]]:
     if summary["cosine"] is not None:
         error = f"relative error {format_number(summary['relative_error'])}"
         facts.append({"label": "Cosine to the original", "value": f"{summary['cosine']:.5f}", "note": error})
+    facts += _prediction_facts(_predictions(report))
     share = f"{format_share(summary['sparse_flops_fraction'])} of the linears' work runs sparse"
     facts.append({"label": "Zeros in linears", "value": format_share(summary["sparsity"]), "note": share})
     return facts
+
+
+def _predictions(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the result's predictions differ from the original's, by output."""
+    found: list[dict[str, Any]] = report["verification"].get("against_original", {}).get("predictions", [])
+    return found
+
+
+def _prediction_facts(predictions: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of the output whose predictions changed most."""
+    if not predictions:
+        return []
+    worst = max(
+        predictions, key=lambda row: math.inf if row["kl_divergence"] is None else row["kl_divergence"]
+    )
+    agreement = {
+        "label": "Same first choice as the original",
+        "value": format_share(worst["top1_agreement"]),
+        "note": f"KL divergence {format_number(worst['kl_divergence'])}",
+    }
+    if worst["reference_perplexity"] is None:
+        return [agreement]
+    after = "infinite" if worst["candidate_perplexity"] is None else f"{worst['candidate_perplexity']:.4g}"
+    note = f"was {worst['reference_perplexity']:.4g}, on {worst['tokens']} tokens"
+    return [agreement, {"label": "Perplexity", "value": after, "note": note}]
 
 
 def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -131,6 +161,7 @@ def _layer(row: dict[str, Any]) -> dict[str, Any]:
     low, high = row["speedup_low"], row["speedup_high"]
     title = row["module"] or row["name"]
     return {
+        **dict.fromkeys(_ERRORS),
         **row,
         "title": title,
         "subtitle": "" if row["name"] in (title, f"{title}.weight") else row["name"],

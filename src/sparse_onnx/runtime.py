@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import subgraphs
+from sparse_onnx.graph import read_values, subgraphs
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.sparse_ops import sparse_matmul
@@ -42,7 +42,9 @@ __all__ = [
     "open_session",
     "peak_rss_bytes",
     "ratio",
+    "run_session",
     "session_budget",
+    "session_options",
 ]
 
 
@@ -52,10 +54,10 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def open_session(path: Path, *, threads: int, library: bool) -> onnxruntime.InferenceSession:
-    """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
+def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOptions:
+    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run.
 
-    Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
+    Raises HostError if ONNX Runtime or the library is missing.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     ort = import_onnxruntime()
@@ -67,6 +69,16 @@ def open_session(path: Path, *, threads: int, library: bool) -> onnxruntime.Infe
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
         sparse_ops.register(options)
+    return options
+
+
+def open_session(path: Path, *, threads: int, library: bool) -> onnxruntime.InferenceSession:
+    """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
+
+    Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
+    """
+    options = session_options(threads=threads, library=library)
+    ort = import_onnxruntime()
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions have no common base but Exception
@@ -121,23 +133,23 @@ class Runner:
         return self._session is not None
 
     def run(self, feeds: Feeds) -> Feeds:
-        return self._walk(feeds, lambda session, values: _run(session, values))
+        return self._walk(feeds, lambda session, values: run_session(session, values))
 
     def milliseconds(self, feeds: Feeds, repeat: int = 3) -> float:
         """Wall-clock time of one run. In segments: the sum of each segment's best of ``repeat``, after a warm-up."""
         if self._session is not None:
             start = time.perf_counter()
-            _run(self._session, feeds)
+            run_session(self._session, feeds)
             return (time.perf_counter() - start) * 1e3
         spent = 0.0
 
         def timed(session: onnxruntime.InferenceSession, values: Feeds) -> Feeds:
             nonlocal spent
-            result = _run(session, values)
+            result = run_session(session, values)
             times = []
             for _ in range(repeat):
                 start = time.perf_counter()
-                _run(session, values)
+                run_session(session, values)
                 times.append(time.perf_counter() - start)
             spent += min(times)
             return result
@@ -158,7 +170,8 @@ class Runner:
         return {name: values[name] for name in self.outputs}
 
 
-def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
+def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
+    """All outputs by name; of ``feeds`` what the session takes. UsageError if ORT cannot run it."""
     names = [output.name for output in session.get_outputs()]
     wanted = {entry.name for entry in session.get_inputs()}
     try:
@@ -233,7 +246,7 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
         needed: dict[str, ir.Value] = {}
         made: dict[str, ir.Value] = {}
         for node in group:
-            for value in _reads(node):
+            for value in read_values(node):
                 producer = value.producer()
                 from_before = producer is not None and position.get(id(producer), index) < index
                 from_outside = value.is_graph_input() and not value.is_initializer()
@@ -254,15 +267,6 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
         path = scratch / f"segment{index}" / "model.onnx"
         segments.append(_Segment(path, tuple(needed), tuple(made), part))
     return segments
-
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """Values that a node reads, those that its subgraphs take from outside included."""
-    yield from (value for value in node.inputs if value is not None)
-    for graph in subgraphs(node):
-        for inner in graph.all_nodes():
-            yield from (value for value in inner.inputs if value is not None)
-        yield from (value for value in graph.outputs if value is not None)
 
 
 @dataclasses.dataclass(frozen=True)

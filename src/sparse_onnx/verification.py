@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparse_onnx.comparison import Difference, compare
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, read_samples, resolve_shapes
 from sparse_onnx.layer_timing import uses_library
+from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import open_runner, session_budget
 
@@ -63,7 +63,7 @@ class VerifyResult:
             "batches": self.batches,
             "inputs": list(self.inputs),
             "skipped": list(self.skipped),
-            **{name: _finite(dataclasses.asdict(d)) for name, d in self.differences.items()},
+            **{name: difference.to_dict() for name, difference in self.differences.items()},
         }
 
 
@@ -78,7 +78,8 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyResult:
-    """Run both models on the same inputs and compare their outputs.
+    """Run both models on the same inputs and compare their outputs. Of outputs that hold logits the predictions are
+    compared too; on real text, perplexity as well if the original is a causal language model.
 
     Args:
         original, optimized: ``.onnx`` files.
@@ -118,16 +119,19 @@ def verify(
             both = [shapes, _other_shapes(specs, shapes)]
             batches = [generate(specs, s, seed + i) for i, s in enumerate(both) if i == 0 or s != shapes]
             tried = [f"generated: {_describe(feeds)}" for feeds in batches]
+        heads = find_heads(models[0])
+        probe = make_probe(heads, batches[0]) if data is not None else None
         say("running the original")
         reference, skipped = _run(
             models[0],
             paths[0],
-            batches,
+            batches if probe is None else [*batches, probe.feeds],
             work / "original",
             threads=count,
             library=False,
             optional=data is None,
         )
+        heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
         ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
         refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
@@ -137,7 +141,7 @@ def verify(
             say(f"running the optimized model {name.replace('_', ' ')}")
             library = name == "with_library"
             outputs, _ = _run(models[1], paths[1], batches, work / name, threads=count, library=library)
-            differences[name] = compare(reference, outputs)
+            differences[name] = compare(reference, outputs, heads, batches)
             del outputs
     return VerifyResult(differences, ran, refused, len(batches), max_relative_error)
 
@@ -228,7 +232,3 @@ def _run(
 
 def _describe(feeds: Feeds) -> str:
     return ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

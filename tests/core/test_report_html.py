@@ -274,6 +274,81 @@ def test_many_layers_chart_is_bounded_and_table_is_not(report: dict[str, Any]) -
     assert page.text.count("unstructured") == 300
 
 
+def prediction(**changes: Any) -> dict[str, Any]:
+    return {
+        "output": "logits",
+        "rows": 2048,
+        "kl_divergence": 0.0123,
+        "top1_agreement": 0.915,
+        "reference_perplexity": 18.421,
+        "candidate_perplexity": 21.537,
+        "tokens": 2032,
+        **changes,
+    }
+
+
+def test_predictions_of_a_language_model(report: dict[str, Any]) -> None:
+    report["verification"]["against_original"]["predictions"] = [prediction()]
+    text = Page(render_html(report)).text
+    assert "Same first choice as the original 91.5% KL divergence 1.2e-02" in text
+    assert "Perplexity 21.54 was 18.42, on 2032 tokens" in text
+    assert "logits 2048 1.2e-02 91.5% 18.42 21.54" in text
+    assert "perplexity of the next token" in text
+
+
+def test_predictions_of_a_classifier_have_no_perplexity(report: dict[str, Any]) -> None:
+    found = prediction(reference_perplexity=None, candidate_perplexity=None, tokens=0)
+    report["verification"]["against_original"]["predictions"] = [found]
+    text = Page(render_html(report)).text
+    assert "Same first choice as the original 91.5%" in text
+    assert "logits 2048 1.2e-02 91.5% - -" in text
+    assert "perplexity of" not in text
+    assert " was 18" not in text
+
+
+def test_headline_is_of_the_output_that_changed_most(report: dict[str, Any]) -> None:
+    near, far = prediction(output="start_logits"), prediction(output="end_logits", top1_agreement=0.5)
+    for divergence in (1.5, None):
+        far["kl_divergence"] = divergence
+        report["verification"]["against_original"]["predictions"] = [near, far]
+        assert "Same first choice as the original 50.0%" in Page(render_html(report)).text
+
+
+def test_perplexity_beyond_all_bounds(report: dict[str, Any]) -> None:
+    found = prediction(candidate_perplexity=None, kl_divergence=None)
+    report["verification"]["against_original"]["predictions"] = [found]
+    text = Page(render_html(report)).text
+    assert "Perplexity infinite was 18.42" in text
+    assert "None" not in text
+
+
+def test_no_predictions(report: dict[str, Any]) -> None:
+    for predictions in ([], None):
+        if predictions is not None:
+            report["verification"]["against_original"]["predictions"] = predictions
+        text = Page(render_html(report)).text
+        assert "KL divergence" not in text
+        assert "erplexity" not in text
+
+
+def test_errors_of_layers_on_calibration_and_held_out_data(report: dict[str, Any]) -> None:
+    report["layers"][0].update(output_error=0.012, output_error_held_out=0.034)
+    report["layers"][1].update(output_error=None, output_error_held_out=None)
+    text = Page(render_html(report)).text
+    assert "Output error, calibration Output error, held out" in text
+    assert "3.90–4.20× 0 1.2e-02 3.4e-02 sparse" in text
+    assert "3.90–4.20× 0 - - sparse" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_columns_without_any_number_are_not_shown(report: dict[str, Any], known: bool) -> None:
+    if known:
+        for row in report["layers"]:
+            row.update(output_error=None, output_error_held_out=None)
+    assert "Output error" not in Page(render_html(report)).text
+
+
 def test_hostile_text_is_only_text(report: dict[str, Any]) -> None:
     harmless = [tag for tag, _ in Page(render_html(report)).tags]
     report["source"] = HOSTILE
@@ -281,6 +356,7 @@ def test_hostile_text_is_only_text(report: dict[str, Any]) -> None:
     report["environment"]["versions"] = {HOSTILE: HOSTILE}
     report["input_shapes"] = {HOSTILE: [1]}
     report["verification"]["inputs"] = HOSTILE
+    report["verification"]["against_original"]["predictions"] = [prediction(output=HOSTILE)]
     for row in report["layers"]:
         row.update(
             name=HOSTILE, module=HOSTILE, reason=HOSTILE, mask_structure=HOSTILE, decision=row["decision"]

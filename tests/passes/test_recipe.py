@@ -57,7 +57,7 @@ def test_a_recipe_is_read():
             ),
         ),
         Target({"input_ids": (1, 128), "mask": ()}, 4),
-        Calibration("samples.npz", 64, 7),
+        Calibration("samples.npz", 64, seed=7),
         Goal(0.01, 2),
     )
     assert recipe.pipeline() == Pipeline(tuple(recipe.modifiers()))
@@ -107,7 +107,7 @@ def test_any_recipe_comes_back_exactly(targets, sparsity, shapes, theta, seed, d
     recipe = Recipe(
         (RecipeStage(stage, passes),),
         Target({name: tuple(shape) for name, shape in shapes.items()}),
-        Calibration(data, None, seed),
+        Calibration(data, None, seed=seed),
     )
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
@@ -234,7 +234,7 @@ def test_what_is_wrong_is_said_in_one_line(text, message):
         parse_recipe(text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 600
 
 
 def test_files(tmp_path):
@@ -295,7 +295,7 @@ def test_flags_reach_the_sections():
         "min_speedup": 1.5,
     }
     recipe = recipe_from_flags(**flags)
-    assert recipe == Recipe((), Target({"x": (1, 2)}, 2), Calibration("a.npz", 5, 3), Goal(0.1, 1.5))
+    assert recipe == Recipe((), Target({"x": (1, 2)}, 2), Calibration("a.npz", 5, seed=3), Goal(0.1, 1.5))
 
 
 def two_prunings():
@@ -337,14 +337,14 @@ def test_a_method_takes_the_place_of_the_only_pruning():
         (
             Recipe(),
             {"method": "magnitud"},
-            "unknown method 'magnitud'; the nearest is 'magnitude' (valid: magnitude, ",
+            "unknown method 'magnitud'; the nearest is 'magnitude' (valid: admm, ",
         ),
         (Recipe(), {"method": "wnd"}, "unknown method 'wnd'"),
         (Recipe(), {"theta": 1}, "theta has no effect, since nothing is pruned: give a method (threshold)"),
         (
             Recipe(),
             {"scope": "layer"},
-            "scope has no effect, since nothing is pruned: give a method (magnitude)",
+            "scope has no effect, since nothing is pruned: give a method (admm, alps, ",
         ),
         (Recipe(), {"targets": ["a"]}, "targets has no effect, since nothing is pruned"),
         (

@@ -7,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from sparse_onnx import model_io
 from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.gradient_file import open_gradients
+from sparse_onnx.passes.gradient import Gradient
+from sparse_onnx.passes.weights import find_weights
 from sparse_onnx.tools.export import command
 
 SOURCE = """
@@ -22,6 +27,9 @@ def linear():
 
 def plain():
     return torch.nn.Linear(4, 3), (torch.ones(2, 4),)
+
+def renamed():
+    return torch.nn.Linear(4, 3), (torch.ones(2, 4),), {"input_names": ["x"]}
 
 def module_only():
     return torch.nn.Linear(4, 3)
@@ -116,6 +124,111 @@ def test_wrong_sources_say_what_is_wrong_and_write_nothing(folder: Path, source:
 def test_task_is_for_folders_only(folder: Path) -> None:
     with pytest.raises(UsageError, match="--task is for Hugging Face folders"):
         call(f"{module_of(folder)}:plain", "-o", "out", "--task", "fill-mask")
+
+
+# Gradients
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A tiny random classifier, eight samples with labels, and the same without."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        num_labels=3,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    arrays = {"input_ids": rng.integers(1, 99, (8, 12)), "attention_mask": np.ones((8, 12), np.int64)}
+    arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
+    np.savez(tmp_path / "samples.npz", **arrays)
+    np.savez(tmp_path / "labelled.npz", **arrays, labels=rng.integers(0, 3, 8))
+    return tmp_path
+
+
+def fisher(path: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+    with open_gradients(path) as file:
+        return file.read(name, "fisher", shape)
+
+
+def test_gradients_appear_in_the_folder_and_prune_its_model(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoder)
+    options = ["--gradients", "out/gradients.npz", "--calibration-data", "samples.npz", "--quiet"]
+    summary = json.loads(call("model", "-o", "out", *options, "--format", "json").stdout)
+    assert summary["gradients"] == {"file": "out/gradients.npz", "weights": 8}
+    model = model_io.load_model("out/model.onnx")
+    weights = find_weights(model)[0]
+    with open_gradients(Path("out/gradients.npz")) as file:
+        assert sorted(file.names) == sorted(weight.name for weight in weights)
+    result = Gradient(gradients="out/gradients.npz", sparsity=0.5)(model)
+    assert result.statistics["sparsity"] == 0.5
+    assert not result.declined
+
+
+def test_labels_of_the_data_and_the_number_of_samples_count(encoder: Path) -> None:
+    found = {}
+    for data, count in (("samples", 8), ("labelled", 8), ("labelled", 2)):
+        path = encoder / f"{data}-{count}.npz"
+        call(
+            *(str(encoder / "model"), "-o", str(encoder / f"out-{data}-{count}"), "--gradients", str(path)),
+            *("--calibration-data", str(encoder / f"{data}.npz"), "--num-calibration-samples", str(count)),
+        )
+        found[data, count] = fisher(path, "classifier.weight", (32, 3))
+    assert len({array.tobytes() for array in found.values()}) == 3
+
+
+def test_a_function_has_gradients_too(folder: Path) -> None:
+    pytest.importorskip("torch")
+    np.savez(folder / "samples.npz", input=np.ones((4, 4), np.float32))
+    options = ["--gradients", "gradients.npz", "--calibration-data", "samples.npz"]
+    result = call(f"{module_of(folder)}:linear", "-o", "out", *options)
+    assert "gradients of 4 batches of 4" in result.stderr
+    assert "gradients gradients.npz, 1 weights" in result.stdout
+    assert (fisher(folder / "gradients.npz", "weight", (4, 3)) > 0).all()
+    with pytest.raises(UsageError, match=r"gradients\.npz exists"):
+        call(f"{module_of(folder)}:linear", "-o", "other", *options)
+    assert not (folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gradients", "g.npz"], "--gradients needs --calibration-data"),
+        (["--calibration-data", "samples.npz"], "is for --gradients only"),
+        (["--tokenizer", "."], "is for --gradients only"),
+        (["--num-calibration-samples", "3"], "is for --gradients only"),
+        (["--gradients", "g.bin", "--calibration-data", "samples.npz"], r"must end in \.npz"),
+        (["--gradients", "samples.npz", "--calibration-data", "samples.npz"], "is the calibration data"),
+        (["--gradients", "no/g.npz", "--calibration-data", "samples.npz"], "no is no folder"),
+        (["--gradients", "g.npz", "--calibration-data", "absent.npz"], "absent.npz: no such file"),
+        (["--gradients", "g.npz", "--calibration-data", "wrong.npz"], "has no input; it has other"),
+    ],
+)
+def test_wrong_options_for_gradients_write_nothing(folder: Path, options: list[str], message: str) -> None:
+    pytest.importorskip("torch")
+    np.savez(folder / "samples.npz", input=np.ones((4, 4), np.float32))
+    np.savez(folder / "wrong.npz", other=np.ones((4, 4), np.float32))
+    with pytest.raises(UsageError, match=message):
+        call(f"{module_of(folder)}:linear", "-o", "out", *options)
+    assert not (folder / "out").exists()
+    assert not (folder / "g.npz").exists()
+
+
+def test_renamed_inputs_are_refused_for_gradients(folder: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UsageError, match="renames inputs"):
+        call(
+            *(f"{module_of(folder)}:renamed", "-o", "out"),
+            *("--gradients", "g.npz", "--calibration-data", "samples.npz"),
+        )
 
 
 def test_help_needs_no_torch() -> None:

@@ -295,3 +295,102 @@ def test_bfloat16_values_are_counted():
 
     values = np.array([0.0, -0.0, 1.0, np.nan, np.inf], ml_dtypes.bfloat16)
     assert inspection.count_values(ir.tensor(values)) == (2, 1, 1)
+
+
+def test_metrics_of_dense_and_compiled_models_agree(run_cli, pruned, compiled):
+    before, after = (run_cli("inspect", path, "--format", "json").json() for path in (pruned, compiled))
+    compared = rows_by_name(after)
+    for name, row in rows_by_name(before).items():
+        assert row["metrics"] == compared[name]["metrics"]
+        assert row["metrics"]["sparsity"] == pytest.approx(row["sparsity"])
+        assert row["metrics"]["sparse_bytes"] == compared[name]["bytes"], (
+            "what was promised is what is stored"
+        )
+        assert row["metrics"]["dense_bytes"] == row["bytes"]
+        assert row["metrics"]["bits_per_weight"] == pytest.approx(8 * compared[name]["bytes"] / row["size"])
+        assert 0 < row["metrics"]["blocks"]["1x4"]["fill"] < 1
+    total = before["total"]["metrics"]
+    assert total == after["total"]["metrics"]
+    assert total["sparsity"] == pytest.approx(before["total"]["sparsity"])
+    assert total["sparse_bytes"] == after["total"]["metrics"]["sparse_bytes"]
+
+
+def test_metrics_of_known_weights(run_cli, tmp_path):
+    """The inputs of a Gemm with transB and the taps of a convolution are the rows of W [K, N]."""
+    columns = np.zeros((8, 8), np.float32)
+    columns[2] = 1  # one output channel keeps all of its inputs
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20]>
+        g (float[n, 8] X, float[n, 2, 5, 5] I) => (float[n, 8] Y, float[n, 8, a, b] Z)
+        { Y = Gemm<transB = 1>(X, W) Z = Conv(I, F) }""",
+        W=columns,
+        F=np.ones((8, 2, 3, 3), np.float32),
+    )
+    rows = rows_by_name(run_cli("inspect", path, "--format", "json").json())
+    metrics = rows["W"]["metrics"]
+    assert metrics["sparsity"] == 7 / 8
+    assert metrics["row_variation"] == pytest.approx(np.sqrt(7))
+    assert metrics["clustering_index"] == pytest.approx(14 / 8)
+    assert metrics["blocks"]["1x4"] == {"occupancy": 1 / 8, "fill": 1}
+    assert metrics["blocks"]["4x1"] == {"occupancy": 1 / 2, "fill": 1 / 4}
+    assert rows["F"]["metrics"]["sparsity"] == 0
+    assert rows["F"]["metrics"]["blocks"]["4x4"] == {"occupancy": 1, "fill": 1}
+
+
+def test_masks_are_folded_before_zeros_are_measured(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20]> g (float[n, 8] X) => (float[n, 8] Y)
+        { m = Mul(W, mask) Y = MatMul(X, m) }""",
+        W=np.ones((8, 8), np.float32),
+        mask=np.eye(8, dtype=np.float32),
+    )
+    row = rows_by_name(run_cli("inspect", path, "--format", "json").json())["W"]
+    assert row["sparsity"] == 0
+    assert row["metrics"]["sparsity"] == 7 / 8
+
+
+def test_what_cannot_be_sparse_has_no_metrics(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 9, opset_import: ["" : 20]> g (int64[n] ids) => (float[n, 4] Y) { Y = Gather(table, ids) }""",
+        table=np.ones((5, 4), np.float32),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert [row["metrics"] for row in document["weights"]] == [None]
+    assert document["total"]["metrics"] is None
+    assert "bits/weight" not in run_cli("inspect", path, "--metrics").out
+
+
+def test_metrics_are_text_if_they_are_asked_for(run_cli, pruned):
+    short, long = run_cli("inspect", pruned).out, run_cli("inspect", pruned, "--metrics").out
+    assert "bits/weight" not in short
+    assert "bits/weight" in long
+    header = next(line for line in long.splitlines() if line.startswith("zeros of"))
+    for size in ("1x4", "4x1", "8x1", "4x4"):
+        assert f"{size} in use" in header
+    assert [line for line in long.splitlines() if line.startswith("all of them")]
+
+
+def test_damaged_stored_weight_is_named(run_cli, compiled):
+    model = onnx.load(compiled / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "W0.offsets":
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array[0] = 255
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, compiled / "model.onnx")
+    rows = rows_by_name(run_cli("inspect", compiled, "--format", "json").json())
+    assert rows["W0"]["metrics"] is None
+    assert "is damaged: an offset reaches past its chunk" in rows["W0"]["reason"]
+    assert rows["W1"]["metrics"]["sparsity"] > 0.8
+
+
+def test_zeros_are_summed_up_by_layer():
+    names = [("encoder.layer.1.attention.q", 4, 1), ("encoder.layer.1.mlp", 12, 3), ("head", 4, 4)]
+    rows = [{"module": module, "name": "w", "size": size, "zeros": zeros} for module, size, zeros in names]
+    assert inspection._layers(rows) == [
+        {"name": "encoder.layer.1", "tensors": 2, "weights": 16, "zeros": 4, "sparsity": 0.25},
+        {"name": "head", "tensors": 1, "weights": 4, "zeros": 4, "sparsity": 1},
+    ]

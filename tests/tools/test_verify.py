@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 
@@ -109,3 +110,32 @@ def test_renamed_output_is_exit_3(run_cli, pruned, tmp_path):
     ran = run_cli("verify", pruned, tmp_path / "renamed.onnx")
     assert ran.code == 3
     assert "the models differ in their outputs: Y only in the original; Z only in the optimized" in ran.err
+
+
+def classifier(folder, name, scale):
+    proto = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 20]> g (float[b, 8] X) => (float[b, 4] logits)
+        { logits = MatMul(X, W) }"""
+    )
+    weight = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight * np.float32(scale), "W"))
+    onnx.save(proto, folder / name)
+    return folder / name
+
+
+def test_predictions_have_a_table_of_their_own(run_cli, tmp_path):
+    first, second = classifier(tmp_path, "a.onnx", 1), classifier(tmp_path, "b.onnx", 0.5)
+    text = run_cli("verify", first, second).out
+    lines = text.split("\n\n")[1].splitlines()
+    assert lines[0].split("  ")[0] == "optimized model"
+    assert "KL divergence" in lines[0]
+    assert "100.0%" in lines[2]
+    document = run_cli("verify", first, second, "--format", "json").json()
+    (found,) = document["without_library"]["predictions"]
+    assert found["output"] == "logits"
+    assert found["kl_divergence"] > 0
+    assert found["candidate_perplexity"] is None
+
+
+def test_outputs_without_logits_have_no_such_table(run_cli, dense, pruned):
+    assert "KL divergence" not in run_cli("verify", dense, pruned).out

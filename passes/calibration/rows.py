@@ -1,0 +1,135 @@
+"""From an activation tensor to the rows that a weight W [K, N] multiplies: flattened, unfolded, padding left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["Window", "linear_rows", "unfolded_rows"]
+
+_CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The window of a convolution over its d spatial axes; ``pads`` are d begins and d ends, as ONNX has them.
+
+    ``auto_pad`` other than NOTSET determines the pads from the input's size.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int = 1
+    auto_pad: str = "NOTSET"
+
+    @classmethod
+    def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> Window:
+        """The window of a Conv node whose filters have the spatial sizes ``kernel``."""
+
+        def ints(name: str, default: int, count: int) -> tuple[int, ...]:
+            attribute = node.attributes.get(name)
+            return (default,) * count if attribute is None else tuple(attribute.as_ints())
+
+        axes = len(kernel)
+        return cls(
+            kernel,
+            ints("strides", 1, axes),
+            ints("pads", 0, 2 * axes),
+            ints("dilations", 1, axes),
+            node.attributes.get_int("group", 1),
+            node.attributes.get_string("auto_pad", "NOTSET"),
+        )
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.kernel))]
+        for name, value, default in (
+            ("stride", self.strides, 1),
+            ("pad", self.pads, 0),
+            ("dilation", self.dilations, 1),
+        ):
+            if any(size != default for size in value):
+                parts.append(f"{name} {','.join(map(str, value))}")
+        if self.groups > 1:
+            parts.append(f"{self.groups} groups")
+        if self.auto_pad not in ("NOTSET", "VALID"):
+            parts.append(self.auto_pad)
+        return f"window {' '.join(parts)}"
+
+    def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Zeros before and after each spatial axis of an input with these spatial ``sizes``."""
+        axes = len(self.kernel)
+        if self.auto_pad not in ("SAME_UPPER", "SAME_LOWER"):
+            pads = self.pads if self.auto_pad == "NOTSET" else (0,) * (2 * axes)
+            return list(zip(pads[:axes], pads[axes:], strict=True))
+        result = []
+        for size, kernel, stride, dilation in zip(
+            sizes, self.kernel, self.strides, self.dilations, strict=True
+        ):
+            needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            small, large = needed // 2, needed - needed // 2
+            result.append((small, large) if self.auto_pad == "SAME_UPPER" else (large, small))
+        return result
+
+    def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The spatial sizes of the output for an input with these spatial ``sizes``."""
+        return tuple(
+            (size + before + after - (kernel - 1) * dilation - 1) // stride + 1
+            for size, (before, after), kernel, stride, dilation in zip(
+                sizes, self.padding(sizes), self.kernel, self.strides, self.dilations, strict=True
+            )
+        )
+
+
+def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The rows [n, K] of ``x`` [..., K].
+
+    ``mask`` [B, S] leaves out the rows where it is 0, if ``x`` has the leading dimensions [B, S] or is [B·S, K].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or not mask.size:
+        return rows
+    flat = x.ndim == 2 and x.shape[0] == mask.size
+    if not flat and (x.ndim < 3 or x.shape[:2] != mask.shape):
+        return rows
+    keep = np.repeat(mask.reshape(-1) != 0, len(rows) // mask.size)
+    return rows if keep.all() else rows[keep]
+
+
+def unfolded_rows(x: np.ndarray, window: Window) -> Iterator[list[np.ndarray]]:
+    """The rows [n, C / groups · window] of ``x`` [B, C, sizes...], one array a group, a bounded part at a time.
+
+    One row a position of the output; its elements in the order of the filters [C / groups, window...].
+    """
+    axes = len(window.kernel)
+    padding = window.padding(x.shape[2:])
+    span = [
+        (kernel - 1) * dilation + 1 for kernel, dilation in zip(window.kernel, window.dilations, strict=True)
+    ]
+    every = [slice(None, None, stride) for stride in window.strides]
+    taps = [slice(None, None, dilation) for dilation in window.dilations]
+    channels = x.shape[1] // window.groups
+    size = channels * math.prod(window.kernel)
+
+    def patches_of(images: np.ndarray) -> np.ndarray:
+        padded = np.pad(images, [(0, 0), (0, 0), *padding])
+        patches = np.lib.stride_tricks.sliding_window_view(padded, span, tuple(range(2, axes + 2)))
+        return np.moveaxis(patches[(slice(None), slice(None), *every, *taps)], 1, axes + 1)
+
+    def rows_of(patches: np.ndarray) -> list[np.ndarray]:
+        """``patches`` [n, out..., C, window...], a view."""
+        return [part.reshape(-1, size) for part in np.split(patches, window.groups, axis=axes + 1)]
+
+    image_bytes = math.prod(patches_of(x[:1]).shape) * x.itemsize
+    images = max(1, _CHUNK_BYTES // max(image_bytes, 1))
+    slices = -(-image_bytes // _CHUNK_BYTES)  # of one image, where it is larger than a chunk
+    for first in range(0, len(x), images):
+        patches = patches_of(x[first : first + images])
+        step = max(1, patches.shape[1] // max(slices, 1))
+        for start in range(0, patches.shape[1], step):
+            yield rows_of(patches[:, start : start + step])

@@ -1,0 +1,244 @@
+"""Statistics in a file: written whole or not at all, read without trust, merged.
+
+A ``.stats`` file is a zip archive without compression: ``header.json`` and float64 arrays as ``.npy``. For capture
+i and group g: ``i.g.gram.b`` (block b), and ``i.g.total``, the sum of X. All are sums, so files add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.passes.calibration.moments import Layout, Moments
+from sparse_onnx.storage import write_error
+
+__all__ = ["Entry", "Header", "StatisticsFile", "merge", "write_statistics"]
+
+_FORMAT, _VERSION = "sparse-onnx statistics", 1
+_HEADER = "header.json"
+_HEADER_LIMIT = 64 << 20
+_NPY_LIMIT = 4096  # bytes before the data of an .npy
+_SIZE_LIMIT = 1 << 24  # channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One capture: its name, K, groups and layout, and the number of batches and tokens summed so far."""
+
+    name: str
+    size: int
+    groups: int
+    layout: Layout
+    batches: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What the statistics are of. ``model`` and ``data`` are digests, of ``data`` one for every part of a merger."""
+
+    model: str
+    data: tuple[str, ...]
+    batches: int
+    mask: str | None
+    entries: tuple[Entry, ...]
+
+    @property
+    def complete(self) -> bool:
+        return all(entry.batches == self.batches for entry in self.entries)
+
+
+def write_statistics(path: Path, header: Header, parts: Iterator[Sequence[Moments]]) -> None:
+    """Write ``path`` under another name and rename it. ``parts`` are the sums of ``header.entries``, one a group.
+
+    Raises HostError if there is no space or no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "xb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for index, groups in enumerate(parts):
+                    for name, array in _named_arrays(index, groups):
+                        with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                            np.lib.format.write_array(
+                                member, np.ascontiguousarray(array, "<f8"), allow_pickle=False
+                            )
+                content = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(header)}
+                archive.writestr(zipfile.ZipInfo(_HEADER), json.dumps(content, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _named_arrays(index: int, groups: Sequence[Moments]) -> Iterator[tuple[str, np.ndarray]]:
+    for group, moments in enumerate(groups):
+        yield f"{index}.{group}.total.npy", moments.total
+        for block, gram in enumerate(moments.gram):
+            yield f"{index}.{group}.gram.{block}.npy", gram
+
+
+class StatisticsFile:
+    """A ``.stats`` file that is open for reading; sums are read when they are asked for.
+
+    Raises UsageError with the path and the reason if the file is missing, cut off, damaged or no statistics.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._refusing():
+            try:
+                with self._open() as archive:
+                    self.header = self._read_header(archive)
+            except FileNotFoundError:
+                raise UsageError(f"{path}: no such file; give a .stats file") from None
+
+    def moments(self, index: int) -> list[Moments]:
+        """The sums of ``header.entries[index]``, one for each group."""
+        entry = self.header.entries[index]
+        result = []
+        with self._refusing(), self._open() as archive:
+            for group in range(entry.groups):
+                moments = Moments(entry.size, entry.layout)
+                moments.count = entry.count
+                for name, array in _named_arrays(0, [moments]):
+                    member = f"{index}.{group}.{name.split('.', 2)[2]}"
+                    array[...] = self._read_array(archive, member, array.shape)
+                result.append(moments)
+        return result
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            raise HostError(f"{self.path}: no permission to read it") from error
+        except (
+            zipfile.BadZipFile,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            NotImplementedError,
+            OSError,
+            RuntimeError,
+            struct.error,
+            RecursionError,
+        ) as error:  # what zipfile, json and numpy raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(
+                f"{self.path}: cannot be read as statistics ({reason[:200]}); calibrate again"
+            ) from error
+
+    def _open(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.path)
+
+    def _read_header(self, archive: zipfile.ZipFile) -> Header:
+        info = archive.getinfo(_HEADER)
+        if info.file_size > _HEADER_LIMIT or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its header is too large or compressed")
+        content = json.loads(archive.read(info))
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise ValueError("it has another format")
+        if content.get("version") != _VERSION:
+            raise ValueError(f"its version is {content.get('version')!r}, this program reads {_VERSION}")
+        entries = tuple(_entry(entry) for entry in content["entries"])
+        if len({entry.name for entry in entries}) != len(entries):
+            raise ValueError("a tensor is listed twice")
+        needed = sum(entry.groups * entry.layout.nbytes(entry.size) for entry in entries)
+        if needed > self.path.stat().st_size:  # told before memory is taken for it
+            raise ValueError(f"its tensors would take {needed} bytes, more than the file has")
+        data, mask = content["data"], content["mask"]
+        if not all(isinstance(part, str) for part in (content["model"], *data, mask or "")):
+            raise ValueError("its digests are no text")
+        batches = _number(content["batches"], "batches", 1 << 40)
+        return Header(content["model"], tuple(data), batches, mask, entries)
+
+    def _read_array(self, archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        info = archive.getinfo(name)
+        nbytes = 8 * int(np.prod(shape, dtype=np.int64))
+        if info.compress_type != zipfile.ZIP_STORED or not nbytes < info.file_size <= nbytes + _NPY_LIMIT:
+            raise ValueError(f"{name} has {info.file_size} bytes, {nbytes} and an .npy header were expected")
+        with archive.open(info) as member:
+            array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+            member.read()  # to the end, where the checksum is compared
+        if array.shape != shape or array.dtype != np.dtype("<f8") or not np.isfinite(array.sum()):
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)} or holds NaN; expected float64{list(shape)}"
+            )
+        return array
+
+
+def _number(value: Any, name: str, limit: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _entry(content: Any) -> Entry:
+    if not isinstance(content, Mapping) or not isinstance(content.get("name"), str):
+        raise ValueError("an entry has no name")
+    return Entry(
+        content["name"],
+        _number(content["size"], "size", _SIZE_LIMIT),
+        _number(content["groups"], "groups", _SIZE_LIMIT),
+        Layout(content["layout"]),
+        _number(content["batches"], "batches", 1 << 40),
+        _number(content["count"], "count", 1 << 60),
+    )
+
+
+def merge(first: Path, second: Path, output: Path) -> Header:
+    """Add the statistics of two complete files of one model, on different data; equal to a joint run.
+
+    One tensor's sums are in memory at a time. Raises UsageError if the files do not belong together.
+    """
+    one, two = StatisticsFile(first), StatisticsFile(second)
+    a, b = one.header, two.header
+    places = {entry.name: index for index, entry in enumerate(b.entries)}
+    kinds = [{(e.name, e.size, e.groups, e.layout) for e in header.entries} for header in (a, b)]
+    if not a.complete or not b.complete:
+        raise UsageError(f"{second if a.complete else first}: is unfinished; finish the calibration first")
+    if a.model != b.model or a.mask != b.mask:
+        raise UsageError(
+            f"{first} and {second} are of different models or masks; merge statistics of one model"
+        )
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{first} and {second} hold other tensors or layouts; calibrate with equal options")
+    if common := set(a.data) & set(b.data):
+        raise UsageError(
+            f"{first} and {second} are both of the same data ({min(common)[:12]}): it would count twice"
+        )
+    batches = a.batches + b.batches
+    entries = tuple(
+        dataclasses.replace(e, batches=batches, count=e.count + b.entries[places[e.name]].count)
+        for e in a.entries
+    )
+    header = Header(a.model, (*a.data, *b.data), batches, a.mask, entries)
+
+    def sums() -> Iterator[list[Moments]]:
+        for index, entry in enumerate(a.entries):
+            groups = one.moments(index)
+            for mine, other in zip(groups, two.moments(places[entry.name]), strict=True):
+                mine.merge(other)
+            yield groups
+
+    write_statistics(output, header, sums())
+    return header

@@ -1,0 +1,439 @@
+"""One-shot pruning with calibration data: choose the weights, gather statistics, solve layer by layer, write.
+
+``calibration`` says what a layer is solved for:
+
+- ``oneshot``: its output on the inputs that it has in the dense model; one pass over the data.
+- ``sequential``: its output on the inputs that it has behind the layers pruned so far; two passes.
+- ``asymmetric``: the *dense* model's output, from the inputs that it has behind the layers pruned so far. Where a
+  residual is added to the output, the sum is what is aimed at, so that the layer makes up for what the residual
+  carries of earlier errors. Two passes.
+
+With ``bias_correction`` the bias of a layer, if it has one, takes up the shift of the mean, and the weights only have
+to fit what varies. Weights that cannot be calibrated are pruned by magnitude, and named.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import add_initializer, drop_if_unused, new_name
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.passes import solvers
+from sparse_onnx.passes.allocation import NEED_STATISTICS, Allocation, allocate, explicit
+from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.calibration.calibrator import Calibrator
+from sparse_onnx.passes.calibration.targets import Target, find_target
+from sparse_onnx.passes.calibration.two_streams import Aim
+from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity
+from sparse_onnx.passes.options import require
+from sparse_onnx.passes.pruning import choose_weights
+from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
+from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
+from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight
+
+__all__ = ["ONE_SHOT_PASSES", "OneShot"]
+
+_PULL = 0.05
+"""How strongly weights that aim at the dense model's output are drawn to the dense weights (of the mean diagonal of the
+Gram): measured on a sentence encoder; .01 fits the calibration data too closely, .2 gives up a tenth of the gain."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneShot(Pass):
+    """Base of the passes that prune with calibration data; see the module's docstring.
+
+    Attributes:
+        sparsity: Share of zeros to reach, in [0, 1); N:M implies it.
+        mask_structure: ``unstructured``, ``N:M``, ``block:RxC`` or ``channel``.
+        scope: Where the share is kept: in every ``row`` (output channel) or in the ``layer``.
+        calibration: What layers are solved for.
+        allocation: How the zeros are spread over the layers, see :mod:`sparse_onnx.passes.allocation`; ``sparsity`` is
+            their mean. N:M leaves nothing to spread.
+        sparsities: The share of zeros of some weights, by name or ``re:`` pattern; the others make up for it.
+        bias_correction: Whether biases change.
+        dampening_frac: Added to the diagonal of the Gram, of its mean.
+        preserve_mask: Weights that are zero stay zero; what is left of the budget comes on top, and all are refitted.
+        targets, ignore: Choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`.
+    """
+
+    stage: ClassVar[Stage] = Stage.PRUNE
+    idempotent: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = True
+
+    sparsity: float | None = None
+    mask_structure: str = "unstructured"
+    scope: Literal["row", "layer"] = "layer"
+    calibration: Literal["oneshot", "sequential", "asymmetric"] = "oneshot"
+    allocation: Allocation = "uniform"
+    sparsities: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    bias_correction: bool = False
+    dampening_frac: float = 0.01
+    preserve_mask: bool = False
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    @property
+    @abc.abstractmethod
+    def solver(self) -> type[Solver]:
+        """The method that is applied to each layer."""
+
+    def check(self) -> None:
+        Selection(self.targets, self.ignore)
+        resolve_sparsity(self.sparsity, self.structure)
+        require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
+        kind = self.structure.kind
+        if kind == "n:m" and (self.allocation != "uniform" or self.sparsities):
+            raise UsageError(
+                f"mask_structure {self.structure} fixes the zeros of every layer: give no allocation"
+            )
+        if self.sparsities and self.allocation != "uniform":
+            raise UsageError("give sparsities or an allocation, not both")
+        require(
+            kind in self.solver.structures, "mask_structure", self.mask_structure, "one that the method takes"
+        )
+
+    @property
+    def structure(self) -> MaskStructure:
+        return MaskStructure.parse(self.mask_structure)
+
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        weights, left = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
+        declined = [self.declined(place, reason) for place, reason in left]
+        if not weights:
+            return PassResult(model, False, {"weights": 0}, tuple(declined))
+        if context.calibration is None:
+            raise UsageError(f"{self.name} needs calibration data: give --calibration-data with real inputs")
+        finite = [weight for weight in weights if _is_finite(weight)]
+        declined += [
+            self.declined(weight.name, "holds NaN or Inf: not pruned")
+            for weight in weights
+            if weight not in finite
+        ]
+        job = _Job(self, model, context, context.calibration, finite)
+        for layer in job.layers():
+            job.prune(layer)
+            del layer  # with its sums, before the next ones are made
+        declined += [
+            self.declined(name, f"pruned by magnitude: {reason}") for name, reason in job.uncalibrated
+        ]
+        size = sum(change.size for change in job.changes)
+        zeros = sum(change.zeros_after for change in job.changes)
+        statistics: dict[str, int | float] = {
+            "weights": len(finite),
+            "changed": len(job.changes),
+            "elements": size,
+            "zeros_before": sum(change.zeros_before for change in job.changes),
+            "zeros_after": zeros,
+            "sparsity": zeros / size if size else 0.0,
+            "biases": job.biases,
+        }
+        changes = tuple(change for change in job.changes if change.zeros_after > change.zeros_before)
+        return PassResult(model, bool(finite), statistics, tuple(declined), changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A weight at its turn: statistics of its input for every group, and what its output is aimed at, if anything."""
+
+    weight: Weight
+    inputs: tuple[InputStatistics, ...]
+    target: Target | None = None
+    aim: Aim | None = None
+
+
+class _Job:
+    """One run of a pass."""
+
+    def __init__(
+        self,
+        options: OneShot,
+        model: ir.Model,
+        context: PassContext,
+        data: CalibrationData,
+        weights: list[Weight],
+    ) -> None:
+        self.options, self.model, self.context, self.weights = options, model, context, weights
+        self.changes: list[LayerChange] = []
+        self.biases = 0
+        self._start = time.perf_counter()
+        self._calibrator = Calibrator(
+            model, weights, data.samples, data.options, work=data.work, progress=context.progress
+        )
+        self.uncalibrated = self._calibrator.declined
+        self._statistics_file = data.statistics
+        self._sparsity = self._allocate()
+
+    def _allocate(self) -> dict[str, float | None]:
+        """The share of zeros of every weight by name; None where the structure implies it."""
+        options, sparsity = self.options, self.options.sparsity
+        if sparsity is None or options.structure.kind == "n:m":
+            return {weight.name: sparsity for weight in self.weights}
+        if options.sparsities:
+            return {**explicit(self.weights, sparsity, options.sparsities)}
+        known: Mapping[str, Sequence[InputStatistics]] = {}
+        if options.allocation in NEED_STATISTICS:
+            known = self._calibrator.oneshot(self._statistics_file)
+
+        def statistics(weight: Weight) -> InputStatistics | None:
+            return known[weight.name][0] if weight.name in known else None
+
+        return {**allocate(options.allocation, self.weights, sparsity, statistics)}
+
+    def layers(self) -> Iterator[_Layer]:
+        """The weights in the order in which they are to be pruned, each when its statistics are there."""
+        calibrator, options = self._calibrator, self.options
+        # The dense model beside the pruned one is the model as it is now.
+        steps = calibrator.steps() if options.calibration == "asymmetric" else None
+        names = dict(calibrator.declined)
+        for weight in self.weights:
+            if weight.name in names:
+                yield _Layer(weight, ())
+        if steps is not None:
+            for step in steps:
+                for weight in step.weights:
+                    aim = step.aims.get(weight.name)
+                    yield _Layer(weight, step.inputs, aim.target if aim is not None else None, aim)
+                del step, aim
+        elif options.calibration == "sequential":
+            for block in calibrator.blocks():
+                yield from (self._plain(weight, block.statistics[weight.name]) for weight in block.weights)
+        else:
+            known = calibrator.oneshot(self._statistics_file)
+            yield from (
+                self._plain(weight, known[weight.name]) for weight in self.weights if weight.name in known
+            )
+
+    def _plain(self, weight: Weight, statistics: Sequence[InputStatistics]) -> _Layer:
+        target = find_target(weight, lambda _residual: False) if self.options.bias_correction else None
+        return _Layer(weight, tuple(statistics), target)
+
+    def prune(self, layer: _Layer) -> None:
+        options, weight = self.options, layer.weight
+        W = np.asarray(weight.matrix(), np.float32)
+        if layer.inputs:
+            pruned, error = self._solve(layer, W)
+        else:
+            keep = keep_mask(np.abs(W), self._sparsity[weight.name], options.structure)
+            pruned, error = np.where(keep, W, np.float32(0)), None
+        zeros = int(W.size - np.count_nonzero(pruned))
+        before = int(W.size - np.count_nonzero(W))
+        del W
+        stored = weight.stored(pruned).astype(weight.tensor.dtype.numpy(), copy=False)
+        weight.release()
+        weight.value.const_value = self.context.store(stored, weight.name)
+        if options.structure.kind != "unstructured":
+            weight.value.metadata_props[STRUCTURE_KEY] = str(options.structure)
+        self.changes.append(LayerChange(weight.name, pruned.size, before, zeros, error))
+        self._say(weight, zeros / pruned.size, error)
+
+    def _say(self, weight: Weight, share: float, error: float | None) -> None:
+        done, total = len(self.changes), len(self.weights)
+        left = (time.perf_counter() - self._start) / done * (total - done)
+        told = "no error known" if error is None else f"error {error:.3f}"
+        self.context.progress(
+            f"{weight.name}: {self.options.structure}, {100 * share:.1f} % zeros, {told} "
+            f"({done}/{total}, {left:.0f} s left)"
+        )
+
+    def _solve(self, layer: _Layer, W: np.ndarray) -> tuple[np.ndarray, float | None]:
+        """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known; the
+        bias is changed on the way."""
+        biased = self.options.bias_correction and layer.target is not None and layer.target.bias is not None
+        width = W.shape[1] // len(layer.inputs)
+        parts, shifts, errors = [], [], []
+        for index, statistics in enumerate(layer.inputs):
+            part = slice(index * width, (index + 1) * width)
+            aim = layer.aim
+            pull = None if aim is None else aim.pull[:, part]
+            mean = None if aim is None else aim.mean[part]
+            own = np.ascontiguousarray(W[:, part])
+            parts.append(
+                self._solve_group(own, self._sparsity[layer.weight.name], statistics, pull, mean, biased)
+            )
+            if biased and statistics.mean is not None:
+                assert layer.target is not None
+                old = _bias_of(layer.target)[part]
+                wanted = statistics.mean @ own + old if mean is None else mean
+                shifts.append(wanted - statistics.mean @ parts[-1])
+            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
+                errors.append(relative_error(own, parts[-1], statistics.gram))
+        if shifts:
+            assert layer.target is not None
+            self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
+        return np.concatenate(parts, axis=1), float(np.mean(errors)) if errors else None
+
+    def _solve_group(
+        self,
+        W: np.ndarray,
+        sparsity: float | None,
+        statistics: InputStatistics,
+        pull: np.ndarray | None,
+        mean: np.ndarray | None,
+        biased: bool,
+    ) -> np.ndarray:
+        options = self.options
+        target = None
+        damping = options.dampening_frac
+        if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
+            gram, count = np.asarray(statistics.gram, np.float64), statistics.count
+            if biased and statistics.mean is not None:
+                gram = centred_gram(gram, statistics.mean, count)
+                if pull is not None and mean is not None:
+                    pull = pull - count * np.outer(statistics.mean, mean)
+            if pull is not None:
+                gram, target = aimed_target(W, gram, pull, _PULL)
+                damping = 0.0
+            statistics = InputStatistics(gram, statistics.mean, count)
+        solver = _solver(options.solver, damping)
+        pruned = solver.solve(W, statistics, options.structure, sparsity, options.scope, target=target)
+        if not options.preserve_mask:
+            return pruned
+        shape, share = (W.shape[0], W.shape[1]), resolve_sparsity(sparsity, options.structure)
+        selection = solvers.Selection.of(shape, options.structure, share, options.scope)
+        present = W != 0
+        score = np.abs(pruned) + 1e-6 * np.abs(
+            W
+        )  # as many as asked stay, even where the method kept fewer of them
+        mask = selection.keep(np.where(present, score, 0)) & present
+        aim = W if target is None else target
+        return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
+
+    def _write_bias(self, target: Target, bias: np.ndarray) -> None:
+        old, node = target.bias, target.bias_node
+        assert old is not None
+        assert node is not None
+        assert old.const_value is not None
+        array = bias.reshape(old.const_value.shape.numpy())
+        self.biases += 1
+        if len(old.uses()) == 1 and not old.is_graph_output() and old.is_initializer():
+            old.const_value = self.context.store(array, old.name or "bias")
+            return
+        name = new_name(self.model, f"{old.name}.corrected")
+        node.replace_input_with(
+            target.bias_index, add_initializer(self.model.graph, name, self.context.store(array, name))
+        )
+        drop_if_unused(old)
+
+
+def _is_finite(weight: Weight) -> bool:
+    finite = bool(np.isfinite(np.asarray(weight.matrix(), np.float32)).all())
+    weight.release()
+    return finite
+
+
+def _bias_of(target: Target) -> np.ndarray:
+    assert target.bias is not None
+    assert target.bias.const_value is not None
+    return target.bias.const_value.numpy().reshape(-1).astype(np.float64)
+
+
+def _solver(kind: type[Solver], damping: float) -> Solver:
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**({"damping": damping} if "damping" in known else {}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanda(OneShot):
+    """By |w| · ‖x‖ within each output channel (Sun et al. 2024)."""
+
+    name: ClassVar[str] = "prune.wanda"
+    solver = solvers.Wanda
+    scope: Literal["row", "layer"] = "row"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ria(OneShot):
+    """By relative importance and activations (Zhang et al. 2024)."""
+
+    name: ClassVar[str] = "prune.ria"
+    solver = solvers.Ria
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseGPT(OneShot):
+    """Input by input, each error absorbed by the inputs that follow (Frantar & Alistarh 2023)."""
+
+    name: ClassVar[str] = "prune.sparsegpt"
+    solver = solvers.SparseGPT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Admm(OneShot):
+    """ADMM with a gradual mask (Boža 2024): nearly as good as ``prune.alps`` in a third of the time."""
+
+    name: ClassVar[str] = "prune.admm"
+    solver = solvers.Admm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alps(OneShot):
+    """ADMM until the mask stands still, then least squares on it (Meng et al. 2024)."""
+
+    name: ClassVar[str] = "prune.alps"
+    solver = solvers.Alps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auto(OneShot):
+    """The most accurate combination: the best solver, aimed at the dense model's outputs, biases corrected."""
+
+    name: ClassVar[str] = "prune.auto"
+    solver = solvers.Auto
+    calibration: Literal["oneshot", "sequential", "asymmetric"] = "asymmetric"
+    bias_correction: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Iht(OneShot):
+    """Pruning as compressed sensing: iterative hard thresholding (Blumensath & Davies 2009)."""
+
+    name: ClassVar[str] = "prune.iht"
+    solver = solvers.Iht
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Omp(OneShot):
+    """Pruning as compressed sensing: orthogonal matching pursuit within each output channel."""
+
+    name: ClassVar[str] = "prune.omp"
+    solver = solvers.Omp
+    scope: Literal["row", "layer"] = "row"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lasso(OneShot):
+    """Pruning as compressed sensing: l1-penalised least squares, then least squares on what is left."""
+
+    name: ClassVar[str] = "prune.lasso"
+    solver = solvers.Lasso
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taylor(OneShot):
+    """By ½ G_ii w²: what a weight adds to the layer's squared error by itself (LeCun et al. 1990)."""
+
+    name: ClassVar[str] = "prune.taylor"
+    solver = solvers.Obd
+
+
+ONE_SHOT_PASSES: tuple[type[OneShot], ...] = (
+    Admm,
+    Alps,
+    Auto,
+    Iht,
+    Lasso,
+    Omp,
+    Ria,
+    SparseGPT,
+    Taylor,
+    Wanda,
+)
+"""The passes of this module, sorted by name."""

@@ -1,0 +1,38 @@
+"""What follows from the means and the second moments of the pruned model's own inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.solvers.gram import inverse
+
+__all__ = ["aimed_target", "centred_gram"]
+
+
+def centred_gram(gram: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
+    """G - count · mean mean': the form to solve on where the bias takes up the mean shift; float64 [K, K]."""
+    mean = mean.astype(np.float64)
+    return np.asarray(gram - count * np.outer(mean, mean))
+
+
+def aimed_target(
+    W: np.ndarray, gram: np.ndarray, pull: np.ndarray, weight: float = 0.05
+) -> tuple[np.ndarray, np.ndarray]:
+    """The problem min over V of ‖X V − Y‖² + μ‖V − W‖² in the form tr((T − V)′ H (T − V)): H [K, K] and T [K, N].
+
+    Y [tokens, N] is what the layer's output should be on the inputs X that it sees; ``gram`` X'X [K, K] and ``pull``
+    X'Y [K, N] are float64; μ = ``weight`` · mean(diag X'X). H = X'X + μI and T = H⁻¹(X'Y + μW). For Y = X_d W of a
+    dense model's input X_d this is the asymmetric calibration of GPTAQ (Li et al. 2025); Y = X W gives T = W.
+    """
+    K = len(W)
+    if gram.shape != (K, K) or pull.shape != W.shape:
+        raise UsageError(f"for a weight {list(W.shape)} the Gram is {gram.shape} and the pull {pull.shape}")
+    if not weight > 0:
+        raise UsageError(f"the weight of the target must be above 0, not {weight}")
+    mu = weight * float(np.mean(gram.diagonal(), dtype=np.float64))
+    if mu == 0:
+        return gram, np.asarray(W, np.float32)
+    form = gram + mu * np.eye(K)
+    dense = W.astype(np.float64)
+    return form, np.asarray(dense + inverse(form) @ (pull - gram @ dense), np.float32)
