@@ -30,6 +30,8 @@ from sparse_onnx.passes import solvers
 from sparse_onnx.passes.allocation import NEED_STATISTICS, Allocation, allocate, explicit
 from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration.calibrator import Calibrator
+from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
+from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.calibration.two_streams import Aim
 from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity
@@ -164,8 +166,11 @@ class _Job:
         self.changes: list[LayerChange] = []
         self.biases = 0
         self._start = time.perf_counter()
+        how = data.options or CalibrationOptions()
+        if options.solver.needs == "diagonal" and options.allocation != "error" and data.statistics is None:
+            how = dataclasses.replace(how, layout=Layout.DIAGONAL)  # a whole Gram takes three times as long
         self._calibrator = Calibrator(
-            model, weights, data.samples, data.options, work=data.work, progress=context.progress
+            model, weights, data.samples, how, work=data.work, progress=context.progress
         )
         self.uncalibrated = self._calibrator.declined
         self._statistics_file = data.statistics

@@ -2,8 +2,8 @@
 
 1. Weights are ranked by what their removal costs once the others have adapted (OBS), not at once: the inputs are
    scaled to diag H⁻¹ = 1 and not to diag H = 1. An input that others can stand in for is then cheap to prune.
-2. The penalty grows slowly once fewer than a tenth of the kept weights change, so the mask settles in a better
-   minimum; steps are cheap in float32.
+2. The penalty grows slowly, so the mask settles in a better minimum; steps are cheap in float32. Growth by 1.07 instead
+   of 1.15 takes 1.1 to 1.8 times as long and lowers the error by less than .1 %.
 
 What is left to gain is small. On layers of a sentence encoder, annealing the mask of each output channel by exact
 removals and additions, with hundreds of times the work, lowers the error on calibration tokens by another .2 to .4 %
@@ -25,20 +25,15 @@ from sparse_onnx.passes.solvers.splitting import Schedule, settle
 
 __all__ = ["Auto"]
 
-_FAST = 1.15  # growth of the penalty while the mask is far from settled: slower gains nothing there
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auto(Solver):
-    """At most ``steps`` of ADMM, then ``refit_steps`` of refit.
-
-    Every eight steps the penalty grows, by ``growth`` and, while more than 10 % of the mask moves, by at least 1.15.
-    """
+    """At most ``steps`` of ADMM whose penalty grows by ``growth`` every eight, then ``refit_steps`` of refit."""
 
     name: ClassVar[str] = "auto"
     structures: ClassVar[tuple[str, ...]] = ("unstructured", "n:m", "block", "channel")
     steps: int = 400
-    growth: float = 1.07
+    growth: float = 1.15
     refit_steps: int = 20
     damping: float = 0.01
 
@@ -51,8 +46,8 @@ class Auto(Solver):
     def approximate(self, problem: Problem) -> np.ndarray:
         unit = unit_form(problem.gram, self.damping)
         form = removal_form(unit)
-        fast, slow = max(_FAST, self.growth), self.growth
-        schedule = Schedule(fast=fast, middle=slow, slow=slow, every=8, still=5e-4, steps=self.steps)
+        growth = self.growth
+        schedule = Schedule(fast=growth, middle=growth, slow=growth, every=8, still=5e-4, steps=self.steps)
         keep, V = settle(form, form.scale * problem.target, problem.selection, schedule, problem.initial)
         start = V * (unit.scale / form.scale)
         pull = unit.matrix @ (unit.scale * problem.target)
