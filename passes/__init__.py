@@ -14,6 +14,7 @@ from sparse_onnx.passes.oneshot import ONE_SHOT_PASSES
 from sparse_onnx.passes.options import unknown
 from sparse_onnx.passes.random_pruning import Random
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.passes.structured import STRUCTURED_PASSES
 from sparse_onnx.passes.threshold import Threshold
 
 __all__ = ["PASSES", "pass_by_name"]
@@ -34,6 +35,7 @@ PASSES: tuple[type[Pass], ...] = tuple(
             Random,
             Threshold,
             *ONE_SHOT_PASSES,
+            *STRUCTURED_PASSES,
         ),
         key=lambda cls: cls.name,
     )

@@ -27,7 +27,7 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
-from sparse_onnx.passes.base import CalibrationData, Declined, Pass, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
@@ -264,7 +264,7 @@ class _Job:
         nbytes = model_io.weight_bytes(model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             context = PassContext(spool.put, self.say)
-            self.prepare(model, Pipeline(tuple(map(_planned, pipeline.passes))), context)
+            self.prepare(model, _planned(pipeline), context)
             candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
             layers = self.layers(decisions, None)
@@ -550,21 +550,27 @@ class _Job:
         }
 
 
-def _planned(modifier: Pass) -> Pass:
-    """What stands for a pass in a plan: one-shot pruning takes minutes, and magnitude gives as many zeros."""
-    if not isinstance(modifier, OneShot):
-        return modifier
-    return Magnitude(
-        sparsity=modifier.sparsity,
-        mask_structure=modifier.mask_structure,
-        targets=modifier.targets,
-        ignore=modifier.ignore,
-    )
+def _planned(pipeline: Pipeline) -> Pipeline:
+    """What stands for the passes in a plan: one-shot pruning takes minutes, and magnitude gives as many zeros. What
+    else needs real inputs is left out."""
+    stand_ins = [
+        Magnitude(
+            sparsity=modifier.sparsity,
+            mask_structure=modifier.mask_structure,
+            targets=modifier.targets,
+            ignore=modifier.ignore,
+        )
+        if isinstance(modifier, OneShot)
+        else modifier
+        for modifier in pipeline.passes
+        if isinstance(modifier, OneShot) or not modifier.needs_calibration
+    ]
+    return Pipeline(tuple(stand_ins))
 
 
 def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
     """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
-    if original is None:
+    if original is None or original.shape != pruned.shape:  # structured pruning took a part of it away
         return None
     before, after = np.array(original.numpy(), np.float64), np.array(pruned.numpy(), np.float64)
     norm = float(np.linalg.norm(before))

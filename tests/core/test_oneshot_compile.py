@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper
 
 import sparse_onnx
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.recipe import load_recipe
+from sparse_onnx.passes.recipe import load_recipe, parse_recipe
 
 D = 64
 
@@ -113,6 +113,25 @@ def test_one_batch_is_used_for_both_and_that_is_said(model, data, tmp_path):
 def test_a_plan_needs_no_calibration(model, tmp_path):
     result = optimize(model, tmp_path, method="auto", sparsity=0.7, dry_run=True)
     assert result.report["summary"]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_structured_and_one_shot_pruning_in_one_recipe(model, data, tmp_path):
+    recipe = parse_recipe(
+        """
+version: 1
+stages:
+- name: remove
+  modifiers: [prune.ffn: {sparsity: 0.25}]
+- name: prune
+  modifiers: [prune.auto: {sparsity: 0.7}]
+"""
+    )
+    result = optimize(model, tmp_path / "out", recipe=recipe, calibration_data=data)
+    shapes = {row["name"]: row["shape"] for row in result.report["layers"]}
+    assert shapes == {"W1": [D, 96], "W2": [96, D]}
+    assert result.report["verification"]["against_pruned_dense"]["relative_error"] < 1e-5
+    plan = optimize(model, tmp_path, recipe=recipe, dry_run=True)
+    assert plan.report["summary"]["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from sparse_onnx.passes import PASSES
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.passes.random_pruning import Random
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.threshold import Threshold
@@ -189,11 +188,11 @@ OPTIONS = {
     "prune.random": [Random(sparsity=0.5), Random(mask_structure="1:2")],
     "prune.threshold": [Threshold(theta=0.5)],
 }
-# Passes that need data of the very model have tests of their own: test_oneshot.py, test_gradient.py.
+# Passes that need data of the very model have tests of their own: test_oneshot.py, test_gradient.py, structured/.
 STEPS = [
     step
     for cls in PASSES
-    if not issubclass(cls, (OneShot, Gradient))
+    if not cls.needs_calibration and cls is not Gradient
     for step in OPTIONS.get(cls.name) or [cls()]
 ]
 # No modifier of recipes: the compiler runs it, behind the guard.

@@ -34,7 +34,7 @@ from sparse_onnx.runtime import open_runner, session_budget
 from sparse_onnx.tools.benchmarks.sentence_encoder import encoder_folder, passages, tokens
 from sparse_onnx.tools.console import table
 
-__all__ = ["Quality", "embeddings", "quality"]
+__all__ = ["Quality", "embeddings", "pass_from", "quality"]
 
 _CALIBRATION, _HELD = slice(0, 192), slice(400, 656)
 _BATCH = 4
@@ -87,13 +87,13 @@ def _batches(texts: Sequence[str], names: set[str]) -> list[dict[str, np.ndarray
     return batches
 
 
-def _pass(text: str, sparsity: str) -> Pass:
-    """The pass of a method with options, as the command line has them."""
-    method, *options = text.split(",")
-    given: dict[str, Any] = dict(yaml.safe_load(part.replace("=", ": ", 1)).popitem() for part in options)
-    given |= {"mask_structure": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
-    given["ignore"] = ("re:.*pooler.*",)
-    return pass_by_name(f"prune.{method}")(**given)
+def pass_from(text: str, sparsity: str, **options: Any) -> Pass:
+    """The pass of a method with options, as the command line has them; ``options`` come on top."""
+    method, *given = text.split(",")
+    for part in given:
+        options |= yaml.safe_load(part.replace("=", ": ", 1))
+    options |= {"mask_structure": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
+    return pass_by_name(f"prune.{method}")(**options)
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as work:
                 context = PassContext(calibration=CalibrationData(samples, Path(work)))
-                Pipeline((_pass(method, sparsity),))(model, context)
+                Pipeline((pass_from(method, sparsity, ignore=("re:.*pooler.*",)),))(model, context)
             seconds = time.perf_counter() - start
             found = quality(dense, embeddings(model, held, arguments.threads))
             results.setdefault(method, {})[sparsity] = {**dataclasses.asdict(found), "seconds": seconds}

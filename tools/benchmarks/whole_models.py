@@ -137,7 +137,7 @@ def _compare(
                 settings.say(f"{name}, batch {batch}: optimizing {percent(level)} for {count(threads)}")
                 optimized, note = _optimize(files.model(level), Path(scratch), threads, batch, length)
                 notes.append(f"{percent(level)}, {count(threads)}: {note}")
-                specs += _engines(settings, files, optimized, level, threads, int8)
+                specs += _engines(settings, files, optimized, level, threads, int8, batch)
             settings.say(f"{name}, batch {batch}, {percent(level)} zeros: timing {len(specs)} engines")
             measured = compare(specs, batch=batch, length=length, rounds=3 if settings.quick else 21)
             for threads in settings.threads:
@@ -175,9 +175,9 @@ def _optimize(source: Path, scratch: Path, threads: int, batch: int, length: int
 
 
 def _engines(
-    settings: Settings, files: _Files, optimized: Path, level: float, threads: int, int8: bool
+    settings: Settings, files: _Files, optimized: Path, level: float, threads: int, int8: bool, batch: int
 ) -> list[EngineSpec]:
-    """Ours first."""
+    """Ours first. DeepSparse's models are exported with one input at a time, so it has no larger batches."""
     own, ort = Path(sys.executable), "onnxruntime"
     specs = [
         EngineSpec(_OURS, ort, own, optimized, threads, library_path()),
@@ -185,7 +185,7 @@ def _engines(
     ]
     if int8:
         specs.append(EngineSpec("ONNX Runtime, int8 dynamic", ort, own, files.int8(), threads))
-    if settings.deepsparse is not None:
+    if settings.deepsparse is not None and batch == 1:
         pruned = files.model(level, legacy=True)
         specs.append(EngineSpec("DeepSparse", "deepsparse", settings.deepsparse, pruned, threads))
     if settings.openvino is not None:

@@ -1,0 +1,117 @@
+"""How well a language model still predicts after one-shot pruning: perplexity on files that it was not trained on.
+
+    python -m sparse_onnx.tools.benchmarks.pruned_language_model FOLDER [--train-minutes 12] [--method auto ...]
+        [--sparsity 0.5 0.6 0.7] [--windows 512] [--json FILE]
+
+The model is :mod:`.small_language_model`, trained into FOLDER if it is not there, in 12 minutes on one free core. All
+28 linears of its layers are pruned, calibrated on windows of 128 tokens drawn from its training text; embeddings and
+head stay. A method may be followed by options of its pass: ``alps,calibration=asymmetric``, ``wanda,allocation=owl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import model_io
+from sparse_onnx.inputs import Feeds
+from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
+from sparse_onnx.passes.calibration import Options, Samples
+from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.runtime import open_runner, session_budget
+from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from
+from sparse_onnx.tools.console import table
+
+__all__ = ["calibration_samples", "cross_entropy", "perplexity"]
+
+_BATCH = 16
+
+
+def cross_entropy(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """-log of the probability of ``tokens`` [...] under ``logits`` [..., vocabulary]: float64 [...], in nats."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    taken = np.take_along_axis(shifted, tokens[..., None].astype(np.int64), axis=-1)[..., 0]
+    return np.asarray(np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64)) - taken)
+
+
+def perplexity(model: ir.Model, windows: np.ndarray, threads: int) -> float:
+    """exp of the mean cross entropy of each window's tokens, but the first, given those before it.
+
+    ``windows`` [windows, S + 1] holds tokens; ``model`` takes ``input_ids`` [B, S] and gives logits first.
+    """
+    losses = []
+    budget = session_budget(model_io.weight_bytes(model))
+    with (
+        tempfile.TemporaryDirectory() as work,
+        open_runner(model, threads=threads, library=False, budget=budget, work=Path(work)) as runner,
+    ):
+        for feeds, following in _batches(windows):
+            losses.append(cross_entropy(runner.run(feeds)[runner.outputs[0]], following))
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def calibration_samples(windows: np.ndarray, count: int, seed: int = 0) -> Samples:
+    """``count`` of the ``windows``, drawn without replacement."""
+    drawn = np.random.default_rng(seed).permutation(len(windows))[:count]
+    return Samples.of([feeds for feeds, _ in _batches(windows[drawn])], "training text")
+
+
+def _batches(windows: np.ndarray) -> Iterator[tuple[Feeds, np.ndarray]]:
+    """What the model reads, and the tokens that follow."""
+    for start in range(0, len(windows), _BATCH):
+        part = windows[start : start + _BATCH].astype(np.int64)
+        yield {"input_ids": part[:, :-1]}, part[:, 1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train-minutes", type=float, default=12, help="of one core")
+    parser.add_argument("--method", nargs="+", default=["magnitude", "wanda", "sparsegpt", "alps", "auto"])
+    parser.add_argument("--sparsity", nargs="+", default=["0.5", "0.6", "0.7"])
+    parser.add_argument("--windows", type=int, default=512, help="windows to calibrate on")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    from sparse_onnx.tools.benchmarks.small_language_model import language_model  # torch is only for training
+
+    folder = language_model(arguments.folder, arguments.train_minutes)
+    trained = model_io.load_model(folder / "model.onnx")
+    Pipeline(CLEAN_PASSES)(trained)
+    samples = calibration_samples(np.load(folder / "train.npy"), arguments.windows)
+    held_out = np.load(folder / "held_out.npy")
+    dense = perplexity(trained, held_out, arguments.threads)
+    results: dict[str, Any] = {"dense": dense}
+    rows = [
+        ["method", "zeros", "perplexity", "of dense", "seconds"],
+        ["dense", "", f"{dense:.3f}", "1.000", ""],
+    ]
+    for method in arguments.method:
+        for sparsity in arguments.sparsity:
+            model = trained.clone()
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as work:
+                data = CalibrationData(samples, Path(work), Options(threads=arguments.threads))
+                Pipeline((pass_from(method, sparsity),))(model, PassContext(calibration=data))
+            seconds = time.perf_counter() - start
+            found = perplexity(model, held_out, arguments.threads)
+            results.setdefault(method, {})[sparsity] = {"perplexity": found, "seconds": seconds}
+            rows.append([method, sparsity, f"{found:.3f}", f"{found / dense:.3f}", f"{seconds:.0f}"])
+            print("  ".join(rows[-1]), flush=True)
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(table(rows[1:], rows[0]))
+
+
+if __name__ == "__main__":
+    main()
