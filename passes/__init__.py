@@ -10,7 +10,7 @@ from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_weights import FoldWeights
 from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.oneshot import ONE_SHOT_PASSES
+from sparse_onnx.passes.oneshot_methods import ONE_SHOT_PASSES
 from sparse_onnx.passes.options import unknown
 from sparse_onnx.passes.random_pruning import Random
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm

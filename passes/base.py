@@ -107,13 +107,15 @@ def _silent(_message: str) -> None:
 class CalibrationData:
     """Real inputs of the model, and how to run it on them; scratch files go to ``work``.
 
-    ``statistics`` is a file for what one-shot calibration finds: read if it fits, written if not.
+    ``statistics`` is a file for what one-shot calibration finds: read if it fits, written if not. ``checkpoint`` is a
+    folder for finished layers, from which an interrupted run goes on.
     """
 
     samples: Samples
     work: Path
     options: CalibrationOptions | None = None
     statistics: Path | None = None
+    checkpoint: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
@@ -31,6 +32,8 @@ from sparse_onnx.passes.allocation import NEED_STATISTICS, Allocation, allocate,
 from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
+from sparse_onnx.passes.calibration.checkpoint import Checkpoint
+from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.calibration.two_streams import Aim
@@ -41,7 +44,7 @@ from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight
 
-__all__ = ["ONE_SHOT_PASSES", "OneShot"]
+__all__ = ["OneShot"]
 
 _PULL = 0.05
 """How strongly weights that aim at the dense model's output are drawn to the dense weights (of the mean diagonal of the
@@ -174,6 +177,10 @@ class _Job:
         )
         self.uncalibrated = self._calibrator.declined
         self._statistics_file = data.statistics
+        self._checkpoint = None
+        if data.checkpoint is not None:
+            key = f"{model_digest(model)} {data.samples.digest()} {options!r}"
+            self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
         self._sparsity = self._allocate()
 
     def _allocate(self) -> dict[str, float | None]:
@@ -253,6 +260,8 @@ class _Job:
         bias is changed on the way."""
         biased = self.options.bias_correction and layer.target is not None and layer.target.bias is not None
         width = W.shape[1] // len(layer.inputs)
+        name = layer.weight.name
+        kept = self._checkpoint.get(name, W.shape) if self._checkpoint is not None else None
         parts, shifts, errors = [], [], []
         for index, statistics in enumerate(layer.inputs):
             part = slice(index * width, (index + 1) * width)
@@ -261,7 +270,9 @@ class _Job:
             mean = None if aim is None else aim.mean[part]
             own = np.ascontiguousarray(W[:, part])
             parts.append(
-                self._solve_group(own, self._sparsity[layer.weight.name], statistics, pull, mean, biased)
+                kept[:, part]
+                if kept is not None
+                else self._solve_group(own, self._sparsity[name], statistics, pull, mean, biased)
             )
             if biased and statistics.mean is not None:
                 assert layer.target is not None
@@ -273,7 +284,10 @@ class _Job:
         if shifts:
             assert layer.target is not None
             self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
-        return np.concatenate(parts, axis=1), float(np.mean(errors)) if errors else None
+        pruned = np.concatenate(parts, axis=1)
+        if self._checkpoint is not None and kept is None:
+            self._checkpoint.put(name, pruned)
+        return pruned, float(np.mean(errors)) if errors else None
 
     def _solve_group(
         self,
@@ -343,102 +357,3 @@ def _bias_of(target: Target) -> np.ndarray:
 def _solver(kind: type[Solver], damping: float) -> Solver:
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**({"damping": damping} if "damping" in known else {}))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanda(OneShot):
-    """By |w| · ‖x‖ within each output channel (Sun et al. 2024)."""
-
-    name: ClassVar[str] = "prune.wanda"
-    solver = solvers.Wanda
-    scope: Literal["row", "layer"] = "row"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ria(OneShot):
-    """By relative importance and activations (Zhang et al. 2024)."""
-
-    name: ClassVar[str] = "prune.ria"
-    solver = solvers.Ria
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT(OneShot):
-    """Input by input, each error absorbed by the inputs that follow (Frantar & Alistarh 2023)."""
-
-    name: ClassVar[str] = "prune.sparsegpt"
-    solver = solvers.SparseGPT
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Admm(OneShot):
-    """ADMM with a gradual mask (Boža 2024): nearly as good as ``prune.alps`` in a third of the time."""
-
-    name: ClassVar[str] = "prune.admm"
-    solver = solvers.Admm
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Alps(OneShot):
-    """ADMM until the mask stands still, then least squares on it (Meng et al. 2024)."""
-
-    name: ClassVar[str] = "prune.alps"
-    solver = solvers.Alps
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Auto(OneShot):
-    """The most accurate combination: the best solver, aimed at the dense model's outputs, biases corrected."""
-
-    name: ClassVar[str] = "prune.auto"
-    solver = solvers.Auto
-    calibration: Literal["oneshot", "sequential", "asymmetric"] = "asymmetric"
-    bias_correction: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Iht(OneShot):
-    """Pruning as compressed sensing: iterative hard thresholding (Blumensath & Davies 2009)."""
-
-    name: ClassVar[str] = "prune.iht"
-    solver = solvers.Iht
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Omp(OneShot):
-    """Pruning as compressed sensing: orthogonal matching pursuit within each output channel."""
-
-    name: ClassVar[str] = "prune.omp"
-    solver = solvers.Omp
-    scope: Literal["row", "layer"] = "row"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lasso(OneShot):
-    """Pruning as compressed sensing: l1-penalised least squares, then least squares on what is left."""
-
-    name: ClassVar[str] = "prune.lasso"
-    solver = solvers.Lasso
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Taylor(OneShot):
-    """By ½ G_ii w²: what a weight adds to the layer's squared error by itself (LeCun et al. 1990)."""
-
-    name: ClassVar[str] = "prune.taylor"
-    solver = solvers.Obd
-
-
-ONE_SHOT_PASSES: tuple[type[OneShot], ...] = (
-    Admm,
-    Alps,
-    Auto,
-    Iht,
-    Lasso,
-    Omp,
-    Ria,
-    SparseGPT,
-    Taylor,
-    Wanda,
-)
-"""The passes of this module, sorted by name."""

@@ -94,6 +94,7 @@ class Calibration(_Section):
         tokenizer: A folder that holds the tokenizer of a text file.
         padding_mask: The input [B, S] whose zeros are padding, where the model has it.
         statistics: A file for what one-shot calibration finds: read if it fits, else written.
+        checkpoint: A folder for finished layers: an interrupted run goes on from it.
         seed: Of generated inputs, where there are no real ones.
     """
 
@@ -103,6 +104,7 @@ class Calibration(_Section):
     tokenizer: str | None = None
     padding_mask: str = "attention_mask"
     statistics: str | None = None
+    checkpoint: str | None = None
     seed: int = 0
 
     def check(self) -> None:

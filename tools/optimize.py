@@ -57,6 +57,11 @@ __all__ = ["command", "summary_table"]
 @click.option(
     "--statistics", type=click.Path(path_type=Path), help="File for the statistics of oneshot calibration."
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Folder for finished layers: run again with it after an interruption.",
+)
 @click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to decide and time for; repeatable.")
 @click.option(
     "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
@@ -94,6 +99,7 @@ def command(
     bias_correction: bool | None,
     dampening_frac: float | None,
     statistics: Path | None,
+    checkpoint: Path | None,
     input_shape: tuple[str, ...],
     threads: int | None,
     min_speedup: float | None,
@@ -136,6 +142,7 @@ def command(
             bias_correction=bias_correction,
             dampening_frac=dampening_frac,
             statistics=statistics,
+            checkpoint=checkpoint,
             input_shapes=parse_shape_flags(input_shape) or None,
             threads=threads,
             min_speedup=min_speedup,

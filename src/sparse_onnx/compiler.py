@@ -95,6 +95,7 @@ def optimize(
     batch_size: int | None = None,
     tokenizer: str | Path | None = None,
     statistics: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
@@ -119,6 +120,7 @@ def optimize(
         calibration, allocation, sparsities, bias_correction, dampening_frac: Of methods with calibration, see
             :class:`sparse_onnx.passes.oneshot.OneShot`.
         statistics: A file for the statistics of one-shot calibration: read if it fits, else written.
+        checkpoint: A folder for finished layers, from which an interrupted run goes on.
         input_shapes: Shapes to decide and time for, by input name.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
@@ -153,6 +155,7 @@ def optimize(
         batch_size=batch_size,
         tokenizer=None if tokenizer is None else str(tokenizer),
         statistics=None if statistics is None else str(statistics),
+        checkpoint=None if checkpoint is None else str(checkpoint),
         shapes=None if input_shapes is None else {k: tuple(v) for k, v in input_shapes.items()},
         threads=threads,
         min_speedup=min_speedup,
@@ -340,6 +343,7 @@ class _Job:
                     self.work,
                     CalibrationOptions(mask=calibration.padding_mask, threads=self.threads),
                     None if calibration.statistics is None else Path(calibration.statistics),
+                    None if calibration.checkpoint is None else Path(calibration.checkpoint),
                 )
                 held = known.part(kept, len(known)) if len(known) > 1 else known
                 if held is known:

@@ -11,7 +11,7 @@ from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
 from sparse_onnx.passes.calibration import Samples
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.masks import MaskStructure, obeys
-from sparse_onnx.passes.oneshot import (
+from sparse_onnx.passes.oneshot_methods import (
     ONE_SHOT_PASSES,
     Admm,
     Alps,
@@ -241,6 +241,25 @@ def test_statistics_are_kept_and_read_again(from_text, context, tmp_path):
     SparseGPT(sparsity=0.5)(second, dataclasses.replace(kept, progress=said.append))
     for name in LINEARS:
         np.testing.assert_array_equal(stored(first, name), stored(second, name))
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(from_text, context, tmp_path):
+    whole, again = build(from_text), build(from_text)
+    Auto(sparsity=0.6)(whole, context)
+    kept = dataclasses.replace(
+        context, calibration=dataclasses.replace(context.calibration, checkpoint=tmp_path / "done")
+    )
+
+    def interrupt(message):
+        if "(3/6" in message:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Auto(sparsity=0.6)(build(from_text), dataclasses.replace(kept, progress=interrupt))
+    assert len(list((tmp_path / "done").glob("*.npy"))) == 3
+    Auto(sparsity=0.6)(again, kept)
+    for name in TENSORS:
+        np.testing.assert_array_equal(stored(again, name), stored(whole, name))
 
 
 def test_without_data_it_says_what_is_missing(from_text):
