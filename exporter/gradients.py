@@ -28,7 +28,7 @@ import onnx_ir as ir
 from sparse_onnx.errors import UsageError
 from sparse_onnx.exporter._extras import require
 from sparse_onnx.exporter._inference_copy import inference_copy
-from sparse_onnx.exporter.huggingface import _load
+from sparse_onnx.exporter.huggingface import load_pretrained
 from sparse_onnx.gradient_file import WeightGradients
 
 __all__ = ["LABELS", "Loss", "loss_gradients"]
@@ -78,7 +78,7 @@ def loss_gradients(
     """
     torch = require("torch")
     if isinstance(module, str | os.PathLike):
-        module = _load(Path(module), task)
+        module = load_pretrained(Path(module), task)
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"loss_gradients() takes a torch.nn.Module or a folder, not {type(module).__name__}")
     frozen = inference_copy(module)

@@ -13,7 +13,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.exporter._extras import require
 from sparse_onnx.exporter._pipeline import ExportResult, export_frozen
 
-__all__ = ["TASKS", "export_huggingface"]
+__all__ = ["TASKS", "export_huggingface", "load_pretrained"]
 
 TASKS = {
     "feature-extraction": "AutoModel",
@@ -48,7 +48,7 @@ def export_huggingface(
     Raises UsageError for a folder, task or architecture that does not fit or weights that are missing,
     HostError when a package is missing, VerificationError when outputs differ by more than 1e-4 of the scale.
     """
-    module = _load(Path(folder), task)
+    module = load_pretrained(Path(folder), task)
     names = [
         name
         for name in _INPUTS
@@ -70,7 +70,7 @@ def export_huggingface(
     )
 
 
-def _load(folder: Path, task: str | None) -> Any:
+def load_pretrained(folder: Path, task: str | None) -> Any:
     """The module in ``folder``, float32, in evaluation mode, with attention that any runtime can read."""
     if not (folder / "config.json").is_file():
         reason = "it has no config.json" if folder.is_dir() else "there is no such folder"

@@ -130,6 +130,12 @@ class PassContext:
     progress: Callable[[str], None] = _silent
     calibration: CalibrationData | None = None
 
+    def calibration_for(self, pass_name: str) -> CalibrationData:
+        """The real inputs that the pass cannot do without; UsageError if there are none."""
+        if self.calibration is None:
+            raise UsageError(f"{pass_name} needs calibration data: give --calibration-data with real inputs")
+        return self.calibration
+
 
 class Pass(abc.ABC):
     """Base of all passes; see the module's docstring.

@@ -34,7 +34,7 @@ from sparse_onnx.sparse_ops import sparse_matmul
 from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
 from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, PackedWeight
 
-__all__ = ["Convolution", "Shapes", "match_conv"]
+__all__ = ["Convolution", "Shapes", "match_conv", "same_pads"]
 
 Dims = tuple[int | str, ...]
 
@@ -168,7 +168,7 @@ def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
         dims = shapes(x) if x is not None else None
         if dims is None or len(dims) != 4 or not all(isinstance(size, int) for size in dims[2:]):
             return f"is a Conv with auto_pad {auto} whose input has no fixed size"
-        pads = _same_pads([int(size) for size in dims[2:]], kernel, strides, dilations, auto == "SAME_UPPER")
+        pads = same_pads([int(size) for size in dims[2:]], kernel, strides, dilations, auto == "SAME_UPPER")
     if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(pads) < 0 or weight.shape[1] % group:
         return "is a Conv with attributes that do not fit its weight"
     (top, left, bottom, right), (rows, columns) = pads, kernel
@@ -181,14 +181,17 @@ def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
     )
 
 
-def _same_pads(
-    sizes: list[int],
+def same_pads(
+    sizes: Sequence[int],
     kernel: tuple[int, ...],
     strides: tuple[int, ...],
     dilations: tuple[int, ...],
     upper: bool,
 ) -> tuple[int, ...]:
-    """As the ONNX standard says: the output has size / stride elements, rounded up."""
+    """The pads of SAME_UPPER (``upper``) or SAME_LOWER for an input with these spatial ``sizes``: begins, then ends.
+
+    As the ONNX standard says: the output has size / stride elements, rounded up.
+    """
     before, after = [], []
     for size, window, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
         total = max(0, (-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size)

@@ -17,7 +17,8 @@ output channel: gradients differ far more between channels than within, and one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -27,19 +28,10 @@ import onnx_ir as ir
 from sparse_onnx.errors import UsageError
 from sparse_onnx.gradient_file import GradientFile, open_gradients
 from sparse_onnx.passes.base import PassContext, PassResult
-from sparse_onnx.passes.masks import (
-    MaskStructure,
-    Norm,
-    below,
-    expand,
-    find_cut,
-    keep_mask,
-    resolve_sparsity,
-    unit_scores,
-)
-from sparse_onnx.passes.pruning import PruningPass, choose_weights
+from sparse_onnx.passes.masks import MaskStructure, Norm, expand, keep_mask, resolve_sparsity, unit_scores
+from sparse_onnx.passes.pruning import PruningPass, global_masks
 from sparse_onnx.passes.solvers.scores import taylor_score
-from sparse_onnx.passes.weights import Selection, Weight
+from sparse_onnx.passes.weights import Weight
 
 __all__ = ["Gradient"]
 
@@ -76,33 +68,34 @@ class Gradient(PruningPass):
         return round(resolve_sparsity(self.sparsity, self.structure) * size)
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        with open_gradients(Path(self.gradients)) as file:
-            names = file.names
-        weights, _ = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
+        result = super().apply(model, context)
+        known = {value.name for graph in model.graphs() for value in graph.initializers.values()}
+        unknown = [
+            self.declined(name, f"is in {self.gradients}, but not in the model")
+            for name in sorted(set(self._entries()) - known)
+        ]
+        return dataclasses.replace(result, declined=(*result.declined, *unknown))
+
+    def reasons_against(self, weights: Sequence[Weight]) -> Mapping[str, str]:
+        names = self._entries()
         absent = [weight.name for weight in weights if weight.name not in names]
         if weights and len(absent) == len(weights):
             raise UsageError(
                 f"{self.gradients} has no entry for any of the {len(weights)} weights to prune, such as "
                 f"{absent[0]!r}; it has {', '.join(map(repr, names[:3]))}: is it of this model?"
             )
-        present = dataclasses.replace(self, ignore=(*self.ignore, *absent))
-        result = PruningPass.apply(present, model, context)
-        declined = [
-            dataclasses.replace(place, reason=f"has no entry in {self.gradients}")
-            if place.place in absent
-            else place
-            for place in result.declined
-        ]
-        unknown = sorted(
-            set(names) - {value.name for graph in model.graphs() for value in graph.initializers.values()}
-        )
-        declined += [self.declined(name, f"is in {self.gradients}, but not in the model") for name in unknown]
-        return dataclasses.replace(result, declined=tuple(declined))
+        return dict.fromkeys(absent, f"has no entry in {self.gradients}")
+
+    def _entries(self) -> tuple[str, ...]:
+        with open_gradients(Path(self.gradients)) as file:
+            return file.names
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         with open_gradients(Path(self.gradients)) as file:
             if self.scope == "global":
-                yield from self._global_masks(weights, file)
+                share = resolve_sparsity(self.sparsity, self.structure)
+                score_of = functools.partial(self._scores, file=file)
+                yield from global_masks(weights, score_of, self.structure, share, self._norm)
                 return
             by_row = self.scope == "row" and self.structure.kind in ("unstructured", "block")
             for weight in weights:
@@ -113,24 +106,6 @@ class Gradient(PruningPass):
                     yield expand(~_smallest_of_rows(units, share), self.structure, weight.shape)
                 else:
                     yield keep_mask(score, self.sparsity, self.structure, self._norm)
-
-    def _global_masks(self, weights: Sequence[Weight], file: GradientFile) -> Iterator[np.ndarray]:
-        def score(weight: Weight) -> np.ndarray:
-            return unit_scores(self._scores(weight, file), self.structure, self._norm)
-
-        def scores() -> Iterator[np.ndarray]:
-            for weight in weights:
-                yield score(weight)
-                weight.release()
-
-        rows, columns = self.structure.tile((1, 1))
-        units = sum(weight.tensor.size for weight in weights) // (rows * columns)
-        wide = any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
-        share = resolve_sparsity(self.sparsity, self.structure)
-        cut = find_cut(scores, round(share * units), np.float64 if wide else np.float32)
-        for weight in weights:
-            pruned, cut = below(score(weight), cut)
-            yield expand(~pruned, self.structure, weight.shape)
 
     @property
     def _norm(self) -> Norm:

@@ -16,20 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.masks import (
-    MaskStructure,
-    Norm,
-    below,
-    expand,
-    find_cut,
-    keep_mask,
-    resolve_sparsity,
-    unit_scores,
-)
-from sparse_onnx.passes.pruning import PruningPass
+from sparse_onnx.passes.masks import MaskStructure, Norm, keep_mask, resolve_sparsity
+from sparse_onnx.passes.pruning import PruningPass, global_masks
 from sparse_onnx.passes.weights import Weight
 
 __all__ = ["Magnitude"]
@@ -70,25 +60,12 @@ class Magnitude(PruningPass):
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         if self.scope == "global":
-            yield from self._global_masks(weights)
+            share = resolve_sparsity(self.sparsity, self.structure)
+            yield from global_masks(weights, _magnitude, self.structure, share, self.norm)
             return
         for weight in weights:
-            yield keep_mask(np.abs(weight.matrix()), self.sparsity, self.structure, self.norm)
+            yield keep_mask(_magnitude(weight), self.sparsity, self.structure, self.norm)
 
-    def _global_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
-        def score(weight: Weight) -> np.ndarray:
-            return unit_scores(np.abs(weight.matrix()), self.structure, self.norm)
 
-        def scores() -> Iterator[np.ndarray]:
-            for weight in weights:
-                yield score(weight)
-                weight.release()
-
-        rows, columns = self.structure.tile((1, 1))
-        units = sum(weight.tensor.size for weight in weights) // (rows * columns)
-        wide = any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
-        share = resolve_sparsity(self.sparsity, self.structure)
-        cut = find_cut(scores, round(share * units), np.float64 if wide else np.float32)
-        for weight in weights:
-            pruned, cut = below(score(weight), cut)
-            yield expand(~pruned, self.structure, weight.shape)
+def _magnitude(weight: Weight) -> np.ndarray:
+    return np.asarray(np.abs(weight.matrix()))

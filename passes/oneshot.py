@@ -114,15 +114,14 @@ class OneShot(Pass):
         declined = [self.declined(place, reason) for place, reason in left]
         if not weights:
             return PassResult(model, False, {"weights": 0}, tuple(declined))
-        if context.calibration is None:
-            raise UsageError(f"{self.name} needs calibration data: give --calibration-data with real inputs")
-        finite = [weight for weight in weights if _is_finite(weight)]
-        declined += [
-            self.declined(weight.name, "holds NaN or Inf: not pruned")
-            for weight in weights
-            if weight not in finite
-        ]
-        job = _Job(self, model, context, context.calibration, finite)
+        data = context.calibration_for(self.name)
+        finite = []
+        for weight in weights:
+            if weight.is_finite():
+                finite.append(weight)
+            else:
+                declined.append(self.declined(weight.name, "holds NaN or Inf: not pruned"))
+        job = _Job(self, model, context, data, finite)
         for layer in job.layers():
             job.prune(layer)
             del layer  # with its sums, before the next ones are made
@@ -181,6 +180,7 @@ class _Job:
         if data.checkpoint is not None:
             key = f"{model_digest(model)} {data.samples.digest()} {options!r}"
             self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
+        self._known: Mapping[str, Sequence[InputStatistics]] | None = None
         self._sparsity = self._allocate()
 
     def _allocate(self) -> dict[str, float | None]:
@@ -193,6 +193,8 @@ class _Job:
         known: Mapping[str, Sequence[InputStatistics]] = {}
         if options.allocation in NEED_STATISTICS:
             known = self._calibrator.oneshot(self._statistics_file)
+            if options.calibration == "oneshot":
+                self._known = known  # they serve the layers, too
 
         def statistics(weight: Weight) -> InputStatistics | None:
             return known[weight.name][0] if weight.name in known else None
@@ -218,7 +220,7 @@ class _Job:
             for block in calibrator.blocks():
                 yield from (self._plain(weight, block.statistics[weight.name]) for weight in block.weights)
         else:
-            known = calibrator.oneshot(self._statistics_file)
+            known = calibrator.oneshot(self._statistics_file) if self._known is None else self._known
             yield from (
                 self._plain(weight, known[weight.name]) for weight in self.weights if weight.name in known
             )
@@ -311,16 +313,16 @@ class _Job:
                 gram, target = aimed_target(W, gram, pull, _PULL)
                 damping = 0.0
             statistics = InputStatistics(gram, statistics.mean, count)
-        solver = _solver(options.solver, damping)
+        kind = options.solver
+        solver = kind(damping=damping) if issubclass(kind, solvers.DampedSolver) else kind()
         pruned = solver.solve(W, statistics, options.structure, sparsity, options.scope, target=target)
         if not options.preserve_mask:
             return pruned
         shape, share = (W.shape[0], W.shape[1]), resolve_sparsity(sparsity, options.structure)
         selection = solvers.Selection.of(shape, options.structure, share, options.scope)
         present = W != 0
-        score = np.abs(pruned) + 1e-6 * np.abs(
-            W
-        )  # as many as asked stay, even where the method kept fewer of them
+        # As many as asked stay, even where the method kept fewer of those that are present.
+        score = np.abs(pruned) + 1e-6 * np.abs(W)
         mask = selection.keep(np.where(present, score, 0)) & present
         aim = W if target is None else target
         return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
@@ -342,18 +344,7 @@ class _Job:
         drop_if_unused(old)
 
 
-def _is_finite(weight: Weight) -> bool:
-    finite = bool(np.isfinite(np.asarray(weight.matrix(), np.float32)).all())
-    weight.release()
-    return finite
-
-
 def _bias_of(target: Target) -> np.ndarray:
     assert target.bias is not None
     assert target.bias.const_value is not None
     return target.bias.const_value.numpy().reshape(-1).astype(np.float64)
-
-
-def _solver(kind: type[Solver], damping: float) -> Solver:
-    known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**({"damping": damping} if "damping" in known else {}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -17,10 +17,19 @@ import onnx_ir as ir
 from sparse_onnx.errors import UsageError
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.masks import MaskStructure, obeys, structure_reason
+from sparse_onnx.passes.masks import (
+    MaskStructure,
+    Norm,
+    below,
+    expand,
+    find_cut,
+    obeys,
+    structure_reason,
+    unit_scores,
+)
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 
-__all__ = ["PruningPass", "choose_weights"]
+__all__ = ["PruningPass", "choose_weights", "global_masks"]
 
 
 def choose_weights(
@@ -49,12 +58,42 @@ def choose_weights(
     return chosen, declined
 
 
+def global_masks(
+    weights: Sequence[Weight],
+    score: Callable[[Weight], np.ndarray],
+    structure: MaskStructure,
+    sparsity: float,
+    norm: Norm,
+) -> Iterator[np.ndarray]:
+    """For each weight in turn, where to keep it (bool [K, N]) if one threshold serves all of them together.
+
+    ``score`` gives the importance of a weight's elements [K, N]; it is called twice for each.
+    """
+
+    def units_of(weight: Weight) -> np.ndarray:
+        return unit_scores(score(weight), structure, norm)
+
+    def all_units() -> Iterator[np.ndarray]:
+        for weight in weights:
+            yield units_of(weight)
+            weight.release()
+
+    rows, columns = structure.tile((1, 1))
+    units = sum(weight.tensor.size for weight in weights) // (rows * columns)
+    wide = any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
+    cut = find_cut(all_units, round(sparsity * units), np.float64 if wide else np.float32)
+    for weight in weights:
+        pruned, cut = below(units_of(weight), cut)
+        yield expand(~pruned, structure, weight.shape)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruningPass(Pass):
     """Base of passes that set weights to zero and change nothing else.
 
     ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`. A
-    subclass implements :meth:`keep_masks`, and :attr:`structure` and :meth:`asked_zeros` where they apply.
+    subclass implements :meth:`keep_masks`, and :attr:`structure`, :meth:`asked_zeros` and :meth:`reasons_against`
+    where they apply.
     """
 
     stage: ClassVar[Stage] = Stage.PRUNE
@@ -72,13 +111,19 @@ class PruningPass(Pass):
         """How many zeros every weight of ``size`` elements shall have, or None if there is no such number."""
         return None
 
+    def reasons_against(self, weights: Sequence[Weight]) -> Mapping[str, str]:
+        """Of chosen weights that the method cannot prune: why, by name."""
+        return {}
+
     @abc.abstractmethod
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         """For each weight in turn, where to keep it: bool [K, N]. NaN and Inf must be kept."""
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         weights, left = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
-        declined = [self.declined(place, reason) for place, reason in left]
+        against = self.reasons_against(weights)
+        declined = [self.declined(place, reason) for place, reason in (*left, *against.items())]
+        weights = [weight for weight in weights if weight.name not in against]
         layers: list[LayerChange] = []
         modified, sparser, broken = False, 0, 0
         size = before = after = 0

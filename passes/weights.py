@@ -70,6 +70,12 @@ class Weight:
         stored = self.tensor.numpy()
         return stored.reshape(stored.shape[0], -1).T if self.transposed else stored
 
+    def is_finite(self) -> bool:
+        """Whether no element is NaN or Inf in float32."""
+        finite = bool(np.isfinite(np.asarray(self.matrix(), np.float32)).all())
+        self.release()
+        return finite
+
     def stored(self, matrix: np.ndarray) -> np.ndarray:
         """W [K, N] in the shape and order in which the tensor is stored."""
         stored = np.ascontiguousarray(matrix.T if self.transposed else matrix)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.storage import write_whole
 
 __all__ = ["Checkpoint"]
 
@@ -48,14 +48,8 @@ class Checkpoint:
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Keep ``array``, whole or not at all."""
-        path = self._path(name)
-        part = path.with_suffix(".part")
-        try:
-            with part.open("wb") as file:
-                np.save(file, np.asarray(array, np.float32))
-            os.replace(part, path)
-        except OSError as error:
-            raise HostError(f"checkpoint: {path} cannot be written: {error.strerror}") from error
+        with write_whole(self._path(name)) as file:
+            np.save(file, np.asarray(array, np.float32))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npy"

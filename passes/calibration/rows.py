@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.passes.conv_pattern import same_pads
+
 __all__ = ["Window", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
@@ -64,17 +66,13 @@ class Window:
     def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         """Zeros before and after each spatial axis of an input with these spatial ``sizes``."""
         axes = len(self.kernel)
-        if self.auto_pad not in ("SAME_UPPER", "SAME_LOWER"):
-            pads = self.pads if self.auto_pad == "NOTSET" else (0,) * (2 * axes)
-            return list(zip(pads[:axes], pads[axes:], strict=True))
-        result = []
-        for size, kernel, stride, dilation in zip(
-            sizes, self.kernel, self.strides, self.dilations, strict=True
-        ):
-            needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            small, large = needed // 2, needed - needed // 2
-            result.append((small, large) if self.auto_pad == "SAME_UPPER" else (large, small))
-        return result
+        pads = self.pads
+        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            upper = self.auto_pad == "SAME_UPPER"
+            pads = same_pads(sizes, self.kernel, self.strides, self.dilations, upper)
+        elif self.auto_pad != "NOTSET":
+            pads = (0,) * (2 * axes)
+        return list(zip(pads[:axes], pads[axes:], strict=True))
 
     def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """The spatial sizes of the output for an input with these spatial ``sizes``."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.passes.calibration.moments import Layout, Moments
-from sparse_onnx.storage import write_error
+from sparse_onnx.storage import write_whole
 
 __all__ = ["Entry", "Header", "StatisticsFile", "merge", "write_statistics"]
 
@@ -64,26 +62,16 @@ def write_statistics(path: Path, header: Header, parts: Iterator[Sequence[Moment
 
     Raises HostError if there is no space or no permission.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for index, groups in enumerate(parts):
-                    for name, array in _named_arrays(index, groups):
-                        with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-                            np.lib.format.write_array(
-                                member, np.ascontiguousarray(array, "<f8"), allow_pickle=False
-                            )
-                content = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(header)}
-                archive.writestr(zipfile.ZipInfo(_HEADER), json.dumps(content, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with (
+        write_whole(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        for index, groups in enumerate(parts):
+            for name, array in _named_arrays(index, groups):
+                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.ascontiguousarray(array, "<f8"), allow_pickle=False)
+        content = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(header)}
+        archive.writestr(zipfile.ZipInfo(_HEADER), json.dumps(content, indent=1))
 
 
 def _named_arrays(index: int, groups: Sequence[Moments]) -> Iterator[tuple[str, np.ndarray]]:

@@ -28,7 +28,7 @@ from sparse_onnx.passes.solvers.scores import (
     wanda_score,
 )
 from sparse_onnx.passes.solvers.selection import Scope, Selection
-from sparse_onnx.passes.solvers.solver import Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Solver
 from sparse_onnx.passes.solvers.sparsegpt import SparseGPT
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
@@ -37,6 +37,7 @@ __all__ = [
     "Admm",
     "Alps",
     "Auto",
+    "DampedSolver",
     "Iht",
     "InputStatistics",
     "Lasso",

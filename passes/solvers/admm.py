@@ -9,13 +9,13 @@ import numpy as np
 
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import inverse, unit_form
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["Admm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Admm(Solver):
+class Admm(DampedSolver):
     """V = (H + ρI)⁻¹(H T + ρ(Z - U)); Z = keep(V + U); U += V - Z, on the Gram H scaled to a unit diagonal.
 
     The budget of zeros rises as 1 - (1 - t/``gradual``)³ over the first ``gradual`` of ``steps`` steps and is
@@ -27,13 +27,12 @@ class Admm(Solver):
     steps: int = 20
     gradual: int = 15
     penalty: float = 1.0
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.steps >= 1, "steps", self.steps, "1 or more")
         require(1 <= self.gradual <= self.steps, "gradual", self.gradual, f"1 to {self.steps}")
         require(self.penalty > 0, "penalty", self.penalty, "above 0")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         form = unit_form(problem.gram, self.damping)

@@ -10,14 +10,14 @@ import numpy as np
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 from sparse_onnx.passes.solvers.splitting import Schedule, settle
 
 __all__ = ["Alps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Alps(Solver):
+class Alps(DampedSolver):
     """At most ``steps`` of ADMM from penalty ``penalty``, then ``refit_steps`` of conjugate gradients."""
 
     name: ClassVar[str] = "alps"
@@ -25,13 +25,12 @@ class Alps(Solver):
     steps: int = 300
     penalty: float = 0.1
     refit_steps: int = 20
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.steps >= 1, "steps", self.steps, "1 or more")
         require(self.penalty > 0, "penalty", self.penalty, "above 0")
         require(self.refit_steps >= 0, "refit_steps", self.refit_steps, "0 or more")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         form = unit_form(problem.gram, self.damping)

@@ -20,14 +20,14 @@ import numpy as np
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import removal_form, unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 from sparse_onnx.passes.solvers.splitting import Schedule, settle
 
 __all__ = ["Auto"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Auto(Solver):
+class Auto(DampedSolver):
     """At most ``steps`` of ADMM whose penalty grows by ``growth`` every eight, then ``refit_steps`` of refit."""
 
     name: ClassVar[str] = "auto"
@@ -35,13 +35,12 @@ class Auto(Solver):
     steps: int = 400
     growth: float = 1.15
     refit_steps: int = 20
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.steps >= 1, "steps", self.steps, "1 or more")
         require(self.growth > 1, "growth", self.growth, "above 1")
         require(self.refit_steps >= 0, "refit_steps", self.refit_steps, "0 or more")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         unit = unit_form(problem.gram, self.damping)

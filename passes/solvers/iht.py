@@ -10,13 +10,13 @@ import numpy as np
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["Iht", "lipschitz"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Iht(Solver):
+class Iht(DampedSolver):
     """V ← keep(Y - H(Y - T)/L), Y = V + momentum · (V - V before), then least squares on the mask.
 
     ``steps`` projected gradient steps on the Gram H scaled to a unit diagonal, L being its largest eigenvalue.
@@ -25,11 +25,10 @@ class Iht(Solver):
     name: ClassVar[str] = "iht"
     structures: ClassVar[tuple[str, ...]] = ("unstructured", "n:m", "block", "channel")
     steps: int = 100
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.steps >= 1, "steps", self.steps, "1 or more")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         form = unit_form(problem.gram, self.damping)

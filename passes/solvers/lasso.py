@@ -11,13 +11,13 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.iht import lipschitz
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["Lasso"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lasso(Solver):
+class Lasso(DampedSolver):
     """min ½ tr((T - V)' H (T - V)) + λ‖V‖₁, λ such that the budget is met; the mask is then refitted (debias).
 
     λ follows the iteration: in each of ``steps`` steps it is what just removes the budget, for the layer or
@@ -27,11 +27,10 @@ class Lasso(Solver):
     name: ClassVar[str] = "lasso"
     structures: ClassVar[tuple[str, ...]] = ("unstructured",)
     steps: int = 100
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.steps >= 1, "steps", self.steps, "1 or more")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         form = unit_form(problem.gram, self.damping)

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["Omp"]
 
@@ -18,7 +17,7 @@ _BATCH = 1 << 26  # bytes of the orthogonal directions that are held at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Omp(Solver):
+class Omp(DampedSolver):
     """Start empty; add the input with the largest gain g_i² / H_ii, refit, and again, until the budget is used.
 
     Within scope layer each output channel keeps as many as |w| · ‖x‖₂ would keep in the layer.
@@ -26,10 +25,6 @@ class Omp(Solver):
 
     name: ClassVar[str] = "omp"
     structures: ClassVar[tuple[str, ...]] = ("unstructured", "n:m")
-    damping: float = 0.01
-
-    def check(self) -> None:
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         form = unit_form(problem.gram, self.damping)

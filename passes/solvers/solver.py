@@ -10,12 +10,12 @@ import numpy as np
 
 from sparse_onnx.errors import PassError, UsageError
 from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity, structure_reason
-from sparse_onnx.passes.options import check_types
+from sparse_onnx.passes.options import check_types, require
 from sparse_onnx.passes.solvers.scores import wanda_score
 from sparse_onnx.passes.solvers.selection import Scope, Selection
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
-__all__ = ["Problem", "Solver", "check_layer", "refuse_structure"]
+__all__ = ["DampedSolver", "Problem", "Solver", "check_layer", "refuse_structure"]
 
 _FORMS = {"unstructured": "unstructured", "n:m": "N:M", "block": "block:RxC", "channel": "channel"}
 
@@ -137,6 +137,16 @@ class Solver(abc.ABC):
             inner = dataclasses.replace(problem, target=part, selection=own, initial=initial)
             parts.append(self._on_gram(inner, gram))
         return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DampedSolver(Solver):
+    """A method that inverts the Gram: ``damping`` of its mean diagonal is added to the diagonal."""
+
+    damping: float = 0.01
+
+    def check(self) -> None:
+        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
 
 def _prune(problem: Problem, score: np.ndarray) -> np.ndarray:

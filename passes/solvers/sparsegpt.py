@@ -11,13 +11,13 @@ from sparse_onnx.passes.masks import keep_mask
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.gram import damped, inverse
 from sparse_onnx.passes.solvers.selection import smallest
-from sparse_onnx.passes.solvers.solver import Problem, Solver
+from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["SparseGPT"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT(Solver):
+class SparseGPT(DampedSolver):
     """One sweep over the inputs with U'U = H⁻¹ (U upper triangular, H the damped Gram).
 
     In each block of ``block`` inputs the lowest w²/U_ii² go (N:M: in each group, when the sweep reaches it);
@@ -28,11 +28,10 @@ class SparseGPT(Solver):
     name: ClassVar[str] = "sparsegpt"
     structures: ClassVar[tuple[str, ...]] = ("unstructured", "n:m")
     block: int = 128
-    damping: float = 0.01
 
     def check(self) -> None:
+        super().check()
         require(self.block >= 1, "block", self.block, "1 or more")
-        require(self.damping >= 0, "damping", self.damping, "0 or more")
 
     def approximate(self, problem: Problem) -> np.ndarray:
         W = problem.target.copy()

@@ -134,7 +134,7 @@ class StructuredPass(Pass):
         if kept_units(region.units, self._share, self.multiple_of) == region.units:
             asked = f"sparsity {self._share:g} and multiple_of {self.multiple_of}"
             return f"of {region.units} {self.unit}, none go at {asked}"
-        if any(_broken(weight) for weight in weights):
+        if not all(weight.is_finite() for weight in weights):
             return "holds NaN or Inf"
         return None
 
@@ -143,12 +143,6 @@ def _elements(model: ir.Model) -> int:
     """Of all initializers."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     return sum(tensor.size for tensor in tensors if tensor is not None)
-
-
-def _broken(weight: Weight) -> bool:
-    broken = not bool(np.isfinite(np.asarray(weight.matrix(), np.float32)).all())
-    weight.release()
-    return broken
 
 
 class _Job:
@@ -161,11 +155,7 @@ class _Job:
 
     def run(self, regions: Sequence[Region]) -> Iterator[tuple[str, str]]:
         """Remove units from all regions; yields the (place, reason) of those where that cannot be done."""
-        data = self.context.calibration
-        if data is None:
-            raise UsageError(
-                f"{self.options.name} needs calibration data: give --calibration-data with real inputs"
-            )
+        data = self.context.calibration_for(self.options.name)
         readers = [weight for region in regions for weight, _ in region.readers]
         calibrator = Calibrator(
             self.model, readers, data.samples, data.options, work=data.work, progress=self.context.progress

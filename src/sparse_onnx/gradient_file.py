@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.storage import write_error
+from sparse_onnx.storage import write_whole
 
 __all__ = ["GradientFile", "Moment", "WeightGradients", "open_gradients", "write_gradients"]
 
@@ -47,16 +45,8 @@ def write_gradients(path: Path, gradients: Mapping[str, WeightGradients]) -> Non
         for name, weight in gradients.items()
         for moment in _MOMENTS
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
-        os.replace(temporary, path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
 
 
 class GradientFile:

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NoReturn, Self, TypeAlias
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.units import format_bytes
 
-__all__ = ["OutputFolder", "PathLike", "Spool", "release_mapping", "write_error"]
+__all__ = ["OutputFolder", "PathLike", "Spool", "release_mapping", "write_error", "write_whole"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -42,6 +42,26 @@ def write_error(error: OSError, path: Path, needed: int = 0) -> HostError:
     if error.errno in _NO_PERMISSION:
         return HostError(f"{path}: no permission to write ({error.strerror}); choose another folder")
     return HostError(f"{path}: cannot be written: {error.strerror or error}; choose another folder")
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes ``path`` when all went well, and is gone otherwise.
+
+    Raises HostError if there is no space, no permission or no such folder.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def release_mapping(tensor: ir.TensorProtocol) -> None:
