@@ -1,6 +1,5 @@
 #include "ops/sparse_conv.h"
 
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -66,9 +65,7 @@ class Kernel {
 };
 
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : api_(api),
-      residual_(variant.residual),
-      epilogue_{variant.activation, 0.0f, std::numeric_limits<float>::infinity()} {
+    : api_(api), residual_(variant.residual) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
@@ -79,18 +76,11 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     node.fail("attribute group is " + std::to_string(node.integer("group")) + ", expected at least 1");
   }
   group_ = size_of(node.integer("group"));
-  if (variant.has_limits) {
-    epilogue_.low = node.number("min");
-    epilogue_.high = node.number("max");
-    if (!(epilogue_.low <= epilogue_.high)) node.fail("attribute min is not at most attribute max");
-  }
+  epilogue_ = read_epilogue(node, variant.activation, variant.has_limits);
   read_weight(node, spmm::Activation::none, weight_);
   const spmm::Weight& weight = weight_.weight;
   const size_t taps = rows_.kernel * columns_.kernel, group = group_;
-  if (weight.K % taps != 0) {
-    node.fail("attribute K is " + std::to_string(weight.K) + ", no multiple of the " + std::to_string(taps) +
-              " elements of kernel_shape");
-  }
+  window.check_fits(node, weight.K);
   if (weight.N % group != 0 || (group > 1 && weight.N / group % weight.block != 0)) {
     node.fail("attribute N is " + std::to_string(weight.N) + ", which does not make " +
               std::to_string(group) + " groups of whole blocks of " + std::to_string(weight.block));
@@ -104,12 +94,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
 
 void Kernel::compute(OrtKernelContext* context) const {
   const spconv::Convolution conv{weight_.weight, rows_, columns_, group_, epilogue_};
-  const InputTensor x = float_input(api_, context, 0);
-  const auto channels = static_cast<int64_t>(conv.channels());
-  if (x.dims.size() != 4 || x.dims[1] != channels) {
-    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
-                       std::to_string(channels) + ", height, width]"};
-  }
+  const InputTensor x = images_input(api_, context, where_, conv.channels());
   const auto size = [&](size_t axis) { return size_of(x.dims[axis]); };
   const size_t out_height = spconv::output_size(conv.rows, size(2));
   const size_t out_width = spconv::output_size(conv.columns, size(3));

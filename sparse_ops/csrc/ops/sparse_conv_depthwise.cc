@@ -1,7 +1,5 @@
 #include "ops/sparse_conv_depthwise.h"
 
-#include <limits>
-
 #include "kernels/spconv/fused_depthwise.h"
 #include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
@@ -56,8 +54,7 @@ class Kernel {
   const unsigned char* filter_bias_;
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : api_(api), epilogue_{variant.activation, 0.0f, std::numeric_limits<float>::infinity()} {
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
@@ -66,18 +63,10 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   columns_ = first.columns();
   depthwise_rows_ = depthwise.rows();
   depthwise_columns_ = depthwise.columns();
-  if (variant.has_limits) {
-    epilogue_.low = node.number("min");
-    epilogue_.high = node.number("max");
-    if (!(epilogue_.low <= epilogue_.high)) node.fail("attribute min is not at most attribute max");
-  }
+  epilogue_ = read_epilogue(node, variant.activation, variant.has_limits);
   read_weight(node, spmm::Activation::none, weight_);
   const spmm::Weight& weight = weight_.weight;
-  const size_t window = rows_.kernel * columns_.kernel;
-  if (weight.K % window != 0) {
-    node.fail("attribute K is " + std::to_string(weight.K) + ", no multiple of the " +
-              std::to_string(window) + " elements of kernel_shape");
-  }
+  first.check_fits(node, weight.K);
   const size_t taps = depthwise_rows_.kernel * depthwise_columns_.kernel;
   const auto constant = [&](size_t index, const char* name, size_t count) {
     const NodeReader::Constant found = node.constant(index, name, ORT_FLOAT);
@@ -98,12 +87,7 @@ void Kernel::compute(OrtKernelContext* context) const {
                                      depthwise_columns_,
                                      filters_,
                                      filter_bias_};
-  const InputTensor x = float_input(api_, context, 0);
-  const auto channels = static_cast<int64_t>(fused.first.channels());
-  if (x.dims.size() != 4 || x.dims[1] != channels) {
-    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
-                       std::to_string(channels) + ", height, width]"};
-  }
+  const InputTensor x = images_input(api_, context, where_, fused.first.channels());
   const auto size = [&](size_t axis) { return size_of(x.dims[axis]); };
   const auto out = [&](const spconv::Axis& first, const spconv::Axis& depthwise, size_t axis) {
     return spconv::output_size(depthwise, spconv::output_size(first, size(axis)));

@@ -1,6 +1,8 @@
-// The attributes that say how a convolution moves over its input.
+// What the operators on images share: how a convolution moves over its input, the activation, and the input
+// itself.
 #pragma once
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -58,6 +60,15 @@ struct Window {
   spconv::Axis rows() const { return axis(0); }
   spconv::Axis columns() const { return axis(1); }
 
+  // The weight's K must hold whole windows.
+  void check_fits(const NodeReader& node, size_t K) const {
+    const size_t taps = rows().kernel * columns().kernel;
+    if (K % taps != 0) {
+      node.fail("attribute K is " + std::to_string(K) + ", no multiple of the " + std::to_string(taps) +
+                " elements of kernel_shape");
+    }
+  }
+
   // `shape` [batch, channels, height, width] of the input to the one of an output with N channels.
   void infer(SymbolicShape& shape, int64_t N) const {
     shape.dims[1] = N;
@@ -68,5 +79,25 @@ struct Window {
     for (size_t dim = 1; dim < 4; ++dim) shape.names[dim] = "";
   }
 };
+
+// The limits of a clip are attributes, those of ReLU are known.
+inline spmm::MapEpilogue read_epilogue(const NodeReader& node, spmm::MapEpilogue::Activation activation,
+                                       bool has_limits) {
+  if (!has_limits) return {activation, 0.0f, std::numeric_limits<float>::infinity()};
+  const spmm::MapEpilogue epilogue = {activation, node.number("min"), node.number("max")};
+  if (!(epilogue.low <= epilogue.high)) node.fail("attribute min is not at most attribute max");
+  return epilogue;
+}
+
+// Input X [batch, channels, height, width]; `where` names the node in the error.
+inline InputTensor images_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                                size_t channels) {
+  InputTensor x = float_input(api, context, 0);
+  if (x.dims.size() != 4 || x.dims[1] != static_cast<int64_t>(channels)) {
+    throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
+                       std::to_string(channels) + ", height, width]"};
+  }
+  return x;
+}
 
 }  // namespace sparse_ops
