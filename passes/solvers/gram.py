@@ -6,7 +6,16 @@ import dataclasses
 
 import numpy as np
 
-__all__ = ["Form", "damped", "inverse", "relative_error", "removal_form", "shifted_inverse", "unit_form"]
+__all__ = [
+    "Form",
+    "damped",
+    "inverse",
+    "inverse_factor",
+    "relative_error",
+    "removal_form",
+    "shifted_inverse",
+    "unit_form",
+]
 
 _TRIES = 8
 _LEAF = 96
@@ -20,25 +29,47 @@ def damped(gram: np.ndarray, damping: float) -> np.ndarray:
     return form
 
 
-def inverse(form: np.ndarray) -> np.ndarray:
-    """The inverse of a symmetric [K, K] with unit-scale diagonal, float64.
+def inverse_factor(form: np.ndarray) -> np.ndarray:
+    """U upper triangular, float64 [K, K], with U'U = H⁻¹ of the symmetric H = ``form`` with a diagonal of unit scale.
 
-    Where it is no positive definite matrix, .0001 of the mean diagonal is added, then ten times as much, and
-    so on; where that does not help, the eigenvalues are clipped.
+    Where H is no positive definite matrix, .0001 of the mean diagonal is added, then ten times as much, and so on;
+    where that does not help, its eigenvalues are clipped. H⁻¹ itself is never made: with H = RR', R upper triangular
+    (a Cholesky factor taken from the last input to the first), U is R⁻¹.
     """
-    identity = np.eye(len(form))
     step = 1e-4 * float(form.diagonal().mean())
     for trial in range(_TRIES):
-        shift = step * 10 ** (trial - 1) if trial else 0.0
+        shifted = form
+        if trial:
+            shifted = form.copy()
+            shifted[np.diag_indices_from(form)] += step * 10 ** (trial - 1)
         try:
-            factor = np.linalg.cholesky(form + shift * identity)
+            factor = np.linalg.cholesky(shifted[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
-        half = np.linalg.solve(factor, identity)
-        return np.asarray(half.T @ half)
+        _invert_lower(factor)
+        return factor[::-1, ::-1]
     values, vectors = np.linalg.eigh(form)
     values = np.maximum(values, max(step, np.finfo(np.float64).tiny))
-    return np.asarray((vectors / values) @ vectors.T)
+    return np.asarray(np.linalg.qr(vectors.T / np.sqrt(values)[:, None], mode="r"))
+
+
+def _invert_lower(factor: np.ndarray) -> None:
+    """Invert a lower triangular matrix in place, by halves: nearly all of it is matrix products."""
+    size = len(factor)
+    if size <= _LEAF:
+        factor[:] = np.tril(np.linalg.inv(factor))
+        return
+    half = size // 2
+    first, last = factor[:half, :half], factor[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    factor[half:, :half] = -last @ (factor[half:, :half] @ first)
+
+
+def inverse(form: np.ndarray) -> np.ndarray:
+    """The inverse of a symmetric [K, K] with unit-scale diagonal, float64; see :func:`inverse_factor`."""
+    factor = inverse_factor(form)
+    return np.asarray(factor.T @ factor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

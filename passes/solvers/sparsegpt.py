@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_onnx.passes.masks import keep_mask
 from sparse_onnx.passes.options import require
-from sparse_onnx.passes.solvers.gram import damped, inverse
+from sparse_onnx.passes.solvers.gram import damped, inverse_factor
 from sparse_onnx.passes.solvers.selection import smallest
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
@@ -39,7 +39,8 @@ class SparseGPT(DampedSolver):
         dead = gram.diagonal() <= 0
         form = damped(gram, self.damping)
         form[dead, dead] += form.diagonal().mean()
-        factor = np.linalg.cholesky(inverse(form)).T.astype(np.float32)
+        factor = inverse_factor(form).astype(np.float32)
+        del form
         quota = _Quota(problem, dead)
         group = problem.selection.structure.size[1]
         width = -(-self.block // group) * group if quota.grouped else self.block

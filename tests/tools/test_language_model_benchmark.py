@@ -16,7 +16,8 @@ from sparse_onnx.tools.benchmarks import pruned_language_model
 from sparse_onnx.tools.benchmarks.pruned_language_model import (
     calibration_samples,
     cross_entropy,
-    perplexity,
+    perplexity_ratio,
+    window_losses,
 )
 from sparse_onnx.tools.benchmarks.small_language_model import merges, pieces
 
@@ -74,11 +75,18 @@ def test_cross_entropy_of_even_and_of_huge_logits():
     assert cross_entropy(np.array([[1e4, 0]], np.float32), np.array([1])) == pytest.approx(1e4)
 
 
-def test_perplexity_counts_every_token_but_the_first_of_a_window(model, windows):
+def test_losses_count_every_token_but_the_first_of_a_window(model, windows):
     loaded, W = model
-    logits = W[windows[:, :-1]]
-    expected = np.exp(cross_entropy(logits, windows[:, 1:]).mean())
-    assert perplexity(loaded, windows, threads=1) == pytest.approx(expected, rel=1e-5)
+    expected = cross_entropy(W[windows[:, :-1]], windows[:, 1:]).mean(axis=1)
+    assert window_losses(loaded, windows, threads=1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_error_of_a_perplexity_ratio_is_that_of_paired_windows():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(4, 1, 2000)  # windows differ a lot, models little
+    ratio, error = perplexity_ratio(reference + rng.normal(0.1, 0.02, 2000), reference)
+    assert ratio == pytest.approx(math.exp(0.1), abs=4 * error)
+    assert error == pytest.approx(math.exp(0.1) * 0.02 / math.sqrt(2000), rel=0.1)
 
 
 def test_calibration_draws_each_window_at_most_once_and_leaves_out_the_last_token(windows):
@@ -103,7 +111,10 @@ def test_a_model_that_is_there_is_pruned_and_not_trained(model, windows, tmp_pat
     )
     pruned_language_model.main()
     results = json.loads(output.read_text(encoding="utf-8"))
-    assert results["dense"] == pytest.approx(perplexity(model[0], windows, threads=1))
+    dense = window_losses(model[0], windows, threads=1)
+    assert results["dense"] == pytest.approx(np.exp(dense.mean()))
     assert all(results[method][zeros]["perplexity"] > 1 for method in methods for zeros in ("0.5", "2:4"))
-    assert results["magnitude"]["0.5"]["perplexity"] != results["dense"]
+    pruned = results["magnitude"]["0.5"]
+    assert pruned["ratio"] == pytest.approx(pruned["perplexity"] / results["dense"])
+    assert pruned["ratio"] != 1
     assert "sparsegpt,scope=row" in capsys.readouterr().out

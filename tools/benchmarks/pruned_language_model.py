@@ -30,7 +30,7 @@ from sparse_onnx.runtime import open_runner, session_budget
 from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from
 from sparse_onnx.tools.console import table
 
-__all__ = ["calibration_samples", "cross_entropy", "perplexity"]
+__all__ = ["calibration_samples", "cross_entropy", "perplexity_ratio", "window_losses"]
 
 _BATCH = 16
 
@@ -42,8 +42,8 @@ def cross_entropy(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64)) - taken)
 
 
-def perplexity(model: ir.Model, windows: np.ndarray, threads: int) -> float:
-    """exp of the mean cross entropy of each window's tokens, but the first, given those before it.
+def window_losses(model: ir.Model, windows: np.ndarray, threads: int) -> np.ndarray:
+    """Mean cross entropy of each window's tokens, but the first, given those before it: float64 [windows], in nats.
 
     ``windows`` [windows, S + 1] holds tokens; ``model`` takes ``input_ids`` [B, S] and gives logits first.
     """
@@ -54,8 +54,16 @@ def perplexity(model: ir.Model, windows: np.ndarray, threads: int) -> float:
         open_runner(model, threads=threads, library=False, budget=budget, work=Path(work)) as runner,
     ):
         for feeds, following in _batches(windows):
-            losses.append(cross_entropy(runner.run(feeds)[runner.outputs[0]], following))
-    return float(np.exp(np.concatenate(losses).mean()))
+            losses.append(cross_entropy(runner.run(feeds)[runner.outputs[0]], following).mean(axis=-1))
+    return np.concatenate(losses)
+
+
+def perplexity_ratio(losses: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """exp of the mean difference of two models' losses on the same windows, and its standard error: of the ratio of
+    their perplexities. Windows differ far more among each other than two models on one of them."""
+    difference = losses - reference
+    ratio = float(np.exp(difference.mean()))
+    return ratio, ratio * float(difference.std(ddof=1)) / len(difference) ** 0.5
 
 
 def calibration_samples(windows: np.ndarray, count: int, seed: int = 0) -> Samples:
@@ -90,11 +98,11 @@ def main() -> None:
     Pipeline(CLEAN_PASSES)(trained)
     samples = calibration_samples(np.load(folder / "train.npy"), arguments.windows)
     held_out = np.load(folder / "held_out.npy")
-    dense = perplexity(trained, held_out, arguments.threads)
-    results: dict[str, Any] = {"dense": dense}
+    dense = window_losses(trained, held_out, arguments.threads)
+    results: dict[str, Any] = {"dense": float(np.exp(dense.mean()))}
     rows = [
         ["method", "zeros", "perplexity", "of dense", "seconds"],
-        ["dense", "", f"{dense:.3f}", "1.000", ""],
+        ["dense", "", f"{results['dense']:.3f}", "1", ""],
     ]
     for method in arguments.method:
         for sparsity in arguments.sparsity:
@@ -104,9 +112,16 @@ def main() -> None:
                 data = CalibrationData(samples, Path(work), Options(threads=arguments.threads))
                 Pipeline((pass_from(method, sparsity),))(model, PassContext(calibration=data))
             seconds = time.perf_counter() - start
-            found = perplexity(model, held_out, arguments.threads)
-            results.setdefault(method, {})[sparsity] = {"perplexity": found, "seconds": seconds}
-            rows.append([method, sparsity, f"{found:.3f}", f"{found / dense:.3f}", f"{seconds:.0f}"])
+            losses = window_losses(model, held_out, arguments.threads)
+            found = float(np.exp(losses.mean()))
+            ratio, error = perplexity_ratio(losses, dense)
+            results.setdefault(method, {})[sparsity] = {
+                "perplexity": found,
+                "ratio": ratio,
+                "standard_error": error,
+                "seconds": seconds,
+            }
+            rows.append([method, sparsity, f"{found:.3f}", f"{ratio:.4f} ±{error:.4f}", f"{seconds:.0f}"])
             print("  ".join(rows[-1]), flush=True)
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
