@@ -46,6 +46,7 @@ __all__ = [
     "load_recipe",
     "override",
     "parse_recipe",
+    "recipe_document",
     "recipe_from_flags",
 ]
 
@@ -354,8 +355,8 @@ for _tag, (_pattern, _first) in _WORDS.items():
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML text with every option that has a value; reading it gives an equal recipe."""
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every option that has a value: what the YAML file holds."""
     stages = [
         {
             "name": stage.name,
@@ -366,6 +367,12 @@ def dump_recipe(recipe: Recipe) -> str:
     document: dict[str, Any] = {"version": _VERSION, "stages": stages}
     for key in _SECTIONS:
         document[key] = _plain(dataclasses.asdict(getattr(recipe, key)))
+    return document
+
+
+def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
+    """The recipe, or the :func:`recipe_document` of one, as YAML text; reading it gives an equal recipe."""
+    document = recipe_document(recipe) if isinstance(recipe, Recipe) else dict(recipe)
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

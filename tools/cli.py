@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import os
+import shlex
 import sys
 from importlib import metadata
 
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = cli.main(args=arguments, prog_name="sparse-onnx", standalone_mode=False)
+        typed = shlex.join(["sparse-onnx", *arguments])  # reports say what they were asked for
+        code = cli.main(args=arguments, prog_name="sparse-onnx", standalone_mode=False, obj=typed)
     except click.exceptions.Abort:
         _fail("interrupted; nothing was written", 130, arguments)
     except click.ClickException as error:

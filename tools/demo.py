@@ -68,6 +68,7 @@ def _run(
                 calibration_data=held_out,
                 threads=threads,
                 overwrite=overwrite,
+                command=click.get_current_context().obj,
                 progress=say,
             )
         assert result.folder is not None  # only a dry run has none

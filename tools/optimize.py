@@ -151,6 +151,7 @@ def command(
             benchmark=not no_benchmark,
             dry_run=dry_run,
             overwrite=overwrite,
+            command=click.get_current_context().obj,
             progress=say,
         )
     if output_format == "json":

@@ -37,10 +37,17 @@ from sparse_onnx.passes.lowering import Candidate, Packer
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.oneshot import OneShot
-from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
+from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override, recipe_document
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.predictions import confirm, find_heads, make_probe
-from sparse_onnx.report import SCHEMA_VERSION, StageClock, available_cores, environment, write_json
+from sparse_onnx.report import (
+    SCHEMA_VERSION,
+    StageClock,
+    available_cores,
+    describe_call,
+    environment,
+    write_json,
+)
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 
 __all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize"]
@@ -104,6 +111,7 @@ def optimize(
     benchmark: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
+    command: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> OptimizeResult:
     """Compile ``model`` into the folder ``output``.
@@ -129,11 +137,13 @@ def optimize(
         benchmark: False: decide by a table instead of timing, for another machine.
         dry_run: Plan only; nothing is written and nothing timed.
         overwrite: Replace ``output`` if it is an output folder of ours.
+        command: What was asked for, as the report is to say it; None: this call.
         progress: Called with one line of text at every step.
 
     Raises:
         SparseOnnxError: With one clear message and its exit code; nothing is written then.
     """
+    asked = command or describe_call(optimize, locals())
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     resolved = override(
         resolved,
@@ -166,12 +176,12 @@ def optimize(
     say = progress or (lambda _line: None)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
-            job = _Job(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch))
+            job = _Job(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch), asked)
             return OptimizeResult(None, 0, job.plan(pipeline))
     with model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder:
         work = folder / ".work"
         work.mkdir()
-        job = _Job(Path(model), resolved, benchmark, say, folder, work)
+        job = _Job(Path(model), resolved, benchmark, say, folder, work, asked)
         exit_code, report = job.compile(pipeline)
         shutil.rmtree(work)
         (folder / "recipe.yaml").write_text(dump_recipe(resolved), encoding="utf-8")
@@ -193,9 +203,10 @@ class _Job:
         say: Callable[[str], None],
         folder: Path,
         work: Path,
+        command: str,
     ) -> None:
         self.source, self.recipe, self.benchmark, self.say = source, recipe, benchmark, say
-        self.folder, self.work = folder, work
+        self.folder, self.work, self.command = folder, work, command
         self.clock = StageClock(say)
         self.threads = recipe.target.threads or available_cores()
         self.declined: list[Declined] = []
@@ -527,6 +538,8 @@ class _Job:
             "environment": environment(
                 threads=self.threads, seed=self.recipe.calibration.seed, isa=sparse_ops.info().isa
             ),
+            "command": self.command,
+            "recipe": recipe_document(self.recipe),
             "source": self.source.name,
             "input_shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "summary": {

@@ -11,6 +11,7 @@ What the names of measured errors stand for; null where a figure was not measure
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -23,11 +24,20 @@ from typing import TYPE_CHECKING, Any
 from sparse_onnx.runtime import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["SCHEMA_VERSION", "StageClock", "available_cores", "cpu_name", "environment", "write_json"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "StageClock",
+    "available_cores",
+    "cpu_name",
+    "describe_call",
+    "environment",
+    "write_json",
+]
 
 SCHEMA_VERSION = 1
+_MAX_ARGUMENT = 300  # characters of one argument in the description of a call
 
 
 def cpu_name() -> str:
@@ -65,6 +75,20 @@ def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:
         "versions": {name: version for name in packages if (version := _version(name))},
         "seed": seed,
     }
+
+
+def describe_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The call of ``function`` as Python source, without arguments that have their defaults and without callables."""
+    shown = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = arguments[name]
+        if callable(value) or value == parameter.default:
+            continue
+        text = repr(str(value) if isinstance(value, Path) else value)
+        if len(text) > _MAX_ARGUMENT:  # a recipe, say, which the report holds anyway
+            text = f"{type(value).__name__}(…)"
+        shown.append(text if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else f"{name}={text}")
+    return f"sparse_onnx.{function.__name__}({', '.join(shown)})"
 
 
 class StageClock:
