@@ -26,7 +26,16 @@ from sparse_onnx.inputs import (
 )
 from sparse_onnx.passes.calibration.text import read_passages, tokenize
 
-__all__ = ["Samples", "from_function", "from_npz", "from_npz_folder", "from_text", "open_samples"]
+__all__ = [
+    "Samples",
+    "from_function",
+    "from_npz",
+    "from_npz_folder",
+    "from_text",
+    "import_function",
+    "is_function",
+    "open_samples",
+]
 
 _FUNCTION = re.compile(r"(?P<module>[\w./\\-]+):(?P<name>[A-Za-z_]\w*)")
 
@@ -59,6 +68,10 @@ class Samples:
         """Batches start..end-1."""
         return Samples(self._batches[start:end], self.source)
 
+    def without(self, name: str) -> Samples:
+        """The same batches without the array ``name``."""
+        return Samples([functools.partial(_without, batch, name) for batch in self._batches], self.source)
+
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and values of all batches."""
         digest = hashlib.sha256()
@@ -73,6 +86,10 @@ def _same(feeds: Feeds) -> Feeds:
     return feeds
 
 
+def _without(batch: Callable[[], Feeds], name: str) -> Feeds:
+    return {key: array for key, array in batch().items() if key != name}
+
+
 def open_samples(
     source: str | Path | Callable[[], Iterable[Mapping[str, np.ndarray]]],
     specs: Sequence[InputSpec],
@@ -82,6 +99,7 @@ def open_samples(
     tokenizer: str | Path | None = None,
     paragraphs: bool = False,
     max_length: int = 128,
+    labels: str | None = None,
 ) -> Samples:
     """Calibration data for a model with the inputs ``specs``.
 
@@ -94,6 +112,7 @@ def open_samples(
         tokenizer: A folder that ``transformers.AutoTokenizer`` can load.
         paragraphs: A passage of the text ends at an empty line, not at the end of its line.
         max_length: Tokens of a passage; the rest is cut off.
+        labels: The name of an array of integers that every batch has beside the inputs, and keeps.
 
     Raises:
         UsageError: The data is missing, empty, damaged, holds NaN or Inf, or does not fit the inputs.
@@ -107,20 +126,21 @@ def open_samples(
         if value is not None and value < 1:
             raise UsageError(f"calibration: {name} must be at least 1, not {value}")
     if callable(source):
-        return from_function(source, specs, limit=limit)
+        return from_function(source, specs, limit=limit, labels=labels)
     path = Path(source)
     if tokenizer is not None:
+        if labels is not None:
+            raise UsageError(f"{path}: text holds no labels {labels!r}; give an .npz or module:function")
         return from_text(
             path, specs, tokenizer, limit=limit, batch=batch, paragraphs=paragraphs, max_length=max_length
         )
     if path.is_dir():
-        return from_npz_folder(path, specs, limit=limit)
+        return from_npz_folder(path, specs, limit=limit, labels=labels)
     if path.suffix == ".npz" or (path.is_file() and path.suffix in (".npy", ".zip")):
-        return from_npz(path, specs, limit=limit, batch=batch)
-    if (match := _FUNCTION.fullmatch(str(source))) and not path.exists():
-        return from_function(
-            _imported(match["module"], match["name"]), specs, limit=limit, source=str(source)
-        )
+        return from_npz(path, specs, limit=limit, batch=batch, labels=labels)
+    if is_function(str(source)):
+        function = import_function(str(source))
+        return from_function(function, specs, limit=limit, source=str(source), labels=labels)
     if path.is_file():
         raise UsageError(f"{path}: is no .npz; for a text file give the tokenizer's folder as well")
     raise UsageError(
@@ -129,15 +149,24 @@ def open_samples(
     )
 
 
-def from_npz(path: Path, specs: Sequence[InputSpec], *, limit: int | None = None, batch: int = 8) -> Samples:
+def from_npz(
+    path: Path,
+    specs: Sequence[InputSpec],
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+    labels: str | None = None,
+) -> Samples:
     """All samples of one file, in batches."""
-    arrays = read_arrays(path, specs)
+    arrays = read_arrays(path, specs, labels)
     if limit is not None:
         arrays = _first(arrays, limit, specs)
     return Samples.of(split_batches(arrays, specs, batch, str(path)), str(path))
 
 
-def from_npz_folder(folder: Path, specs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+def from_npz_folder(
+    folder: Path, specs: Sequence[InputSpec], *, limit: int | None = None, labels: str | None = None
+) -> Samples:
     """One batch a file, in the order of their names; every file is read and checked now, and again when it is used."""
     paths = sorted(folder.glob("*.npz"))
     if not paths:
@@ -149,17 +178,17 @@ def from_npz_folder(folder: Path, specs: Sequence[InputSpec], *, limit: int | No
     for path in paths:
         if left == 0:
             break
-        feeds = read_arrays(path, specs)
+        feeds = read_arrays(path, specs, labels)
         _check_batch(feeds, specs, str(path))
         count = sample_count(feeds)
         take = count if left is None else min(count, left)
-        batches.append(functools.partial(_read_first, path, specs, take))
+        batches.append(functools.partial(_read_first, path, specs, take, labels))
         left = None if left is None else left - take
     return Samples(batches, str(folder))
 
 
-def _read_first(path: Path, specs: Sequence[InputSpec], count: int) -> Feeds:
-    return _first(read_arrays(path, specs), count, specs)
+def _read_first(path: Path, specs: Sequence[InputSpec], count: int, labels: str | None) -> Feeds:
+    return _first(read_arrays(path, specs, labels), count, specs)
 
 
 def from_function(
@@ -168,6 +197,7 @@ def from_function(
     *,
     limit: int | None = None,
     source: str | None = None,
+    labels: str | None = None,
 ) -> Samples:
     """The batches that ``function()`` yields; they are kept in memory."""
     source = source or f"function {getattr(function, '__qualname__', function)}"
@@ -185,7 +215,7 @@ def from_function(
                     f"{source} yields {type(given).__name__}; expected a dictionary with {expected}"
                 )
             arrays = {str(name): np.asarray(value) for name, value in given.items()}
-            feeds = check_samples(arrays, specs, f"{source}, batch {number}")
+            feeds = check_samples(arrays, specs, f"{source}, batch {number}", labels)
             _check_batch(feeds, specs, f"{source}, batch {number}")
             if left is not None:
                 feeds = _first(feeds, left, specs)
@@ -237,8 +267,14 @@ def _first(arrays: Feeds, count: int, specs: Sequence[InputSpec]) -> Feeds:
     return {name: array[:count] if array.ndim else array for name, array in arrays.items()}
 
 
-def _imported(module: str, name: str) -> Callable[[], Any]:
-    """The function ``name`` of a module, or of a Python file."""
+def is_function(source: str) -> bool:
+    """Whether ``source`` is written as ``module:function`` or ``file.py:function`` and is no file."""
+    return _FUNCTION.fullmatch(source) is not None and not Path(source).exists()
+
+
+def import_function(source: str) -> Callable[..., Any]:
+    """The function that ``module:function`` or ``file.py:function`` names; UsageError if there is none."""
+    module, _, name = source.rpartition(":")
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
@@ -252,7 +288,7 @@ def _imported(module: str, name: str) -> Callable[[], Any]:
     except SparseOnnxError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{module}:{name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise UsageError(f"{module}:{name} is no function")
+        raise UsageError(f"{source} is no function")
     return function  # type: ignore[no-any-return]

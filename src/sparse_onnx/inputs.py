@@ -187,8 +187,11 @@ def _may_be_empty(spec: InputSpec, array: np.ndarray) -> bool:
     )
 
 
-def check_samples(arrays: Mapping[str, np.ndarray], specs: Sequence[InputSpec], where: str) -> Feeds:
-    """The inputs among ``arrays``, cast to the model's types if that loses nothing but precision.
+def check_samples(
+    arrays: Mapping[str, np.ndarray], specs: Sequence[InputSpec], where: str, labels: str | None = None
+) -> Feeds:
+    """The inputs among ``arrays``, cast to the model's types if that loses nothing but precision. With ``labels``, the
+    array of that name is kept beside them: integers, one or several a sample.
 
     Raises UsageError with ``where`` they come from and what was expected: missing, wrong rank, size or type,
     empty, NaN or Inf, values beyond the type, arrays that differ in their number of samples (first axis).
@@ -226,14 +229,28 @@ def check_samples(arrays: Mapping[str, np.ndarray], specs: Sequence[InputSpec], 
                 f"{where}: {spec.name} holds the index {cast.max()}, but the table has {spec.rows} rows"
             )
         checked[spec.name] = cast
+    if labels is not None and labels not in checked:
+        checked[labels] = _check_labels(arrays, labels, where)
     lengths = {name: array.shape[0] for name, array in checked.items() if array.ndim}
     if len(set(lengths.values())) > 1:
         raise UsageError(f"{where}: the arrays differ in their number of samples: {lengths}")
     return checked
 
 
-def read_arrays(path: Path, specs: Sequence[InputSpec]) -> Feeds:
-    """The checked inputs of an ``.npz`` file: one array an input, samples along the first axis."""
+def _check_labels(arrays: Mapping[str, np.ndarray], labels: str, where: str) -> np.ndarray:
+    if labels not in arrays:
+        raise UsageError(f"{where} has no labels {labels!r}; it has {', '.join(arrays)}")
+    array = arrays[labels]
+    if array.dtype.kind not in "iub" or array.ndim == 0:
+        raise UsageError(
+            f"{where}: the labels {labels} are {array.dtype}{list(array.shape)}; expected integers, samples first"
+        )
+    return array.astype(np.int64)
+
+
+def read_arrays(path: Path, specs: Sequence[InputSpec], labels: str | None = None) -> Feeds:
+    """The checked inputs of an ``.npz`` file: one array an input, samples along the first axis; and ``labels`` as
+    :func:`check_samples` has them."""
     expected = "; ".join(spec.describe() for spec in specs)
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -243,7 +260,7 @@ def read_arrays(path: Path, specs: Sequence[InputSpec]) -> Feeds:
     except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
         # TypeError: a single .npy array, which is no context
         raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
-    return check_samples(arrays, specs, str(path))
+    return check_samples(arrays, specs, str(path), labels)
 
 
 def sample_count(feeds: Feeds) -> int:

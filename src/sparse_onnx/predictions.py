@@ -24,7 +24,9 @@ __all__ = [
     "compare_predictions",
     "confirm",
     "find_heads",
+    "kept_positions",
     "make_probe",
+    "named_head",
     "unread",
 ]
 
@@ -94,14 +96,24 @@ def find_heads(model: ir.Model) -> tuple[Head, ...]:
         vocabulary = rank == 3 and tokens is not None and tokens.rows is not None and classes == tokens.rows
         if "logits" not in name.lower() and not vocabulary:
             continue
-        if tokens is None or rank not in (None, 3):
-            heads.append(Head(name))
-            continue
-        mask = (
-            f"{tokens.name.removesuffix('input_ids')}attention_mask" if _is_ids(tokens) else "attention_mask"
-        )
-        heads.append(Head(name, tokens.name, mask if mask in names else None))
+        heads.append(_head(value, tokens, names))
     return tuple(heads)
+
+
+def named_head(model: ir.Model, output: str) -> Head:
+    """The ``output`` of ``model`` that the user says to hold logits, whatever its name; KeyError if there is none."""
+    values = {value.name: value for value in model.graph.outputs}
+    names = {value.name for value in model.graph.inputs}
+    return _head(values[output], _token_input(input_specs(model)), names)
+
+
+def _head(value: ir.Value, tokens: InputSpec | None, names: set[str | None]) -> Head:
+    """``value``, an output with logits, with the token input and its mask where there are any."""
+    name, rank = value.name or "", None if value.shape is None else len(value.shape)
+    if tokens is None or rank not in (None, 3):
+        return Head(name)
+    mask = f"{tokens.name.removesuffix('input_ids')}attention_mask" if _is_ids(tokens) else "attention_mask"
+    return Head(name, tokens.name, mask if mask in names else None)
 
 
 def _is_ids(spec: InputSpec) -> bool:
@@ -129,7 +141,7 @@ def make_probe(heads: Sequence[Head], feeds: Feeds) -> Probe | None:
         if head.tokens is None or head.tokens not in feeds:
             continue
         ids = feeds[head.tokens]
-        kept = _kept(head, feeds, (ids.shape[0], ids.shape[1]))
+        kept = kept_positions(head, feeds, (ids.shape[0], ids.shape[1]))
         if kept is None or not ids.size:
             continue
         row = int(kept.sum(axis=1).argmax())
@@ -164,7 +176,7 @@ def _is_causal(head: Head, probe: Probe, before: Feeds, after: Feeds) -> bool:
     ids = probe.feeds[probe.tokens]
     if first.ndim != 3 or first.shape != second.shape or first.shape[:2] != ids.shape:
         return False
-    kept = _kept(head, probe.feeds, (ids.shape[0], ids.shape[1]))
+    kept = kept_positions(head, probe.feeds, (ids.shape[0], ids.shape[1]))
     if kept is None:
         return False
     earlier = np.flatnonzero(kept[probe.row, : probe.position])
@@ -209,7 +221,7 @@ def compare_predictions(
     return tuple(results)
 
 
-def _kept(head: Head, feeds: Feeds, shape: tuple[int, int]) -> np.ndarray | None:
+def kept_positions(head: Head, feeds: Feeds, shape: tuple[int, int]) -> np.ndarray | None:
     """Where ``feeds`` holds no padding, bool [B, S] = ``shape``; None if the mask does not fit. Behind a cache the mask
     covers the tokens in it, too: the last columns are those of the tokens given."""
     if head.mask is None or head.mask not in feeds:
@@ -229,7 +241,7 @@ def _pieces(
     follows = np.full(reference.shape[:-1], -1)
     if reference.ndim == 3:
         shape = (reference.shape[0], reference.shape[1])
-        found = _kept(head, feeds, shape)
+        found = kept_positions(head, feeds, shape)
         ids = feeds.get(head.tokens) if head.tokens is not None else None
         if found is not None:
             kept = found
