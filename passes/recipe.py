@@ -10,7 +10,7 @@
           - prune.threshold: {theta: 1e-4}
     target: {shapes: {input_ids: [1, 128]}, threads: 4}
     calibration: {data: samples.npz, num_calibration_samples: 512, seed: 0}
-    goal: {max_drop: 0.01, min_speedup: 1.05}
+    goal: {max_drop: 0.01, target_speedup: 2, target_size: 50%, min_speedup: 1.05}
 
 A modifier is a pass by its ``name`` with its options. Everything is optional but ``version``. Numbers and
 words are read as in YAML 1.2 (``1e-4`` is a number; ``2:4``, ``on`` and dates are words), aliases and tags
@@ -34,6 +34,7 @@ from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.passes import PASSES, pass_by_name
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
 from sparse_onnx.passes.options import check_types, require, unknown
+from sparse_onnx.units import parse_size
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -56,7 +57,8 @@ DEFAULT_METHOD = "magnitude"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
 _METHOD_PREFIX = "prune."
-_FLAG_OF_FIELD = {"data": "calibration_data"}  # fields whose name alone would say too little
+# Fields whose name alone would say too little.
+_FLAG_OF_FIELD = {"data": "calibration_data", "weights": "shape_weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +75,38 @@ class _Section:
 
 @dataclasses.dataclass(frozen=True)
 class Target(_Section):
-    """What to decide and time for: input ``shapes`` by name, and ``threads`` (None: all cores)."""
+    """What to decide and time for.
 
-    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    Attributes:
+        shapes: Input shapes by name, or a list of these for several targets.
+        weights: Of several targets, how much each counts in the mean time that decides; None: the worst decides.
+        threads: Intra-op threads; None: all cores.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] | tuple[Mapping[str, tuple[int, ...]], ...] = dataclasses.field(
+        default_factory=dict
+    )
+    weights: tuple[float, ...] | None = None
     threads: int | None = None
 
+    @property
+    def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+        """The input shapes of every target."""
+        return (self.shapes,) if isinstance(self.shapes, Mapping) else self.shapes
+
     def check(self) -> None:
-        for name, shape in self.shapes.items():
-            require(all(size >= 1 for size in shape), f"shapes.{name}", list(shape), "sizes of 1 or more")
+        require(len(self.all_shapes) > 0, "shapes", self.shapes, "one target or more")
+        for index, shapes in enumerate(self.all_shapes):
+            where = "shapes" if isinstance(self.shapes, Mapping) else f"shapes[{index}]"
+            for name, shape in shapes.items():
+                require(
+                    all(size >= 1 for size in shape), f"{where}.{name}", list(shape), "sizes of 1 or more"
+                )
+        if self.weights is not None:
+            count = len(self.all_shapes)
+            fits = len(self.weights) == count and min(self.weights) > 0
+            allowed = f"{count} numbers above 0, one for each target of shapes"
+            require(fits, "weights (--shape-weights)", list(self.weights), allowed)
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
 
 
@@ -117,14 +143,34 @@ class Calibration(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class Goal(_Section):
-    """``max_drop``: what quality may be lost, at most; ``min_speedup``: what a layer must gain, at least."""
+    """What the result must reach; what is missed is said, and the best so far is still written.
+
+    Attributes:
+        max_drop: What quality may be lost, at most.
+        min_speedup: What one layer must gain to become sparse, at least.
+        target_speedup: How many times faster the whole model must become, as timed.
+        target_size: What its files may take: a share of the original weights (0.5 or 50%), or a size (120MB).
+    """
 
     max_drop: float | None = None
     min_speedup: float = 1.02
+    target_speedup: float | None = None
+    target_size: float | str | None = None
 
     def check(self) -> None:
         require(self.max_drop is None or self.max_drop >= 0, "max_drop", self.max_drop, "0 or more")
         require(self.min_speedup > 0, "min_speedup", self.min_speedup, "above 0")
+        speedup, size = self.target_speedup, self.target_size
+        require(speedup is None or speedup > 0, "target_speedup", speedup, "above 0")
+        require(size is None or _is_size(size), "target_size", size, "a share (0.5 or 50%) or a size (120MB)")
+
+
+def _is_size(size: float | str) -> bool:
+    try:
+        parse_size(size, 1)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.tools.console import format_option, progress, quiet_option, table
+from sparse_onnx.tools.console import format_option, input_shape_option, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_ms, format_share
 
@@ -41,7 +40,7 @@ class _Entry:
 
 @click.command(short_help="Time models side by side, and sparse layers against dense ones.")
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to time with; repeatable.")
+@input_shape_option("to time with")
 @click.option("--threads", type=click.IntRange(1), help="Threads to time with.  [default: all cores]")
 @click.option(
     "--rounds",
@@ -57,7 +56,7 @@ class _Entry:
 @quiet_option
 def command(
     models: tuple[Path, ...],
-    input_shape: tuple[str, ...],
+    input_shapes: Mapping[str, tuple[int, ...]] | None,
     threads: int | None,
     rounds: int,
     compare: str | None,
@@ -71,35 +70,30 @@ def command(
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
     middle half.
     """
-    from sparse_onnx.inputs import parse_shape_flags
     from sparse_onnx.report import available_cores, environment
 
     count = threads or available_cores()
     with progress(quiet) as say:
-        entries = _entries(models, parse_shape_flags(input_shape), compare == "dense", seed, say)
+        entries = _entries(models, input_shapes or {}, compare == "dense", seed, say)
         with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
             rows, done = _time(entries, count, rounds, Path(scratch), say)
             timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
-    if output_format == "json":
-        document = {
-            "environment": environment(threads=count, seed=seed, isa=_isa(entries)),
-            "rounds": done,
-            "models": rows,
-            "layers": {label: [_layer(timing) for timing in found] for label, found in timings.items()},
-        }
-        click.echo(json.dumps(document, indent=2))
-        return 0
-    click.echo(_table(rows))
-    click.echo(
-        f"{done} rounds, {count} thread{'s' if count > 1 else ''}, {_describe(entries[0].feeds)}", err=True
-    )
-    if not all(row["whole"] for row in rows):
-        click.echo(
-            "Models above the memory budget ran in parts: their times are sums, without ratios.", err=True
-        )
+    document = {
+        "environment": environment(threads=count, seed=seed, isa=_isa(entries)),
+        "rounds": done,
+        "models": rows,
+        "layers": {label: [_layer(timing) for timing in found] for label, found in timings.items()},
+    }
+    tables = [_table(rows)]
     for label, found in timings.items():
-        click.echo(f"\n{label}\n{_layer_table(found)}" if found else f"\n{label}: no sparse layer")
-    return 0
+        tables.append(f"{label}\n{_layer_table(found)}" if found else f"{label}: no sparse layer")
+    if not quiet:
+        threads_used = f"{count} thread{'s' if count > 1 else ''}"
+        click.echo(f"{done} rounds, {threads_used}, {_describe(entries[0].feeds)}", err=True)
+        if not all(row["whole"] for row in rows):
+            parts = "Models above the memory budget ran in parts: their times are sums, without ratios."
+            click.echo(parts, err=True)
+    return show("\n\n".join(tables), document, output_format)
 
 
 def _entries(
@@ -122,13 +116,13 @@ def _entries(
         names = {spec.name for spec in group}
         shapes, guessed = inputs.resolve_shapes(group, {k: v for k, v in given.items() if k in names})
         for name, size in guessed.items():
-            say(f"{label}: dimension {name} is taken as {size}; say --input-shape for another")
+            say(f"note: {label}: dimension {name} is taken as {size}; say --input-shape for another")
         feeds = inputs.generate(group, shapes, seed)
         library = uses_library(model)
         if with_dense and library:
             entries.append(_Entry(f"{label} (dense)", path, model, False, feeds))
         elif with_dense:
-            say(f"{label} has no operator of the library: it is dense already")
+            say(f"note: {label} has no operator of the library: it is dense already")
         entries.append(_Entry(label, path, model, library, feeds))
     return entries
 

@@ -1,49 +1,101 @@
-"""What the commands share: options, progress on stderr, tables."""
+"""What the commands share: options, progress on stderr, and results on stdout."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import click
 
-__all__ = ["format_option", "progress", "quiet_option", "table"]
+from sparse_onnx.tools.live_line import LiveLine, display_width
 
-_CLEAR = "\r\x1b[K"
+__all__ = ["format_option", "if_any", "input_shape_option", "progress", "quiet_option", "show", "table"]
 
 format_option = click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
     help="json prints one document on stdout; everything else goes to stderr.",
 )  # fmt: skip
-quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+quiet_option = click.option("--quiet", is_flag=True, help="Nothing but errors on stderr.")
 
 
-@contextmanager
+def if_any(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """Callback of repeatable options: None if they are not given."""
+    return values or None
+
+
+def _shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
+    from sparse_onnx.inputs import parse_shape_flags
+
+    return parse_shape_flags(values) or None
+
+
+def input_shape_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--input-shape``, given as ``input_shapes``: shapes by name, or None."""
+    text = f"NAME:DIM,DIM,.. {purpose}; repeatable."
+    return click.option("--input-shape", "input_shapes", multiple=True, callback=_shapes, help=text)
+
+
+@contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows one line of progress: in place on a terminal, line by line elsewhere. The live line
-    is gone at the end, also after an error."""
-    live = sys.stderr.isatty()
-    if quiet:
-        yield lambda _line: None
+    """A function that shows one line of progress on stderr, see :class:`LiveLine`; nothing if ``quiet``.
+
+    Inside, stdout is not for the work: what libraries, user code and child processes print goes to stderr, or nowhere
+    if ``quiet``, so that stdout holds the result alone.
+    """
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            sink = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(_stdout_to(sink.fileno()))
+            stack.enter_context(contextlib.redirect_stdout(sink))
+            yield lambda _line: None
+        else:
+            stack.enter_context(_stdout_to(2))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            yield stack.enter_context(LiveLine())
+
+
+@contextlib.contextmanager
+def _stdout_to(descriptor: int) -> Iterator[None]:
+    """File descriptor 1, which child processes and native code write to, leads to ``descriptor``."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing to keep clean
+        yield
         return
     try:
-        yield lambda line: click.echo(f"{_CLEAR}{line[:110]}" if live else line, err=True, nl=not live)
+        os.dup2(descriptor, 1)
+        yield
     finally:
-        if live:
-            click.echo(_CLEAR, err=True, nl=False)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def show(text: str, document: Mapping[str, Any], output_format: str, exit_code: int = 0) -> int:
+    """Write a command's result to stdout, ``text`` or ``document`` with the exit code; returns the exit code."""
+    if output_format == "json":
+        whole = {**document, "exit_code": exit_code}
+        click.echo(json.dumps(whole, indent=2, allow_nan=False))
+    else:
+        click.echo(text)
+    return exit_code
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
     """Columns aligned: the first to the left, the others to the right."""
     every = [list(header)] if header else []
     every += [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))] if every else []
+    widths = [max(display_width(row[i]) for row in every) for i in range(len(every[0]))] if every else []
     lines = []
     for row in every:
-        cells = [row[0].ljust(widths[0])] + [
-            cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-        ]
+        padding = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + padding[0], *(pad + cell for pad, cell in zip(padding[1:], row[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     if header:
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import format_option, progress, quiet_option
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 
 __all__ = ["command"]
 
@@ -35,9 +35,8 @@ def command(
     """
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-demo-") as scratch:
         summary = _run(Path(scratch), output, threads, overwrite, quiet)
-    click.echo(json.dumps(summary, indent=2) if output_format == "json" else _text(summary))
     code: int = summary["exit_code"]
-    return code
+    return show(_text(summary), summary, output_format, code)
 
 
 def _run(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparse_onnx.tools.console import format_option, progress, quiet_option
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 
 if TYPE_CHECKING:
     from sparse_onnx.exporter import ExportResult
@@ -54,7 +53,7 @@ def command(
     overwrite: bool,
     quiet: bool,
     output_format: str,
-) -> None:
+) -> int:
     """Export SOURCE to model.onnx in the folder given with -o, and compare it with torch.
 
     SOURCE is a Hugging Face model folder, or MODULE:FUNCTION, importable from here, where FUNCTION() returns
@@ -88,7 +87,7 @@ def command(
             )
             write_gradients(target, found)
             summary["gradients"] = {"file": str(gradients), "weights": len(found)}
-    click.echo(json.dumps(summary, indent=2) if output_format == "json" else _text(summary))
+    return show(_text(summary), summary, output_format)
 
 
 def _check_gradient_options(gradients: Path | None, data: str | None, *others: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import format_option, table
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_bytes, format_share
 
@@ -26,19 +25,18 @@ _ROWS, _OPERATORS, _REASONS = 40, 12, 6
     "--metrics", is_flag=True, help="How the zeros lie, and the size in sparse form; always there in json."
 )
 @format_option
-def command(model: Path, show_all: bool, metrics: bool, output_format: str) -> int:
+@quiet_option
+def command(model: Path, show_all: bool, metrics: bool, output_format: str, quiet: bool) -> int:
     """Show what MODEL (an .onnx file, or an output folder of `sparse-onnx optimize`) holds.
 
     Nothing is run, and ONNX Runtime is not needed.
     """
     from sparse_onnx.inspection import inspect_model
 
-    document = inspect_model(model_file(model), metrics=metrics or output_format == "json")
-    if output_format == "json":
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-        return 0
-    click.echo("\n\n".join(_sections(document, show_all)))
-    return 0
+    with progress(quiet) as say:
+        say("reading the weights")
+        document = inspect_model(model_file(model), metrics=metrics or output_format == "json")
+    return show("\n\n".join(_sections(document, show_all)), document, output_format)
 
 
 def _sections(document: dict[str, Any], show_all: bool) -> list[str]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import format_option, progress, quiet_option, table
+from sparse_onnx.tools.console import (
+    format_option,
+    if_any,
+    input_shape_option,
+    progress,
+    quiet_option,
+    show,
+    table,
+)
 from sparse_onnx.units import format_bytes, format_ms
 
 __all__ = ["command", "summary_table"]
@@ -35,9 +42,17 @@ __all__ = ["command", "summary_table"]
     type=click.Path(path_type=Path),
     help="For method gradient: a file of `export --gradients`.",
 )
-@click.option("--targets", multiple=True, help="Layers to prune: name, op type, or re:REGEX; repeatable.")
 @click.option(
-    "--ignore", multiple=True, help="Layers to leave alone: name, op type, or re:REGEX; repeatable."
+    "--targets",
+    multiple=True,
+    callback=if_any,
+    help="Layers to prune: name, op type, or re:REGEX; repeatable.",
+)
+@click.option(
+    "--ignore",
+    multiple=True,
+    callback=if_any,
+    help="Layers to leave alone: name, op type, or re:REGEX; repeatable.",
 )
 @click.option(
     "--calibration-data",
@@ -62,7 +77,7 @@ __all__ = ["command", "summary_table"]
     type=click.Path(path_type=Path),
     help="Folder for finished layers: run again with it after an interruption.",
 )
-@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. to decide and time for; repeatable.")
+@input_shape_option("to decide and time for")
 @click.option(
     "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
 )
@@ -70,103 +85,40 @@ __all__ = ["command", "summary_table"]
     "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
 )
 @click.option("--max-drop", type=float, help="Goal: 1 - cosine to the original's outputs, at most.")
+@click.option("--target-speedup", type=float, help="Goal: the whole model so many times faster, at least.")
+@click.option(
+    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original weights, or of 120MB, say."
+)
 @click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
 @click.option(
-    "--no-benchmark", is_flag=True, help="Decide by a table, for another machine, instead of timing."
+    "--benchmark/--no-benchmark",
+    default=True,
+    help="Decide by timing, or by a table, for another machine.  [default: by timing]",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @format_option
 @quiet_option
-def command(
-    model: Path,
-    output: Path | None,
-    recipe: Path | None,
-    method: str | None,
-    sparsity: float | None,
-    mask_structure: str | None,
-    scope: str | None,
-    theta: float | None,
-    gradients: Path | None,
-    targets: tuple[str, ...],
-    ignore: tuple[str, ...],
-    calibration_data: str | None,
-    tokenizer: Path | None,
-    num_calibration_samples: int | None,
-    batch_size: int | None,
-    calibration: str | None,
-    allocation: str | None,
-    bias_correction: bool | None,
-    dampening_frac: float | None,
-    statistics: Path | None,
-    checkpoint: Path | None,
-    input_shape: tuple[str, ...],
-    threads: int | None,
-    min_speedup: float | None,
-    max_drop: float | None,
-    seed: int | None,
-    no_benchmark: bool,
-    dry_run: bool,
-    overwrite: bool,
-    output_format: str,
-    quiet: bool,
-) -> int:
+def command(model: Path, output: Path | None, output_format: str, quiet: bool, **options: Any) -> int:
     """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
 
-    Without pruning options the zeros that the model already has are used.
+    Without pruning options the zeros that the model already has are used. Goals (--max-drop, --target-speedup,
+    --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same.
     """
     from sparse_onnx.compiler import optimize
-    from sparse_onnx.inputs import parse_shape_flags
 
-    if output is None and not dry_run:
-        raise click.UsageError("say where to write with -o DIR (or --dry-run)", click.get_current_context())
+    context = click.get_current_context()
+    if output is None and not options["dry_run"]:
+        raise click.UsageError("say where to write with -o DIR (or --dry-run)", context)
     with progress(quiet) as say:
-        result = optimize(
-            model,
-            output or Path(),
-            recipe=recipe,
-            method=method,
-            sparsity=sparsity,
-            mask_structure=mask_structure,
-            scope=scope,
-            theta=theta,
-            gradients=gradients,
-            targets=targets or None,
-            ignore=ignore or None,
-            calibration_data=calibration_data,
-            tokenizer=tokenizer,
-            num_calibration_samples=num_calibration_samples,
-            batch_size=batch_size,
-            calibration=calibration,
-            allocation=allocation,
-            bias_correction=bias_correction,
-            dampening_frac=dampening_frac,
-            statistics=statistics,
-            checkpoint=checkpoint,
-            input_shapes=parse_shape_flags(input_shape) or None,
-            threads=threads,
-            min_speedup=min_speedup,
-            max_drop=max_drop,
-            seed=seed,
-            benchmark=not no_benchmark,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            command=click.get_current_context().obj,
-            progress=say,
-        )
-    if output_format == "json":
-        click.echo(json.dumps({**result.report, "exit_code": result.exit_code}, indent=2))
-    else:
-        click.echo(summary_table(result.report))
-        if result.exit_code == 4:
-            goal = result.report["goal"]
-            click.echo(
-                f"Goal not met: 1 - cosine is {goal['drop']:.4f}, allowed {goal['max_drop']}.", err=True
-            )
-        if result.exit_code == 5:
-            click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
-        if result.folder is not None:
-            click.echo(f"Written to {result.folder} (report.html shows every layer).", err=True)
+        result = optimize(model, output or Path(), command=context.obj, progress=say, **options)
+    show(summary_table(result.report), result.report, output_format, result.exit_code)
+    if missed := [gate["text"] for gate in result.report["goal"]["gates"] if gate["met"] is False]:
+        click.echo(f"Goal not met: {'; '.join(missed)}. The best so far was written.", err=True)
+    if result.folder is not None and not any(row["decision"] == "sparse" for row in result.report["layers"]):
+        click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
+    if result.folder is not None and not quiet:
+        click.echo(f"Written to {result.folder} (report.html shows every layer).", err=True)
     return result.exit_code
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparse_onnx.errors import VerificationError
-from sparse_onnx.tools.console import format_option, progress, quiet_option, table
+from sparse_onnx.tools.console import format_option, input_shape_option, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_number, format_share
 
@@ -28,7 +27,7 @@ __all__ = ["command", "predictions_table", "result_table"]
 @click.option(
     "--max-relative-error", type=float, default=1e-4, show_default=True, help="Largest that passes."
 )
-@click.option("--input-shape", multiple=True, help="NAME:DIM,DIM,.. of generated inputs; repeatable.")
+@input_shape_option("of generated inputs")
 @click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: all cores]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of generated inputs.")
 @format_option
@@ -36,46 +35,29 @@ __all__ = ["command", "predictions_table", "result_table"]
 def command(
     original: Path,
     optimized: Path,
-    data: Path | None,
-    max_relative_error: float,
-    input_shape: tuple[str, ...],
-    threads: int | None,
-    seed: int,
     output_format: str,
     quiet: bool,
+    **options: Any,
 ) -> int:
     """Run ORIGINAL and OPTIMIZED on the same inputs and compare their outputs.
 
     Both are .onnx files or output folders of `sparse-onnx optimize`. OPTIMIZED is run with the kernel library
     and without it. Exit code 3 if an output differs by more than --max-relative-error.
     """
-    from sparse_onnx.inputs import parse_shape_flags
     from sparse_onnx.verification import verify
 
     with progress(quiet) as say:
-        result = verify(
-            model_file(original),
-            model_file(optimized),
-            data=data,
-            max_relative_error=max_relative_error,
-            input_shapes=parse_shape_flags(input_shape),
-            threads=threads,
-            seed=seed,
-            progress=say,
-        )
-    if output_format == "json":
-        click.echo(json.dumps(result.to_dict(), indent=2))
-    else:
-        click.echo(result_table(result))
-        if text := predictions_table(result):
-            click.echo(f"\n{text}")
-    for line in result.skipped:
-        click.echo(f"Not run, as the original refuses it: {line}", err=True)
-    if result.passed:
-        click.echo(f"Verified on {'; '.join(result.inputs)}.", err=True)
-        return 0
-    click.echo(f"Error: {_failure(result)}", err=True)
-    return VerificationError.exit_code
+        result = verify(model_file(original), model_file(optimized), progress=say, **options)
+    text = "\n\n".join(filter(None, (result_table(result), predictions_table(result))))
+    code = show(text, result.to_dict(), output_format, 0 if result.passed else VerificationError.exit_code)
+    if not quiet:
+        for line in result.skipped:
+            click.echo(f"Not run, as the original refuses it: {line}", err=True)
+        if result.passed:
+            click.echo(f"Verified on {'; '.join(result.inputs)}.", err=True)
+    if not result.passed:
+        click.echo(f"Error: {_failure(result)}", err=True)
+    return code
 
 
 def result_table(result: VerifyResult) -> str:

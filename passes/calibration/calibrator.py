@@ -33,7 +33,6 @@ from sparse_onnx.passes.calibration.memory import (
     inferred_shapes,
 )
 from sparse_onnx.passes.calibration.moments import Layout, Moments
-from sparse_onnx.passes.calibration.progress import Progress
 from sparse_onnx.passes.calibration.record import Record
 from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -42,6 +41,7 @@ from sparse_onnx.passes.calibration.statistics_file import Header
 from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.two_streams import Plan, Step, TwoStreams
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.progress import Progress
 from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import session_budget
 from sparse_onnx.units import format_bytes

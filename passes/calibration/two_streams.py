@@ -19,7 +19,6 @@ from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.data import Samples
 from sparse_onnx.passes.calibration.moments import Layout, Moments, chunks
-from sparse_onnx.passes.calibration.progress import Progress
 from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.schedule import Part, Schedule
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -27,6 +26,7 @@ from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.progress import Progress
 
 __all__ = ["Aim", "Plan", "Step", "TwoStreams"]
 

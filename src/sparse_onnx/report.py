@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.progress import is_lasting
 from sparse_onnx.runtime import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -92,19 +93,25 @@ def describe_call(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
 
 
 class StageClock:
-    """Wall-clock seconds and peak resident memory, stage by stage."""
+    """Wall-clock seconds and peak resident memory, stage by stage; :meth:`say` puts the stage before a line of progress."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
+        self._stage = ""
         self.stages: list[dict[str, Any]] = []
+
+    def say(self, line: str) -> None:
+        """Tell where the work is."""
+        self._progress(f"{self._stage}: {line}" if self._stage and not is_lasting(line) else line)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._progress(name)
-        start = perf_counter()
+        self._stage, start = name, perf_counter()
         try:
             yield
         finally:
+            self._stage = ""
             seconds = round(perf_counter() - start, 3)
             self.stages.append(
                 {"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)}

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_ms", "format_number", "format_share"]
+import math
+import re
+
+__all__ = ["format_bytes", "format_ms", "format_number", "format_share", "parse_size"]
+
+_FACTORS: dict[str, int] = {
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
 
 
 def format_bytes(count: float | None) -> str:
@@ -31,3 +40,20 @@ def format_number(value: float | None) -> str:
 def format_share(value: float | None) -> str:
     """A share in [0, 1] as a percentage; ``-`` for None."""
     return "-" if value is None else f"{value:.1%}"
+
+
+def parse_size(size: float | str, whole: int) -> int:
+    """Bytes: ``size`` is a share of ``whole`` (0.4 or "40%"), or a size with its unit ("120MB", "1.5 GiB").
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]+|%|)", str(size).strip().lower())
+    if match is None:
+        raise ValueError(f"{size!r} is no size")
+    number, unit = float(match[1]), match[2]
+    share = number / 100 if unit == "%" else number if not unit else None
+    if share is not None and 0 < share <= 1:
+        return math.floor(share * whole)
+    if share is not None or unit not in _FACTORS or not 1 <= number * _FACTORS[unit] < 1e18:
+        raise ValueError(f"{size!r} is no size")
+    return math.floor(number * _FACTORS[unit])

@@ -10,7 +10,7 @@ from sparse_onnx import model_io
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 
 SHAPE = ("--input-shape", "X:1,16,64")
-QUICK = ("--rounds", "5", "--threads", "1", "--quiet", *SHAPE)
+QUICK = ("--rounds", "5", "--threads", "1", *SHAPE)
 
 
 def models(document):
