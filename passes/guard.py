@@ -1,16 +1,25 @@
 """The guard: time every candidate, dense against sparse, on this machine, and keep the sparse one where it wins.
 
-Each layer is cut out of the model with the bias, residual and activation that belong to it, and timed at the shape
+Each layer is cut out of the model with the bias, residual and activation that belong to it, and timed at the shapes
 that it has in the model, as two ONNX Runtime sessions in turn. Between runs a buffer larger than the private caches is
 walked over, since in a model the other layers' weights pass through them. Equal layers are timed once.
+
+What threads and memory a session happens to get shifts all its times, so both sessions are made anew six times, and
+more often as long as the 95 % interval of the speedup contains ``min_speedup``. Where it still does in the end, the
+median decides and the reason says ``close``: only there may another run decide otherwise, unless it finds the timing
+in the cache.
+
+For several target shapes a layer is sparse if it wins at the worst of them, or in their weighted mean time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,15 +28,20 @@ from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Lowering, Packer
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.runtime import Ratio
+from sparse_onnx.runtime import Ratio, repeat, together
+from sparse_onnx.timing_cache import TimingCache, environment_key
 
 __all__ = [
     "LOWERINGS",
     "TABLE_SPARSITY",
+    "Bench",
     "Decision",
     "decide",
     "decide_by_table",
     "find_candidates",
+    "layer_key",
+    "measure",
+    "overall",
 ]
 
 LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
@@ -36,11 +50,40 @@ LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
 
+_ROUNDS, _SECONDS = 5, 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """How layers are timed.
+
+    Attributes:
+        threads: Intra-op threads of the sessions.
+        work: Folder for scratch files.
+        cache: Timings that are known already; new ones go there.
+        min_speedup: A ratio is measured until it can be told from this one.
+    """
+
+    threads: int
+    work: Path
+    cache: TimingCache = dataclasses.field(default_factory=TimingCache)
+    min_speedup: float = 1.02
+
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        """What all keys of the cache have in common."""
+        return environment_key(self.threads)
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """Sparse or dense for one candidate. Times are per run of the model, summed over the weight's layers;
-    None where they were not measured. ``low`` and ``high`` bound the speedup (middle half of the rounds)."""
+    None where they were not measured. ``low`` and ``high`` bound the speedup (95 %).
+
+    ``target`` is the place of the target shapes that the times hold for, the worst ones; None where they are means over
+    the targets. ``close`` says that the interval contains what the layer had to gain; ``cached`` that an earlier run
+    has timed all of it.
+    """
 
     candidate: Candidate
     sparse: bool
@@ -49,6 +92,9 @@ class Decision:
     sparse_ms: float | None = None
     low: float | None = None
     high: float | None = None
+    target: int | None = None
+    close: bool = False
+    cached: bool = False
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
@@ -89,16 +135,15 @@ def _alone(companion: Candidate, decisions: Sequence[Decision]) -> Decision | No
 def decide(
     model: ir.Model,
     candidates: Sequence[Candidate],
-    shapes: Mapping[str, tuple[int, ...]],
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
     packer: Packer,
+    bench: Bench,
     *,
-    threads: int,
-    min_speedup: float,
-    work: Path,
+    weights: Sequence[float] | None = None,
     progress: Callable[[str], None],
 ) -> list[Decision]:
-    """Time the candidates. ``shapes`` has the shape of every layer's inputs, by the name of the value."""
-    measured: dict[tuple[object, ...], Ratio] = {}
+    """Time the candidates. Each of ``targets`` has the shape of every layer's inputs, by the name of the value;
+    ``weights`` has a number for each, or is None: the worst target decides."""
     start = time.perf_counter()
     decisions: list[Decision] = []
     for index, candidate in enumerate(_companions_last(candidates)):
@@ -112,42 +157,99 @@ def decide(
             continue
         left = (time.perf_counter() - start) / max(1, index) * (len(candidates) - index)
         progress(f"timing {index + 1}/{len(candidates)} {candidate.weight.name} ({left:.0f} s left)")
-        weight = candidate.weight
-        structure = packer(candidate).attributes["mask_structure"]
-        results = []
-        for layer in candidate.layers:
-            inputs = [shapes[value.name or ""] for value in layer.inputs]
-            sparsity = round(candidate.sparsity, 2)
-            pattern = (layer.nodes[0].op_type, layer.op_type, layer.bias is not None, str(layer.attributes))
-            key = (*pattern, *weight.shape, *inputs, sparsity, structure)
-            if key not in measured:
-                measured[key] = _measure(model, candidate, layer, packer, inputs, threads=threads, work=work)
-            results.append(measured[key])
-        decisions.append(_judge(candidate, results, min_speedup))
+        timings = []
+        for shapes in targets:
+            uses = [
+                measure(model, candidate, layer, [shapes[v.name or ""] for v in layer.inputs], packer, bench)
+                for layer in candidate.layers
+            ]
+            timings.append(together(uses, [1.0] * len(uses)))
+        decisions.append(_judge(candidate, timings, weights, bench.min_speedup))
     return decisions
 
 
-def _judge(candidate: Candidate, results: Sequence[Ratio], min_speedup: float) -> Decision:
-    dense, sparse = (sum(getattr(r, f) for r in results) for f in ("first_ms", "second_ms"))
-    speedup = sum(r.median * r.second_ms for r in results) / sparse
-    low, high = min(r.low for r in results), max(r.high for r in results)
-    wins = speedup >= min_speedup
-    verdict = f"{speedup:.2f}x dense ({low:.2f} to {high:.2f})"
-    reason = verdict if wins else f"{verdict}, below min_speedup {min_speedup}"
-    return Decision(candidate, wins, reason, dense, sparse, low, high)
+def overall(targets: Sequence[Ratio], weights: Sequence[float] | None) -> tuple[Ratio, int | None]:
+    """The timings at several targets as one: their mean by ``weights``, or without them the worst and its place."""
+    if weights is not None:
+        total = sum(weights)
+        return together(targets, [weight / total for weight in weights]), None
+    worst = min(range(len(targets)), key=lambda index: targets[index].median)
+    return targets[worst], worst
 
 
-def _measure(
+def _judge(
+    candidate: Candidate, targets: Sequence[Ratio], weights: Sequence[float] | None, min_speedup: float
+) -> Decision:
+    timing, worst = overall(targets, weights)
+    wins, close = timing.median >= min_speedup, timing.close_to(min_speedup)
+    reason = f"{timing.median:.2f}x dense ({timing.low:.2f} to {timing.high:.2f})"
+    if len(targets) > 1:
+        mean = f"in the mean of {len(targets)} targets"
+        reason += f" {mean if worst is None else f'at target {worst + 1} of {len(targets)}'}"
+    if not wins:
+        reason += f", below min_speedup {min_speedup}" + (" but close" if close else "")
+    elif close:
+        reason += f", close to min_speedup {min_speedup}"
+    if timing.cached:
+        reason += ", timed in an earlier run"
+    return Decision(
+        candidate,
+        wins,
+        reason,
+        timing.first_ms,
+        timing.second_ms,
+        timing.low,
+        timing.high,
+        worst,
+        close,
+        timing.cached,
+    )
+
+
+def layer_key(
+    candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]], packer: Packer
+) -> dict[str, Any]:
+    """What the time of a layer depends on, apart from machine and software."""
+    packed = packer(candidate)
+    return {
+        "dense": [
+            [node.domain, node.op_type, sorted((name, str(a.value)) for name, a in node.attributes.items())]
+            for node in layer.nodes
+        ],
+        "sparse": layer.op_type,
+        "attributes": {**layer.attributes, **packed.attributes},
+        "bias": layer.bias is not None,
+        "constants": [list(array.shape) for array in layer.constants.values()],
+        "inputs": [list(shape) for shape in shapes],
+        "sparsity": round(candidate.sparsity, 2),
+    }
+
+
+def measure(
     model: ir.Model,
     candidate: Candidate,
     layer: Layer,
-    packer: Packer,
     shapes: Sequence[tuple[int, ...]],
-    *,
-    threads: int,
-    work: Path,
+    packer: Packer,
+    bench: Bench,
 ) -> Ratio:
+    """One layer of ``model``, dense against sparse, from the cache if it knows it. ``shapes`` are those of
+    ``layer.inputs``, in this order.
+
+    Raises:
+        HostError: ONNX Runtime or the kernel library is missing.
+    """
+    key = layer_key(candidate, layer, shapes, packer) | bench.environment
+    if (known := bench.cache.get(key)) is not None:
+        return known
     dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
     sparse = dense.clone()
     candidate.lowering(layers=(candidate.weight.name,), packer=packer)(sparse)
-    return time_pair([dense, sparse], [False, True], feeds, threads=threads, work=work)
+
+    def once() -> Ratio:
+        pair, libraries = [dense, sparse], [False, True]
+        return time_pair(pair, libraries, feeds, threads=bench.threads, work=bench.work, rounds=_ROUNDS)
+
+    timing = repeat(once, threshold=bench.min_speedup, seconds=_SECONDS)
+    bench.cache.put(key, timing)
+    return timing

@@ -68,6 +68,8 @@ def _describe(hint: Any) -> str:
         return f"one of {', '.join(args)}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(arg) for arg in args if arg is not type(None))
+    if origin is tuple and typing.get_origin(args[0]) is Mapping:
+        return f"a list of {_describe(args[0])}"
     if origin is tuple:
         return f"a list of {_describe(args[0]).split()[-1]}s"
     if origin is Mapping:

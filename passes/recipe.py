@@ -79,15 +79,15 @@ class Target(_Section):
 
     Attributes:
         shapes: Input shapes by name, or a list of these for several targets.
-        weights: Of several targets, how much each counts in the mean time that decides; None: the worst decides.
         threads: Intra-op threads; None: all cores.
+        weights: Of several targets, how much each counts in the mean time that decides; None: the worst decides.
     """
 
     shapes: Mapping[str, tuple[int, ...]] | tuple[Mapping[str, tuple[int, ...]], ...] = dataclasses.field(
         default_factory=dict
     )
-    weights: tuple[float, ...] | None = None
     threads: int | None = None
+    weights: tuple[float, ...] | None = None
 
     @property
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:

@@ -35,10 +35,21 @@ def _shapes(_context: click.Context, _option: click.Parameter, values: tuple[str
     return parse_shape_flags(values) or None
 
 
-def input_shape_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--input-shape``, given as ``input_shapes``: shapes by name, or None."""
-    text = f"NAME:DIM,DIM,.. {purpose}; repeatable."
-    return click.option("--input-shape", "input_shapes", multiple=True, callback=_shapes, help=text)
+def _several_shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
+    from sparse_onnx.inputs import parse_target_flags
+
+    targets = parse_target_flags(values)
+    return targets if len(targets) > 1 else targets[0] or None
+
+
+def input_shape_option(
+    purpose: str, *, several: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--input-shape``, given as ``input_shapes``: shapes by name, or None. With ``several`` an input may be given
+    more than once: then a tuple with the shapes of every target."""
+    text = f"NAME:DIM,DIM,.. {purpose}; repeatable" + (", also for several shapes." if several else ".")
+    parse = _several_shapes if several else _shapes
+    return click.option("--input-shape", "input_shapes", multiple=True, callback=parse, help=text)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,15 @@ from sparse_onnx.units import format_bytes, format_ms
 __all__ = ["command", "summary_table"]
 
 
+def _numbers(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: write numbers with commas between them, e.g. 3,1") from None
+
+
 @click.command(short_help="Compile a model into a smaller, faster, verified one.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
@@ -77,7 +86,12 @@ __all__ = ["command", "summary_table"]
     type=click.Path(path_type=Path),
     help="Folder for finished layers: run again with it after an interruption.",
 )
-@input_shape_option("to decide and time for")
+@input_shape_option("to decide and time for", several=True)
+@click.option(
+    "--shape-weights",
+    callback=_numbers,
+    help="3,1,..: decide by the weighted mean time over several shapes.  [default: by the worst]",
+)
 @click.option(
     "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
 )
@@ -95,11 +109,25 @@ __all__ = ["command", "summary_table"]
     default=True,
     help="Decide by timing, or by a table, for another machine.  [default: by timing]",
 )
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="File with timings of earlier runs.  [default: in the user's cache folder, or $SPARSE_ONNX_CACHE]",
+)
+@click.option("--no-timing-cache", is_flag=True, help="Time everything anew, and keep nothing.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @format_option
 @quiet_option
-def command(model: Path, output: Path | None, output_format: str, quiet: bool, **options: Any) -> int:
+def command(
+    model: Path,
+    output: Path | None,
+    timing_cache: Path | None,
+    no_timing_cache: bool,
+    output_format: str,
+    quiet: bool,
+    **options: Any,
+) -> int:
     """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
 
     Without pruning options the zeros that the model already has are used. Goals (--max-drop, --target-speedup,
@@ -110,6 +138,9 @@ def command(model: Path, output: Path | None, output_format: str, quiet: bool, *
     context = click.get_current_context()
     if output is None and not options["dry_run"]:
         raise click.UsageError("say where to write with -o DIR (or --dry-run)", context)
+    if timing_cache is not None and no_timing_cache:
+        raise click.UsageError("give --timing-cache or --no-timing-cache, not both", context)
+    options["timing_cache"] = timing_cache or not no_timing_cache
     with progress(quiet) as say:
         result = optimize(model, output or Path(), command=context.obj, progress=say, **options)
     show(summary_table(result.report), result.report, output_format, result.exit_code)

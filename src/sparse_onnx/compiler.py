@@ -6,11 +6,13 @@ until it is not slower, verify, report. The source is never touched; the output 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import compare
-from sparse_onnx.errors import UsageError, VerificationError
+from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
+from sparse_onnx.goals import Gate, gates, goal_document
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
@@ -49,11 +52,15 @@ from sparse_onnx.report import (
     write_json,
 )
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
+from sparse_onnx.timing_cache import TimingCache, default_cache_file, file_digest
 
-__all__ = ["MAX_COMPILER_ERROR", "OptimizeResult", "optimize"]
+__all__ = ["MAX_COMPILER_ERROR", "NOTHING_FASTER", "OptimizeResult", "optimize"]
 
 MAX_COMPILER_ERROR = 1e-4
 """Largest relative error of the compiled model against the pruned dense one: both compute the same in float32."""
+
+NOTHING_FASTER = 5
+"""Exit code where no layer is faster in sparse form: the dense model was written."""
 
 FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
 """What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
@@ -103,12 +110,16 @@ def optimize(
     tokenizer: str | Path | None = None,
     statistics: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    shape_weights: Sequence[float] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
     max_drop: float | None = None,
+    target_speedup: float | None = None,
+    target_size: float | str | None = None,
     seed: int | None = None,
     benchmark: bool = True,
+    timing_cache: str | Path | bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
     command: str | None = None,
@@ -129,12 +140,18 @@ def optimize(
             :class:`sparse_onnx.passes.oneshot.OneShot`.
         statistics: A file for the statistics of one-shot calibration: read if it fits, else written.
         checkpoint: A folder for finished layers, from which an interrupted run goes on.
-        input_shapes: Shapes to decide and time for, by input name.
+        input_shapes: Shapes to decide and time for, by input name; a sequence of these for several targets: nothing may
+            then be slower at any of them.
+        shape_weights: With several targets, how much each counts: their weighted mean time decides, not the worst.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
         max_drop: Goal: 1 − cosine between the outputs of the original and the result, at most.
+        target_speedup: Goal: how many times faster the whole model becomes, at least.
+        target_size: Goal: what its files take, at most: a share of the original weights (0.5 or "50%") or "120MB".
         seed: Of generated inputs and of random pruning.
         benchmark: False: decide by a table instead of timing, for another machine.
+        timing_cache: A file with the timings of earlier runs, see :mod:`sparse_onnx.timing_cache`; True: the one in the
+            user's cache folder; False: none.
         dry_run: Plan only; nothing is written and nothing timed.
         overwrite: Replace ``output`` if it is an output folder of ours.
         command: What was asked for, as the report is to say it; None: this call.
@@ -166,22 +183,33 @@ def optimize(
         tokenizer=None if tokenizer is None else str(tokenizer),
         statistics=None if statistics is None else str(statistics),
         checkpoint=None if checkpoint is None else str(checkpoint),
-        shapes=None if input_shapes is None else {k: tuple(v) for k, v in input_shapes.items()},
+        shapes=input_shapes,
+        shape_weights=shape_weights,
         threads=threads,
         min_speedup=min_speedup,
         max_drop=max_drop,
+        target_speedup=target_speedup,
+        target_size=target_size,
         seed=seed,
     )
     pipeline = resolved.pipeline()  # fails now rather than after the model is read
+    if resolved.goal.target_speedup is not None and not benchmark:
+        raise UsageError(
+            "target_speedup needs timing: leave --no-benchmark (benchmark=False) out, or the goal"
+        )
     say = progress or (lambda _line: None)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
             job = _Job(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch), asked)
             return OptimizeResult(None, 0, job.plan(pipeline))
-    with model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder:
+    with (
+        _note_how_to_resume(resolved),
+        model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder,
+    ):
         work = folder / ".work"
         work.mkdir()
-        job = _Job(Path(model), resolved, benchmark, say, folder, work, asked)
+        cache = default_cache_file() if timing_cache is True else Path(timing_cache) if timing_cache else None
+        job = _Job(Path(model), resolved, benchmark, say, folder, work, asked, cache)
         exit_code, report = job.compile(pipeline)
         shutil.rmtree(work)
         (folder / "recipe.yaml").write_text(dump_recipe(resolved), encoding="utf-8")
@@ -190,6 +218,28 @@ def optimize(
 
         write_html(report, folder / "report.html")
     return OptimizeResult(Path(output), exit_code, report)
+
+
+@contextlib.contextmanager
+def _note_how_to_resume(recipe: Recipe) -> Iterator[None]:
+    """Add to an interruption what is kept, and which option keeps more."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = recipe.calibration
+        again = "Run the same command again"
+        calibrated = any(modifier.needs_calibration for modifier in recipe.modifiers())
+        if calibrated and kept.checkpoint is not None:
+            stop.add_note(f"{again} to go on: finished layers are kept in {kept.checkpoint} (--checkpoint).")
+        elif calibrated and kept.statistics is not None:
+            stop.add_note(f"{again} to go on: statistics are kept in {kept.statistics} (--statistics).")
+        elif calibrated:
+            stop.add_note(
+                f"{again} to start over; with --checkpoint DIR a next interruption keeps finished layers."
+            )
+        else:
+            stop.add_note(f"{again} to start over.")
+        raise
 
 
 class _Job:
@@ -204,14 +254,17 @@ class _Job:
         folder: Path,
         work: Path,
         command: str,
+        cache: Path | None = None,
     ) -> None:
-        self.source, self.recipe, self.benchmark, self.say = source, recipe, benchmark, say
+        self.source, self.recipe, self.benchmark = source, recipe, benchmark
         self.folder, self.work, self.command = folder, work, command
         self.clock = StageClock(say)
+        self.say = self.clock.say
         self.threads = recipe.target.threads or available_cores()
         self.declined: list[Declined] = []
         self.path = source
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.targets: list[dict[str, tuple[int, ...]]] = []
+        self.cache = cache
         self.calibration: CalibrationData | None = None
         self.held_out: Samples | None = None
         self.errors: dict[str, float | None] = {}
@@ -282,7 +335,8 @@ class _Job:
             candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
             layers = self.layers(decisions, None)
-        return self.report(nbytes, None, None, decisions, layers, {}, None)
+        found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=nbytes, bytes_after=None)
+        return self.report(nbytes, None, [], decisions, layers, {}, found)
 
     def compile(self, pipeline: Pipeline) -> tuple[int, dict[str, Any]]:
         with self.clock("load"):
@@ -290,6 +344,7 @@ class _Job:
         nbytes = model_io.weight_bytes(model)
         self.budget = session_budget(nbytes)
         samples, self.feeds = self.inputs(model, pipeline)
+        bench = self.bench()
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put, self.say, self.calibration)
             with self.clock("prune"):
@@ -302,41 +357,44 @@ class _Job:
             packer = Packer(context)
             with self.clock("decide"):
                 if self.benchmark:
+                    weights = self.recipe.target.weights
                     decisions = guard.decide(
-                        model,
-                        candidates,
-                        shapes,
-                        packer,
-                        threads=self.threads,
-                        min_speedup=self.recipe.goal.min_speedup,
-                        work=self.work,
-                        progress=self.say,
+                        model, candidates, shapes, packer, bench, weights=weights, progress=self.say
                     )
                 else:
                     decisions = guard.decide_by_table(candidates)
-            optimized, decisions, timing = self.lower(model, decisions, packer, context)
+            optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
             if not any(decision.sparse for decision in decisions) and not pruned.modified:
                 # Nothing gained: the model as it was, not even cleaned.
                 optimized = model_io.load_model(self.path)
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
-            layers = self.layers(decisions, shapes)
+            layers = self.layers(decisions, shapes[0])
         drop = 1 - verification["against_original"]["cosine"]
-        goal = self.recipe.goal.max_drop
-        if not any(decision.sparse for decision in decisions):
-            exit_code = 5
-        else:
-            exit_code = 4 if goal is not None and not drop <= goal else 0
         size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
-        return exit_code, self.report(nbytes, size, timing, decisions, layers, verification, drop)
+        found = gates(
+            self.recipe.goal,
+            drop=drop,
+            speedup=self.overall(timings).median if timings else None,
+            bytes_before=nbytes,
+            bytes_after=size,
+        )
+        if not all(gate.met for gate in found):
+            exit_code = GoalNotMetError.exit_code
+        else:
+            exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
+        return exit_code, self.report(nbytes, size, timings, decisions, layers, verification, found)
 
-    def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], Feeds]:
-        """Batches to verify with (real ones if given), and the one to time with. Where the pipeline needs real inputs,
-        most of them are for that, and an eighth is held out to verify with."""
+    def bench(self) -> guard.Bench:
+        cache = TimingCache(self.cache if self.benchmark else None, self.say)
+        return guard.Bench(self.threads, self.work, cache, self.recipe.goal.min_speedup)
+
+    def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], list[Feeds]]:
+        """Batches to verify with (real ones if given), and those to time with, one for each target. Where the pipeline
+        needs real inputs, most of them are for that, and an eighth is held out to verify with."""
         specs = inputs.input_specs(model)
         calibration = self.recipe.calibration
-        given = dict(self.recipe.target.shapes)
         samples: list[Feeds] = []
         if calibration.data is not None:
             known = open_samples(
@@ -367,29 +425,39 @@ class _Job:
                     break
             if self.calibration is not None and held is not known:
                 self.held_out = held.part(0, len(samples))
-        self.shapes, guessed = inputs.resolve_shapes(specs, given)
+        guessed: dict[str, int] = {}
+        for given in self.recipe.target.all_shapes:
+            shapes, unknown = inputs.resolve_shapes(specs, given)
+            self.targets.append(shapes)
+            guessed |= unknown
         for name, size in guessed.items():
-            self.say(f"dimension {name} is taken as {size}; say --input-shape to decide for another")
+            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to decide for another")
         self.generated = not samples
-        timed = inputs.generate(specs, self.shapes, self.recipe.calibration.seed)
-        return samples or [timed], timed
+        timed = [inputs.generate(specs, shapes, calibration.seed) for shapes in self.targets]
+        return samples or timed, timed
 
     def run_dense(
         self, model: ir.Model, candidates: Sequence[Candidate], samples: Sequence[Feeds]
-    ) -> tuple[list[Feeds], dict[str, tuple[int, ...]]]:
-        """Outputs of the pruned dense model on the samples, and the shape of every layer's inputs at the target."""
+    ) -> tuple[list[Feeds], list[dict[str, tuple[int, ...]]]]:
+        """Outputs of the pruned dense model on the samples, and the shapes of all layers' inputs at each target."""
         layers = [layer for candidate in candidates for layer in candidate.layers]
         names = {value.name or "" for layer in layers for value in layer.inputs}
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
-            timed, shapes = shapes_in(runner.run(self.feeds))
-            outputs = [timed if feeds is self.feeds else shapes_in(runner.run(feeds))[0] for feeds in samples]
-        return outputs, shapes
+            timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            outputs = [] if self.generated else [shapes_in(runner.run(feeds))[0] for feeds in samples]
+        return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
 
     def lower(
-        self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
-    ) -> tuple[ir.Model, list[Decision], Ratio | None]:
-        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half."""
+        self,
+        model: ir.Model,
+        decisions: Sequence[Decision],
+        packer: Packer,
+        context: PassContext,
+        bench: guard.Bench,
+    ) -> tuple[ir.Model, list[Decision], list[Ratio]]:
+        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half.
+        Also returns its times at every target, or none without a benchmark."""
         decided = list(decisions)
         declined = self.declined
         while True:
@@ -402,12 +470,13 @@ class _Job:
                 self.declined = [*declined, *MergeLinears()(optimized, context).declined]
                 model_io.save_model(optimized, self.folder)
             if not self.benchmark:
-                return optimized, decided, None
+                return optimized, decided, []
             with self.clock("time the whole model"):
-                timing = self.time_whole(optimized)
-            if not chosen or timing.median >= 1:
-                return optimized, decided, timing
-            self.say(f"the whole model is slower ({timing.median:.2f}x): giving up layers")
+                timings = self.time_whole(optimized)
+            speedup = self.overall(self.as_before(timings, bench)).median
+            if not chosen or speedup >= 1:
+                return optimized, decided, timings
+            self.say(f"note: the whole model is slower ({speedup:.2f}x): giving up layers")
             sparse = sorted(
                 (d for d in decided if d.sparse), key=lambda d: (d.dense_ms or 0) - (d.sparse_ms or 0)
             )
@@ -419,18 +488,43 @@ class _Job:
                 for d in decided
             ]
 
-    def time_whole(self, optimized: ir.Model) -> Ratio:
-        """The original against what was written, interleaved."""
+    def overall(self, timings: Sequence[Ratio]) -> Ratio:
+        """What the targets come to: their weighted mean, or the worst."""
+        return guard.overall(timings, self.recipe.target.weights)[0]
+
+    def as_before(self, timings: Sequence[Ratio], bench: guard.Bench) -> list[Ratio]:
+        """``timings`` of the whole model. Those that cannot tell faster from slower are replaced by what an earlier run
+        measured of the same two models, so that it is not decided otherwise for nothing."""
+        models = [file_digest(path) for path in (self.path, self.written)]
+        settled = []
+        for shapes, timing in zip(self.targets, timings, strict=True):
+            key = {"models": models, "inputs": shapes} | bench.environment
+            known = bench.cache.get(key)
+            if known is not None and timing.close_to(1):
+                settled.append(known)
+            else:
+                bench.cache.put(key, timing)
+                settled.append(timing)
+        return settled
+
+    def time_whole(self, optimized: ir.Model) -> list[Ratio]:
+        """The original against what was written, interleaved, at every target."""
         original = model_io.load_model(self.path)
         with (
             self.open(original, self.path, library=False) as dense,
             self.open(optimized, self.written) as sparse,
         ):
-            if not (dense.whole and sparse.whole):
-                return ratio([dense.milliseconds(self.feeds)], [sparse.milliseconds(self.feeds)])
-            runs = [lambda: dense.milliseconds(self.feeds), lambda: sparse.milliseconds(self.feeds)]
-            times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
-        return ratio(times[0], times[1])
+            runs = [
+                functools.partial(runner.milliseconds, feeds)
+                for feeds in self.feeds
+                for runner in (dense, sparse)
+            ]
+            if dense.whole and sparse.whole:
+                seconds = _WHOLE_SECONDS * len(self.feeds)
+                times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=seconds)
+            else:
+                times = [[run()] for run in runs]
+        return [ratio(first, second) for first, second in zip(times[::2], times[1::2], strict=True)]
 
     @property
     def written(self) -> Path:
@@ -508,6 +602,8 @@ class _Job:
                     "sparse_ms": decision.sparse_ms,
                     "speedup_low": decision.low,
                     "speedup_high": decision.high,
+                    "close": decision.close,
+                    "cached": decision.cached,
                     "output_error": self.errors.get(weight.name),
                     "output_error_held_out": self.held_out_errors.get(weight.name),
                     "relative_error": 0.0
@@ -517,22 +613,39 @@ class _Job:
             )
         return rows
 
+    def target_rows(self, timings: Sequence[Ratio]) -> list[dict[str, Any]]:
+        """The whole model at every target; times are None where it was not timed."""
+        untold = [None] * len(self.targets)
+        weights, times = self.recipe.target.weights or untold, timings or untold
+        return [
+            {
+                "input_shapes": {name: list(shape) for name, shape in shapes.items()},
+                "weight": weight,
+                "dense_ms": timing.first_ms if timing else None,
+                "optimized_ms": timing.second_ms if timing else None,
+                "speedup": timing.median if timing else None,
+                "speedup_low": timing.low if timing else None,
+                "speedup_high": timing.high if timing else None,
+            }
+            for shapes, weight, timing in zip(self.targets, weights, times, strict=True)
+        ]
+
     def report(
         self,
         nbytes: int,
         size: int | None,
-        timing: Ratio | None,
+        timings: Sequence[Ratio],
         decisions: Sequence[Decision],
         layers: list[dict[str, Any]],
         verification: dict[str, Any],
-        drop: float | None,
+        found: Sequence[Gate],
     ) -> dict[str, Any]:
         weights = sum(math.prod(row["shape"]) for row in layers)
         zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
         work = {row["name"]: math.prod(row["shape"]) * (row["rows"] or 1) for row in layers}
         sparse_work = sum(work[row["name"]] for row in layers if row["decision"] == "sparse")
         loss = verification.get("against_original", {})
-        goal = self.recipe.goal.max_drop
+        timing = self.overall(timings) if timings else None
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": environment(
@@ -541,7 +654,8 @@ class _Job:
             "command": self.command,
             "recipe": recipe_document(self.recipe),
             "source": self.source.name,
-            "input_shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
+            "targets": self.target_rows(timings),
             "summary": {
                 "dense_ms": timing.first_ms if timing else None,
                 "optimized_ms": timing.second_ms if timing else None,
@@ -555,11 +669,7 @@ class _Job:
                 "relative_error": loss.get("relative_error"),
                 "cosine": loss.get("cosine"),
             },
-            "goal": {
-                "max_drop": goal,
-                "drop": drop,
-                "met": goal is None or (drop is not None and drop <= goal),
-            },
+            "goal": goal_document(found),
             "verification": verification,
             "layers": layers,
             "declined": [dataclasses.asdict(place) for place in self.declined],

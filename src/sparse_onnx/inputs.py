@@ -24,6 +24,7 @@ __all__ = [
     "generate",
     "input_specs",
     "parse_shape_flags",
+    "parse_target_flags",
     "read_arrays",
     "read_samples",
     "resolve_shapes",
@@ -80,21 +81,44 @@ def _table_rows(value: ir.Value) -> int | None:
 
 def parse_shape_flags(flags: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """``name:1,128`` for each flag."""
-    shapes = {}
-    for flag in flags:
-        name, _, dims = flag.rpartition(":")
-        try:
-            shape = tuple(int(dim) for dim in dims.split(","))
-        except ValueError:
-            shape = ()
-        if not name or not shape or min(shape) < 1:
-            raise UsageError(
-                f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128"
-            )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in map(_parse_shape, flags):
         if name in shapes:
             raise UsageError(f"--input-shape gives {name!r} twice")
         shapes[name] = shape
     return shapes
+
+
+def parse_target_flags(flags: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], ...]:
+    """Shapes for several targets: the n-th ``name:1,128`` of an input belongs to the n-th target, and an input that is
+    given once has that shape in all of them. Without flags there is one target, with nothing given."""
+    given: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in map(_parse_shape, flags):
+        given.setdefault(name, []).append(shape)
+    counts = {name: len(shapes) for name, shapes in given.items() if len(shapes) > 1}
+    if len(set(counts.values())) > 1:
+        counted = ", ".join(f"{name} {count} shapes" for name, count in counts.items())
+        raise UsageError(
+            f"--input-shape gives {counted}: give every input one shape, or as many as there are targets"
+        )
+    number = max(counts.values(), default=1)
+    return tuple(
+        {name: shapes[index if len(shapes) > 1 else 0] for name, shapes in given.items()}
+        for index in range(number)
+    )
+
+
+def _parse_shape(flag: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = flag.rpartition(":")
+    try:
+        shape = tuple(int(dim) for dim in dims.split(","))
+    except ValueError:
+        shape = ()
+    if not name or not shape or min(shape) < 1:
+        raise UsageError(
+            f"--input-shape {flag!r}: write NAME:DIM,DIM,.. with positive numbers, e.g. input_ids:1,128"
+        )
+    return name, shape
 
 
 def _guess(symbol: str | None, position: int, rank: int) -> int:

@@ -37,6 +37,7 @@ __all__ = [
     "sparsity_of",
     "time_pair",
     "time_sparse_layers",
+    "time_together",
     "uses_library",
     "with_shape_outputs",
 ]
@@ -79,7 +80,25 @@ def time_pair(
     rounds: int = 15,
     seconds: float = 1.0,
 ) -> Ratio:
-    """Two models in turn on the same ``feeds``, each in a session with or without the kernel library.
+    """Two models in turn on the same ``feeds``: the first against the second; see :func:`time_together`."""
+    first, second = time_together(
+        models, libraries, feeds, threads=threads, work=work, rounds=rounds, seconds=seconds
+    )
+    return ratio(first, second)
+
+
+def time_together(
+    models: Sequence[ir.Model],
+    libraries: Sequence[bool],
+    feeds: Feeds,
+    *,
+    threads: int,
+    work: Path,
+    rounds: int = 15,
+    seconds: float = 1.0,
+) -> list[list[float]]:
+    """Milliseconds of every model, round by round, in turn on the same ``feeds``, each in a session with or without
+    the kernel library.
 
     Before every run a buffer larger than the private caches is walked over, since inside a whole model the other
     layers' weights pass through them. Scratch files go to ``work``.
@@ -98,8 +117,7 @@ def time_pair(
                 return (time.perf_counter() - start) * 1e3
 
             runs.append(run)
-        first, second = interleave(runs, rounds=rounds, seconds=seconds)
-        return ratio(first, second)
+        return interleave(runs, rounds=rounds, seconds=seconds)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

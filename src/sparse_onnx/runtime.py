@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,18 +35,29 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "MOST_STARTS",
+    "STARTS",
     "Ratio",
     "Runner",
     "evict_caches",
     "interleave",
+    "median_interval",
     "open_runner",
     "open_session",
     "peak_rss_bytes",
+    "pool",
     "ratio",
+    "repeat",
     "run_session",
     "session_budget",
     "session_options",
+    "together",
 ]
+
+STARTS, MOST_STARTS = 6, 15
+"""How often a measurement is repeated: six are the fewest whose range is a 95 % interval of their median."""
+
+_FEWEST_STARTS = 3
 
 
 def session_budget(nbytes: int) -> int:
@@ -271,9 +283,9 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times faster the second thing is: the median over rounds of first / second, with its middle half.
-
-    ``first_ms`` and ``second_ms`` are medians in milliseconds.
+    """How many times faster the second thing is: the median of first / second, with its 95 % confidence interval
+    ``low`` to ``high``, see :func:`median_interval`. ``first_ms`` and ``second_ms`` are medians in milliseconds.
+    ``cached`` says that it was measured in an earlier run.
     """
 
     first_ms: float
@@ -281,6 +293,11 @@ class Ratio:
     median: float
     low: float
     high: float
+    cached: bool = False
+
+    def close_to(self, value: float) -> bool:
+        """Whether ``value`` lies in the interval, so that another measurement could come out on its other side."""
+        return self.low <= value <= self.high
 
 
 def interleave(runs: Sequence[Callable[[], float]], *, rounds: int, seconds: float) -> list[list[float]]:
@@ -302,17 +319,73 @@ def interleave(runs: Sequence[Callable[[], float]], *, rounds: int, seconds: flo
     return times
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A confidence interval of the median, at least 95 %, that assumes no distribution: from the k-th smallest value to
+    the k-th largest, k as large as P(Binomial(n, 1/2) < k) <= 2.5 % allows. Of fewer than six values their whole range,
+    which holds the median with probability 1 - 2^(1-n) only.
+    """
+    ordered, n = sorted(values), len(values)
+    k, outcomes = 0, 1  # of 2^n, those with at most k successes
+    while 40 * outcomes <= 2**n:
+        k += 1
+        outcomes += math.comb(n, k)
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]
+
+
 def ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
     """The ratio first / second of interleaved times, round by round."""
-    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
-    quarter = len(ratios) // 4
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
     return Ratio(
         statistics.median(first),
         statistics.median(second),
         statistics.median(ratios),
-        ratios[quarter],
-        ratios[-1 - quarter],
+        *median_interval(ratios),
     )
+
+
+def pool(ratios: Sequence[Ratio]) -> Ratio:
+    """Measurements that were made independently of each other as one: the medians of their medians, and the interval
+    that these scatter in."""
+    medians = [found.median for found in ratios]
+    return Ratio(
+        statistics.median(found.first_ms for found in ratios),
+        statistics.median(found.second_ms for found in ratios),
+        statistics.median(medians),
+        *median_interval(medians),
+    )
+
+
+def together(ratios: Sequence[Ratio], weights: Sequence[float]) -> Ratio:
+    """The ratio of the weighted sums of times, as if all lay at the same end of their intervals at once."""
+    seconds = [weight * found.second_ms for weight, found in zip(weights, ratios, strict=True)]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * each for value, each in zip(values, seconds, strict=True)) / sum(seconds)
+
+    return Ratio(
+        sum(weight * found.first_ms for weight, found in zip(weights, ratios, strict=True)),
+        sum(seconds),
+        mean(found.median for found in ratios),
+        mean(found.low for found in ratios),
+        mean(found.high for found in ratios),
+        all(found.cached for found in ratios),
+    )
+
+
+def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) -> Ratio:
+    """Measure anew, at least :data:`STARTS` times and until the pooled interval leaves out ``threshold``, at most
+    :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
+    """
+    ratios: list[Ratio] = []
+    start = time.perf_counter()
+    while len(ratios) < MOST_STARTS:
+        ratios.append(measure())
+        if len(ratios) >= STARTS and not pool(ratios).close_to(threshold):
+            break
+        if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
+            break
+    return pool(ratios)
 
 
 def peak_rss_bytes() -> int:
