@@ -18,13 +18,17 @@ from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.search.frontier import Option, Plan, frontier
 from sparse_onnx.search.strategy import Forecast, Goals
 
-__all__ = ["SPARSITIES", "Costs", "Family", "allocated", "modifiers", "uniform"]
+__all__ = ["SPARSITIES", "Costs", "Family", "Losses", "SparsePlan", "allocated", "modifiers", "uniform"]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The shares of zeros that a layer may get."""
 
 _STEPS = 56
 """Of the uniform family: sparsities from .4 to .95, one per cent apart."""
+
+
+SparsePlan = Mapping[str, tuple[str, float]]
+"""(structure, sparsity) of the layers that are not dense, by name."""
 
 
 class Costs(Protocol):
@@ -38,7 +42,7 @@ class Costs(Protocol):
         """Stored bytes of one layer."""
         ...
 
-    def whole(self, plan: Mapping[str, tuple[str, float]]) -> tuple[float, float]:
+    def whole(self, plan: SparsePlan) -> tuple[float, float]:
         """(speedup, bytes of the files) of the model with (structure, sparsity) for some layers, the others dense."""
         ...
 
@@ -52,7 +56,7 @@ class Family:
     """Plans in the order of rising speed and loss, each with its forecast. A plan has the sparse layers alone."""
 
     name: str
-    plans: tuple[Mapping[str, tuple[str, float]], ...]
+    plans: tuple[SparsePlan, ...]
     forecasts: tuple[Forecast, ...]
 
 
@@ -106,11 +110,9 @@ def _sparse_part(plan: Plan) -> dict[str, tuple[str, float]]:
     return {name: (option.structure, option.sparsity) for name, option in plan.items() if option.sparsity}
 
 
-def _family(
-    name: str, plans: Sequence[Mapping[str, tuple[str, float]]], costs: Costs, losses: Losses
-) -> Family:
+def _family(name: str, plans: Sequence[SparsePlan], costs: Costs, losses: Losses) -> Family:
     """In order, without plans that are no faster and no smaller than the one before."""
-    kept: list[Mapping[str, tuple[str, float]]] = []
+    kept: list[SparsePlan] = []
     forecasts: list[Forecast] = []
     for plan in plans:
         speedup, nbytes = costs.whole(plan)
@@ -121,7 +123,7 @@ def _family(
     return Family(name, tuple(kept), tuple(forecasts))
 
 
-def _loss(plan: Mapping[str, tuple[str, float]], losses: Losses) -> float:
+def _loss(plan: SparsePlan, losses: Losses) -> float:
     return sum(_read_off(losses[name], structure, sparsity) for name, (structure, sparsity) in plan.items())
 
 
@@ -136,9 +138,7 @@ def _read_off(table: Mapping[tuple[str, float], float], structure: str, sparsity
     return points[-1][1]
 
 
-def modifiers(
-    plan: Mapping[str, tuple[str, float]], template: Pass, sizes: Mapping[str, int]
-) -> tuple[Pass, ...]:
+def modifiers(plan: SparsePlan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
     """``plan`` as pruning passes with the options of ``template``, which has none of the shares.
 
     ``sizes`` are the elements of the weights. A one-shot method prunes all layers of one structure together; by

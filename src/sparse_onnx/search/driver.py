@@ -1,0 +1,237 @@
+"""Search for the zeros that meet a goal: try a plan, measure it, choose the next; the best so far is always there.
+
+A trial is a whole compilation: pruned with the method asked for, lowered, verified, its drop measured, in as many
+processes as there are. Its speed is measured after that, alone on the machine. The first trials compare the families
+of plans (:mod:`.plans`) where they are forecast alike; the search goes on with the one that loses less, until nothing
+more is to be learned, or time or trials are used up. After every trial all that is known goes to a file, from which an
+interrupted search goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_onnx.errors import SparseOnnxError, VerificationError
+from sparse_onnx.progress import format_duration
+from sparse_onnx.runtime import Ratio
+from sparse_onnx.search.plans import Family, SparsePlan
+from sparse_onnx.search.strategy import Goals, Outcome, best, next_points
+from sparse_onnx.search.workers import Workers
+from sparse_onnx.storage import write_whole
+
+__all__ = ["Limits", "Measured", "Search", "Trial"]
+
+_VERSION = 1
+_STATE, _BEST = "search.json", "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When to stop: after so many ``trials``, or when another round would take longer than ``minutes`` in all; the
+    first round is always made."""
+
+    trials: int = 16
+    minutes: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a trial reached: time against dense, bytes of its files, and the drop of the metric (infinite: outputs that
+    are not finite)."""
+
+    speed: Ratio
+    nbytes: int
+    drop: float
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(self.speed.median, self.nbytes, self.drop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Plan number ``index`` of a family; ``sparsity`` is the share of zeros in the weights that could have some.
+    ``error`` says why nothing was measured."""
+
+    family: str
+    index: int
+    sparsity: float
+    measured: Measured | None
+    error: str = ""
+
+
+class Search:
+    """One search.
+
+    Args:
+        families: The plans to choose from.
+        goals: What to meet.
+        compile_plan: Compiles a plan into a folder with so many threads, and returns (bytes, drop, share of zeros);
+            runs in a worker, so it can be pickled.
+        time_alone: Times the model in a folder against dense.
+        workers: Where trials run.
+        limits: When to stop.
+        folder: For trials and for what is known; a search with the same ``key`` goes on from there.
+        key: Names the question: model, data, options, goals.
+        progress: Called with one line of text at every step.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        goals: Goals,
+        *,
+        compile_plan: Callable[[SparsePlan, Path, int], tuple[int, float, float]],
+        time_alone: Callable[[Path], Ratio],
+        workers: Workers,
+        limits: Limits,
+        folder: Path,
+        key: str,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._families = {family.name: family for family in families}
+        self._goals, self._limits = goals, limits
+        self._compile, self._time_alone, self._workers = compile_plan, time_alone, workers
+        self._folder, self._key, self._say = folder, key, progress
+        self._best: Trial | None = None
+        self.trials: list[Trial] = []
+        self._resume()
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial to ship, see :func:`.strategy.best`; None before the first one that could be measured."""
+        return self._best
+
+    @property
+    def best_folder(self) -> Path:
+        """Its compiled model."""
+        return self._folder / _BEST
+
+    def run(self) -> None:
+        """Try until there is nothing more to learn or a limit is reached."""
+        start = time.perf_counter()
+        longest = 0.0
+        while len(self.trials) < self._limits.trials:
+            spent = time.perf_counter() - start
+            if self.trials and spent + longest > 60 * self._limits.minutes:
+                self._say(f"note: the search stops after {format_duration(spent)}: time is used up")
+                return
+            chosen = self._next()[: self._limits.trials - len(self.trials)]
+            if not chosen:
+                return
+            self._round(chosen)
+            longest = max(longest, time.perf_counter() - start - spent)
+
+    def _next(self) -> list[tuple[str, int]]:
+        """The plans of the next round: of every family where nothing is known yet, then of the better one."""
+        if not self.trials:
+            return [
+                (name, next_points(family.forecasts, {}, self._goals)[0])
+                for name, family in self._families.items()
+            ]
+        name = self._leader()
+        tried = {
+            trial.index: trial.measured.outcome if trial.measured else Outcome(1e-9, math.inf, math.inf)
+            for trial in self.trials
+            if trial.family == name
+        }
+        forecasts = self._families[name].forecasts
+        points = next_points(forecasts, tried, self._goals, max(1, self._workers.jobs))
+        return [(name, index) for index in points]
+
+    def _leader(self) -> str:
+        """The family whose first trial loses least; the trials were chosen for equal speed or loss."""
+        first: dict[str, Trial] = {}
+        for trial in self.trials:
+            first.setdefault(trial.family, trial)
+
+        def rank(trial: Trial) -> tuple[float, float]:
+            if trial.measured is None:
+                return math.inf, 0.0
+            # What it loses for the time it saves: trials are seldom exactly as fast as forecast.
+            gain = 1 - 1 / max(trial.measured.speed.median, 1 + 1e-9)
+            return trial.measured.drop / max(gain, 1e-9), -gain
+
+        return min(first.values(), key=rank).family
+
+    def _round(self, chosen: Sequence[tuple[str, int]]) -> None:
+        folders = [self._folder / f"trial-{name}-{index}" for name, index in chosen]
+        tasks = []
+        for (name, index), folder in zip(chosen, folders, strict=True):
+            shutil.rmtree(folder, ignore_errors=True)
+            tasks.append(functools.partial(self._compile, self._families[name].plans[index], folder))
+            number = len(self.trials) + len(tasks)
+            forecast = self._families[name].forecasts[index]
+            self._say(f"trial {number}: {name} {index}, forecast {forecast.speedup:.2f}x")
+        results = self._workers.run(tasks)
+        for (name, index), folder, result in zip(chosen, folders, results, strict=True):
+            if isinstance(result, VerificationError):
+                raise result  # a defect of the compiler, not of the plan
+            if isinstance(result, SparseOnnxError):
+                self._add(Trial(name, index, 0.0, None, str(result)), folder)
+                continue
+            nbytes, drop, sparsity = result
+            measured = Measured(self._time_alone(folder), nbytes, drop)
+            self._add(Trial(name, index, sparsity, measured), folder)
+
+    def _add(self, trial: Trial, folder: Path) -> None:
+        """Keep the folder of the best, delete the others."""
+        self.trials.append(trial)
+        what = f"trial {len(self.trials)}: {trial.family} {trial.index}"
+        if trial.measured is None:
+            self._say(f"note: {what} failed: {trial.error}")
+        else:
+            speed = trial.measured.speed
+            self._say(
+                f"note: {what}, {trial.sparsity:.0%} zeros: {speed.median:.2f}x ({speed.low:.2f}-{speed.high:.2f}), "
+                f"drop {trial.measured.drop:.4f}"
+            )
+            rivals = [rival for rival in (self._best, trial) if rival is not None]
+            outcomes = [rival.measured.outcome for rival in rivals if rival.measured is not None]
+            if rivals[best(outcomes, self._goals)] is trial:
+                shutil.rmtree(self.best_folder, ignore_errors=True)
+                folder.rename(self.best_folder)
+                self._best = trial
+        shutil.rmtree(folder, ignore_errors=True)
+        self._save()
+
+    # -- what is known, kept in a file ------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        document = {
+            "version": _VERSION,
+            "key": self._key,
+            "best": None if self._best is None else self.trials.index(self._best),
+            "trials": [dataclasses.asdict(trial) for trial in self.trials],
+        }
+        with write_whole(self._folder / _STATE) as file:
+            file.write(json.dumps(document, indent=1).encode())
+
+    def _resume(self) -> None:
+        """Take over the trials of an interrupted search for the same; a file that cannot be read counts as none."""
+        try:
+            document = json.loads((self._folder / _STATE).read_text(encoding="utf-8"))
+            if document["version"] != _VERSION or document["key"] != self._key:
+                return
+            trials = [_trial(entry) for entry in document["trials"]]
+            found = trials[document["best"]] if document["best"] is not None else None
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return
+        if found is None or (self.best_folder / "model.onnx").is_file():
+            self.trials, self._best = trials, found
+            self._say(f"note: going on after {len(trials)} trials")
+
+
+def _trial(entry: Mapping[str, Any]) -> Trial:
+    measured = entry["measured"]
+    if measured is not None:
+        measured = Measured(Ratio(**measured["speed"]), measured["nbytes"], measured["drop"])
+    return Trial(entry["family"], entry["index"], entry["sparsity"], measured, entry["error"])
