@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -25,6 +25,7 @@ from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PackedTensors",
     "Packer",
     "count_zeros",
+    "layer_kind",
     "match_layers",
 ]
 
@@ -154,6 +156,26 @@ class Packer:
         return self._packed[weight.name]
 
 
+def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What the time of a layer with inputs of these ``shapes`` depends on, its zeros, the machine and the software apart;
+    as JSON has it."""
+    return {
+        "dense": [
+            [node.domain, node.op_type, sorted([name, str(a.value)] for name, a in node.attributes.items())]
+            for node in layer.nodes
+        ],
+        "sparse": layer.op_type,
+        "attributes": {
+            name: list(value) if isinstance(value, Sequence) else value
+            for name, value in layer.attributes.items()
+        },
+        "bias": layer.bias is not None,
+        "constants": [list(array.shape) for array in layer.constants.values()],
+        "weight": list(layer.weight.shape),
+        "inputs": [list(shape) for shape in shapes],
+    }
+
+
 def count_zeros(weight: Weight) -> tuple[int, int]:
     """How many weights are zero (-0.0 is, NaN is not), and how many are NaN or Inf."""
     matrix = weight.matrix()
@@ -240,9 +262,10 @@ class Lowering(Pass):
             raise UsageError(
                 f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a {self.kind}"
             )
-        for index, candidate in enumerate(lowered):
-            context.progress(f"lowering {index + 1}/{len(lowered)} {candidate.weight.name}")
+        packing = Progress(context.progress, f"packing for {self.name}", len(lowered))
+        for candidate in lowered:
             _lower(model, candidate, packer(candidate), context)
+            packing.step()
         if lowered:
             for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):
                 add_function(model, self.function_body(op_type, model.opset_imports[""]), VERSION)

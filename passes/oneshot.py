@@ -43,6 +43,7 @@ from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight
+from sparse_onnx.progress import done_of
 
 __all__ = ["OneShot"]
 
@@ -250,11 +251,10 @@ class _Job:
 
     def _say(self, weight: Weight, share: float, error: float | None) -> None:
         done, total = len(self.changes), len(self.weights)
-        left = (time.perf_counter() - self._start) / done * (total - done)
         told = "no error known" if error is None else f"error {error:.3f}"
         self.context.progress(
             f"{weight.name}: {self.options.structure}, {100 * share:.1f} % zeros, {told} "
-            f"({done}/{total}, {left:.0f} s left)"
+            f"({done_of(done, total, self._start)})"
         )
 
     def _solve(self, layer: _Layer, W: np.ndarray) -> tuple[np.ndarray, float | None]:

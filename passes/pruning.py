@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from sparse_onnx.passes.masks import (
     unit_scores,
 )
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
+from sparse_onnx.progress import done_of
 
 __all__ = ["PruningPass", "choose_weights", "global_masks"]
 
@@ -127,6 +129,7 @@ class PruningPass(Pass):
         layers: list[LayerChange] = []
         modified, sparser, broken = False, 0, 0
         size = before = after = 0
+        start = time.perf_counter()
         for index, (weight, keep) in enumerate(zip(weights, self.keep_masks(weights), strict=True)):
             pruned = _pruned(weight, keep)
             weight.release()
@@ -146,7 +149,8 @@ class PruningPass(Pass):
             if pruned.stored is not None:
                 layers.append(LayerChange(weight.name, keep.size, pruned.zeros_before, pruned.zeros_after))
             share = f"{100 * pruned.zeros_after / keep.size:.1f} % zeros"
-            context.progress(f"{weight.name}: {self.structure}, {share} ({index + 1}/{len(weights)})")
+            done = done_of(index + 1, len(weights), start)
+            context.progress(f"{weight.name}: {self.structure}, {share} ({done})")
         statistics: dict[str, int | float] = {
             "weights": len(weights),
             "changed": len(layers),

@@ -10,11 +10,11 @@ import unicodedata
 from types import TracebackType
 from typing import Self, TextIO
 
-from sparse_onnx.progress import format_duration, is_lasting
+from sparse_onnx.progress import format_duration, is_lasting, is_step
 
 __all__ = ["LiveLine", "display_width", "fit", "is_live"]
 
-_TICK, _SILENCE, _LONGEST_SILENCE = 0.5, 2.0, 10.0  # seconds
+_TICK, _STEP, _SILENCE, _LONGEST_SILENCE = 0.5, 1.0, 2.0, 10.0  # seconds
 _CLEAR = "\r\x1b[K"
 _FALLBACK_WIDTH = 80
 _ELLIPSIS = "…"
@@ -63,9 +63,9 @@ class LiveLine:
     """Shows lines of progress with the time since the start, from the ``with`` block's beginning to its end.
 
     On a terminal the newest line is redrawn in place, twice a second and fitted to the terminal's width; it is gone at
-    the end, also after an error. Elsewhere every line stays. If nothing is said for two seconds, the last line is said
-    again with how long it has been going on, then ever more rarely, up to every ten seconds.
-    Lasting lines (:func:`.progress.is_lasting`) stay in both.
+    the end, also after an error. Elsewhere every stage has its line, and steps have one a second. If nothing is said
+    for two seconds, the last line is said again with how long it has been going on, then ever more rarely, up to every
+    ten seconds. Lasting lines (:func:`.progress.is_lasting`) stay in both.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -75,7 +75,8 @@ class LiveLine:
         self._ended = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._begin = time.monotonic()
-        self._line, self._since, self._said, self._pause = "", self._begin, self._begin, _SILENCE
+        self._line, self._since, self._shown, self._pause = "", self._begin, self._begin, _SILENCE
+        self._pending = False
 
     def __enter__(self) -> Self:
         self._ticker.start()
@@ -88,34 +89,46 @@ class LiveLine:
         self._ticker.join()
         if self._live:
             self._write(_CLEAR)
+        elif self._pending:
+            self._print(time.monotonic())
 
     def __call__(self, line: str) -> None:
         """Say where the work is."""
         line = printable(line)
+        now = time.monotonic()
         with self._lock:
-            self._said, self._pause = time.monotonic(), _SILENCE
             if is_lasting(line):
                 self._write(f"{_CLEAR}{line}\n" if self._live else f"{line}\n")
             else:
-                self._line, self._since = line, self._said
-                if not self._live:
-                    self._write(f"{self._clock()} {line}\n")
+                self._line, self._since, self._pause = line, now, _SILENCE
+                self._pending = is_step(line) and now - self._shown < _STEP
+                if not self._pending and not self._live:
+                    self._print(now)
             if self._live:
                 self._draw()
 
     def _tick(self) -> None:
         while not self._ended.wait(_TICK):
+            now = time.monotonic()
             with self._lock:
+                silent = now - self._shown
                 if self._live:
                     self._draw()
-                elif self._line and time.monotonic() - self._said >= self._pause:
-                    self._said = time.monotonic()
+                elif self._pending and silent >= _STEP:
+                    self._print(now)
+                elif self._line and silent >= self._pause:
                     self._pause = min(2 * self._pause, _LONGEST_SILENCE)
-                    self._write(f"{self._clock()} {self._line}{self._so_far()}\n")
+                    self._print(now)
+
+    def _print(self, now: float) -> None:
+        self._shown, self._pending = now, False
+        self._write(f"{self._text()}\n")
 
     def _draw(self) -> None:
-        text = f"{self._clock()} {self._line}{self._so_far()}" if self._line else self._clock()
-        self._write(_CLEAR + fit(text, self._width() - 1))  # in the last column some terminals wrap
+        self._write(_CLEAR + fit(self._text(), self._width() - 1))  # in the last column some terminals wrap
+
+    def _text(self) -> str:
+        return f"{self._clock()} {self._line}{self._so_far()}"
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)

@@ -110,7 +110,7 @@ class Calibrator:
         self.captures, self.declined = find_captures(model, weights)
         self._weights = [weight for weight in weights if weight.name in self.captures]
         for name, reason in self.declined:
-            progress(f"calibration: {name}: {reason}")
+            progress(f"note: calibration: {name}: {reason}")
         self._mask = _mask_name(model, self._options.mask, progress)
         self._budget = self._options.memory_budget or available_memory() // 2
 
@@ -369,7 +369,7 @@ class Calibrator:
         size = demand.capture.size
         if demand.layout is not Layout.DIAGONAL and count < _TOKENS_PER_CHANNEL * size:
             self._say(
-                f"calibration: warning: {count} tokens for the {size} channels of {demand.capture.name}; "
+                f"warning: calibration: {count} tokens for the {size} channels of {demand.capture.name}; "
                 f"{_TOKENS_PER_CHANNEL * size} or more give better weights"
             )
 
@@ -411,5 +411,5 @@ def _mask_name(model: ir.Model, asked: str | None, say: Callable[[str], None]) -
             f"calibration: mask {asked!r} must be an integer input [B, S]; the inputs are {names}"
         )
     if value is not None:
-        say(f"calibration: {asked} is no integer input [B, S]: padding is not left out")
+        say(f"note: calibration: {asked} is no integer input [B, S]: padding is not left out")
     return None

@@ -155,7 +155,7 @@ def fitting(demand: Demand, budget: int, say: Callable[[str], None]) -> Demand:
         )
     if layout is not demand.layout:
         say(
-            f"calibration: the Gram of {name} [{size}, {size}] takes {format_bytes(demand.sums())}, "
+            f"note: calibration: the Gram of {name} [{size}, {size}] takes {format_bytes(demand.sums())}, "
             f"more than the {format_bytes(max(room, 0))} left of the memory budget: {layout} statistics instead"
         )
     return dataclasses.replace(demand, layout=layout)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from sparse_onnx.passes.calibration import Calibrator, Options, Samples
 from sparse_onnx.passes.solvers import relative_error
 from sparse_onnx.passes.weights import Weight, find_weights
+from sparse_onnx.progress import Progress, is_lasting
 
 __all__ = ["layer_errors"]
 
@@ -45,16 +46,23 @@ def layer_errors(
     if not changed:
         return {}
     model, known = (pruned, after) if behind_pruned else (dense, before)
-    progress(f"error of {len(changed)} layers on held-out data")
-    # Few tokens are no fault here, so what calibration says is not passed on.
-    calibrator = Calibrator(model, [known[name] for name in changed], samples, options, work=work)
+
+    def say(line: str) -> None:
+        if not is_lasting(line):  # few tokens are no fault here
+            progress(f"errors on held-out data: {line}")
+
+    calibrator = Calibrator(
+        model, [known[name] for name in changed], samples, options, work=work, progress=say
+    )
     statistics = calibrator.oneshot()
     errors = {}
+    solved = Progress(progress, "errors on held-out data: layer", len(statistics))
     for name in statistics:
         grams = [group.gram for group in statistics[name]]
         error = _error(before[name], after[name], grams)
         if error is not None:
             errors[name] = error
+        solved.step()
     return errors
 
 

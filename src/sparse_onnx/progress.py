@@ -1,7 +1,7 @@
 """Progress of long jobs, told as lines of text to a function that the caller gives.
 
-A line replaces the one before it, but for those that :func:`is_lasting` finds: what the user should still see at the
-end begins with ``warning: `` or ``note: ``.
+A line is the name of a stage, or ``stage: step``, and replaces the one before it; steps may come quickly and need not
+all be shown. What the user should still see at the end begins with ``warning: `` or ``note: `` and lasts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 
-__all__ = ["Progress", "format_duration", "is_lasting"]
+__all__ = ["Progress", "done_of", "format_duration", "is_lasting", "is_step"]
 
 _LASTING = re.compile(r"([^:]+: )?(warning|note): ")
 
@@ -20,8 +20,13 @@ def is_lasting(line: str) -> bool:
     return _LASTING.match(line) is not None
 
 
+def is_step(line: str) -> bool:
+    """True for a step of a stage, false for the name of one."""
+    return ": " in line
+
+
 class Progress:
-    """Tells ``say`` every few seconds how much of ``total`` is done, and the time left at the pace so far."""
+    """Tells ``say`` about once a second how much of ``total`` is done, and the time left at the pace so far."""
 
     def __init__(self, say: Callable[[str], None], what: str, total: float, *, interval: float = 1.0) -> None:
         self._say, self._what, self._total, self._interval = say, what, total, interval
@@ -36,10 +41,16 @@ class Progress:
         if now - self._last < self._interval and not finished:
             return
         self._last = now
-        spent = now - self._start
-        left = spent / self._done * (self._total - self._done)
-        tail = f" in {format_duration(spent)}" if finished else f", {format_duration(left)} left"
-        self._say(f"{self._what}: {self._done:.0f}/{self._total:.0f}{tail}")
+        tail = f" in {format_duration(now - self._start)}" if finished else ""
+        self._say(f"{self._what}: {done_of(self._done, self._total, self._start)}{tail}")
+
+
+def done_of(done: float, total: float, start: float) -> str:
+    """How much of ``total`` is done, and the time left at the pace since ``start`` (:func:`time.perf_counter`)."""
+    counted = f"{done:.0f}/{total:.0f}"
+    if done >= total:
+        return counted
+    return f"{counted}, {format_duration((time.perf_counter() - start) / done * (total - done))} left"
 
 
 def format_duration(seconds: float) -> str:

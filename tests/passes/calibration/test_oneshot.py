@@ -253,7 +253,7 @@ def test_a_float_mask_is_not_used_and_that_is_said(from_text, calibrator):
     said: list[str] = []
     (layer,) = calibrator(model, data, said=said).oneshot()["W"]
     assert layer.count == 10
-    assert said[0] == "calibration: attention_mask is no integer input [B, S]: padding is not left out"
+    assert said[0] == "note: calibration: attention_mask is no integer input [B, S]: padding is not left out"
 
 
 def test_shapes_follow_from_the_data(encoder, tokens):
