@@ -13,7 +13,10 @@ from sparse_onnx.errors import VerificationError
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.predictions import Head, Prediction, compare_predictions
 
-__all__ = ["Difference", "compare"]
+__all__ = ["MAX_COMPILER_ERROR", "Difference", "compare"]
+
+MAX_COMPILER_ERROR = 1e-4
+"""Largest relative error of a compiled model against the pruned dense one: both compute the same in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Difference:
     """Of a candidate's outputs from the reference's, over all batches; of each figure that of the worst output.
 
     max_abs: largest absolute difference.
+    max_relative: the same / the largest absolute value of the reference.
     relative_error: ‖candidate − reference‖₂ / ‖reference‖₂.
     cosine: mean over samples (first axis) of the cosine between the two.
     top1_agreement: share of rows (last axis) whose largest element is the same one.
     worst_output: the output with the largest relative error.
     predictions: of each output that holds logits, how far the predictions lie apart.
+    outputs: the figures of each output alone, ``worst_output`` being its name; () for such a one.
 
     NaN and Inf must stand in the same places, with the same sign, and then count as no difference; if they do
     not, the differences are infinite and the others 0. Integer and bool outputs are equal or not, whatever the
@@ -38,11 +43,21 @@ class Difference:
     top1_agreement: float
     worst_output: str
     predictions: tuple[Prediction, ...] = ()
+    max_relative: float = 0.0
+    outputs: tuple[Difference, ...] = dataclasses.field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no Inf and NaN: None there."""
-        values = dataclasses.asdict(self)
-        return {**_finite(values), "predictions": [_finite(values) for values in values["predictions"]]}
+        return {
+            **self._figures(),
+            "worst_output": self.worst_output,
+            "predictions": [_finite(dataclasses.asdict(found)) for found in self.predictions],
+            "outputs": [{"output": found.worst_output, **found._figures()} for found in self.outputs],
+        }
+
+    def _figures(self) -> dict[str, Any]:
+        names = ("max_abs", "max_relative", "relative_error", "cosine", "top1_agreement")
+        return _finite({name: getattr(self, name) for name in names})
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +75,10 @@ class _Sums:
     samples: int
     agreeing: float
     rows: int
+    largest: float  # of the reference's absolute values
 
 
-_BROKEN = _Sums(math.inf, math.inf, 0.0, 0.0, 1, 0.0, 1)
+_BROKEN = _Sums(math.inf, math.inf, 0.0, 0.0, 1, 0.0, 1, 0.0)
 
 
 def compare(
@@ -97,27 +113,34 @@ def compare(
         min(result.top1_agreement for result in results),
         max(results, key=lambda result: result.relative_error).worst_output,
         compare_predictions(heads, reference, candidate, inputs) if heads else (),
+        max(result.max_relative for result in results),
+        tuple(results),
     )
 
 
 def _total(parts: Sequence[_Sums], name: str) -> Difference:
     if _BROKEN in parts:
-        return Difference(math.inf, math.inf, 0.0, 0.0, name)
+        return Difference(math.inf, math.inf, 0.0, 0.0, name, max_relative=math.inf)
     difference, scale = sum(part.difference for part in parts), sum(part.reference for part in parts)
     samples, rows = sum(part.samples for part in parts), sum(part.rows for part in parts)
-    relative = math.sqrt(difference / scale) if scale else math.inf if difference else 0.0
+    max_abs, largest = max(part.max_abs for part in parts), max(part.largest for part in parts)
     return Difference(
-        max(part.max_abs for part in parts),
-        relative,
+        max_abs,
+        _ratio(math.sqrt(difference), math.sqrt(scale)),
         sum(part.cosine for part in parts) / samples if samples else 1.0,
         sum(part.agreeing for part in parts) / rows if rows else 1.0,
         name,
+        max_relative=_ratio(max_abs, largest),
     )
+
+
+def _ratio(difference: float, scale: float) -> float:
+    return difference / scale if scale else math.inf if difference else 0.0
 
 
 def _sums(reference: np.ndarray, candidate: np.ndarray) -> _Sums:
     if not reference.size:
-        return _Sums(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0)
+        return _Sums(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0, 0.0)
     finite = np.isfinite(reference)
     if not np.array_equal(reference[~finite], candidate[~finite], equal_nan=True):
         return _BROKEN
@@ -139,10 +162,11 @@ def _sums(reference: np.ndarray, candidate: np.ndarray) -> _Sums:
         cosines.size,
         float(agreeing.sum()),
         agreeing.size,
+        float(np.abs(a).max()),
     )
 
 
 def _unequal(reference: np.ndarray, candidate: np.ndarray) -> _Sums:
     unequal = int(np.count_nonzero(reference != candidate))
     size = reference.size
-    return _Sums(float(unequal > 0), unequal, size, size - unequal, size, size - unequal, size)
+    return _Sums(float(unequal > 0), unequal, size, size - unequal, size, size - unequal, size, 1.0)

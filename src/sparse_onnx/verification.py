@@ -1,69 +1,172 @@
 """Verify an optimized model against its original: same inputs, outputs compared, in bounded memory.
 
-One model is open at a time, and outputs wait on disk: three runs (the original, the optimized model with the
-kernel library, the optimized model on standard operators only) fit into the memory of one.
+Two differences, never mixed up:
+
+- *against the pruned dense model*, the one that the optimized model stands for, its stored weights unpacked
+  (:mod:`.dense_reference`): what the compiler got wrong. Next to nothing, whatever was pruned.
+- *against the original*: what was lost altogether, most of it by pruning.
+
+One model is open at a time, and outputs wait on disk: all runs fit into the memory of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
-from sparse_onnx.comparison import Difference, compare
+from sparse_onnx.comparison import MAX_COMPILER_ERROR, Difference, compare
+from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import UsageError, VerificationError
-from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, read_samples, resolve_shapes
+from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, resolve_shapes
 from sparse_onnx.layer_timing import uses_library
+from sparse_onnx.layer_trace import LayerTrace, trace_layers
+from sparse_onnx.metrics import Measure, MetricResult, open_metric
+from sparse_onnx.passes.calibration.data import open_samples
+from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
+from sparse_onnx.recording import record
 from sparse_onnx.report import available_cores
-from sparse_onnx.runtime import open_runner, session_budget
+from sparse_onnx.units import format_number
 
-__all__ = ["VerifyResult", "verify"]
+__all__ = ["Miss", "Thresholds", "VerifyResult", "verify"]
 
 _SHORT = 17
 """A second size for generated inputs: odd and prime, so that no vector width or tile divides it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyResult:
-    """How far the optimized model's outputs lie from the original's.
+class Thresholds:
+    """What passes; None is not judged.
 
     Attributes:
-        differences: By how the optimized model was run: ``with_library`` (missing if it holds no operator of
+        max_compiler_error: ‖optimized − pruned dense‖ / ‖pruned dense‖ of an output, at most.
+        max_relative_error: ‖optimized − original‖ / ‖original‖ of an output, at most. If no loss is judged at all it is
+            1e-4, too: models that should agree.
+        max_abs_error: The largest absolute difference from the original, at most.
+        min_cosine: The mean cosine to the original over samples, at least.
+        min_top1_agreement: The share of rows with the same largest element as in the original, at least.
+        max_kl: The mean KL divergence (in nats) from the original at an output with logits, at most.
+        max_drop: What the metric may lose, see :func:`.quality.drop`; without a metric of 1 − cosine.
+    """
+
+    max_compiler_error: float = MAX_COMPILER_ERROR
+    max_relative_error: float | None = None
+    max_abs_error: float | None = None
+    min_cosine: float | None = None
+    min_top1_agreement: float | None = None
+    max_kl: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is None:
+                continue
+            low, high = {"min_cosine": (-1, 1), "min_top1_agreement": (0, 1)}.get(name, (0, math.inf))
+            allowed = "0 or more" if high == math.inf else f"in [{low}, {high}]"
+            require(low <= value <= high and math.isfinite(value), name, value, allowed)
+
+    def with_default(self) -> Thresholds:
+        """With the default for the loss if none is judged."""
+        judged = dataclasses.asdict(self)
+        del judged["max_compiler_error"]
+        if any(value is not None for value in judged.values()):
+            return self
+        return dataclasses.replace(self, max_relative_error=MAX_COMPILER_ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """A threshold that was missed: its name in :class:`Thresholds`, what was ``found`` where it is missed by most, and
+    what is ``allowed``. ``reference`` is "pruned dense model" or "original"; ``way`` is how the optimized model was
+    run, ``output`` which one it is; both are "" for a metric."""
+
+    threshold: str
+    reference: str
+    way: str
+    output: str
+    found: float
+    allowed: float
+
+    def __str__(self) -> str:
+        what = {
+            "max_compiler_error": "relative error",
+            "max_relative_error": "relative error",
+            "max_abs_error": "largest difference",
+            "min_cosine": "cosine",
+            "min_top1_agreement": "top-1 agreement",
+            "max_kl": "KL divergence",
+            "max_drop": "1 - cosine" if self.output else "drop of the metric",
+        }[self.threshold]
+        value = f"{self.found:.6g}" if self.threshold.startswith("min_") else format_number(self.found)
+        place = f" at output {self.output!r}" if self.output else ""
+        run = f", run {self.way.replace('_', ' ')}" if self.way else ""
+        return (
+            f"{what} {value}{place}{run}, against the {self.reference}; allowed {self.allowed:g} "
+            f"(--{self.threshold.replace('_', '-')})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no Inf and NaN: None there."""
+        values = dataclasses.asdict(self)
+        return {**values, "found": self.found if math.isfinite(self.found) else None}
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyResult:
+    """How far the optimized model lies from the pruned dense one and from the original.
+
+    Attributes:
+        against_original: By how the optimized model was run: ``with_library`` (missing if it holds no operator of
             ours, so that nothing would change) and ``without_library``.
+        against_pruned_dense: The same; {} if it holds no operator of ours, so that it is its own pruned dense model.
+        thresholds: What was judged by.
+        metric: Before and after, if one was asked for.
+        trace: The errors inside, layer by layer: if asked for, or if a threshold is missed.
         inputs: One line for each set of inputs that was run.
         skipped: Shapes that the original refuses, each with the reason.
         batches: How many times each model was run.
-        max_relative_error: The largest relative error that passes.
     """
 
-    differences: Mapping[str, Difference]
+    against_original: Mapping[str, Difference]
+    against_pruned_dense: Mapping[str, Difference]
+    thresholds: Thresholds
+    metric: MetricResult | None
+    trace: LayerTrace | None
     inputs: tuple[str, ...]
     skipped: tuple[str, ...]
     batches: int
-    max_relative_error: float
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        """The thresholds that were missed; NaN misses every one."""
+        return tuple(_misses(self.against_original, self.against_pruned_dense, self.metric, self.thresholds))
 
     @property
     def passed(self) -> bool:
-        """True if no difference is above ``max_relative_error`` (NaN is above everything)."""
-        return all(d.relative_error <= self.max_relative_error for d in self.differences.values())
+        """True if no threshold was missed."""
+        return not self.misses
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no Inf and NaN: None there."""
         return {
             "passed": self.passed,
-            "max_relative_error": self.max_relative_error,
+            "misses": [miss.to_dict() for miss in self.misses],
+            "thresholds": dataclasses.asdict(self.thresholds),
             "batches": self.batches,
             "inputs": list(self.inputs),
             "skipped": list(self.skipped),
-            **{name: difference.to_dict() for name, difference in self.differences.items()},
+            "against_pruned_dense": {k: found.to_dict() for k, found in self.against_pruned_dense.items()},
+            "against_original": {k: found.to_dict() for k, found in self.against_original.items()},
+            "metric": None if self.metric is None else self.metric.to_dict(),
+            "trace": None if self.trace is None else self.trace.to_dict(),
         }
 
 
@@ -72,21 +175,41 @@ def verify(
     optimized: str | Path,
     *,
     data: str | Path | None = None,
-    max_relative_error: float = 1e-4,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    tokenizer: str | Path | None = None,
+    num_samples: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    max_compiler_error: float = MAX_COMPILER_ERROR,
+    max_relative_error: float | None = None,
+    max_abs_error: float | None = None,
+    min_cosine: float | None = None,
+    min_top1_agreement: float | None = None,
+    max_kl: float | None = None,
+    metric: str | Measure | None = None,
+    labels: str | None = None,
+    metric_output: str | None = None,
+    max_drop: float | None = None,
+    layers: bool | None = None,
     threads: int | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyResult:
-    """Run both models on the same inputs and compare their outputs. Of outputs that hold logits the predictions are
-    compared too; on real text, perplexity as well if the original is a causal language model.
+    """Run both models on the same inputs and compare their outputs, and the optimized model with its pruned dense one.
+    Of outputs that hold logits the predictions are compared too; on real text, perplexity as well if the original is a
+    causal language model.
 
     Args:
         original, optimized: ``.onnx`` files.
-        data: An .npz with real inputs, one array an input, samples along the first axis. Without it inputs
-            are generated: at the target shapes, and again at smaller odd ones where dimensions are symbolic.
-        max_relative_error: ‖optimized − original‖ / ‖original‖ of the worst output, at most, to pass.
-        input_shapes: Target shapes of generated inputs, by input name.
+        data: Real inputs: an .npz (one array an input, samples along the first axis), a folder of .npz,
+            ``module:function``, or a text file with ``tokenizer``, a folder. Without it inputs are generated: at the
+            target shapes, and again at smaller odd ones where dimensions are symbolic.
+        num_samples: Use so many of them; None: all.
+        input_shapes: Target shapes of generated inputs, by input name; a sequence of these for several targets.
+        max_compiler_error, max_relative_error, max_abs_error, min_cosine, min_top1_agreement, max_kl, max_drop: What
+            passes, see :class:`Thresholds`.
+        metric: A metric to measure of both on ``data``, see :mod:`.metrics`.
+        labels: The array of the data with the labels that the metric needs.
+        metric_output: The output that the metric is of.
+        layers: Compare the values inside, too, see :mod:`.layer_trace`; None: if a threshold is missed.
         threads: Intra-op threads; None: all cores of this process.
         seed: Of generated inputs.
         progress: Called with one line of text at every step.
@@ -96,54 +219,173 @@ def verify(
         UsageError: A wrong argument or data file, or a model that ONNX Runtime refuses.
         HostError: onnxruntime or the kernel library is missing.
     """
-    if not max_relative_error >= 0:
-        raise UsageError(f"max_relative_error must be 0 or more, not {max_relative_error}")
+    thresholds = Thresholds(
+        max_compiler_error,
+        max_relative_error,
+        max_abs_error,
+        min_cosine,
+        min_top1_agreement,
+        max_kl,
+        max_drop,
+    ).with_default()
     say = progress or (lambda _line: None)
     paths = (Path(original), Path(optimized))
     models = (model_io.load_model(paths[0]), model_io.load_model(paths[1]))
     specs = input_specs(models[0])
     _check_interfaces(models, specs)
-    given = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    if data is not None and given:
+    heads = find_heads(models[0])
+    if max_kl is not None and not heads:
+        raise UsageError("max_kl: no output of the original is known to hold logits")
+    if data is not None and input_shapes:
         raise UsageError("give real inputs or input shapes, not both: the shapes are those of the data")
+    if data is None and (labels is not None or tokenizer is not None):
+        raise UsageError("labels and tokenizer belong to real inputs: give data, too")
     count = threads or available_cores()
-    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
+    if data is not None:
+        samples = open_samples(data, specs, limit=num_samples, tokenizer=tokenizer, labels=labels)
+        batches, required = list(samples), None
+        tried = [f"{data}: {len(batches)} batches"]
+    else:
+        batches, required = _generated(specs, input_shapes or {}, seed, say)
+        tried = [f"generated: {_describe(feeds)}" for feeds in batches]
+    opened = None
+    if metric is not None:
+        say("measuring the metric of the original")
+        opened = open_metric(
+            metric,
+            models[0],
+            batches if data is not None else [],
+            labels=labels,
+            output=metric_output,
+            threads=threads,
+        )
+    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch, model_io.Spool(scratch) as spool:
         work = Path(scratch)
-        if data is not None:
-            batches = read_samples(Path(data), specs)
-            tried = [f"{data}: {len(batches)} batches"]
-        else:
-            shapes, guessed = resolve_shapes(specs, given)
-            for name, size in guessed.items():
-                say(f"dimension {name} is taken as {size}; say --input-shape for another")
-            both = [shapes, _other_shapes(specs, shapes)]
-            batches = [generate(specs, s, seed + i) for i, s in enumerate(both) if i == 0 or s != shapes]
-            tried = [f"generated: {_describe(feeds)}" for feeds in batches]
-        heads = find_heads(models[0])
         probe = make_probe(heads, batches[0]) if data is not None else None
         say("running the original")
-        reference, skipped = _run(
+        reference, skipped = record(
             models[0],
             paths[0],
             batches if probe is None else [*batches, probe.feeds],
             work / "original",
             threads=count,
             library=False,
-            optional=data is None,
+            required=required,
         )
         heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
-        ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
-        refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
-        differences = {}
-        ways = ("with_library", "without_library") if uses_library(models[1]) else ("without_library",)
-        for name in ways:
-            say(f"running the optimized model {name.replace('_', ' ')}")
-            library = name == "with_library"
-            outputs, _ = _run(models[1], paths[1], batches, work / name, threads=count, library=library)
-            differences[name] = compare(reference, outputs, heads, batches)
+        dense = dense_reference(models[1], spool.put) if uses_library(models[1]) else None
+        if dense is not None:
+            say("running the pruned dense model")
+            unpacked, _ = record(dense, None, batches, work / "dense", threads=count, library=False)
+        against_original, against_dense = {}, {}
+        for way in ("with_library", "without_library") if dense is not None else ("without_library",):
+            say(f"running the optimized model {way.replace('_', ' ')}")
+            library = way == "with_library"
+            outputs, _ = record(models[1], paths[1], batches, work / way, threads=count, library=library)
+            against_original[way] = compare(reference, outputs, heads, batches)
+            if dense is not None:
+                against_dense[way] = compare(unpacked, outputs)
             del outputs
-    return VerifyResult(differences, ran, refused, len(batches), max_relative_error)
+        measured = None
+        if opened is not None:
+            say("measuring the metric of the optimized model")
+            measured = opened.compare(models[1], threads=threads)
+        misses = list(_misses(against_original, against_dense, measured, thresholds))
+        trace = None
+        if layers or (layers is None and misses):
+            # A fault of the compiler is looked for first: it may be all of the loss.
+            fault = next((miss for miss in misses if miss.threshold == "max_compiler_error"), None)
+            way = (fault or misses[0]).way if misses else ""
+            try:
+                trace = trace_layers(
+                    dense if dense is not None and fault is not None else models[0],
+                    models[1],
+                    batches,
+                    threshold=max_compiler_error,
+                    threads=count,
+                    library=dense is not None and way != "without_library",
+                    work=work,
+                    title="original" if fault is None else "pruned dense model",
+                    progress=say,
+                )
+            except UsageError as error:  # of a model that runs as it is, but not with its values given out
+                if layers:
+                    raise
+                say(f"warning: layers could not be compared: {error}")
+    ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
+    refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
+    return VerifyResult(
+        against_original, against_dense, thresholds, measured, trace, ran, refused, len(batches)
+    )
+
+
+def _misses(
+    against_original: Mapping[str, Difference],
+    against_dense: Mapping[str, Difference],
+    metric: MetricResult | None,
+    thresholds: Thresholds,
+) -> Iterator[Miss]:
+    """Of every threshold that is missed the place where it is missed by most."""
+    found = _figures(against_dense)["max_relative_error"]
+    yield from _worst("max_compiler_error", "pruned dense model", found, thresholds.max_compiler_error)
+    figures = _figures(against_original)
+    if metric is not None:
+        figures["max_drop"] = [(metric.drop, "", "")]
+    for name, places in figures.items():
+        yield from _worst(name, "original", places, getattr(thresholds, name))
+
+
+_Place = tuple[float, str, str]  # a figure, the way and the output
+
+
+def _figures(differences: Mapping[str, Difference]) -> dict[str, list[_Place]]:
+    """What each threshold of the loss is about, in all ways and at all outputs."""
+    figures: dict[str, list[_Place]] = {field.name: [] for field in dataclasses.fields(Thresholds)[1:]}
+    for way, difference in differences.items():
+        predictions = {found.output: found for found in difference.predictions}
+        for at in difference.outputs:
+            name = at.worst_output
+            agreement = predictions[name].top1_agreement if name in predictions else at.top1_agreement
+            figures["max_relative_error"].append((at.relative_error, way, name))
+            figures["max_abs_error"].append((at.max_abs, way, name))
+            figures["min_cosine"].append((at.cosine, way, name))
+            figures["min_top1_agreement"].append((agreement, way, name))
+            figures["max_drop"].append((1 - at.cosine, way, name))
+            if name in predictions:
+                figures["max_kl"].append((predictions[name].kl_divergence, way, name))
+    return figures
+
+
+def _worst(name: str, reference: str, places: Sequence[_Place], allowed: float | None) -> Iterator[Miss]:
+    if allowed is None or not places:
+        return
+    sign = -1 if name.startswith("min_") else 1
+    found, way, output = max(places, key=lambda place: math.inf if math.isnan(place[0]) else sign * place[0])
+    if not sign * found <= sign * allowed:
+        yield Miss(name, reference, way, output, found, allowed)
+
+
+def _generated(
+    specs: Sequence[InputSpec],
+    targets: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]],
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[list[Feeds], int]:
+    """Inputs at every target, then at other shapes than the first; and how many of them are for targets."""
+    wanted = [targets] if isinstance(targets, Mapping) else list(targets)
+    every: list[dict[str, tuple[int, ...]]] = []
+    for target in wanted:
+        shapes, guessed = resolve_shapes(specs, {name: tuple(shape) for name, shape in target.items()})
+        for name, size in guessed.items():
+            say(f"note: dimension {name} is taken as {size}; say --input-shape for another")
+        if shapes not in every:
+            every.append(shapes)
+    required = len(every)
+    other = _other_shapes(specs, every[0])
+    if other not in every:
+        every.append(other)
+    return [generate(specs, shapes, seed + i) for i, shapes in enumerate(every)], required
 
 
 def _check_interfaces(models: Sequence[ir.Model], specs: Sequence[InputSpec]) -> None:
@@ -188,46 +430,6 @@ def _other_size(dim: int | str | None, size: int, position: int) -> int:
     if isinstance(dim, int) or position > 1:
         return size
     return 2 if size == 1 and position == 0 else min(size, _SHORT)
-
-
-def _run(
-    model: ir.Model,
-    path: Path,
-    batches: Sequence[Feeds],
-    folder: Path,
-    *,
-    threads: int,
-    library: bool,
-    optional: bool = False,
-) -> tuple[list[Feeds], dict[int, str]]:
-    """The outputs of every batch, as arrays mapped from files in ``folder``.
-
-    ``optional``: batches after the first may be refused; their indices come back with the reason.
-    """
-    folder.mkdir()
-    results: list[Feeds] = []
-    refused: dict[int, str] = {}
-    budget = session_budget(model_io.weight_bytes(model))
-    with open_runner(
-        model, threads=threads, library=library, budget=budget, work=folder, path=path
-    ) as runner:
-        for index, feeds in enumerate(batches):
-            try:
-                outputs = runner.run(feeds)
-            except UsageError as error:
-                if not optional or index == 0:
-                    raise
-                refused[index] = str(error)
-                continue
-            mapped = {}
-            for position, (name, value) in enumerate(outputs.items()):
-                if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiubc":
-                    raise UsageError(f"{path}: output {name!r} is no tensor of numbers: cannot be compared")
-                file = folder / f"{index}-{position}.npy"
-                np.save(file, value)
-                mapped[name] = np.load(file, mmap_mode="r")
-            results.append(mapped)
-    return results, refused
 
 
 def _describe(feeds: Feeds) -> str:
