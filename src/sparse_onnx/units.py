@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["format_bytes", "format_ms", "format_number", "format_share", "parse_size"]
+__all__ = ["format_bytes", "format_error", "format_ms", "format_number", "format_share", "parse_size"]
 
 _FACTORS: dict[str, int] = {
     "b": 1,
@@ -35,6 +35,13 @@ def format_ms(milliseconds: float | None) -> str:
 def format_number(value: float | None) -> str:
     """A small quantity such as an error, with two digits; ``-`` for None."""
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def format_error(value: float | None) -> str:
+    """A relative error: in percent from 0.1 % on, below that as a power of ten; ``-`` for None."""
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if value >= 0.001 else format_number(value)
 
 
 def format_share(value: float | None) -> str:

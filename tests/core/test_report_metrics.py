@@ -123,7 +123,7 @@ def test_perplexity_of_a_language_model(model, tmp_path):
     assert report["verification"]["against_pruned_dense"]["predictions"] == [], "the compiler alone"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Perplexity" in page
-    assert "Output error, held out" in page
+    assert "Held out" in page
 
 
 def test_generated_tokens_have_no_perplexity(model, tmp_path):
