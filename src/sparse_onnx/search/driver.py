@@ -2,9 +2,9 @@
 
 A trial is a whole compilation: pruned with the method asked for, lowered, verified, its drop measured, in as many
 processes as there are. Its speed is measured after that, alone on the machine. The first trials compare the families
-of plans (:mod:`.plans`) where they are forecast alike; the search goes on with the one that loses less, until nothing
-more is to be learned, or time or trials are used up. After every trial all that is known goes to a file, from which an
-interrupted search goes on.
+of plans (:mod:`.plans`) where they are expected to be as fast; the search goes on with the one that loses less, until
+nothing more is to be learned, or time or trials are used up. After every trial all that is known goes to a file, from
+which an interrupted search goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from sparse_onnx.errors import SparseOnnxError, VerificationError
+from sparse_onnx.forecast import Plan
 from sparse_onnx.progress import format_duration
 from sparse_onnx.runtime import Ratio
-from sparse_onnx.search.plans import Family, SparsePlan
+from sparse_onnx.search.plans import Family
 from sparse_onnx.search.strategy import Goals, Outcome, best, next_points
 from sparse_onnx.search.workers import Workers
 from sparse_onnx.storage import write_whole
@@ -89,7 +90,7 @@ class Search:
         families: Sequence[Family],
         goals: Goals,
         *,
-        compile_plan: Callable[[SparsePlan, Path, int], tuple[int, float, float]],
+        compile_plan: Callable[[Plan, Path, int], tuple[int, float, float]],
         time_alone: Callable[[Path], Ratio],
         workers: Workers,
         limits: Limits,
@@ -134,7 +135,7 @@ class Search:
         """The plans of the next round: of every family where nothing is known yet, then of the better one."""
         if not self.trials:
             return [
-                (name, next_points(family.forecasts, {}, self._goals)[0])
+                (name, next_points(family.expected, {}, self._goals)[0])
                 for name, family in self._families.items()
             ]
         name = self._leader()
@@ -143,8 +144,8 @@ class Search:
             for trial in self.trials
             if trial.family == name
         }
-        forecasts = self._families[name].forecasts
-        points = next_points(forecasts, tried, self._goals, max(1, self._workers.jobs))
+        expected = self._families[name].expected
+        points = next_points(expected, tried, self._goals, max(1, self._workers.jobs))
         return [(name, index) for index in points]
 
     def _leader(self) -> str:
@@ -169,8 +170,8 @@ class Search:
             shutil.rmtree(folder, ignore_errors=True)
             tasks.append(functools.partial(self._compile, self._families[name].plans[index], folder))
             number = len(self.trials) + len(tasks)
-            forecast = self._families[name].forecasts[index]
-            self._say(f"trial {number}: {name} {index}, forecast {forecast.speedup:.2f}x")
+            expected = self._families[name].expected[index]
+            self._say(f"trial {number}: {name} {index}, expected {expected.speedup:.2f}x")
         results = self._workers.run(tasks)
         for (name, index), folder, result in zip(chosen, folders, results, strict=True):
             if isinstance(result, VerificationError):

@@ -11,22 +11,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["Option", "Plan", "frontier", "lower_hull", "pareto"]
+__all__ = ["Option", "frontier", "lower_hull", "pareto"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One way to store a layer: ``sparsity`` 0 is dense. ``cost`` and ``loss`` are finite, smaller is better."""
+    """One way to store a layer; ``choice`` names it for the caller. ``cost`` and ``loss`` are finite, smaller is
+    better."""
 
-    sparsity: float
-    structure: str
+    choice: Any
     cost: float
     loss: float
-
-
-Plan = Mapping[str, Option]
-"""An option for every layer, by name."""
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:

@@ -2,155 +2,127 @@
 
 Two families, each from dense to as sparse as can be: ``allocated`` has the zeros where they buy most for what they
 lose (:func:`.frontier.frontier`), ``uniform`` the same share in every layer that is faster with it. What a layer loses
-alone is a forecast of what the model loses, no more, so both are tried and the trials decide.
+alone tells little of what the model loses with all of them, so both are tried and the trials decide.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import math
+from collections.abc import Callable, Iterable, Mapping
 
+from sparse_onnx.forecast import Choice, Forecast, Plan
+from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.oneshot import OneShot
-from sparse_onnx.search.frontier import Option, Plan, frontier
-from sparse_onnx.search.strategy import Forecast, Goals
+from sparse_onnx.search.frontier import Option, frontier
+from sparse_onnx.search.strategy import Expected, Goals
 
-__all__ = ["SPARSITIES", "Costs", "Family", "Losses", "SparsePlan", "allocated", "modifiers", "uniform"]
+__all__ = ["SPARSITIES", "Family", "LossOf", "allocated", "modifiers", "uniform"]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The shares of zeros that a layer may get."""
 
-_STEPS = 56
-"""Of the uniform family: sparsities from .4 to .95, one per cent apart."""
+_UNIFORM = tuple(round(0.4 + 0.01 * step, 2) for step in range(56))
 
-
-SparsePlan = Mapping[str, tuple[str, float]]
-"""(structure, sparsity) of the layers that are not dense, by name."""
-
-
-class Costs(Protocol):
-    """What a model costs for any plan, without measuring anew."""
-
-    def milliseconds(self, name: str, structure: str, sparsity: float) -> float:
-        """Time of one layer; ``sparsity`` 0: dense."""
-        ...
-
-    def nbytes(self, name: str, structure: str, sparsity: float) -> float:
-        """Stored bytes of one layer."""
-        ...
-
-    def whole(self, plan: SparsePlan) -> tuple[float, float]:
-        """(speedup, bytes of the files) of the model with (structure, sparsity) for some layers, the others dense."""
-        ...
-
-
-Losses = Mapping[str, Mapping[tuple[str, float], float]]
-"""What each layer loses: by name, then by (structure, sparsity). Losses of different layers add up."""
+LossOf = Callable[[str, Choice], float | None]
+"""What a layer, by the name of its weight, loses with a choice, in units that add up over layers; None: it cannot
+have that pattern."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Plans in the order of rising speed and loss, each with its forecast. A plan has the sparse layers alone."""
+    """Plans in the order of rising speed or smallness, with what is expected of each."""
 
     name: str
-    plans: tuple[SparsePlan, ...]
-    forecasts: tuple[Forecast, ...]
+    plans: tuple[Plan, ...]
+    expected: tuple[Expected, ...]
 
 
-def allocated(costs: Costs, losses: Losses, goals: Goals) -> Family:
-    """Least loss for the time, for the size where only that is asked for, or for both in equal shares of dense."""
-    dense_ms = sum(costs.milliseconds(name, "unstructured", 0.0) for name in losses)
-    dense_bytes = sum(costs.nbytes(name, "unstructured", 0.0) for name in losses)
+def allocated(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goals) -> Family:
+    """Zeros in the layers ``names`` with the least loss for the time that they leave; for the size where only that is
+    asked for; for both in equal shares of dense where both are."""
+    names = list(names)
+    dense_ms = sum(forecast.layer_milliseconds(name) for name in names)
+    dense_bytes = sum(forecast.layer_bytes(name) for name in names)
     by_size = goals.nbytes is not None
     by_time = goals.speedup is not None or not by_size
 
-    def cost(name: str, structure: str, sparsity: float) -> float:
+    def cost(name: str, choice: Choice | None) -> float:
         total = 0.0
         if by_time:
-            total += costs.milliseconds(name, structure, sparsity) / dense_ms
+            total += forecast.layer_milliseconds(name, choice) / dense_ms
         if by_size:
-            total += costs.nbytes(name, structure, sparsity) / dense_bytes
+            total += forecast.layer_bytes(name, choice) / dense_bytes
         return total
 
-    options = {
-        name: [
-            Option(0.0, "unstructured", cost(name, "unstructured", 0.0), 0.0),
-            *(
-                Option(sparsity, structure, cost(name, structure, sparsity), loss)
-                for (structure, sparsity), loss in table.items()
-            ),
-        ]
-        for name, table in losses.items()
-    }
-    plans = [_sparse_part(plan) for plan in frontier(options)]
-    return _family("allocated", plans, costs, losses)
+    options: dict[str, list[Option]] = {}
+    for name in names:
+        options[name] = [Option(None, cost(name, None), 0.0)]
+        for choice in _choices(forecast):
+            lost = loss(name, choice)
+            if lost is not None:
+                options[name].append(Option(choice, cost(name, choice), lost))
+    plans = [
+        {name: option.choice for name, option in plan.items() if option.choice is not None}
+        for plan in frontier(options)
+    ]
+    return _family("allocated", plans, forecast, loss)
 
 
-def uniform(costs: Costs, losses: Losses, goals: Goals) -> Family:
-    """The same share of unstructured zeros in all layers that cost less with it."""
-    plans: list[dict[str, tuple[str, float]]] = [{}]
-    for step in range(_STEPS):
-        sparsity = round(0.4 + 0.01 * step, 2)
+def _choices(forecast: Forecast) -> Iterable[Choice]:
+    for structure in forecast.structures:
+        parsed = MaskStructure.parse(structure)
+        if parsed.kind == "n:m":
+            yield 1 - parsed.size[0] / parsed.size[1], structure
+        else:
+            yield from ((sparsity, structure) for sparsity in SPARSITIES)
+
+
+def uniform(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goals) -> Family:
+    """The same share of unstructured zeros in all of the layers ``names`` that cost less with it."""
+    names = list(names)
+    plans: list[Plan] = [{}]
+    for sparsity in _UNIFORM:
+        choice = (sparsity, UNSTRUCTURED)
         plans.append(
             {
-                name: ("unstructured", sparsity)
-                for name in losses
-                if goals.nbytes is not None
-                or costs.milliseconds(name, "unstructured", sparsity)
-                < costs.milliseconds(name, "unstructured", 0.0)
+                name: choice
+                for name in names
+                if forecast.layer_milliseconds(name, choice) < forecast.layer_milliseconds(name)
             }
         )
-    return _family("uniform", plans, costs, losses)
+    return _family("uniform", plans, forecast, loss)
 
 
-def _sparse_part(plan: Plan) -> dict[str, tuple[str, float]]:
-    return {name: (option.structure, option.sparsity) for name, option in plan.items() if option.sparsity}
-
-
-def _family(name: str, plans: Sequence[SparsePlan], costs: Costs, losses: Losses) -> Family:
+def _family(name: str, plans: Iterable[Plan], forecast: Forecast, loss: LossOf) -> Family:
     """In order, without plans that are no faster and no smaller than the one before."""
-    kept: list[SparsePlan] = []
-    forecasts: list[Forecast] = []
+    kept: list[Plan] = []
+    expected: list[Expected] = []
     for plan in plans:
-        speedup, nbytes = costs.whole(plan)
-        forecast = Forecast(speedup, nbytes, _loss(plan, losses))
-        if not forecasts or speedup > forecasts[-1].speedup or nbytes < forecasts[-1].nbytes:
+        outlook = forecast.outlook(plan)
+        if not kept or outlook.speedup > expected[-1].speedup or outlook.nbytes < expected[-1].nbytes:
             kept.append(plan)
-            forecasts.append(forecast)
-    return Family(name, tuple(kept), tuple(forecasts))
+            lost = math.fsum(loss(layer, choice) or 0.0 for layer, choice in plan.items())
+            expected.append(Expected(outlook.speedup, outlook.nbytes, lost))
+    return Family(name, tuple(kept), tuple(expected))
 
 
-def _loss(plan: SparsePlan, losses: Losses) -> float:
-    return sum(_read_off(losses[name], structure, sparsity) for name, (structure, sparsity) in plan.items())
+def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
+    """``plan`` as pruning passes with the options of ``template``, whose own share of zeros does not count.
 
-
-def _read_off(table: Mapping[tuple[str, float], float], structure: str, sparsity: float) -> float:
-    """Between the shares that were measured: on a straight line."""
-    if (structure, sparsity) in table:
-        return table[structure, sparsity]
-    points = [(0.0, 0.0), *sorted((s, loss) for (kind, s), loss in table.items() if kind == structure)]
-    for (before, low), (after, high) in itertools.pairwise(points):
-        if before <= sparsity <= after:
-            return low + (high - low) * (sparsity - before) / (after - before)
-    return points[-1][1]
-
-
-def modifiers(plan: SparsePlan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
-    """``plan`` as pruning passes with the options of ``template``, which has none of the shares.
-
-    ``sizes`` are the elements of the weights. A one-shot method prunes all layers of one structure together; by
-    magnitude, those of one structure and share.
+    ``sizes`` are the elements of the weights. A one-shot method prunes all layers of one pattern together; by
+    magnitude, those of one pattern and share.
     """
     passes: list[Pass] = []
-    for structure in dict.fromkeys(kind for kind, _ in plan.values()):
-        shares = {name: share for name, (kind, share) in plan.items() if kind == structure}
-        fixed = ":" in structure and not structure.startswith("block")  # N:M
+    for structure in dict.fromkeys(pattern for _, pattern in plan.values()):
+        shares = {name: share for name, (share, pattern) in plan.items() if pattern == structure}
+        fixed = MaskStructure.parse(structure).kind == "n:m"
         if isinstance(template, OneShot):
             total = sum(sizes[name] for name in shares)
-            mean = sum(share * sizes[name] for name, share in shares.items()) / total
+            mean = math.fsum(share * sizes[name] for name, share in shares.items()) / total
             passes.append(
                 dataclasses.replace(
                     template,

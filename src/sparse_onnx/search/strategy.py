@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Forecast", "Goals", "Outcome", "best", "next_points"]
+__all__ = ["Expected", "Goals", "Outcome", "best", "next_points"]
 
 TOLERANCE = 0.03
 """A bracket is closed where the plans at its ends differ by less than this share in speed and size."""
@@ -28,7 +28,7 @@ class Goals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
+class Expected:
     """Of a plan: how many times faster than dense, its files in bytes, and a loss that rises with the drop."""
 
     speedup: float
@@ -70,49 +70,49 @@ def best(outcomes: Sequence[Outcome], goals: Goals) -> int:
 
 
 def next_points(
-    forecasts: Sequence[Forecast], tried: Mapping[int, Outcome], goals: Goals, count: int = 1
+    plans: Sequence[Expected], tried: Mapping[int, Outcome], goals: Goals, count: int = 1
 ) -> list[int]:
     """Up to ``count`` indices of plans to try next, none of them tried; empty once nothing more is to be learned.
 
-    ``forecasts`` are in the order of the family.
+    ``plans`` are in the order of the family.
     """
     wanted = []
-    needed = _needed(forecasts, tried, goals)
+    needed = _needed(plans, tried, goals)
     if needed is not None:
         wanted.append(needed)
     met = needed is not None and needed in tried and tried[needed].misses(goals) == (0.0, 0.0)
     if goals.drop is not None and not met:
-        ceiling = needed if needed is not None else len(forecasts) - 1
-        wanted += _bracketing(forecasts, tried, goals.drop, ceiling, count)
+        ceiling = needed if needed is not None else len(plans) - 1
+        wanted += _bracketing(plans, tried, goals.drop, ceiling, count)
     return [index for index in dict.fromkeys(wanted) if index not in tried][:count]
 
 
-def _needed(forecasts: Sequence[Forecast], tried: Mapping[int, Outcome], goals: Goals) -> int | None:
-    """The first plan that is fast and small enough as forecast and corrected; the last where none is; None without
+def _needed(plans: Sequence[Expected], tried: Mapping[int, Outcome], goals: Goals) -> int | None:
+    """The first plan that is fast and small enough as expected and corrected; the last where none is; None without
     such goals."""
     if goals.speedup is None and goals.nbytes is None:
         return None
-    faster, larger = _correction(forecasts, tried)
-    for index, forecast in enumerate(forecasts):
-        expected = tried.get(index)
-        if expected is None:
-            expected = Outcome(forecast.speedup * faster, forecast.nbytes * larger, 0.0)
-        if expected.misses(dataclasses.replace(goals, drop=None)) == (0.0, 0.0):
+    faster, larger = _correction(plans, tried)
+    for index, known in enumerate(plans):
+        outcome = tried.get(index)
+        if outcome is None:
+            outcome = Outcome(known.speedup * faster, known.nbytes * larger, 0.0)
+        if outcome.misses(dataclasses.replace(goals, drop=None)) == (0.0, 0.0):
             return index
-    return len(forecasts) - 1
+    return len(plans) - 1
 
 
-def _correction(forecasts: Sequence[Forecast], tried: Mapping[int, Outcome]) -> tuple[float, float]:
-    """Measured over forecast, of speed and of size: geometric means over the trials."""
+def _correction(plans: Sequence[Expected], tried: Mapping[int, Outcome]) -> tuple[float, float]:
+    """Measured over expected, of speed and of size: geometric means over the trials."""
     if not tried:
         return 1.0, 1.0
-    speed = [math.log(outcome.speedup / forecasts[index].speedup) for index, outcome in tried.items()]
-    size = [math.log(outcome.nbytes / forecasts[index].nbytes) for index, outcome in tried.items()]
+    speed = [math.log(outcome.speedup / plans[index].speedup) for index, outcome in tried.items()]
+    size = [math.log(outcome.nbytes / plans[index].nbytes) for index, outcome in tried.items()]
     return math.exp(sum(speed) / len(speed)), math.exp(sum(size) / len(size))
 
 
 def _bracketing(
-    forecasts: Sequence[Forecast], tried: Mapping[int, Outcome], drop: float, ceiling: int, count: int
+    plans: Sequence[Expected], tried: Mapping[int, Outcome], drop: float, ceiling: int, count: int
 ) -> list[int]:
     """Plans up to ``ceiling`` that narrow down where ``drop`` is passed: the best guess first."""
     good = max((index for index, outcome in tried.items() if outcome.drop <= drop), default=0)
@@ -120,35 +120,33 @@ def _bracketing(
         (index for index, outcome in tried.items() if index > good and not outcome.drop <= drop), default=None
     )
     last = ceiling if bad is None else min(bad, ceiling)
-    if good in tried and _alike(forecasts[good], forecasts[last]):
+    if good in tried and _alike(plans[good], plans[last]):
         return []
     inside = [i for i in range(good, last + 1) if i not in tried]
     if not inside:
         return []
-    guess = min(inside, key=lambda index: abs(index - _guess(forecasts, tried, drop, good, last)))
+    guess = min(inside, key=lambda index: abs(index - _guess(plans, tried, drop, good, last)))
     # Others, for those who try several at once: spread evenly over the rest.
     spread = [inside[round((k + 1) * (len(inside) - 1) / (count + 1))] for k in range(count)]
     return [guess, *spread]
 
 
-def _alike(first: Forecast, second: Forecast) -> bool:
+def _alike(first: Expected, second: Expected) -> bool:
     return second.speedup <= first.speedup * (1 + TOLERANCE) and first.nbytes <= second.nbytes * (
         1 + TOLERANCE
     )
 
 
-def _guess(
-    forecasts: Sequence[Forecast], tried: Mapping[int, Outcome], drop: float, good: int, last: int
-) -> int:
+def _guess(plans: Sequence[Expected], tried: Mapping[int, Outcome], drop: float, good: int, last: int) -> int:
     """The plan between ``good`` and ``last`` whose drop is likely to be ``drop``.
 
     log(drop) is taken as linear in log(loss): through the two trials whose drops are nearest, or with slope 1 through
     the only one; the middle where there is none. Guesses keep off the ends, so that the bracket always shrinks.
     """
     points = [
-        (math.log(forecasts[index].loss), math.log(outcome.drop))
+        (math.log(plans[index].loss), math.log(outcome.drop))
         for index, outcome in tried.items()
-        if forecasts[index].loss > 0 and 0 < outcome.drop < math.inf
+        if plans[index].loss > 0 and 0 < outcome.drop < math.inf
     ]
     if not points or drop <= 0:
         return (good + last) // 2
@@ -158,6 +156,6 @@ def _guess(
     if others and (others[0][0] - x) * (others[0][1] - y) > 0:
         slope = (others[0][1] - y) / (others[0][0] - x)
     loss = math.exp(x + (aim - y) / slope)
-    found = bisect.bisect_right([forecast.loss for forecast in forecasts], loss) - 1
+    found = bisect.bisect_right([known.loss for known in plans], loss) - 1
     margin = (last - good) // 8
     return min(max(found, good + margin), last - margin)

@@ -9,15 +9,15 @@ from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.runtime import Ratio
 from sparse_onnx.search.driver import Limits, Search
 from sparse_onnx.search.plans import Family
-from sparse_onnx.search.strategy import Forecast, Goals
+from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.search.workers import choose_workers
 
 _SHARES = [round(0.02 * i, 2) for i in range(48)]
 
 
 def _family(name, scale=1.0):
-    plans = tuple({name: ("unstructured", share)} for share in _SHARES)
-    forecasts = tuple(Forecast(1 / (1 - 0.8 * s), 1000 * (1 - s), scale * s**4) for s in _SHARES)
+    plans = tuple({name: (share, "unstructured")} for share in _SHARES)
+    forecasts = tuple(Expected(1 / (1 - 0.8 * s), 1000 * (1 - s), scale * s**4) for s in _SHARES)
     return Family(name, plans, forecasts)
 
 
@@ -28,7 +28,7 @@ class _Model:
         self.drop, self.faster, self.compiled = drop, faster, []
 
     def compile(self, plan, folder, _threads):
-        ((name, (_, share)),) = plan.items()
+        ((name, (share, _)),) = plan.items()
         self.compiled.append((name, share))
         drop = self.drop(name, share)
         folder.mkdir()

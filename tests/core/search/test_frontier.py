@@ -13,7 +13,7 @@ _OPTIONS = st.lists(st.tuples(_NUMBERS, _NUMBERS), min_size=1, max_size=4)
 
 
 def _options(pairs):
-    return [Option(index / 10, "unstructured", cost, loss) for index, (cost, loss) in enumerate(pairs)]
+    return [Option(index, cost, loss) for index, (cost, loss) in enumerate(pairs)]
 
 
 def _total(plan):
@@ -56,7 +56,7 @@ def test_each_plan_changes_one_layer():
 
 def test_a_layer_that_only_loses_time_stays_dense():
     (plan,) = frontier({"a": _options([(5, 0), (6, 1), (5, 2)])})
-    assert plan["a"].sparsity == 0
+    assert plan["a"].choice == 0
 
 
 @given(st.lists(st.tuples(_NUMBERS, _NUMBERS), max_size=8))

@@ -1,80 +1,110 @@
-"""Families of plans and the passes that they become, on a model of costs that is a formula."""
+"""Families of plans and the passes that they become, on a forecast whose curves are straight lines."""
 
+import dataclasses
 import itertools
 
 import pytest
 
+from sparse_onnx.forecast import Forecast, LayerForecast
+from sparse_onnx.layer_curves import Curve
 from sparse_onnx.passes import pass_by_name
-from sparse_onnx.search.plans import SPARSITIES, allocated, modifiers, uniform
+from sparse_onnx.search.plans import allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Goals
+from sparse_onnx.time_model import TimeModel
 
-_DENSE = {"large": 10.0, "small": 2.0}
-
-
-class _Costs:
-    """The layers and a rest of 3 ms; sparse time is 1.3 · (1 − s) of dense, and so are the bytes."""
-
-    def milliseconds(self, name, structure, sparsity):
-        return _DENSE[name] * (1.3 * (1 - sparsity) if sparsity else 1.0)
-
-    def nbytes(self, name, structure, sparsity):
-        return 100 * self.milliseconds(name, structure, sparsity)
-
-    def whole(self, plan):
-        ms = 3 + sum(self.milliseconds(name, *plan.get(name, ("unstructured", 0.0))) for name in _DENSE)
-        return 15 / ms, 100 * ms
+_SHARES = (0.3, 0.95)
 
 
-def _losses(large, small):
-    return {
-        name: {("unstructured", s): scale * s**2 for s in SPARSITIES}
-        for name, scale in (("large", large), ("small", small))
-    }
+def _curve(factor=1.3):
+    times = tuple(factor * (1 - share) for share in _SHARES)
+    return Curve(_SHARES, times, times, times)
+
+
+def _layer(name, ms, size, **options):
+    return LayerForecast(
+        name=name,
+        module=name,
+        op_type="MatMul",
+        kind="linear",
+        shape=(size, size),
+        rows=128,
+        sparsity=0.0,
+        reason="",
+        companion=False,
+        block=32,
+        packed_bytes=0,
+        key=size,
+        dense_ms=ms,
+        share=None,
+        **{"curves": {"unstructured": _curve(), "2:4": Curve((0.5,), (0.6,), (0.6,), (0.6,))}} | options,
+    )
+
+
+@pytest.fixture
+def forecast():
+    layers = (_layer("large", 10.0, 256), _layer("small", 2.0, 64))
+    times = TimeModel(3.0, 1.0, 1.0, 0.02)
+    nbytes = 4 * (256**2 + 64**2)
+    return Forecast(layers, ("unstructured", "2:4"), times, 15.0, nbytes, 0.0, 1.02, ("unstructured",))
+
+
+def _loss(**scales):
+    return lambda name, choice: scales[name] * choice[0] ** 2 if choice[1] == "unstructured" else None
 
 
 @pytest.mark.parametrize("make", [allocated, uniform])
-def test_a_family_goes_from_dense_to_sparsest_with_rising_speed_and_loss(make):
-    family = make(_Costs(), _losses(1.0, 1.0), Goals(speedup=2))
+@pytest.mark.parametrize("goals", [Goals(speedup=2), Goals(nbytes=1000), Goals(speedup=2, nbytes=1000)])
+def test_a_family_goes_from_dense_to_sparsest_with_rising_speed_and_loss(forecast, make, goals):
+    family = make(forecast, ["large", "small"], _loss(large=1.0, small=1.0), goals)
     assert family.plans[0] == {}
-    assert family.forecasts[0].speedup == 1
-    assert set(family.plans[-1].values()) == {("unstructured", 0.95)}
-    for first, second in itertools.pairwise(family.forecasts):
+    assert family.expected[0].speedup == 1
+    assert set(family.plans[-1].values()) == {(0.95, "unstructured")}
+    for first, second in itertools.pairwise(family.expected):
         assert first.speedup < second.speedup
         assert first.loss < second.loss
         assert first.nbytes > second.nbytes
 
 
-def test_the_layer_that_loses_less_becomes_sparser_first():
-    family = allocated(_Costs(), _losses(100.0, 0.001), Goals(speedup=2))
+def test_the_layer_that_loses_less_becomes_sparser_first(forecast):
+    family = allocated(forecast, ["large", "small"], _loss(large=100.0, small=0.001), Goals(speedup=2))
     assert list(family.plans[1]) == ["small"]
-    assert family.plans[1]["small"][1] == 0.95 or family.plans[2].keys() == {"small"}
+    last = next(plan for plan in family.plans if "large" in plan)
+    assert last["small"] == (0.95, "unstructured")
 
 
-def test_a_layer_that_no_sparsity_speeds_up_stays_dense():
-    class Slow(_Costs):
-        def milliseconds(self, name, structure, sparsity):
-            slow = name == "small" and sparsity > 0
-            return 5.0 if slow else super().milliseconds(name, structure, sparsity)
+@pytest.mark.parametrize("make", [allocated, uniform])
+def test_a_layer_that_no_sparsity_speeds_up_stays_dense(forecast, make):
+    slow = dataclasses.replace(forecast.layers[1], curves={"unstructured": _curve(30)})
+    changed = dataclasses.replace(forecast, layers=(forecast.layers[0], slow))
+    family = make(changed, ["large", "small"], _loss(large=1.0, small=1e-9), Goals(speedup=2))
+    assert len(family.plans) > 5
+    assert all("small" not in plan for plan in family.plans)
 
-    for make in (allocated, uniform):
-        assert all("small" not in plan for plan in make(Slow(), _losses(1.0, 1.0), Goals(speedup=2)).plans)
+
+def test_other_layers_are_left_alone(forecast):
+    family = uniform(forecast, ["large"], _loss(large=1.0), Goals(drop=0.1))
+    assert {name for plan in family.plans for name in plan} == {"large"}
 
 
-def test_the_uniform_family_has_one_share():
-    for plan in uniform(_Costs(), _losses(1.0, 1.0), Goals(drop=0.1)).plans:
+def test_the_uniform_family_has_one_share(forecast):
+    for plan in uniform(forecast, ["large", "small"], _loss(large=1.0, small=2.0), Goals(drop=0.1)).plans:
         assert len(set(plan.values())) <= 1
 
 
-def test_patterns_compete():
-    losses = _losses(1.0, 1.0)
-    losses["large"]["2:4", 0.5] = 1e-6
-    plans = allocated(_Costs(), losses, Goals(speedup=1.5)).plans
-    assert any(plan.get("large") == ("2:4", 0.5) for plan in plans)
+def test_patterns_compete(forecast):
+    plain = _loss(large=1.0, small=1.0)
+
+    def loss(name, choice):
+        return 1e-6 if choice == (0.5, "2:4") and name == "large" else plain(name, choice)
+
+    plans = allocated(forecast, ["large", "small"], loss, Goals(speedup=1.5)).plans
+    assert any(plan.get("large") == (0.5, "2:4") for plan in plans)
+    assert all(plan.get("small", (0, ""))[1] != "2:4" for plan in plans)
 
 
-def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_structure():
+def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_pattern():
     template = pass_by_name("prune.alps")(sparsity=0.5, dampening_frac=0.05)
-    plan = {"a": ("unstructured", 0.5), "b": ("2:4", 0.5), "c": ("unstructured", 0.8)}
+    plan = {"a": (0.5, "unstructured"), "b": (0.5, "2:4"), "c": (0.8, "unstructured")}
     first, second = modifiers(plan, template, {"a": 100, "b": 100, "c": 300})
     assert (first.mask_structure, first.targets) == ("unstructured", ("a", "c"))
     assert first.sparsities == {"a": 0.5, "c": 0.8}
@@ -85,7 +115,11 @@ def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_structure():
 
 def test_a_plan_by_magnitude_is_one_pass_for_each_share():
     template = pass_by_name("prune.magnitude")(sparsity=0.5)
-    plan = {"a": ("unstructured", 0.5), "b": ("unstructured", 0.8), "c": ("unstructured", 0.5)}
+    plan = {"a": (0.5, "unstructured"), "b": (0.8, "unstructured"), "c": (0.5, "unstructured")}
     first, second = modifiers(plan, template, dict.fromkeys("abc", 10))
     assert (first.targets, first.sparsity) == (("a", "c"), 0.5)
     assert (second.targets, second.sparsity) == (("b",), 0.8)
+
+
+def test_no_layer_is_no_pass():
+    assert modifiers({}, pass_by_name("prune.magnitude")(sparsity=0.5), {}) == ()

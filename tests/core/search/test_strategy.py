@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_onnx.search.strategy import TOLERANCE, Forecast, Goals, Outcome, best, next_points
+from sparse_onnx.search.strategy import TOLERANCE, Expected, Goals, Outcome, best, next_points
 
-_FAMILY = [Forecast(1 + 0.05 * i, 1000 / (1 + 0.03 * i), (0.01 * i) ** 2) for i in range(60)]
+_FAMILY = [Expected(1 + 0.05 * i, 1000 / (1 + 0.03 * i), (0.01 * i) ** 2) for i in range(60)]
 
 
 def _search(goals, outcome, count=1, family=_FAMILY, limit=40):
