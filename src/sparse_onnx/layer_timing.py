@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.inputs import Feeds, InputSpec, generate
+from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
 from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_matmul, sparse_matmul_split
@@ -81,10 +82,11 @@ def time_pair(
     seconds: float = 1.0,
 ) -> Ratio:
     """Two models in turn on the same ``feeds``: the first against the second; see :func:`time_together`."""
+    load = OtherLoad()
     first, second = time_together(
         models, libraries, feeds, threads=threads, work=work, rounds=rounds, seconds=seconds
     )
-    return ratio(first, second)
+    return ratio(first, second, quiet=load.spared(threads))
 
 
 def time_together(

@@ -28,6 +28,7 @@ from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import read_values, subgraphs
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.progress import format_duration
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.sparse_ops import sparse_matmul
 
@@ -57,7 +58,7 @@ __all__ = [
 STARTS, MOST_STARTS = 6, 15
 """How often a measurement is repeated: six are the fewest whose range is a 95 % interval of their median."""
 
-_FEWEST_STARTS = 3
+_FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
 
 
 def session_budget(nbytes: int) -> int:
@@ -285,7 +286,7 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
 class Ratio:
     """How many times faster the second thing is: the median of first / second, with its 95 % confidence interval
     ``low`` to ``high``, see :func:`median_interval`. ``first_ms`` and ``second_ms`` are medians in milliseconds.
-    ``cached`` says that it was measured in an earlier run.
+    ``cached`` says that it was measured in an earlier run, ``quiet`` that no other program was in the way.
     """
 
     first_ms: float
@@ -294,26 +295,41 @@ class Ratio:
     low: float
     high: float
     cached: bool = False
+    quiet: bool = True
 
     def close_to(self, value: float) -> bool:
         """Whether ``value`` lies in the interval, so that another measurement could come out on its other side."""
         return self.low <= value <= self.high
 
 
-def interleave(runs: Sequence[Callable[[], float]], *, rounds: int, seconds: float) -> list[list[float]]:
+def interleave(
+    runs: Sequence[Callable[[], float]],
+    *,
+    rounds: int,
+    seconds: float,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> list[list[float]]:
     """Call every run once a round, in turn, so that drift of the machine hits all alike.
 
     Each run returns its own milliseconds. Two warm-up rounds are not counted. Stops after ``rounds``, or earlier
-    once ``seconds`` have passed and at least five rounds are in.
+    once ``seconds`` have passed and at least five rounds are in. Between rounds, about once a second, ``progress`` is
+    told how long it still takes.
     """
     for _ in range(2):
         for run in runs:
             run()
     times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
+    start = said = time.perf_counter()
     for done in range(rounds):
-        if done >= 5 and time.perf_counter() - start > seconds:
+        now = time.perf_counter()
+        spent = now - start
+        if done >= _FEWEST_ROUNDS and spent > seconds:
             break
+        if done and now - said >= 1:
+            each = spent / done
+            left = min(each * (rounds - done), max(seconds - spent, each * (_FEWEST_ROUNDS - done)))
+            progress(f"round {done + 1} of at most {rounds}, {format_duration(left)} left")
+            said = now
         for run, record in zip(runs, times, strict=True):
             record.append(run())
     return times
@@ -333,7 +349,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[k - 1], ordered[n - k]
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+def ratio(first: Sequence[float], second: Sequence[float], *, quiet: bool = True) -> Ratio:
     """The ratio first / second of interleaved times, round by round."""
     ratios = [a / b for a, b in zip(first, second, strict=True)]
     return Ratio(
@@ -341,18 +357,23 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
         statistics.median(second),
         statistics.median(ratios),
         *median_interval(ratios),
+        quiet=quiet,
     )
 
 
 def pool(ratios: Sequence[Ratio]) -> Ratio:
-    """Measurements that were made independently of each other as one: the medians of their medians, and the interval
-    that these scatter in."""
+    """Measurements that were made independently of each other as one: the median of their medians, and the interval of
+    it. Those that were not quiet are left out if three others are there."""
+    quiet = [found for found in ratios if found.quiet]
+    if len(quiet) >= _FEWEST_STARTS:
+        ratios = quiet
     medians = [found.median for found in ratios]
     return Ratio(
         statistics.median(found.first_ms for found in ratios),
         statistics.median(found.second_ms for found in ratios),
         statistics.median(medians),
         *median_interval(medians),
+        quiet=all(found.quiet for found in ratios),
     )
 
 
@@ -370,18 +391,19 @@ def together(ratios: Sequence[Ratio], weights: Sequence[float]) -> Ratio:
         mean(found.low for found in ratios),
         mean(found.high for found in ratios),
         all(found.cached for found in ratios),
+        all(found.quiet for found in ratios),
     )
 
 
 def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) -> Ratio:
-    """Measure anew, at least :data:`STARTS` times and until the pooled interval leaves out ``threshold``, at most
-    :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
+    """Measure anew until :data:`STARTS` measurements were quiet and the pooled interval leaves out ``threshold``, but at
+    most :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
     """
     ratios: list[Ratio] = []
     start = time.perf_counter()
     while len(ratios) < MOST_STARTS:
         ratios.append(measure())
-        if len(ratios) >= STARTS and not pool(ratios).close_to(threshold):
+        if sum(found.quiet for found in ratios) >= STARTS and not pool(ratios).close_to(threshold):
             break
         if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
             break

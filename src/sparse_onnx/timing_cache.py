@@ -90,9 +90,9 @@ class TimingCache:
         return self._known.get(_text(key))
 
     def put(self, key: Mapping[str, Any], timing: Ratio) -> None:
-        """Keep ``timing``, in memory and at the end of the file."""
+        """Keep ``timing`` in memory, and at the end of the file if it was quiet: a wrong time is not to stay."""
         self._known[_text(key)] = timing
-        if self._path is None:
+        if self._path is None or not timing.quiet:
             return
         line = f"{_line(_text(key), timing)}\n".encode()
         try:

@@ -136,9 +136,9 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
     real, calls = compiler.ratio, []
 
-    def slower_at_first(first, second):
+    def slower_at_first(first, second, **options):
         calls.append(1)
-        return dataclasses.replace(real(first, second), median=0.5 if len(calls) == 1 else 1.5)
+        return dataclasses.replace(real(first, second, **options), median=0.5 if len(calls) == 1 else 1.5)
 
     def all_sparse(_model, candidates, *_arguments, **_options):
         return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
