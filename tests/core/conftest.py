@@ -285,6 +285,7 @@ class Browser:
         width: int = 1280,
         height: int = 900,
         dark: bool = False,
+        media: str = "",
         scripts: bool = True,
     ) -> None:
         """Load ``page`` in a window of ``width`` CSS pixels."""
@@ -296,7 +297,7 @@ class Browser:
             mobile=width < 500,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.events.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
