@@ -38,7 +38,10 @@ class Admm(DampedSolver):
         form = unit_form(problem.gram, self.damping)
         T = form.scale * problem.target
         rho = np.float32(self.penalty)
-        solve = inverse(form.matrix + rho * np.eye(len(T))).astype(np.float32)
+        shifted = form.matrix.astype(np.float64)
+        shifted[np.diag_indices_from(shifted)] += rho
+        solve = inverse(shifted).astype(np.float32)
+        del shifted
         pull = form.matrix @ T
         V, dual = T, np.zeros_like(T)
         sparse = T
