@@ -14,16 +14,18 @@ from pathlib import Path
 __all__ = ["OtherLoad", "busy_ticks"]
 
 _STAT = Path("/proc/stat")
-_TOLERANCE = 0.25
+# Of a processor; and ticks that rounding may add.
+_TOLERANCE, _ROUNDING = 0.25, 4
 
 
-def busy_ticks(stat: str, processors: Collection[int]) -> int:
-    """Clock ticks that ``processors`` were not idle, from the text of Linux's ``/proc/stat``. Time that a hypervisor
-    gave to other guests counts."""
+def busy_ticks(stat: str, processors: Collection[int] | None) -> int:
+    """Clock ticks that ``processors`` (None: all) were not idle, from the text of Linux's ``/proc/stat``. Time that a
+    hypervisor gave to other guests counts."""
+    names = {"cpu"} if processors is None else {f"cpu{number}" for number in processors}
     total = 0
     for line in stat.splitlines():
         name, *fields = line.split()
-        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in processors:
+        if name in names:
             user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
             total += user + nice + system + irq + softirq + steal
     return total
@@ -40,21 +42,29 @@ class OtherLoad:
 
     def processors(self) -> float:
         """How many processors they kept busy, in the mean."""
-        wall, own, ticks = (now - before for now, before in zip(self._now(), self._start, strict=True))
-        if not ticks or wall <= 0:
-            return 0.0
-        return max(0.0, (ticks / os.sysconf("SC_CLK_TCK") - own) / wall)
+        return self._since()[1]
 
     def spared(self, threads: int) -> bool:
         """Whether a processor was left for each of ``threads``, but for a quarter of one."""
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        seconds, others = self._since()
+        if not others:
+            return True
+        count, tick = len(os.sched_getaffinity(0)), 1 / os.sysconf("SC_CLK_TCK")
         # More threads than processors get in each other's way, not in that of others.
-        return min(threads, count) + self.processors() <= count + _TOLERANCE
+        return min(threads, count) + others <= count + _TOLERANCE + _ROUNDING * tick / seconds
+
+    def _since(self) -> tuple[float, float]:
+        """Seconds that have passed, and processors that others kept busy meanwhile."""
+        wall, own, ticks = (now - before for now, before in zip(self._now(), self._start, strict=True))
+        if not ticks or wall <= 0:
+            return wall, 0.0
+        return wall, max(0.0, (ticks / os.sysconf("SC_CLK_TCK") - own) / wall)
 
     @staticmethod
     def _now() -> tuple[float, float, int]:
         try:
-            ticks = busy_ticks(_STAT.read_text(), os.sched_getaffinity(0))
+            own = os.sched_getaffinity(0)
+            ticks = busy_ticks(_STAT.read_text(), None if len(own) == os.cpu_count() else own)
         except (OSError, ValueError, AttributeError):  # not Linux, or hidden from a container
             ticks = 0
         return time.perf_counter(), time.process_time(), ticks

@@ -14,6 +14,7 @@ from sparse_onnx.inputs import (
     generate,
     input_specs,
     parse_shape_flags,
+    parse_target_flags,
     read_samples,
     resolve_shapes,
 )
@@ -99,6 +100,29 @@ def test_shape_flags_that_are_none(flag):
 def test_shape_flag_given_twice():
     with pytest.raises(UsageError, match="'a' twice"):
         parse_shape_flags(["a:1", "a:2"])
+
+
+def test_repeated_shapes_are_targets():
+    assert parse_target_flags([]) == ({},)
+    assert parse_target_flags(["a:1", "b:2,3"]) == ({"a": (1,), "b": (2, 3)},)
+    assert parse_target_flags(["a:1", "b:2,3", "a:4", "a:5"]) == (
+        {"a": (1,), "b": (2, 3)},
+        {"a": (4,), "b": (2, 3)},
+        {"a": (5,), "b": (2, 3)},
+    )
+    assert parse_target_flags(["a:1", "a:2", "b:3", "b:4"]) == (
+        {"a": (1,), "b": (3,)},
+        {"a": (2,), "b": (4,)},
+    )
+
+
+def test_repeated_shapes_that_do_not_match():
+    with pytest.raises(
+        UsageError, match="gives a 2 shapes, b 3 shapes: give every input one shape, or as many"
+    ):
+        parse_target_flags(["a:1", "a:2", "b:1", "b:2", "b:3", "c:1"])
+    with pytest.raises(UsageError, match="NAME:DIM,DIM"):
+        parse_target_flags(["a:1", "a:0"])
 
 
 def test_shapes_of_fixed_inputs_need_no_guess():

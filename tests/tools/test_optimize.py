@@ -9,6 +9,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from sparse_onnx.passes.recipe import Target, load_recipe
 from sparse_onnx.tools.cli import main
 
 
@@ -110,6 +111,10 @@ def test_missed_goal_is_exit_4(tmp_path, capsys):
         (("--method", "magnitude", "--sparsity", "0.5", "--targets", "nosuch"), "nosuch"),
         (("--input-shape", "X:0,256"), "X:0,256"),
         (("--input-shape", "nosuch:1,2"), "nosuch"),
+        (("--input-shape", "X:1,256", "--input-shape", "X:2,128"), "X:2,128"),
+        (("--input-shape", "X:1,256", "--shape-weights", "1,2"), "as many as shapes has targets (1)"),
+        (("--shape-weights", "1;2"), "'1;2': write numbers with commas"),
+        (("--timing-cache", "times", "--no-timing-cache"), "not both"),
         (("--calibration-data", "nosuch.npz"), "nosuch.npz"),
         (("--recipe", "nosuch.yaml"), "nosuch.yaml"),
         (("--threads", "0"), "threads"),
@@ -119,6 +124,34 @@ def test_missed_goal_is_exit_4(tmp_path, capsys):
 def test_bad_options(tmp_path, capsys, options, message):
     model = write_model(tmp_path / "in")
     refused(capsys, tmp_path, 2, message, model, "-o", tmp_path / "out", "--quiet", *options)
+
+
+def test_several_shapes_and_a_cache_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_onnx.machine_load.OtherLoad.spared", lambda self, threads: True)
+    model = write_model(tmp_path / "in", sparsity=0.97)
+    shapes = ("--input-shape", "X:64,256", "--input-shape", "X:2,256", "--shape-weights", "1,0.5")
+    options = (*shapes, "--threads", "1", "--min-speedup", "0.001", "--timing-cache", tmp_path / "times")
+    code, out, err = call(capsys, model, "-o", tmp_path / "out", *options, "--format", "json")
+    assert code in (0, 5), err
+    report = json.loads(out)
+    assert [(target["input_shapes"], target["weight"]) for target in report["targets"]] == [
+        ({"X": [64, 256]}, 1.0),
+        ({"X": [2, 256]}, 0.5),
+    ]
+    assert all(target["dense_ms"] > 0 for target in report["targets"])
+    recipe = load_recipe(tmp_path / "out/recipe.yaml")
+    assert recipe.target == Target(({"X": (64, 256)}, {"X": (2, 256)}), 1, (1.0, 0.5))
+    assert (tmp_path / "times").is_file()
+
+
+def test_no_timing_cache_leaves_the_default_place_empty(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPARSE_ONNX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sparse_onnx.machine_load.OtherLoad.spared", lambda self, threads: True)
+    model = write_model(tmp_path / "in", sparsity=0.97)
+    call(capsys, model, "-o", tmp_path / "a", *SHAPE, "--no-timing-cache")
+    assert not (tmp_path / "cache").exists()
+    call(capsys, model, "-o", tmp_path / "b", *SHAPE)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["timings.jsonl"]
 
 
 def test_unknown_recipe_key_names_the_nearest(tmp_path, capsys):
