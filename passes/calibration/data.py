@@ -128,12 +128,6 @@ def open_samples(
     if callable(source):
         return from_function(source, specs, limit=limit, labels=labels)
     path = Path(source)
-    if tokenizer is not None:
-        if labels is not None:
-            raise UsageError(f"{path}: text holds no labels {labels!r}; give an .npz or module:function")
-        return from_text(
-            path, specs, tokenizer, limit=limit, batch=batch, paragraphs=paragraphs, max_length=max_length
-        )
     if path.is_dir():
         return from_npz_folder(path, specs, limit=limit, labels=labels)
     if path.suffix == ".npz" or (path.is_file() and path.suffix in (".npy", ".zip")):
@@ -141,6 +135,12 @@ def open_samples(
     if is_function(str(source)):
         function = import_function(str(source))
         return from_function(function, specs, limit=limit, source=str(source), labels=labels)
+    if tokenizer is not None:
+        if labels is not None:
+            raise UsageError(f"{path}: text holds no labels {labels!r}; give an .npz or module:function")
+        return from_text(
+            path, specs, tokenizer, limit=limit, batch=batch, paragraphs=paragraphs, max_length=max_length
+        )
     if path.is_file():
         raise UsageError(f"{path}: is no .npz; for a text file give the tokenizer's folder as well")
     raise UsageError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_onnx.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from sparse_onnx.metrics import MetricResult
     from sparse_onnx.passes.recipe import Goal
 
 __all__ = ["Gate", "gates", "goal_document"]
@@ -51,6 +52,7 @@ def gates(
     goal: Goal,
     *,
     drop: float | None,
+    metric: MetricResult | None = None,
     speedup: float | None,
     bytes_before: int,
     bytes_after: int | None,
@@ -59,14 +61,19 @@ def gates(
 
     Args:
         goal: Of the recipe.
-        drop: The quality that was lost: 1 − cosine to the original's outputs.
+        drop: The quality that was lost: of the ``metric``, or 1 − cosine to the original's outputs.
+        metric: Before and after, if the goal names one and it was measured.
         speedup: Time of the original model / time of the result.
         bytes_before: Of the original's weights; a ``target_size`` that is a share is a share of these.
         bytes_after: Of the files that were written.
     """
     found = []
     if goal.max_drop is not None:
-        text = f"1 - cosine is {_value(drop, '.4f')}, allowed are {goal.max_drop:g}"
+        if metric is None:
+            what = f"{'1 - cosine' if goal.metric is None else f'the drop of {goal.metric}'} is"
+        else:
+            what = f"{metric.name} went from {metric.before:.5g} to {metric.after:.5g}, a drop of"
+        text = f"{what} {_value(drop, '.4f')}, allowed are {goal.max_drop:g}"
         found.append(Gate("max_drop", goal.max_drop, drop, True, text))
     if goal.target_speedup is not None:
         text = f"the speedup is {_value(speedup, '.2f')}, asked for are {goal.target_speedup:g}"

@@ -1,5 +1,6 @@
 """Calibration data from every kind of source, and what is said about data that does not fit."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -323,3 +324,45 @@ def test_without_transformers_text_says_what_to_install(tmp_path, monkeypatch):
         HostError, match=r"pip install 'sparse-onnx\[export\]', or give the inputs as an \.npz"
     ):
         open_samples(tmp_path / "text.txt", (IDS,), tokenizer=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["npz", "folder", "function"])
+def test_labels_come_with_their_samples(tmp_path, source):
+    arrays = {**_arrays(5), "y": np.array([[i, -i] for i in range(5)], np.int8)}
+    if source == "npz":
+        np.savez(tmp_path / "data.npz", **arrays)
+        given = tmp_path / "data.npz"
+    elif source == "folder":
+        given = tmp_path / "folder"
+        given.mkdir()
+        np.savez(given / "data.npz", **arrays)
+    else:
+        given = functools.partial(iter, [arrays])
+    samples = open_samples(given, SPECS, labels="y", limit=4, batch=2)
+    labels = np.concatenate([feeds["y"] for feeds in samples])
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [[i, -i] for i in range(4)]
+    plain = open_samples(given, SPECS, limit=4, batch=2)
+    assert samples.without("y").digest() == plain.digest() != samples.digest()
+    assert all("y" not in feeds for feeds in plain)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.zeros(5, np.float32), r"labels y are float32\[5\]; expected integers"),
+        (np.int64(1), r"labels y are int64\[\]; expected integers"),
+        (np.zeros(4, np.int64), "differ in their number of samples"),
+        (None, "has no labels 'y'"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, labels, said):
+    np.savez(tmp_path / "data.npz", **_arrays(5), **({} if labels is None else {"y": labels}))
+    with pytest.raises(UsageError, match=said):
+        open_samples(tmp_path / "data.npz", SPECS, labels="y")
+
+
+def test_text_has_no_labels(tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text("a b\n")
+    with pytest.raises(UsageError, match="text holds no labels 'y'"):
+        open_samples(tmp_path / "text.txt", (IDS, MASK), tokenizer=tokenizer, labels="y")
