@@ -105,7 +105,7 @@ class Target(_Section):
         if self.weights is not None:
             count = len(self.all_shapes)
             fits = len(self.weights) == count and min(self.weights) > 0
-            allowed = f"{count} numbers above 0, one for each target of shapes"
+            allowed = f"numbers above 0, as many as shapes has targets ({count})"
             require(fits, "weights (--shape-weights)", list(self.weights), allowed)
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
 
@@ -146,7 +146,13 @@ class Goal(_Section):
     """What the result must reach; what is missed is said, and the best so far is still written.
 
     Attributes:
-        max_drop: What quality may be lost, at most.
+        max_drop: What quality may be lost, at most: of the metric, see :func:`sparse_onnx.quality.drop`; without one
+            of 1 − cosine between the outputs of the original and the result.
+        metric: ``module:function``, or a built-in one, see :mod:`sparse_onnx.metrics`.
+        metric_data: Real inputs to measure it on, as for calibration; None: the calibration data, or what of it was
+            held out.
+        labels: The array of that data with the labels.
+        metric_output: The output that the metric is of.
         min_speedup: What one layer must gain to become sparse, at least.
         target_speedup: How many times faster the whole model must become, as timed.
         target_size: What its files may take: a share of the original weights (0.5 or 50%), or a size (120MB).
@@ -156,9 +162,18 @@ class Goal(_Section):
     min_speedup: float = 1.02
     target_speedup: float | None = None
     target_size: float | str | None = None
+    metric: str | None = None
+    metric_data: str | None = None
+    labels: str | None = None
+    metric_output: str | None = None
 
     def check(self) -> None:
         require(self.max_drop is None or self.max_drop >= 0, "max_drop", self.max_drop, "0 or more")
+        for option in ("metric_data", "labels", "metric_output"):
+            given = getattr(self, option)
+            require(
+                given is None or self.metric is not None, option, given, "left out, or given with a metric"
+            )
         require(self.min_speedup > 0, "min_speedup", self.min_speedup, "above 0")
         speedup, size = self.target_speedup, self.target_size
         require(speedup is None or speedup > 0, "target_speedup", speedup, "above 0")

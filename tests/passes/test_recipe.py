@@ -80,6 +80,57 @@ def test_writing_and_reading_gives_the_same():
     assert parse_recipe(dump_recipe(Recipe())) == Recipe()
 
 
+SEVERAL = """version: 1
+target:
+  shapes: [{input_ids: [1, 128]}, {input_ids: [8, 128], mask: [8]}]
+  weights: [3, 0.5]
+"""
+
+
+def test_several_targets_are_read_and_written():
+    recipe = parse_recipe(SEVERAL)
+    shapes = ({"input_ids": (1, 128)}, {"input_ids": (8, 128), "mask": (8,)})
+    assert recipe.target == Target(shapes, weights=(3, 0.5))
+    assert recipe.target.all_shapes == shapes
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert override(Recipe(), shapes=list(shapes), shape_weights=[3, 0.5]) == recipe
+    assert "weights" not in dump_recipe(Recipe())
+
+
+def test_one_target_is_a_mapping_or_a_list_of_one():
+    assert Target().all_shapes == ({},)
+    assert Target({"x": (1,)}).all_shapes == Target(({"x": (1,)},)).all_shapes == ({"x": (1,)},)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{shapes: []}", "target: shapes must be one target or more"),
+        ("{shapes: [{x: [1]}, {x: [0]}]}", r"target: shapes\[1\].x must be sizes of 1 or more"),
+        (
+            "{shapes: [{x: [1]}, 3]}",
+            "target: shapes must be names with a list of integers each or a list of names",
+        ),
+        (
+            "{shapes: [{x: [1]}, {x: [2]}], weights: [1]}",
+            r"must be numbers above 0, as many as shapes has targets \(2\)",
+        ),
+        ("{shapes: [{x: [1]}, {x: [2]}], weights: []}", "must be numbers above 0"),
+        ("{shapes: [{x: [1]}, {x: [2]}], weights: [1, 0]}", "must be numbers above 0"),
+        ("{shapes: [{x: [1]}, {x: [2]}], weights: [1, .inf]}", "weights must be a list of numbers"),
+        ("{shapes: {x: [1]}, weights: [1, 2]}", "must be numbers above 0"),
+    ],
+)
+def test_targets_that_do_not_fit(target, message):
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(f"version: 1\ntarget: {target}")
+
+
+def test_other_shapes_need_other_weights():
+    with pytest.raises(UsageError, match=r"weights \(--shape-weights\) must be numbers above 0, as many"):
+        override(parse_recipe(SEVERAL), shapes={"input_ids": (1, 64)})
+
+
 # Words that some YAML reader takes for a number, a date, a list, nothing at all, ...
 words = st.sampled_from(
     ["2:4", "1e5", "1e-4", "0o7", "010", "0x1F", "yes", "null", "~", "", "- a", "a: b", "#c", "é"]
