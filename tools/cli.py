@@ -30,9 +30,11 @@ from sparse_onnx.errors import HostError, SparseOnnxError
 __all__ = ["COMMANDS", "EXIT_CODES", "main"]
 
 COMMANDS = {
+    "analyze": "Predict speed, size and error before any pruning.",
     "optimize": "Compile a model into a smaller, faster, verified one.",
     "verify": "Compare an optimized model with its original on real or generated inputs.",
     "bench": "Time models side by side, and their sparse layers against dense ones.",
+    "report": "Rebuild the page of a run, or compare two runs.",
     "inspect": "Show a model's layers, zeros and sizes, and what can be touched.",
     "doctor": "Check this machine, ONNX Runtime and the kernel library.",
     "export": "Export a Hugging Face folder or a torch module to ONNX.",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from sparse_onnx.report_comparison import comparison_rows, comparison_verdict
 from sparse_onnx.report_view import report_view
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_number, format_share
 
@@ -38,7 +39,30 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def render_comparison(comparison: Mapping[str, Any]) -> str:
     """The page for what :func:`.report_comparison.compare_reports` found."""
-    return _render("comparison.html.j2", comparison=comparison)
+    changed, total = len(comparison["decisions"]), comparison["layers"]["b"]["all"]
+    close = sum(row["close"] for row in comparison["decisions"])
+    decisions = f"{changed} of {total} layers ship otherwise" if changed else "Every layer ships as before"
+    return _render(
+        "comparison.html.j2",
+        comparison=comparison,
+        verdict=comparison_verdict(comparison),
+        rows=comparison_rows(comparison),
+        figures_answer="What was measured in both runs",
+        decisions_answer=decisions
+        + (f", {close} of them {'was a close call' if close == 1 else 'were close calls'}" if close else ""),
+        recipe_answer=_differing(comparison["recipe"], "The recipes are the same", "in the recipe"),
+        environment_answer=_differing(
+            comparison["environment"],
+            "Both ran on the same machine and software",
+            "of machine and software",
+        ),
+    )
+
+
+def _differing(rows: Sequence[Any], same: str, where: str) -> str:
+    if not rows:
+        return same
+    return f"{len(rows)} other values {where}" if len(rows) > 1 else f"One other value {where}"
 
 
 def _render(template: str, **values: Any) -> str:
