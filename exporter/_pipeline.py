@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,17 @@ def export_frozen(
     output_names: Sequence[str],
     opset: int,
     cases: Sequence[Mapping[str, Any]],
+    progress: Callable[[str], None],
 ) -> ExportResult:
     """Export a module in its inference form, inputs by keyword, and compare it with torch on ``cases``."""
+    progress("tracing the module with torch.export")
     model = trace(module, example, dynamic_shapes, opset)
     state = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     tidy(model, state, input_names, output_names)
+    progress(f"comparing with torch at {len(cases)} sizes")
     distance = check_parity(model, module, cases)
     names = [value.name or "" for value in model.graph.inputs]
     shapes = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ _AXES = {0: "batch", 1: "sequence"}
 
 
 def export_huggingface(
-    folder: str | os.PathLike[str], *, task: str | None = None, opset: int = 20
+    folder: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    opset: int = 20,
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> ExportResult:
     """Export the text encoder in ``folder`` (``config.json``, weights) as float32 and check it against torch.
 
@@ -43,11 +47,12 @@ def export_huggingface(
     ``input_ids``, ``attention_mask`` and, if the model tells segments apart, ``token_type_ids``, all int64
     ``[batch, sequence]``; outputs keep their names in transformers, such as ``last_hidden_state`` and
     ``pooler_output`` or ``logits``. Attention is exported in its plain form. The model is compared with torch
-    at two shapes with padding.
+    at two shapes with padding. ``progress`` is called with one line of text at every step.
 
     Raises UsageError for a folder, task or architecture that does not fit or weights that are missing,
     HostError when a package is missing, VerificationError when outputs differ by more than 1e-4 of the scale.
     """
+    progress(f"reading {folder}")
     module = load_pretrained(Path(folder), task)
     names = [
         name
@@ -67,6 +72,7 @@ def export_huggingface(
         output_names=_output_names(module, cases[0]),
         opset=opset,
         cases=cases,
+        progress=progress,
     )
 
 

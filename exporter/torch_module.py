@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparse_onnx.errors import UsageError
@@ -23,13 +23,14 @@ def export_torch(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
     opset: int = 20,
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> ExportResult:
     """Export a torch module as it computes in evaluation mode, and check the result against torch.
 
     ``example_inputs``: tensors, in the order of ``forward`` (tuple) or by name (mapping).
     ``dynamic_shapes``: as torch takes it, ``{"x": {0: "batch"}}`` or ``({0: "batch"},)``; inputs that a
     mapping leaves out are static, and axes of one name have one size. ``input_names`` and ``output_names``
-    replace, in order, the names that torch gives.
+    replace, in order, the names that torch gives. ``progress`` is called with one line of text at every step.
 
     Pruning masks and parametrizations are multiplied out; the module itself stays as it is. The model is run
     in ONNX Runtime at the example shapes and, where axes have names, at other sizes of these.
@@ -55,6 +56,7 @@ def export_torch(
         output_names=list(output_names or ()),
         opset=opset,
         cases=cases,
+        progress=progress,
     )
 
 

@@ -232,6 +232,8 @@ class _Job:
 
     def prune(self, layer: _Layer) -> None:
         options, weight = self.options, layer.weight
+        done = done_of(len(self.changes), len(self.weights), self._start)
+        self.context.progress(f"solving {weight.name} ({done})")
         W = np.asarray(weight.matrix(), np.float32)
         if layer.inputs:
             pruned, error = self._solve(layer, W)
@@ -253,7 +255,7 @@ class _Job:
         done, total = len(self.changes), len(self.weights)
         told = "no error known" if error is None else f"error {error:.3f}"
         self.context.progress(
-            f"{weight.name}: {self.options.structure}, {100 * share:.1f} % zeros, {told} "
+            f"solved {weight.name}: {self.options.structure}, {100 * share:.1f} % zeros, {told} "
             f"({done_of(done, total, self._start)})"
         )
 

@@ -2,143 +2,298 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
 
 import click
 
 from sparse_onnx.errors import HostError, SparseOnnxError
-from sparse_onnx.tools.console import format_option
+from sparse_onnx.tools import machine
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 from sparse_onnx.units import format_bytes
 
 __all__ = ["Finding", "command", "examine"]
 
+_PACKAGE = "sparse-onnx"
 _OLDEST_RUNTIME = (1, 17)
+_TELEMETRY_SINCE = (1, 29)
 _OLDEST_PYTHON = (3, 11)
-_FEATURES = (
-    "sse4_2",
-    "avx",
-    "f16c",
-    "fma",
-    "avx2",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_vnni",
-    "amx_tile",
-)
-_ARM_FEATURES = ("asimd", "asimddp", "i8mm", "sve", "sve2")
-_EXPORT = ("torch", "transformers", "onnxscript")
+_OPTIONAL_EXTRAS = ("gpu", "test")  # other packages for the same job, and what only developers need
 _SCRATCH = 10**9
+_BUFFER = 1 << 28  # bytes that bandwidth is measured on: more than most caches hold
+_SPEED_SECONDS = 2.0
 _SYMBOLS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``status`` is ok, note (works, but worth knowing) or problem (does not)."""
+    """One thing that was looked at.
 
+    Attributes:
+        key: Names it for programs; it stays the same from version to version.
+        subject: What it is about; findings of one subject share a line where all is well.
+        status: ok, note (works, but worth knowing) or problem (does not work).
+        detail: What was found.
+        fix: What to do about a note or a problem.
+        values: What was found, for programs.
+    """
+
+    key: str
     subject: str
     status: str
     detail: str
     fix: str = ""
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @click.command(short_help="Check this machine, ONNX Runtime and the kernel library.")
 @format_option
-def command(output_format: str) -> int:
+@quiet_option
+def command(output_format: str, quiet: bool) -> int:
     """Check Python, ONNX Runtime, the kernel library and this machine; measure its speed in two seconds.
 
     Exit code 6 if something essential is missing or broken; each problem is shown with its fix.
     """
-    findings = list(examine())
+    findings = []
+    with progress(quiet) as say:
+        for name, check in _CHECKS:
+            say(f"checking {name}")
+            findings += examine(name, check)
     problems = [finding for finding in findings if finding.status == "problem"]
-    if output_format == "json":
-        document = {"ok": not problems, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        click.echo(json.dumps(document, indent=2))
-    else:
-        width = max(len(finding.subject) for finding in findings)
-        for finding in findings:
-            click.echo(f"{_SYMBOLS[finding.status]}  {finding.subject:<{width}}  {finding.detail}")
-            if finding.fix:
-                click.echo(f"{'':<{width + 9}}  -> {finding.fix}")
-        click.echo(
-            f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found"
-            if problems
-            else "All is well."
-        )
-    return HostError.exit_code if problems else 0
+    document = {"ok": not problems, "findings": [dataclasses.asdict(finding) for finding in findings]}
+    return show(_text(findings), document, output_format, HostError.exit_code if problems else 0)
 
 
-def examine() -> Iterator[Finding]:
-    """All findings, in the order in which they are shown. A check that fails itself is a problem, too."""
-    for subject, check in _CHECKS:
-        try:
-            yield from check()
-        except SparseOnnxError as error:
-            yield Finding(subject, "problem", str(error))
-        except Exception as error:  # whatever is broken here, the other checks must still be made
-            yield Finding(subject, "problem", f"the check failed: {type(error).__name__}: {error}")
+def _text(findings: list[Finding]) -> str:
+    """A line for each subject that is well, and one for everything that is not, with its fix below."""
+    rows: list[tuple[str, str, str, str]] = []
+    for subject, group in itertools.groupby(findings, key=lambda finding: finding.subject):
+        found = list(group)
+        if well := [finding.detail for finding in found if finding.status == "ok"]:
+            rows.append(("ok", subject, "; ".join(well), ""))
+        rows += [(f.status, subject, f.detail, f.fix) for f in found if f.status != "ok"]
+    width = max((len(subject) for _, subject, _, _ in rows), default=0)
+    lines = []
+    for status, subject, detail, fix in rows:
+        lines.append(f"{_SYMBOLS[status]}  {subject:<{width}}  {detail}")
+        if fix:
+            lines.append(f"{'':<{width + 9}}  -> {fix}")
+    return "\n".join([*lines, _verdict([status for status, _, _, _ in rows])])
+
+
+def _verdict(statuses: Sequence[str]) -> str:
+    counts = {status: statuses.count(status) for status in ("problem", "note")}
+    said = [f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items() if count]
+    if counts["problem"]:
+        return f"{' and '.join(said)} found"
+    return f"Everything works; {said[0]}." if said else "All is well."
+
+
+def examine(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What ``check`` finds. One that fails itself is a problem, too, and does not keep others from being made."""
+    found: list[Finding] = []
+    try:
+        for finding in check():
+            found.append(finding)
+    except SparseOnnxError as error:
+        found.append(Finding(name.replace(" ", "_"), name, "problem", str(error)))
+    except Exception as error:  # whatever is broken here
+        detail = f"the check failed: {type(error).__name__}: {error}"
+        found.append(Finding(name.replace(" ", "_"), name, "problem", detail))
+    return found
 
 
 def _python() -> Iterator[Finding]:
     new = sys.version_info >= _OLDEST_PYTHON
-    wanted = ".".join(map(str, _OLDEST_PYTHON))
-    fix = "" if new else f"use Python {wanted} or newer"
+    fix = "" if new else f"use Python {_dotted(_OLDEST_PYTHON)} or newer"
+    version = platform.python_version()
     yield Finding(
-        "Python", "ok" if new else "problem", f"{platform.python_version()} ({sys.executable})", fix
+        "python",
+        "Python",
+        "ok" if new else "problem",
+        f"{version} ({sys.executable})",
+        fix,
+        {"version": version, "executable": sys.executable},
     )
-    yield Finding("platform", "ok", platform.platform())
+    yield _glibc()
+
+
+def _glibc() -> Finding:
+    """The C library, against what the kernel library was linked with."""
+    system = f"{platform.system()} {platform.machine()}"
+    values: dict[str, Any] = {"version": None, "needed": None}
+    if platform.system() != "Linux":
+        return Finding("glibc", "Python", "ok", system, "", values)
+    try:
+        name, have = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    except (ValueError, OSError):
+        detail = f"{system}, whose C library is not glibc: ONNX Runtime has no wheels for it"
+        fix = "use a glibc distribution, or an ONNX Runtime that was built for this one"
+        return Finding("glibc", "Python", "note", detail, fix, values)
+    needed = _needed_glibc()
+    values = {"version": have, "needed": _dotted(needed)}
+    if _numbers(have) < needed:
+        detail = f"{name} {have}; the kernel library was built for {_dotted(needed)}"
+        fix = "build it on this machine: pip install . in a checkout"
+        return Finding("glibc", "Python", "problem", detail, fix, values)
+    return Finding("glibc", "Python", "ok", f"{system}, {name} {have}", "", values)
+
+
+def _needed_glibc() -> tuple[int, ...]:
+    """The newest version of glibc that a symbol of the kernel library asks for; () without the library."""
+    from sparse_onnx.sparse_ops import library_path
+
+    try:
+        content = library_path().read_bytes()
+    except HostError:  # said by the check of the library
+        return ()
+    return max((_numbers(text.decode()) for text in re.findall(rb"GLIBC_([0-9.]+)", content)), default=())
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"[0-9]+", version)[:2])
 
 
 def _packages() -> Iterator[Finding]:
-    for name in ("sparse-onnx", "onnx", "onnx-ir", "numpy"):
-        yield Finding(name, "ok", metadata.version(name))
-    missing = [name for name in _EXPORT if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = "pip install 'sparse-onnx[export]', only if you want to export"
-        yield Finding("export", "note", f"not installed: {', '.join(missing)}", fix)
-    else:
-        versions = ", ".join(f"{name} {metadata.version(name)}" for name in _EXPORT)
-        yield Finding("export", "ok", versions)
+    names = (_PACKAGE, "onnx", "onnx-ir", "numpy")
+    versions = {name: metadata.version(name) for name in names}
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield Finding("packages", "packages", "ok", text, "", versions)
+    yield _installation()
+    yield from _extras()
+
+
+def _installation() -> Finding:
+    """Whether an editable installation has fallen behind its sources."""
+    url = json.loads(metadata.distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+    if not url.get("dir_info", {}).get("editable"):
+        return Finding("installation", "packages", "ok", "installed", "", {"editable": False, "stale": []})
+    source = Path(unquote(urlparse(url["url"]).path))
+    stale = list(_stale(source))
+    values = {"editable": True, "source": str(source), "stale": stale}
+    if not stale:
+        return Finding("installation", "packages", "ok", f"editable, from {source}", "", values)
+    detail = f"the editable installation of {source} is out of date: {'; '.join(stale)}"
+    return Finding("installation", "packages", "note", detail, f"pip install -e {source}", values)
+
+
+def _stale(source: Path) -> Iterator[str]:
+    from sparse_onnx.sparse_ops import library_path
+
+    try:
+        project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    except (OSError, KeyError, ValueError):
+        yield "its folder is gone or is no project"
+        return
+    if project.get("version") != (installed := metadata.version(_PACKAGE)):
+        yield f"version {installed}, the sources are {project.get('version')}"
+    try:
+        built = library_path().stat().st_mtime
+    except HostError:  # said by the check of the library
+        return
+    code = [path for path in (source / "sparse_ops/csrc").rglob("*") if path.suffix in (".cc", ".h", ".inc")]
+    if newer := [path.name for path in code if path.stat().st_mtime > built]:
+        yield f"{len(newer)} C++ files are newer than the kernel library ({sorted(newer)[0]}, say)"
+
+
+def _extras() -> Iterator[Finding]:
+    """Every extra of the package with what is missing of it."""
+    for extra, wanted in _extra_packages().items():
+        missing = [name for name in wanted if not _installed(name)]
+        have = {name: metadata.version(name) for name in wanted if name not in missing}
+        values = {"missing": missing, "versions": have}
+        if not missing:
+            yield Finding(f"extra_{extra}", "packages", "ok", f"[{extra}] is there", "", values)
+        elif extra != "cpu":  # without that, the check of ONNX Runtime says so
+            detail = f"[{extra}] is not there: {', '.join(missing)} missing"
+            fix = f"pip install 'sparse-onnx[{extra}]', only if you want it"
+            yield Finding(f"extra_{extra}", "packages", "note", detail, fix, values)
+
+
+def _extra_packages() -> dict[str, list[str]]:
+    wanted: dict[str, list[str]] = {}
+    for requirement in metadata.requires(_PACKAGE) or ():
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"extra == ['\"]([^'\"]+)", requirement)
+        if name and extra and extra[1] not in _OPTIONAL_EXTRAS:
+            wanted.setdefault(extra[1], []).append(name[0])
+    return wanted
 
 
 def _runtime() -> Iterator[Finding]:
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(installed) == 2:
-        fix = "pip uninstall onnxruntime onnxruntime-gpu, then install the one that you want"
-        detail = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
-        yield Finding("ONNX Runtime", "note", detail, fix)
+    packages = _runtime_packages()
+    if len(packages) > 1:
+        detail = f"{' and '.join(packages)} are installed and overwrite each other's files"
+        fix = f"pip uninstall {' '.join(packages)}, then install the one that you want"
+        yield Finding("onnxruntime_packages", "ONNX Runtime", "note", detail, fix, {"packages": packages})
     try:
         import onnxruntime
     except ImportError as error:
-        yield Finding(
-            "ONNX Runtime", "problem", f"cannot be imported: {error}", "pip install 'sparse-onnx[cpu]'"
-        )
+        detail, fix = f"cannot be imported: {error}", "pip install 'sparse-onnx[cpu]'"
+        yield Finding("onnxruntime", "ONNX Runtime", "problem", detail, fix)
         return
-    version = str(onnxruntime.__version__)
-    providers = ", ".join(
-        name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
+    version, providers = str(onnxruntime.__version__), list(onnxruntime.get_available_providers())
+    new = _numbers(version) >= _OLDEST_RUNTIME
+    shown = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+    yield Finding(
+        "onnxruntime",
+        "ONNX Runtime",
+        "ok" if new else "problem",
+        f"{version}, API {_numbers(version)[1]} ({_OLDEST_RUNTIME[1]} is needed), providers: {shown}",
+        "" if new else f"pip install 'onnxruntime>={_dotted(_OLDEST_RUNTIME)}'",
+        {"version": version, "api": _numbers(version)[1], "providers": providers},
     )
-    new = tuple(int(part) for part in version.split(".")[:2]) >= _OLDEST_RUNTIME
-    wanted = ".".join(map(str, _OLDEST_RUNTIME))
-    fix = "" if new else f"pip install 'onnxruntime>={wanted}'"
-    yield Finding("ONNX Runtime", "ok" if new else "problem", f"{version}, providers: {providers}", fix)
-    if tuple(int(part) for part in version.split(".")[:2]) >= (1, 29):
-        detail = "ONNX Runtime reports usage from 1.29 on; this tool turns that off"
-        yield Finding("telemetry", "note", detail, "set ORT_DISABLE_TELEMETRY=1 for your own programs, too")
+    reports = _numbers(version) >= _TELEMETRY_SINCE
+    off = _set_outside("ORT_DISABLE_TELEMETRY") == "1"
+    values = {"reports": reports, "turned_off": off}
+    if reports and not off:
+        detail = "ONNX Runtime reports usage from 1.29 on; this tool turns that off for itself"
+        fix = "set ORT_DISABLE_TELEMETRY=1 for your own programs, too"
+        yield Finding("telemetry", "ONNX Runtime", "note", detail, fix, values)
+    else:
+        yield Finding("telemetry", "ONNX Runtime", "ok", "no telemetry", "", values)
+
+
+def _runtime_packages() -> list[str]:
+    """The installed distributions that bring the module onnxruntime."""
+    found = set()
+    for distribution in metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        if name.startswith(("onnxruntime", "ort-nightly")):
+            files = distribution.files or ()
+            if any(str(file).replace("\\", "/") == "onnxruntime/__init__.py" for file in files):
+                found.add(name)
+    return sorted(found)
+
+
+def _set_outside(name: str) -> str | None:
+    """A variable of the environment that this process was started with, before it changed its own."""
+    try:
+        given = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return os.environ.get(name)
+    values = dict(entry.partition(b"=")[::2] for entry in given)
+    value = values.get(name.encode())
+    return None if value is None else value.decode()
 
 
 def _installed(name: str) -> bool:
@@ -153,20 +308,26 @@ def _library() -> Iterator[Finding]:
     from sparse_onnx.sparse_ops import info
 
     found = info()
-    package = metadata.version("sparse-onnx")
-    detail = f"{found.version}, {len(found.kernels)} kernels for this processor ({found.path})"
+    package = metadata.version(_PACKAGE)
+    detail = f"{found.version}, {len(found.kernels)} kernels for this processor"
+    values: dict[str, Any] = {
+        "version": found.version,
+        "path": str(found.path),
+        "kernels": list(found.kernels),
+    }
     if found.version == package:
-        yield Finding("kernel library", "ok", detail)
+        yield Finding("library", "kernel library", "ok", detail, "", values)
     else:
-        yield Finding(
-            "kernel library", "problem", f"{detail}; the package is {package}", "install the package again"
-        )
+        detail = f"{found.path} is version {found.version}, the package is {package}"
+        yield Finding("library", "kernel library", "problem", detail, "install the package again", values)
     forced = os.environ.get("SPARSE_ONNX_FORCE_ISA", "")
+    values = {"isa": found.isa, "forced": forced or None}
     if forced:
         detail = f"{found.isa}, forced by SPARSE_ONNX_FORCE_ISA={forced}"
-        yield Finding("instructions", "note", detail, "unset it to use the best that the processor has")
+        fix = "unset it to use the best that the processor has"
+        yield Finding("isa", "kernel library", "note", detail, fix, values)
     else:
-        yield Finding("instructions", "ok", f"{found.isa} in use")
+        yield Finding("isa", "kernel library", "ok", f"{found.isa} in use", "", values)
 
 
 def _self_test() -> Iterator[Finding]:
@@ -177,18 +338,24 @@ def _self_test() -> Iterator[Finding]:
     done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     results = {line["library"]: line for line in lines}
-    for library, subject in ((False, "self-test, standard operators"), (True, "self-test, kernel library")):
+    report = "report this with the output of this command"
+    for library, key, way in (
+        (False, "self_test_standard_operators", "standard operators"),
+        (True, "self_test_library", "kernel library"),
+    ):
         result = results.get(library)
         if result is None:
-            yield Finding(subject, "problem", _death(done), "report this with the output of this command")
+            yield Finding(key, "self-test", "problem", f"{way}: {_death(done)}", report)
             break
+        error = result.get("relative_error")
+        values = {"relative_error": error if error == error else None}
         if "error" in result:
-            yield Finding(subject, "problem", result["error"])
-        elif not result["relative_error"] <= MAX_ERROR:
-            detail = f"wrong results: relative error {result['relative_error']:.1e}"
-            yield Finding(subject, "problem", detail, "report this with the output of this command")
+            yield Finding(key, "self-test", "problem", f"{way}: {result['error']}", "", values)
+        elif not error <= MAX_ERROR:
+            detail = f"{way}: wrong results, relative error {error:.1e}"
+            yield Finding(key, "self-test", "problem", detail, report, values)
         else:
-            yield Finding(subject, "ok", f"relative error {result['relative_error']:.1e}")
+            yield Finding(key, "self-test", "ok", f"{way}: relative error {error:.1e}", "", values)
 
 
 def _death(done: subprocess.CompletedProcess[str]) -> str:
@@ -201,55 +368,75 @@ def _death(done: subprocess.CompletedProcess[str]) -> str:
 def _machine() -> Iterator[Finding]:
     from sparse_onnx.report import available_cores, cpu_name
 
-    yield Finding("processor", "ok", f"{cpu_name()}, {available_cores()} cores usable")
-    features = _cpu_features()
-    if features is not None:
-        yield Finding("features", "ok", " ".join(features) or "none that the kernels use")
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    fix = "" if free >= _SCRATCH else "set TMPDIR to a folder on a larger disk"
-    detail = f"{format_bytes(free)} free in {tempfile.gettempdir()}"
-    yield Finding("scratch space", "ok" if not fix else "note", detail, fix)
+    cores, features = available_cores(), machine.cpu_features()
+    named = f", {' '.join(features) or 'no vector instructions'}" if features is not None else ""
+    yield Finding(
+        "processor",
+        "processor",
+        "ok",
+        f"{cpu_name()}, {cores} cores usable{named}",
+        "",
+        {"name": cpu_name(), "cores": cores, "features": features},
+    )
+    limit = machine.cpu_limit()
+    values = {"limit": limit}
+    if limit is not None and limit < cores:
+        threads = max(1, int(limit))
+        detail = f"a control group (container) grants {limit:g} of the {cores} cores that are visible: too many threads"
+        fix = (
+            f"--threads {threads} here, intra_op_num_threads = {threads} in your programs, or a higher limit"
+        )
+        yield Finding("cpu_limit", "processor", "note", detail, fix, values)
+    else:
+        yield Finding("cpu_limit", "processor", "ok", "no tighter limit by a control group", "", values)
+    yield _scratch()
 
 
-def _cpu_features() -> list[str] | None:
-    """Those of the instruction sets named here that the operating system lists; None if it lists none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            have = set(value.split())
-            return [name for name in (*_FEATURES, *_ARM_FEATURES) if name in have]
-    return None
+def _scratch() -> Finding:
+    folder = tempfile.gettempdir()
+    free, kind = shutil.disk_usage(folder).free, machine.file_system(Path(folder))
+    in_memory = kind in ("tmpfs", "ramfs")
+    values = {"folder": folder, "free_bytes": free, "file_system": kind}
+    detail = f"{format_bytes(free)} free in {folder}"
+    if in_memory:
+        detail += f", which is memory ({kind}): scratch files take it from the models"
+    if in_memory or free < _SCRATCH:
+        fix = "set TMPDIR to a folder on a larger disk"
+        return Finding("scratch", "scratch folder", "note", detail, fix, values)
+    return Finding("scratch", "scratch folder", "ok", detail, "", values)
 
 
 def _speed() -> Iterator[Finding]:
+    """Multiply-adds and reads of memory, each on one thread and on all, in two seconds together."""
+    import numpy as np
+
+    from sparse_onnx.report import available_cores
     from sparse_onnx.sparse_ops import info
     from sparse_onnx.sparse_ops.library import peak
 
-    with contextlib.suppress(HostError):  # said already by the check of the library
-        detail = f"{peak(info().kernels[0], 0.3) / 1e9:.0f} GFLOP/s in multiply-adds, one thread"
-        yield Finding("arithmetic", "ok", detail)
-    yield Finding(
-        "memory", "ok", f"{_copy_bandwidth() / 1e9:.1f} GB/s read and written in a copy, one thread"
-    )
+    threads = available_cores()
+    each = 0.9 * _SPEED_SECONDS / 4  # the rest is for the buffer
+    yield _rates("memory", "read from memory", "GB/s", _bandwidths(np.ones(_BUFFER // 8), threads, each))
+    try:
+        kernel = info().kernels[0]
+    except HostError:  # said by the check of the library
+        return
+    flops = [peak(kernel, each), machine.together(lambda _index: peak(kernel, each), threads)]
+    yield _rates("arithmetic", "of multiply-adds", "GFLOP/s", (flops[0], flops[1]))
 
 
-def _copy_bandwidth(nbytes: int = 1 << 27, seconds: float = 0.5) -> float:
-    """Bytes a second, read plus written, of the best copy of ``nbytes`` bytes: more than most caches hold."""
+def _bandwidths(buffer: Any, threads: int, seconds: float) -> tuple[float, float]:
     import numpy as np
 
-    source = np.ones(nbytes // 8)
-    target = np.zeros_like(source)
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * nbytes / best
+    one = machine.read_bandwidth([buffer], seconds)
+    return one, machine.read_bandwidth(np.array_split(buffer, threads), seconds)
+
+
+def _rates(key: str, what: str, unit: str, rates: tuple[float, float]) -> Finding:
+    one, every = (rate / 1e9 for rate in rates)
+    name = unit.lower().replace("/", "_per_")
+    values = {f"{name}_one_thread": one, f"{name}_all_threads": every}
+    return Finding(key, "speed", "ok", f"{one:.1f} {unit} {what}, {every:.1f} with all threads", "", values)
 
 
 _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (

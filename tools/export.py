@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 
 if TYPE_CHECKING:
@@ -60,30 +63,31 @@ def command(
     (module, example_inputs) or (module, example_inputs, options) with options of export_torch, such as
     {"dynamic_shapes": {"x": {0: "batch"}}}.
     """
-    from sparse_onnx.exporter.gradients import loss_gradients
-    from sparse_onnx.gradient_file import write_gradients
-    from sparse_onnx.model_io import OutputFolder, save_model
-
     _check_gradient_options(gradients, calibration_data, tokenizer, num_calibration_samples)
-    with (
-        OutputFolder(
-            output, overwrite=overwrite, sources=[source] if Path(source).exists() else []
-        ) as folder,
-        progress(quiet) as say,
-    ):
+    with ExitStack() as stack:
+        say = stack.enter_context(progress(quiet))
+        say("loading torch")
+        from sparse_onnx.exporter.gradients import loss_gradients
+        from sparse_onnx.gradient_file import write_gradients
+        from sparse_onnx.model_io import OutputFolder, save_model
+
+        sources = [source] if Path(source).exists() else []
+        folder = stack.enter_context(OutputFolder(output, overwrite=overwrite, sources=sources))
         target = None if gradients is None else _gradient_target(gradients, output, folder, overwrite)
-        result, module = _export(source, task, opset, names_kept=gradients is not None)
+        result, module = _export(source, task, opset, say, names_kept=gradients is not None)
+        say("writing")
         save_model(result.model, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
         summary = _summary(result, output, size)
         if target is not None and calibration_data is not None:
             samples = _samples(result, calibration_data, tokenizer, num_calibration_samples)
+            steps = Progress(say, "gradients of batches", len(samples))
             found = loss_gradients(
                 module,
                 samples,
                 model=result.model,
                 task=task,
-                progress=lambda line: say(f"{line} of {len(samples)}"),
+                progress=lambda _line: steps.step(),
             )
             write_gradients(target, found)
             summary["gradients"] = {"file": str(gradients), "weights": len(found)}
@@ -142,13 +146,15 @@ def _label_specs(data: str) -> list[InputSpec]:
     return [InputSpec(name, array.dtype, (None,) * array.ndim, None) for name, array in arrays.items()]
 
 
-def _export(source: str, task: str | None, opset: int, *, names_kept: bool) -> tuple[ExportResult, Any]:
+def _export(
+    source: str, task: str | None, opset: int, say: Callable[[str], None], *, names_kept: bool
+) -> tuple[ExportResult, Any]:
     """The model, and the module or folder that it is from; with ``names_kept``, inputs are called as in forward()."""
     from sparse_onnx.errors import UsageError
     from sparse_onnx.exporter import export_huggingface, export_torch
 
     if Path(source).exists() or ":" not in source:
-        return export_huggingface(source, task=task, opset=opset), source
+        return export_huggingface(source, task=task, opset=opset, progress=say), source
     if task is not None:
         raise UsageError("--task is for Hugging Face folders; a function says itself what to export")
     module, inputs, options = _call(source)
@@ -158,7 +164,7 @@ def _export(source: str, task: str | None, opset: int, *, names_kept: bool) -> t
         )
     if names_kept and options.get("input_names"):
         raise UsageError(f"{source} renames inputs; --gradients needs the names of the module's forward()")
-    return export_torch(module, inputs, opset=opset, **options), module
+    return export_torch(module, inputs, opset=opset, progress=say, **options), module
 
 
 def _call(source: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -48,7 +48,7 @@ class Progress:
 def done_of(done: float, total: float, start: float) -> str:
     """How much of ``total`` is done, and the time left at the pace since ``start`` (:func:`time.perf_counter`)."""
     counted = f"{done:.0f}/{total:.0f}"
-    if done >= total:
+    if done <= 0 or done >= total:
         return counted
     return f"{counted}, {format_duration((time.perf_counter() - start) / done * (total - done))} left"
 
