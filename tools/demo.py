@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 
 __all__ = ["command"]
@@ -71,11 +73,10 @@ def _run(
                 progress=say,
             )
         assert result.folder is not None  # only a dry run has none
-        say("counting right classes on held-out source")
         optimized = result.folder / "model.onnx"
         accuracy = {
-            "before": _accuracy(original, text, classes, threads, library=False),
-            "after": _accuracy(optimized, text, classes, threads, library=True),
+            "before": _accuracy(original, text, classes, threads, say, library=False),
+            "after": _accuracy(optimized, text, classes, threads, say, library=True),
         }
     if output is not None:
         shutil.copyfile(original, output / original.name)
@@ -89,15 +90,19 @@ def _run(
     }
 
 
-def _accuracy(path: Path, text: Any, classes: Any, threads: int, *, library: bool) -> float:
+def _accuracy(
+    path: Path, text: Any, classes: Any, threads: int, say: Callable[[str], None], *, library: bool
+) -> float:
     """Share of the bytes ``text`` [windows, 128] for which the model's best class is the right one."""
     from sparse_onnx.runtime import open_session
 
     session = open_session(path, threads=threads, library=library)
     right = 0
+    steps = Progress(say, f"right classes of {path.stem}: window", len(text))
     for start in range(0, len(text), BATCH):
         (scores,) = session.run(None, {"text": text[start : start + BATCH]})
         right += int((scores.argmax(-1) == classes[start : start + BATCH]).sum())
+        steps.step(len(scores))
     return right / int(classes.size)
 
 

@@ -15,7 +15,7 @@ from sparse_onnx.units import format_bytes, format_share
 
 __all__ = ["command"]
 
-_ROWS, _OPERATORS, _REASONS = 40, 12, 6
+_ROWS, _OPERATORS, _REASONS = 10, 12, 3
 
 
 @click.command(short_help="Show a model's layers, zeros and sizes, and what can be touched.")
@@ -34,8 +34,7 @@ def command(model: Path, show_all: bool, metrics: bool, output_format: str, quie
     from sparse_onnx.inspection import inspect_model
 
     with progress(quiet) as say:
-        say("reading the weights")
-        document = inspect_model(model_file(model), metrics=metrics or output_format == "json")
+        document = inspect_model(model_file(model), metrics=metrics or output_format == "json", progress=say)
     return show("\n\n".join(_sections(document, show_all)), document, output_format)
 
 

@@ -109,16 +109,20 @@ class LiveLine:
 
     def _tick(self) -> None:
         while not self._ended.wait(_TICK):
-            now = time.monotonic()
-            with self._lock:
-                silent = now - self._shown
-                if self._live:
-                    self._draw()
-                elif self._pending and silent >= _STEP:
-                    self._print(now)
-                elif self._line and silent >= self._pause:
-                    self._pause = min(2 * self._pause, _LONGEST_SILENCE)
-                    self._print(now)
+            self._remind()
+
+    def _remind(self) -> None:
+        """Show where the work is although nothing was said."""
+        now = time.monotonic()
+        with self._lock:
+            silent = now - self._shown
+            if self._live:
+                self._draw()
+            elif self._pending and silent >= _STEP:
+                self._print(now)
+            elif self._line and silent >= self._pause:
+                self._pause = min(2 * self._pause, _LONGEST_SILENCE)
+                self._print(now)
 
     def _print(self, now: float) -> None:
         self._shown, self._pending = now, False

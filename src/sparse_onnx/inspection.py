@@ -9,7 +9,7 @@ import functools
 import operator
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import find_candidates
+from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, PackedWeight, unpack
 from sparse_onnx.sparsity_metrics import Metrics, measure
 
@@ -35,7 +36,9 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 _RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml")
 
 
-def inspect_model(path: Path, *, metrics: bool = False) -> dict[str, Any]:
+def inspect_model(
+    path: Path, *, metrics: bool = False, progress: Callable[[str], None] = lambda _line: None
+) -> dict[str, Any]:
     """Everything about the model file at ``path`` as one JSON document.
 
     ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
@@ -46,6 +49,7 @@ def inspect_model(path: Path, *, metrics: bool = False) -> dict[str, Any]:
     With ``metrics``, every weight that is or can be sparse, and ``total`` for all of these together, has ``metrics``:
     see :meth:`.sparsity_metrics.Metrics.to_dict`. They are of the weight as the compiler would store it, after the
     clean-up. Each weight lies in memory and is packed for its true size: about 50 s for 10⁹ weights.
+    ``progress`` is called with one line of text now and then.
 
     Raises:
         ModelFileError: The file is missing or cannot be read as a model.
@@ -73,8 +77,10 @@ def inspect_model(path: Path, *, metrics: bool = False) -> dict[str, Any]:
         "custom_operators": _custom(model),
     }
     measured: dict[str, Metrics] | None = {} if metrics else None
+    progress("counting zeros")
     rows = [*_stored(model, measured), *_plain(model)]
-    states, places = _states(model, measured)
+    progress("finding what can be sparse")
+    states, places = _states(model, measured, progress)
     left = {value.name for value in _initializers(model)}
     for row in rows:
         if row["state"] is None:
@@ -264,7 +270,7 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
 
 
 def _states(
-    model: ir.Model, measured: dict[str, Metrics] | None
+    model: ir.Model, measured: dict[str, Metrics] | None, progress: Callable[[str], None]
 ) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
     """What the compiler would do with each weight, by name, and the places that it leaves alone. Metrics go to
     ``measured``.
@@ -276,6 +282,7 @@ def _states(
         candidates, declined = find_candidates(model)
         places = [(place.place, place.reason) for place in declined]
         states = {place: ("stays", reason) for place, reason in places}
+        measuring = Progress(progress, "measuring metrics: layer", len(candidates))
         for candidate in candidates:
             states[candidate.weight.name] = (
                 ("stays", "belongs to a depthwise convolution")
@@ -287,4 +294,5 @@ def _states(
                 nbytes = candidate.layers[0].pack().nbytes
                 measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
                 weight.release()
+            measuring.step()
     return states, places

@@ -220,8 +220,8 @@ def many(folder, count):
 def test_text_is_bounded_unless_all_is_asked_for(run_cli, tmp_path):
     path = many(tmp_path, 60)
     short, long = run_cli("inspect", path).out, run_cli("inspect", path, "--all").out
-    assert sum(line.startswith("W") for line in short.splitlines()) == 40
-    assert "20 more weights are not shown; --all shows them" in short
+    assert sum(line.startswith("W") for line in short.splitlines()) == 10
+    assert "50 more weights are not shown; --all shows them" in short
     assert sum(line.startswith("W") for line in long.splitlines()) == 60
     assert "not shown" not in long
 
