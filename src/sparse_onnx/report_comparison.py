@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_onnx.report_view import SIMILAR, Verdict
+from sparse_onnx.report_view import NOTABLE_LOSS, Verdict, loss_of
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_share
 
 __all__ = ["compare_reports", "comparison_rows", "comparison_verdict"]
 
 _MACHINE = ("cpu", "cores", "isa", "system", "threads")
 _SAME_SIZE = 0.01  # relative
-_SAME_COSINE = 5e-4
+_SAME_LOSS = 5e-4  # of 1 - cosine, or of the metric
 _SAME_MACHINE = 0.2  # how far the original's own time may differ between the runs, relative
 
 Report = Mapping[str, Any]
@@ -29,7 +29,8 @@ def compare_reports(a: Report, b: Report) -> dict[str, Any]:
     ``worse`` or ``same`` for B against A, None where that cannot be told. In ``speed``, ``ratio`` is B's speedup / A's,
     and ``overlap`` says whether their intervals do. ``decisions`` are the layers that ship otherwise; ``only_a`` and
     ``only_b`` name layers that the other has not. ``recipe`` and ``environment`` list keys with other values.
-    ``warnings`` are reasons to distrust the comparison.
+    ``accuracy`` is judged by the ``metric`` if both runs name the same, else by the cosine. ``warnings`` are reasons
+    to distrust the comparison.
     """
     environment = _differences(a["environment"], b["environment"])
     layers_a, layers_b = ({row["name"]: row for row in report["layers"]} for report in (a, b))
@@ -118,14 +119,24 @@ def _size(a: Report, b: Report) -> dict[str, Any]:
 
 
 def _accuracy(a: Report, b: Report) -> dict[str, Any]:
-    keys = ("cosine", "relative_error")
-    first, second = ({key: summary[key] for key in keys} for summary in (a, b))
+    """By the metric if both runs have the same one, else by the cosine."""
+    names = [None if summary["metric"] is None else summary["metric"]["name"] for summary in (a, b)]
+    metric = names[0] if names[0] == names[1] else None
+    first, second = (
+        {
+            "cosine": summary["cosine"],
+            "relative_error": summary["relative_error"],
+            "metric": summary["metric"]["after"] if metric else None,
+            "loss": loss_of(summary if metric else {**summary, "metric": None}),
+        }
+        for summary in (a, b)
+    )
     change = None
-    if first["cosine"] is not None and second["cosine"] is not None:
-        change = _change(second["cosine"] - first["cosine"], _SAME_COSINE)
-    elif first["cosine"] is not None and b["bytes_after"] is not None:
+    if first["loss"] is not None and second["loss"] is not None:
+        change = _change(first["loss"] - second["loss"], _SAME_LOSS)
+    elif first["loss"] is not None and b["bytes_after"] is not None:
         change = "worse"  # its outputs are no finite numbers
-    return {"a": first, "b": second, "change": change}
+    return {"metric": metric, "a": first, "b": second, "change": change}
 
 
 def _sparse(report: Report) -> dict[str, int]:
@@ -183,10 +194,15 @@ def comparison_rows(comparison: Report) -> list[tuple[str, ...]]:
                 "-" if accuracy[side]["cosine"] is None else f"{accuracy[side]['cosine']:.5f}"
                 for side in "ab"
             ),
-            accuracy["change"] or "",
+            "" if accuracy["metric"] else accuracy["change"] or "",
         ),
         ("relative error", *(format_error(accuracy[side]["relative_error"]) for side in "ab"), ""),
     ]
+    if accuracy["metric"] is not None:
+        values = (
+            "-" if accuracy[side]["metric"] is None else f"{accuracy[side]['metric']:.4g}" for side in "ab"
+        )
+        rows.append((accuracy["metric"], *values, accuracy["change"] or ""))
     if any(comparison["goal"][side] is not None for side in "ab"):
         words = {None: "-", True: "met", False: "missed"}
         rows.append(("goals", *(words[comparison["goal"][side]] for side in "ab"), ""))
@@ -222,8 +238,8 @@ def comparison_verdict(comparison: Report) -> Verdict:
     parts = (_speed_words(speed), _size_words(size), _accuracy_words(accuracy))
     sentence = f"B against A: {', '.join(parts).replace('x ', '× ')}."
     changes = {part["change"] for part in (speed, size, accuracy)}
-    cosine = accuracy["b"]["cosine"]
-    lost = accuracy["change"] == "worse" and (cosine is None or cosine < SIMILAR)
+    loss = accuracy["b"]["loss"]
+    lost = accuracy["change"] == "worse" and (loss is None or loss > NOTABLE_LOSS)
     missed = comparison["goal"]["b"] is False and comparison["goal"]["a"] is not False
     if missed or lost or ("worse" in changes and "better" not in changes):
         kind, word = "bad", "B misses a goal" if missed else "B loses accuracy" if lost else "B is worse"
@@ -237,10 +253,12 @@ def comparison_verdict(comparison: Report) -> Verdict:
 
 
 def _accuracy_words(accuracy: Report) -> str:
+    a, b = accuracy["a"], accuracy["b"]
     if accuracy["change"] is None:
         return "accuracy not known"
-    if accuracy["b"]["cosine"] is None:
+    if b["loss"] is None:
         return "outputs that are no longer numbers"
+    if accuracy["metric"] is not None:
+        return f"{accuracy['metric']} {b['metric']:.4g}, was {a['metric']:.4g}"
     words = {"same": "as near to", "better": "nearer to", "worse": "farther from"}[accuracy["change"]]
-    cosines = f"{accuracy['b']['cosine']:.4f}, was {accuracy['a']['cosine']:.4f}"
-    return f"outputs {words} the original's (cosine {cosines})"
+    return f"outputs {words} the original's (cosine {b['cosine']:.4f}, was {a['cosine']:.4f})"

@@ -77,6 +77,7 @@ def _render(template: str, **values: Any) -> str:
     )
     engine.filters.update(
         breakable=_breakable,
+        if_known=lambda value: "" if value is None else value,
         bytes=format_bytes,
         error=format_error,
         ms=format_ms,

@@ -13,12 +13,21 @@ from typing import Any
 from sparse_onnx.report_charts import Mark, Point, Rule, Series, axis_over, bars, line_chart, marker
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_number, format_share
 
-__all__ = ["SIMILAR", "Verdict", "accuracy_words", "report_view", "size_words", "speed_words", "verdict"]
+__all__ = [
+    "NOTABLE_LOSS",
+    "Verdict",
+    "accuracy_words",
+    "loss_of",
+    "report_view",
+    "size_words",
+    "speed_words",
+    "verdict",
+]
 
-SIMILAR = 0.98
-"""Below this cosine to the original's outputs a result is no good news, however fast."""
-
-_LOST = 0.8  # below this, it is bad news
+NOTABLE_LOSS, _GRAVE_LOSS = (
+    0.02,
+    0.2,
+)  # of the metric, or 1 - cosine: from here on a reason to look closer, bad news
 _SAME = 0.9999
 _LAYERS = "all layers"
 _MAX_BARS = 20
@@ -87,7 +96,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "check", "Plan only", sentence, ("Decided by a table; nothing was run, timed or written.",)
         )
-    outputs = accuracy_words(summary["cosine"])
+    outputs = accuracy_words(summary)
     if sparse:
         gains = f"{speed_words(summary)} and {size_words(summary)}"
         sentence = f"{name} is now {gains}; {outputs}."
@@ -97,15 +106,18 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     if goal["met"] is False:
         why = f"{_capital('; '.join(missed))}."
         return Verdict("bad", "Goal not met", sentence, (why, "This is the best so far."))
-    if summary["cosine"] is None:
+    loss = loss_of(summary)
+    if loss is None:
         why = "NaN or Inf stand where the original has numbers."
         return Verdict("bad", "Broken outputs", sentence, (why,))
+    if any(gate["name"] == "max_drop" for gate in goal["gates"]):
+        loss = 0.0  # what is lost is allowed
     notes = []
-    if summary["cosine"] < SIMILAR:
+    if loss > NOTABLE_LOSS:
         notes.append("Speed is no use if the answers are wrong: check the accuracy on your task.")
     if report["verification"]["inputs"] == "generated" and not _unchanged(report["verification"]):
         notes.append("The outputs were compared on generated inputs; real ones would tell more.")
-    if summary["cosine"] < _LOST:
+    if loss > _GRAVE_LOSS:
         return Verdict("bad", "Accuracy lost", sentence, tuple(notes))
     if sparse and summary["speedup"] is None:
         notes.append("Decided by a table, not by timing on this machine.")
@@ -139,14 +151,25 @@ def size_words(summary: Mapping[str, Any]) -> str:
     return f"{before / after:.2f}× smaller" if after < before else f"{after / before:.2f}× larger"
 
 
-def accuracy_words(cosine: float | None) -> str:
-    """How far the outputs lie from the original's."""
-    if cosine is None:
+def accuracy_words(summary: Mapping[str, Any]) -> str:
+    """How good the outputs are still: by the metric if there is one, else by how near they are to the original's."""
+    cosine, metric, loss = summary["cosine"], summary["metric"], loss_of(summary)
+    if loss is None:
         return "its outputs are no longer numbers"
+    if metric is not None:
+        return f"its {metric['name']} is {metric['after']:.4g}, was {metric['before']:.4g}"
     if cosine >= _SAME:
         return f"its outputs are the original's (cosine {cosine:.4f})"
-    near = "stay close to" if cosine >= SIMILAR else "are no longer"
+    near = "are no longer" if loss > NOTABLE_LOSS else "stay close to"
     return f"its outputs {near} the original's (cosine {cosine:.3f})"
+
+
+def loss_of(summary: Mapping[str, Any]) -> float | None:
+    """What the metric lost, without one 1 - cosine; None where that is no number."""
+    if summary["metric"] is not None:
+        values = [summary["metric"][key] for key in ("before", "after", "drop")]
+        return None if None in values else float(values[-1])
+    return None if summary["cosine"] is None else round(1 - float(summary["cosine"]), 9)
 
 
 def _capital(text: str) -> str:
@@ -177,6 +200,9 @@ def _facts(report: Mapping[str, Any]) -> list[dict[str, str]]:
     if summary["cosine"] is not None:
         error = f"relative error {format_error(summary['relative_error'])}"
         facts.append(_fact("Cosine to the original", f"{summary['cosine']:.5f}", error))
+    if (metric := summary["metric"]) is not None:
+        after, before = ("-" if metric[key] is None else f"{metric[key]:.4g}" for key in ("after", "before"))
+        facts.append(_fact(_capital(metric["name"]), after, f"was {before}, on {metric['samples']} samples"))
     facts += _prediction_facts(_predictions(report))
     share = f"{format_share(summary['sparse_flops_fraction'])} of the layers’ work runs sparse"
     facts.append(_fact("Zeros in layers", format_share(summary["sparsity"]), share))

@@ -104,6 +104,27 @@ def test_faster_but_less_accurate(report: Report, other: Report, cosine: float, 
     assert (verdict.kind, verdict.word) == (kind, word)
 
 
+@pytest.mark.parametrize(("after", "change"), [(0.88, "worse"), (0.9, "same"), (0.95, "better")])
+def test_a_metric_counts_for_more_than_the_cosine(
+    report: Report, other: Report, after: float, change: str
+) -> None:
+    metric = {
+        "name": "f1",
+        "before": 0.91,
+        "after": 0.9,
+        "drop": 0.01,
+        "lower_is_better": False,
+        "samples": 9,
+    }
+    report["summary"]["metric"] = metric
+    assert compare_reports(report, other)["accuracy"]["metric"] is None, "only one of them has it"
+    other["summary"].update(cosine=0.1, metric={**metric, "after": after, "drop": 0.91 - after})
+    found = compare_reports(report, other)
+    assert found["accuracy"]["change"] == change
+    assert ("f1", "0.9", f"{after:g}", change) in comparison_rows(found)
+    assert f"f1 {after:g}, was 0.9." in comparison_verdict(found).sentence
+
+
 def test_a_goal_that_was_met_before(report: Report, other: Report) -> None:
     gate = {"name": "max_drop", "asked": 0.1, "reached": 0.2, "met": False, "text": "no"}
     other["goal"] = {"met": False, "gates": [gate]}
