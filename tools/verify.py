@@ -188,8 +188,10 @@ def _failure(result: VerifyResult) -> Iterator[str]:
         exact = max(found.relative_error for found in result.against_pruned_dense.values())
         yield (
             f"The compiler is exact ({format_number(exact)} against the pruned dense model): this is the compression "
-            "loss. To accept it, say how much: --max-relative-error, --min-cosine, --max-drop, ..."
+            "loss."
         )
+        if [miss.threshold for miss in misses] == ["max_relative_error"]:
+            yield "To accept it, say how much: --max-relative-error, --min-cosine, --max-drop, ..."
     if result.trace is not None and (layer := result.trace.jump if wrong else result.trace.largest):
         what = "It begins at" if wrong else "The largest error of one layer is that of"
         yield f"{what} {layer.describe()}: {format_number(layer.own_error)} on its own."

@@ -59,9 +59,8 @@ class TracedLayer:
     own_error: float
 
     def describe(self) -> str:
-        """The node and, if it is another name, the module that it came from."""
-        where = f" ({self.module})" if self.module and self.module not in self.node else ""
-        return f"{self.node} [{self.op_type}]{where}"
+        """The module that the node came from, else its own name, and the operator."""
+        return f"{self.module or self.node} [{self.op_type}]"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no Inf and NaN: None there."""

@@ -47,7 +47,8 @@ def test_loss_from_pruning_is_exit_3_and_explained(run_cli, dense, compiled):
     assert re.search("at output .Y., run with(out)? library, against the original; allowed 0.0001 ", ran.err)
     assert re.search(r"The compiler is exact \(\d\.\de-0\d against the pruned dense model\)", ran.err)
     assert "this is the compression loss" in ran.err
-    assert "The largest error of one layer is that of node" in ran.err
+    assert "To accept it, say how much: --max-relative-error" in ran.err
+    assert re.search(r"The largest error of one layer is that of layers\.\d \[SparseMatMul", ran.err)
     assert "layer, against the original" in ran.out
     assert "with library" in ran.out
 
@@ -185,7 +186,7 @@ def test_spoiled_operator_is_a_fault_of_the_compiler_and_is_found(run_cli, dense
         "run without library, against the pruned dense model; allowed 0.0001 (--max-compiler-error)"
         in ran.err
     )
-    assert "a fault of the compiler or the file. It begins at node3 [SparseMatMul]" in ran.err
+    assert "a fault of the compiler or the file. It begins at layers.1 [SparseMatMul]" in ran.err
     assert "<- the first above the threshold" in ran.out
 
 
