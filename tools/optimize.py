@@ -43,7 +43,10 @@ def _numbers(
     "taylor, iht, omp, lasso. Without: magnitude, random, threshold.",
 )
 @click.option("--sparsity", type=float, help="Share of zeros to reach, in [0, 1).")
-@click.option("--mask-structure", help="unstructured, N:M (keep N of M), or block:RxC.")
+@click.option(
+    "--mask-structure",
+    help="unstructured, N:M (keep N of M), or block:RxC; several with commas for a search to choose from.",
+)
 @click.option("--scope", help="Where the share of zeros is kept: row, layer or global, as the method has it.")
 @click.option("--theta", type=float, help="For method threshold: smaller absolute values become zero.")
 @click.option(
@@ -98,7 +101,16 @@ def _numbers(
 @click.option(
     "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
 )
-@click.option("--max-drop", type=float, help="Goal: 1 - cosine to the original's outputs, at most.")
+@click.option(
+    "--metric",
+    help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
+)
+@click.option(
+    "--metric-data", help="What it is measured on.  [default: the calibration data that is held out]"
+)
+@click.option("--labels", help="The array of that data with the labels.")
+@click.option("--metric-output", help="The output that the metric is of.")
+@click.option("--max-drop", type=float, help="Goal: what the metric may lose; without one, 1 - cosine.")
 @click.option("--target-speedup", type=float, help="Goal: the whole model so many times faster, at least.")
 @click.option(
     "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original weights, or of 120MB, say."
@@ -114,7 +126,22 @@ def _numbers(
     type=click.Path(path_type=Path),
     help="File with timings of earlier runs.  [default: in the user's cache folder, or $SPARSE_ONNX_CACHE]",
 )
+@click.option(
+    "--timing-table",
+    type=click.Path(path_type=Path),
+    help="With --no-benchmark: decide by this file of `analyze --save-table`, made on the target machine.",
+)
 @click.option("--no-timing-cache", is_flag=True, help="Time everything anew, and keep nothing.")
+@click.option(
+    "--search-trials",
+    type=click.IntRange(1),
+    help="With a method, goals and no sparsity: stop after so many.  [default: 16]",
+)
+@click.option(
+    "--search-minutes", type=click.FloatRange(0, min_open=True), help="Stop the search then.  [default: 60]"
+)
+@click.option("--jobs", type=int, help="Trials of a search at once.  [default: 1]")
+@click.option("--ray", help="Address of a Ray cluster for trials, or auto.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @format_option
@@ -131,7 +158,8 @@ def command(
     """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
 
     Without pruning options the zeros that the model already has are used. Goals (--max-drop, --target-speedup,
-    --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same.
+    --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same. With a
+    --method and goals but no --sparsity, the zeros of every layer are searched for.
     """
     from sparse_onnx.compiler import optimize
 
@@ -182,6 +210,11 @@ def summary_table(report: dict[str, Any]) -> str:
         if summary["relative_error"] is not None:
             drift = f"cosine {summary['cosine']:.4f}"
             rows.append(["error, against the original", "", f"{summary['relative_error']:.1e}", drift])
+    if (metric := summary.get("metric")) is not None:
+        before, after, drop = (
+            "inf" if metric[k] is None else f"{metric[k]:.4g}" for k in ("before", "after", "drop")
+        )
+        rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
     reasons.update(_short(place["reason"]) for place in report["declined"])
     text = table(rows[1:], rows[0])

@@ -21,13 +21,15 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
-from sparse_onnx.comparison import compare
+from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.goals import Gate, gates, goal_document
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
+from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.metrics import Metric, MetricResult, check_metric_name, open_metric
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
@@ -38,11 +40,13 @@ from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
 from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override, recipe_document
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.predictions import confirm, find_heads, make_probe
+from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     SCHEMA_VERSION,
     StageClock,
@@ -53,17 +57,29 @@ from sparse_onnx.report import (
 )
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
 from sparse_onnx.timing_cache import TimingCache, default_cache_file, file_digest
+from sparse_onnx.timing_table import TimingTable, read_table
 
-__all__ = ["MAX_COMPILER_ERROR", "NOTHING_FASTER", "OptimizeResult", "optimize"]
-
-MAX_COMPILER_ERROR = 1e-4
-"""Largest relative error of the compiled model against the pruned dense one: both compute the same in float32."""
+__all__ = [
+    "FUSION_PASSES",
+    "NOTHING_FASTER",
+    "PREPARATION_PASSES",
+    "OptimizeResult",
+    "lower_layers",
+    "optimize",
+    "source_file",
+]
 
 NOTHING_FASTER = 5
 """Exit code where no layer is faster in sparse form: the dense model was written."""
 
+PREPARATION_PASSES = (*CLEAN_PASSES, FuseBatchNorm())
+"""What comes before pruning."""
+
 FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
 """What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
+
+PLACEHOLDER = 0.5
+"""The share of zeros of a method whose shares are searched for."""
 
 _WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
 _MAX_SAMPLES = 64
@@ -115,11 +131,20 @@ def optimize(
     threads: int | None = None,
     min_speedup: float | None = None,
     max_drop: float | None = None,
+    metric: str | None = None,
+    metric_data: str | Path | None = None,
+    labels: str | None = None,
+    metric_output: str | None = None,
     target_speedup: float | None = None,
     target_size: float | str | None = None,
     seed: int | None = None,
     benchmark: bool = True,
     timing_cache: str | Path | bool = True,
+    timing_table: str | Path | None = None,
+    search_trials: int | None = None,
+    search_minutes: float | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     command: str | None = None,
@@ -145,13 +170,25 @@ def optimize(
         shape_weights: With several targets, how much each counts: their weighted mean time decides, not the worst.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
-        max_drop: Goal: 1 − cosine between the outputs of the original and the result, at most.
+        max_drop: Goal: what the metric may lose, see :func:`.quality.drop`; without one 1 − cosine between the outputs
+            of the original and the result.
+        metric: A metric of the original and the result, see :mod:`.metrics`: ``module:function`` or built in.
+        metric_data: What it is measured on, as ``calibration_data``; None: the calibration data that is held out.
+        labels: The array of the metric's data with the labels.
+        metric_output: The output that the metric is of.
         target_speedup: Goal: how many times faster the whole model becomes, at least.
         target_size: Goal: what its files take, at most: a share of the original weights (0.5 or "50%") or "120MB".
         seed: Of generated inputs and of random pruning.
         benchmark: False: decide by a table instead of timing, for another machine.
         timing_cache: A file with the timings of earlier runs, see :mod:`sparse_onnx.timing_cache`; True: the one in the
             user's cache folder; False: none.
+        timing_table: With ``benchmark=False``: a file of :func:`sparse_onnx.analyze` with timings of the target machine
+            to decide by.
+        search_trials, search_minutes: When a search stops, at most: 16 trials, 60 minutes. With a ``method``, goals and
+            no ``sparsity``, the zeros of every layer are searched for, see :mod:`sparse_onnx.search`;
+            ``mask_structure`` may then name several patterns to choose from, with commas.
+        jobs: Trials of a search at once, in processes of this machine (1).
+        ray: The address of a Ray cluster to run trials on.
         dry_run: Plan only; nothing is written and nothing timed.
         overwrite: Replace ``output`` if it is an output folder of ours.
         command: What was asked for, as the report is to say it; None: this call.
@@ -162,11 +199,15 @@ def optimize(
     """
     asked = command or describe_call(optimize, locals())
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
+    asked_goals = (max_drop, target_speedup, target_size)
+    known_goals = (resolved.goal.max_drop, resolved.goal.target_speedup, resolved.goal.target_size)
+    fixed = sparsity is not None or sparsities is not None or _implies_zeros(mask_structure)
+    searching = method is not None and not fixed and any(goal is not None for goal in (*asked_goals, *known_goals))
     resolved = override(
         resolved,
         method=method,
-        sparsity=sparsity,
-        mask_structure=mask_structure,
+        sparsity=PLACEHOLDER if searching else sparsity,
+        mask_structure=None if searching else mask_structure,
         scope=scope,
         theta=theta,
         gradients=None if gradients is None else str(gradients),
@@ -188,16 +229,47 @@ def optimize(
         threads=threads,
         min_speedup=min_speedup,
         max_drop=max_drop,
+        metric=metric,
+        metric_data=None if metric_data is None else str(metric_data),
+        labels=labels,
+        metric_output=metric_output,
         target_speedup=target_speedup,
         target_size=target_size,
         seed=seed,
     )
     pipeline = resolved.pipeline()  # fails now rather than after the model is read
+    if resolved.goal.metric is not None:
+        check_metric_name(resolved.goal.metric)
+    say = progress or (lambda _line: None)
+    asked_limits = {"trials": search_trials, "minutes": search_minutes, "jobs": jobs, "ray": ray}
+    limits = {name: value for name, value in asked_limits.items() if value is not None}
+    if searching:
+        if dry_run or not benchmark:
+            raise UsageError("a search measures: leave --dry-run and --no-benchmark out, or give a sparsity")
+        from sparse_onnx.search.limits import Limits
+        from sparse_onnx.search.run import search_recipe
+
+        return search_recipe(
+            Path(model),
+            Path(output),
+            resolved,
+            mask_structure,
+            Limits(**limits),  # type: ignore[arg-type]
+            overwrite=overwrite,
+            command=asked,
+            progress=say,
+        )
+    if limits:
+        raise UsageError(f"{next(iter(limits))} is for a search: give a method and goals, and no sparsity")
     if resolved.goal.target_speedup is not None and not benchmark:
         raise UsageError(
             "target_speedup needs timing: leave --no-benchmark (benchmark=False) out, or the goal"
         )
-    say = progress or (lambda _line: None)
+    if timing_table is not None and benchmark:
+        raise UsageError(
+            "timing_table says what another machine measured: give it with --no-benchmark (benchmark=False)"
+        )
+    table = None if timing_table is None else read_table(Path(timing_table))
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
             job = _Job(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch), asked)
@@ -206,18 +278,60 @@ def optimize(
         _note_how_to_resume(resolved),
         model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder,
     ):
-        work = folder / ".work"
-        work.mkdir()
         cache = default_cache_file() if timing_cache is True else Path(timing_cache) if timing_cache else None
-        job = _Job(Path(model), resolved, benchmark, say, folder, work, asked, cache)
-        exit_code, report = job.compile(pipeline)
-        shutil.rmtree(work)
-        (folder / "recipe.yaml").write_text(dump_recipe(resolved), encoding="utf-8")
-        write_json(report, folder / "report.json")
-        from sparse_onnx.report_html import write_html
-
-        write_html(report, folder / "report.html")
+        exit_code, report = compile_into(
+            folder,
+            Path(model),
+            resolved,
+            command=asked,
+            benchmark=benchmark,
+            cache=cache,
+            table=table,
+            progress=say,
+        )
     return OptimizeResult(Path(output), exit_code, report)
+
+
+def _implies_zeros(mask_structure: str | None) -> bool:
+    """True for N:M; several patterns with commas leave a choice."""
+    if mask_structure is None or "," in mask_structure:
+        return False
+    return MaskStructure.parse(mask_structure).kind == "n:m"
+
+
+def compile_into(
+    folder: Path,
+    source: Path,
+    recipe: Recipe,
+    *,
+    command: str,
+    benchmark: bool = True,
+    cache: Path | None = None,
+    table: TimingTable | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> tuple[int, dict[str, Any]]:
+    """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds.
+
+    The arguments are as for :func:`optimize`; ``threads`` are those to work with, where these are others than those
+    that the recipe decides for. Returns the exit code and the report.
+    """
+    work = folder / ".work"
+    work.mkdir()
+    job = _Job(source, recipe, benchmark, progress, folder, work, command, cache, table, threads)
+    exit_code, report = job.compile(recipe.pipeline())
+    shutil.rmtree(work)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_report(report, folder)
+    return exit_code, report
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.html."""
+    from sparse_onnx.report_html import write_html
+
+    write_json(report, folder / "report.json")
+    write_html(report, folder / "report.html")
 
 
 @contextlib.contextmanager
@@ -255,38 +369,35 @@ class _Job:
         work: Path,
         command: str,
         cache: Path | None = None,
+        table: TimingTable | None = None,
+        threads: int | None = None,
     ) -> None:
         self.source, self.recipe, self.benchmark = source, recipe, benchmark
         self.folder, self.work, self.command = folder, work, command
         self.clock = StageClock(say)
         self.say = self.clock.say
-        self.threads = recipe.target.threads or available_cores()
+        self.threads = threads or recipe.target.threads or available_cores()
         self.declined: list[Declined] = []
         self.path = source
         self.targets: list[dict[str, tuple[int, ...]]] = []
-        self.cache = cache
+        self.cache, self.table = cache, table
         self.calibration: CalibrationData | None = None
         self.held_out: Samples | None = None
+        self.metric_samples: Samples | None = None
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
 
     # -- steps ------------------------------------------------------------------------------------------------
 
     def load(self) -> ir.Model:
-        if self.source.is_dir():
-            from sparse_onnx.exporter import export_huggingface
-
-            exported = self.work / "exported"
-            exported.mkdir()
-            model_io.save_model(export_huggingface(self.source).model, exported)
-            self.path = exported / "model.onnx"
+        self.path = source_file(self.source, self.work)
         return model_io.load_model(self.path)
 
     def prepare(
         self, model: ir.Model, pipeline: Pipeline, context: PassContext
     ) -> tuple[PassResult, PassResult]:
         """Clean up and prune; ``declined`` collects what was left alone."""
-        cleaned = Pipeline((*CLEAN_PASSES, FuseBatchNorm()))(model, context)
+        cleaned = Pipeline(PREPARATION_PASSES)(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
         dense = model.clone() if self.held_out is not None else None
         pruned = pipeline(model, context)
@@ -344,6 +455,7 @@ class _Job:
         nbytes = model_io.weight_bytes(model)
         self.budget = session_budget(nbytes)
         samples, self.feeds = self.inputs(model, pipeline)
+        metric = self.metric(model)
         bench = self.bench()
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put, self.say, self.calibration)
@@ -362,7 +474,13 @@ class _Job:
                         model, candidates, shapes, packer, bench, weights=weights, progress=self.say
                     )
                 else:
-                    decisions = guard.decide_by_table(candidates)
+                    decisions = guard.decide_by_table(
+                        candidates,
+                        self.table,
+                        shapes,
+                        weights=self.recipe.target.weights,
+                        min_speedup=self.recipe.goal.min_speedup,
+                    )
             optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
             if not any(decision.sparse for decision in decisions) and not pruned.modified:
                 # Nothing gained: the model as it was, not even cleaned.
@@ -371,11 +489,16 @@ class _Job:
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
             layers = self.layers(decisions, shapes[0])
-        drop = 1 - verification["against_original"]["cosine"]
+        measured = None
+        if metric is not None:
+            with self.clock("measure the metric"):
+                measured = metric.compare(self.written, threads=self.threads)
+        drop = 1 - verification["against_original"]["cosine"] if measured is None else measured.drop
         size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
         found = gates(
             self.recipe.goal,
             drop=drop,
+            metric=measured,
             speedup=self.overall(timings).median if timings else None,
             bytes_before=nbytes,
             bytes_after=size,
@@ -384,7 +507,30 @@ class _Job:
             exit_code = GoalNotMetError.exit_code
         else:
             exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
-        return exit_code, self.report(nbytes, size, timings, decisions, layers, verification, found)
+        return exit_code, self.report(nbytes, size, timings, decisions, layers, verification, found, measured)
+
+    def metric(self, original: ir.Model) -> Metric | None:
+        """The metric that the goal names, measured of the original; None if it names none."""
+        goal, calibration = self.recipe.goal, self.recipe.calibration
+        if goal.metric is None:
+            return None
+        if goal.metric_data is not None:
+            self.metric_samples = open_samples(
+                goal.metric_data,
+                inputs.input_specs(original),
+                batch=calibration.batch_size,
+                tokenizer=calibration.tokenizer,
+                labels=goal.labels,
+            )
+        with self.clock("measure the metric of the original"):
+            return open_metric(
+                goal.metric,
+                original,
+                list(self.metric_samples or ()),
+                labels=goal.labels,
+                output=goal.metric_output,
+                threads=self.threads,
+            )
 
     def bench(self) -> guard.Bench:
         cache = TimingCache(self.cache if self.benchmark else None, self.say)
@@ -397,14 +543,18 @@ class _Job:
         calibration = self.recipe.calibration
         samples: list[Feeds] = []
         if calibration.data is not None:
-            known = open_samples(
+            goal = self.recipe.goal
+            labels = goal.labels if goal.metric_data is None else None
+            labelled = open_samples(
                 calibration.data,
                 specs,
                 limit=calibration.num_calibration_samples,
                 batch=calibration.batch_size,
                 tokenizer=calibration.tokenizer,
+                labels=labels,
             )
-            held = known
+            known = labelled if labels is None else labelled.without(labels)
+            held, self.metric_samples = known, labelled
             if any(modifier.needs_calibration for modifier in pipeline.passes):
                 kept = len(known) - max(1, len(known) // 8) if len(known) > 1 else 1
                 self.calibration = CalibrationData(
@@ -414,7 +564,8 @@ class _Job:
                     None if calibration.statistics is None else Path(calibration.statistics),
                     None if calibration.checkpoint is None else Path(calibration.checkpoint),
                 )
-                held = known.part(kept, len(known)) if len(known) > 1 else known
+                if len(known) > 1:
+                    held, self.metric_samples = (x.part(kept, len(known)) for x in (known, labelled))
                 if held is known:
                     self.say(
                         "warning: one batch only: the result is measured on the data that it was made with"
@@ -445,7 +596,8 @@ class _Job:
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
             timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
-            outputs = [] if self.generated else [shapes_in(runner.run(feeds))[0] for feeds in samples]
+            outputs = [] if self.generated else self.run_all(runner, samples, "batch")
+            outputs = [shapes_in(output)[0] for output in outputs]
         return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
 
     def lower(
@@ -462,12 +614,9 @@ class _Job:
         declined = self.declined
         while True:
             chosen = [decision.candidate for decision in decided if decision.sparse]
-            optimized = model.clone()
             with self.clock("lower and write"):
-                for lowering in LOWERINGS:
-                    if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
-                        lowering(layers=names, packer=packer)(optimized, context)
-                self.declined = [*declined, *MergeLinears()(optimized, context).declined]
+                optimized, left = lower_layers(model, chosen, packer, context)
+                self.declined = [*declined, *left]
                 model_io.save_model(optimized, self.folder)
             if not self.benchmark:
                 return optimized, decided, []
@@ -477,10 +626,9 @@ class _Job:
             if not chosen or speedup >= 1:
                 return optimized, decided, timings
             self.say(f"note: the whole model is slower ({speedup:.2f}x): giving up layers")
-            sparse = sorted(
-                (d for d in decided if d.sparse), key=lambda d: (d.dense_ms or 0) - (d.sparse_ms or 0)
-            )
-            dropped = {id(decision) for decision in sparse[: math.ceil(len(sparse) / 2)]}
+            sparse = [d for d in decided if d.sparse]
+            half = guard.least_gainful([(d.dense_ms or 0) - (d.sparse_ms or 0) for d in sparse])
+            dropped = {id(sparse[index]) for index in half}
             decided = [
                 dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
                 if id(d) in dropped
@@ -500,7 +648,7 @@ class _Job:
         for shapes, timing in zip(self.targets, timings, strict=True):
             key = {"models": models, "inputs": shapes} | bench.environment
             known = bench.cache.get(key)
-            if known is not None and timing.close_to(1):
+            if known is not None and (timing.close_to(1) or not timing.quiet):
                 settled.append(known)
             else:
                 bench.cache.put(key, timing)
@@ -510,21 +658,14 @@ class _Job:
     def time_whole(self, optimized: ir.Model) -> list[Ratio]:
         """The original against what was written, interleaved, at every target."""
         original = model_io.load_model(self.path)
-        with (
-            self.open(original, self.path, library=False) as dense,
-            self.open(optimized, self.written) as sparse,
-        ):
-            runs = [
-                functools.partial(runner.milliseconds, feeds)
-                for feeds in self.feeds
-                for runner in (dense, sparse)
-            ]
-            if dense.whole and sparse.whole:
-                seconds = _WHOLE_SECONDS * len(self.feeds)
-                times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=seconds)
-            else:
-                times = [[run()] for run in runs]
-        return [ratio(first, second) for first, second in zip(times[::2], times[1::2], strict=True)]
+        return time_models(
+            [(original, self.path), (optimized, self.written)],
+            self.feeds,
+            threads=self.threads,
+            budget=self.budget,
+            work=self.work,
+            progress=self.say,
+        )
 
     @property
     def written(self) -> Path:
@@ -544,9 +685,10 @@ class _Job:
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
         with self.open(optimized, self.written) as runner:
-            ours = [runner.run(feeds) for feeds in samples]
+            ours = self.run_all(runner, samples, "with the library")
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
         compiled = compare(reference, ours, () if changed else heads, samples)
+        self.say("on standard operators only")
         with self.open(optimized, self.written, library=False) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
         for what, difference in (("with the library", compiled), ("without it", portable)):
@@ -558,7 +700,7 @@ class _Job:
         if changed:
             original = model_io.load_model(self.path)
             with self.open(original, self.path, library=False) as runner:
-                loss = compare([runner.run(feeds) for feeds in samples], ours, heads, samples)
+                loss = compare(self.run_all(runner, samples, "the original"), ours, heads, samples)
         else:
             loss = compiled
         return {
@@ -568,6 +710,15 @@ class _Job:
             "without_library": portable.to_dict(),
             "against_original": loss.to_dict(),
         }
+
+    def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
+        """The outputs of every batch."""
+        steps = Progress(self.say, what, len(samples))
+        outputs = []
+        for feeds in samples:
+            outputs.append(runner.run(feeds))
+            steps.step()
+        return outputs
 
     # -- report -----------------------------------------------------------------------------------------------
 
@@ -604,6 +755,7 @@ class _Job:
                     "speedup_high": decision.high,
                     "close": decision.close,
                     "cached": decision.cached,
+                    "quiet": decision.quiet,
                     "output_error": self.errors.get(weight.name),
                     "output_error_held_out": self.held_out_errors.get(weight.name),
                     "relative_error": 0.0
@@ -612,23 +764,6 @@ class _Job:
                 }
             )
         return rows
-
-    def target_rows(self, timings: Sequence[Ratio]) -> list[dict[str, Any]]:
-        """The whole model at every target; times are None where it was not timed."""
-        untold = [None] * len(self.targets)
-        weights, times = self.recipe.target.weights or untold, timings or untold
-        return [
-            {
-                "input_shapes": {name: list(shape) for name, shape in shapes.items()},
-                "weight": weight,
-                "dense_ms": timing.first_ms if timing else None,
-                "optimized_ms": timing.second_ms if timing else None,
-                "speedup": timing.median if timing else None,
-                "speedup_low": timing.low if timing else None,
-                "speedup_high": timing.high if timing else None,
-            }
-            for shapes, weight, timing in zip(self.targets, weights, times, strict=True)
-        ]
 
     def report(
         self,
@@ -639,6 +774,7 @@ class _Job:
         layers: list[dict[str, Any]],
         verification: dict[str, Any],
         found: Sequence[Gate],
+        metric: MetricResult | None = None,
     ) -> dict[str, Any]:
         weights = sum(math.prod(row["shape"]) for row in layers)
         zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
@@ -649,25 +785,24 @@ class _Job:
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": environment(
-                threads=self.threads, seed=self.recipe.calibration.seed, isa=sparse_ops.info().isa
+                threads=self.recipe.target.threads or available_cores(),
+                seed=self.recipe.calibration.seed,
+                isa=sparse_ops.info().isa,
             ),
             "command": self.command,
             "recipe": recipe_document(self.recipe),
             "source": self.source.name,
             "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
-            "targets": self.target_rows(timings),
+            "targets": target_rows(self.targets, self.recipe.target.weights, timings),
             "summary": {
-                "dense_ms": timing.first_ms if timing else None,
-                "optimized_ms": timing.second_ms if timing else None,
-                "speedup": timing.median if timing else None,
-                "speedup_low": timing.low if timing else None,
-                "speedup_high": timing.high if timing else None,
+                **times(timing),
                 "bytes_before": nbytes,
                 "bytes_after": size,
                 "sparsity": zeros / weights if weights else 0.0,
                 "sparse_flops_fraction": sparse_work / sum(work.values()) if work else 0.0,
                 "relative_error": loss.get("relative_error"),
                 "cosine": loss.get("cosine"),
+                "metric": None if metric is None else metric.to_dict(),
             },
             "goal": goal_document(found),
             "verification": verification,
@@ -675,6 +810,88 @@ class _Job:
             "declined": [dataclasses.asdict(place) for place in self.declined],
             "stages": self.clock.stages,
         }
+
+
+def time_models(
+    pair: Sequence[tuple[ir.Model, Path]],
+    feeds: Sequence[Feeds],
+    *,
+    threads: int,
+    budget: int,
+    work: Path,
+    progress: Callable[[str], None],
+) -> list[Ratio]:
+    """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``."""
+    (original, source), (compiled, written) = pair
+    options: dict[str, Any] = {"threads": threads, "budget": budget, "work": work}
+    with (
+        open_runner(original, path=source, library=False, **options) as dense,
+        open_runner(compiled, path=written, library=True, **options) as sparse,
+    ):
+        runs = [
+            functools.partial(runner.milliseconds, values) for values in feeds for runner in (dense, sparse)
+        ]
+        load = OtherLoad()
+        if dense.whole and sparse.whole:
+            seconds = _WHOLE_SECONDS * len(feeds)
+            found = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=seconds, progress=progress)
+        else:
+            found = [[run()] for run in runs]
+    quiet = load.spared(threads)
+    return [ratio(first, second, quiet=quiet) for first, second in zip(found[::2], found[1::2], strict=True)]
+
+
+def times(timing: Ratio | None) -> dict[str, float | None]:
+    """The times of a whole model as a report has them; None where it was not timed."""
+    return {
+        "dense_ms": timing.first_ms if timing else None,
+        "optimized_ms": timing.second_ms if timing else None,
+        "speedup": timing.median if timing else None,
+        "speedup_low": timing.low if timing else None,
+        "speedup_high": timing.high if timing else None,
+    }
+
+
+def target_rows(
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
+    weights: Sequence[float] | None,
+    timings: Sequence[Ratio],
+) -> list[dict[str, Any]]:
+    """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed."""
+    untold = [None] * len(targets)
+    return [
+        {
+            "input_shapes": {name: list(shape) for name, shape in shapes.items()},
+            "weight": weight,
+            **times(timing),
+            "quiet": timing.quiet if timing else None,
+        }
+        for shapes, weight, timing in zip(targets, weights or untold, timings or untold, strict=True)
+    ]
+
+
+def source_file(source: Path, work: Path) -> Path:
+    """The ONNX file that ``source`` is, or that the Hugging Face folder ``source`` was exported to, inside ``work``."""
+    if not source.is_dir():
+        return source
+    from sparse_onnx.exporter import export_huggingface
+
+    exported = work / "exported"
+    exported.mkdir()
+    model_io.save_model(export_huggingface(source).model, exported)
+    return exported / "model.onnx"
+
+
+def lower_layers(
+    model: ir.Model, chosen: Sequence[Candidate], packer: Packer, context: PassContext
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """A copy of ``model`` with the ``chosen`` candidates sparse and those that share an input merged, and the places
+    that could not be merged."""
+    lowered = model.clone()
+    for lowering in LOWERINGS:
+        if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
+            lowering(layers=names, packer=packer)(lowered, context)
+    return lowered, MergeLinears()(lowered, context).declined
 
 
 def _planned(pipeline: Pipeline) -> Pipeline:

@@ -23,32 +23,25 @@ from sparse_onnx.errors import SparseOnnxError, VerificationError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.progress import format_duration
 from sparse_onnx.runtime import Ratio
+from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.plans import Family
 from sparse_onnx.search.strategy import Goals, Outcome, best, next_points
 from sparse_onnx.search.workers import Workers
 from sparse_onnx.storage import write_whole
 
-__all__ = ["Limits", "Measured", "Search", "Trial"]
+__all__ = ["Measured", "Search", "Trial"]
 
 _VERSION = 1
 _STATE, _BEST = "search.json", "best"
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """When to stop: after so many ``trials``, or when another round would take longer than ``minutes`` in all; the
-    first round is always made."""
-
-    trials: int = 16
-    minutes: float = 60.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a trial reached: time against dense, bytes of its files, and the drop of the metric (infinite: outputs that
-    are not finite)."""
+    """What a trial reached: time against dense, overall and at every target, bytes of its files, and the drop of the
+    metric (infinite: outputs that are not finite)."""
 
     speed: Ratio
+    targets: tuple[Ratio, ...]
     nbytes: int
     drop: float
 
@@ -77,7 +70,7 @@ class Search:
         goals: What to meet.
         compile_plan: Compiles a plan into a folder with so many threads, and returns (bytes, drop, share of zeros);
             runs in a worker, so it can be pickled.
-        time_alone: Times the model in a folder against dense.
+        time_alone: Times the model in a folder against dense: overall, and at every target.
         workers: Where trials run.
         limits: When to stop.
         folder: For trials and for what is known; a search with the same ``key`` goes on from there.
@@ -91,7 +84,7 @@ class Search:
         goals: Goals,
         *,
         compile_plan: Callable[[Plan, Path, int], tuple[int, float, float]],
-        time_alone: Callable[[Path], Ratio],
+        time_alone: Callable[[Path], tuple[Ratio, Sequence[Ratio]]],
         workers: Workers,
         limits: Limits,
         folder: Path,
@@ -180,7 +173,8 @@ class Search:
                 self._add(Trial(name, index, 0.0, None, str(result)), folder)
                 continue
             nbytes, drop, sparsity = result
-            measured = Measured(self._time_alone(folder), nbytes, drop)
+            speed, targets = self._time_alone(folder)
+            measured = Measured(speed, tuple(targets), nbytes, drop)
             self._add(Trial(name, index, sparsity, measured), folder)
 
     def _add(self, trial: Trial, folder: Path) -> None:
@@ -234,5 +228,6 @@ class Search:
 def _trial(entry: Mapping[str, Any]) -> Trial:
     measured = entry["measured"]
     if measured is not None:
-        measured = Measured(Ratio(**measured["speed"]), measured["nbytes"], measured["drop"])
+        targets = tuple(Ratio(**timing) for timing in measured["targets"])
+        measured = Measured(Ratio(**measured["speed"]), targets, measured["nbytes"], measured["drop"])
     return Trial(entry["family"], entry["index"], entry["sparsity"], measured, entry["error"])

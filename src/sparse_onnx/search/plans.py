@@ -41,9 +41,11 @@ class Family:
     expected: tuple[Expected, ...]
 
 
-def allocated(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goals) -> Family:
-    """Zeros in the layers ``names`` with the least loss for the time that they leave; for the size where only that is
-    asked for; for both in equal shares of dense where both are."""
+def allocated(
+    forecast: Forecast, names: Iterable[str], structures: Iterable[str], loss: LossOf, goals: Goals
+) -> Family:
+    """Zeros in the layers ``names``, in any of the patterns ``structures``, with the least loss for the time that they
+    leave; for the size where only that is asked for; for both in equal shares of dense where both are."""
     names = list(names)
     dense_ms = sum(forecast.layer_milliseconds(name) for name in names)
     dense_bytes = sum(forecast.layer_bytes(name) for name in names)
@@ -58,10 +60,11 @@ def allocated(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goa
             total += forecast.layer_bytes(name, choice) / dense_bytes
         return total
 
+    choices = list(_choices(structures))
     options: dict[str, list[Option]] = {}
     for name in names:
         options[name] = [Option(None, cost(name, None), 0.0)]
-        for choice in _choices(forecast):
+        for choice in choices:
             lost = loss(name, choice)
             if lost is not None:
                 options[name].append(Option(choice, cost(name, choice), lost))
@@ -72,8 +75,8 @@ def allocated(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goa
     return _family("allocated", plans, forecast, loss)
 
 
-def _choices(forecast: Forecast) -> Iterable[Choice]:
-    for structure in forecast.structures:
+def _choices(structures: Iterable[str]) -> Iterable[Choice]:
+    for structure in structures:
         parsed = MaskStructure.parse(structure)
         if parsed.kind == "n:m":
             yield 1 - parsed.size[0] / parsed.size[1], structure
@@ -110,7 +113,7 @@ def _family(name: str, plans: Iterable[Plan], forecast: Forecast, loss: LossOf) 
     return Family(name, tuple(kept), tuple(expected))
 
 
-def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
+def modifiers(plan: Plan, template: Magnitude | OneShot, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
     """``plan`` as pruning passes with the options of ``template``, whose own share of zeros does not count.
 
     ``sizes`` are the elements of the weights. A one-shot method prunes all layers of one pattern together; by
@@ -133,7 +136,6 @@ def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pas
                 )
             )
             continue
-        assert isinstance(template, Magnitude)
         for share in dict.fromkeys(shares.values()):
             passes.append(
                 dataclasses.replace(

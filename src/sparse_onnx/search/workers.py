@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from sparse_onnx.errors import HostError, SparseOnnxError, UsageError
+from sparse_onnx.errors import HostError, SparseOnnxError
 
 __all__ = ["Task", "Workers", "choose_workers"]
 
@@ -85,11 +85,9 @@ class _Cluster:
 def choose_workers(threads: int, *, jobs: int = 1, ray: str | None = None) -> Workers:
     """``ray``: the address of a cluster; else ``jobs`` processes on this machine.
 
-    Raises UsageError if both are asked for, HostError if what they need is missing.
+    Raises HostError if what that needs is missing.
     """
     if ray is not None:
-        if jobs != 1:
-            raise UsageError("give --jobs or --ray, not both")
         return _Cluster(threads, ray)
     return _Serial(threads) if jobs == 1 else _Processes(threads, jobs)
 

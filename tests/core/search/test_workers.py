@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.workers import choose_workers
 
 
@@ -52,9 +53,12 @@ def test_on_a_cluster():
     assert isinstance(error, UsageError)
 
 
-def test_processes_or_a_cluster():
-    with pytest.raises(UsageError, match="not both"):
-        choose_workers(4, jobs=2, ray="auto")
+@pytest.mark.parametrize(
+    "options", [{"trials": 0}, {"minutes": 0.0}, {"jobs": 0}, {"jobs": 2, "ray": "auto"}], ids=str
+)
+def test_limits_out_of_range(options):
+    with pytest.raises(UsageError, match=r"search_trials|search_minutes|jobs"):
+        Limits(**options)
 
 
 @pytest.mark.parametrize(("module", "options"), [("joblib", {"jobs": 2}), ("ray", {"ray": "auto"})])

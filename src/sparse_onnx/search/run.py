@@ -1,0 +1,409 @@
+"""``optimize`` with goals in place of a share of zeros: from a model to the folder that is shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sparse_onnx import inputs, model_io
+from sparse_onnx.analysis import Analysis, analyze
+from sparse_onnx.compiler import (
+    NOTHING_FASTER,
+    PREPARATION_PASSES,
+    OptimizeResult,
+    compile_into,
+    source_file,
+    target_rows,
+    time_models,
+    times,
+    write_report,
+)
+from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
+from sparse_onnx.forecast import Plan
+from sparse_onnx.goals import gates, goal_document
+from sparse_onnx.metrics import MetricResult
+from sparse_onnx.passes import guard
+from sparse_onnx.passes.base import PassContext, Pipeline, Stage
+from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.masks import MaskStructure
+from sparse_onnx.passes.oneshot import OneShot
+from sparse_onnx.passes.pruning import choose_weights
+from sparse_onnx.passes.recipe import Goal, Recipe, RecipeStage, recipe_document
+from sparse_onnx.passes.weights import Selection, Weight
+from sparse_onnx.report import available_cores
+from sparse_onnx.report_schema import read_report
+from sparse_onnx.runtime import Ratio, session_budget
+from sparse_onnx.search.driver import Search, Trial
+from sparse_onnx.search.frontier import pareto
+from sparse_onnx.search.limits import Limits
+from sparse_onnx.search.losses import measured_losses, weight_losses
+from sparse_onnx.search.plans import Family, allocated, modifiers, uniform
+from sparse_onnx.search.strategy import Expected, Goals
+from sparse_onnx.search.workers import choose_workers
+from sparse_onnx.storage import write_whole
+from sparse_onnx.timing_table import TimingTable, read_table, write_table
+from sparse_onnx.units import parse_size
+
+__all__ = ["optimize_to_goals", "search_recipe"]
+
+_PLANS, _TABLE = "plans.json", "timings.json"
+_STATE = ("search.json", _PLANS, _TABLE, "best")
+_PATTERN = "unstructured"
+
+
+def search_recipe(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    mask_structure: str | None,
+    limits: Limits,
+    *,
+    overwrite: bool,
+    command: str,
+    progress: Callable[[str], None],
+) -> OptimizeResult:
+    """Search for the zeros of ``recipe``'s one pruning method, whose own share of them does not count, in one of the
+    patterns ``mask_structure`` (with commas). The others as for :func:`.compiler.optimize`."""
+    pruning = [modifier for modifier in recipe.modifiers() if modifier.stage is Stage.PRUNE]
+    template = pruning[0]
+    if len(pruning) != 1 or not isinstance(template, Magnitude | OneShot):
+        raise UsageError(f"{template.name} has no share of zeros to search for: give another method")
+    stages = (
+        RecipeStage(stage.name, tuple(modifier for modifier in stage.modifiers if modifier is not template))
+        for stage in recipe.stages
+    )
+    patterns = [MaskStructure.parse(text.strip()) for text in (mask_structure or _PATTERN).split(",")]
+    return optimize_to_goals(
+        source,
+        output,
+        dataclasses.replace(recipe, stages=tuple(stage for stage in stages if stage.modifiers)),
+        template,
+        structures=list(dict.fromkeys(map(str, patterns))),
+        limits=limits,
+        overwrite=overwrite,
+        command=command,
+        progress=progress,
+    )
+
+
+def optimize_to_goals(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    template: Magnitude | OneShot,
+    *,
+    structures: Sequence[str],
+    limits: Limits,
+    overwrite: bool,
+    command: str,
+    progress: Callable[[str], None],
+) -> OptimizeResult:
+    """Search for the zeros that meet the goals of ``recipe``, and write the best result.
+
+    Args:
+        source: An ``.onnx`` file or a Hugging Face model folder.
+        output: The folder to write.
+        recipe: All but the pruning that is searched for. Its ``calibration.checkpoint`` is where the search keeps what
+            it knows, to go on after an interruption.
+        template: A pruning method with its options; its own share of zeros does not count.
+        structures: The patterns to choose from.
+        limits: When to stop, and where trials run.
+        overwrite, command, progress: As for :func:`.compiler.optimize`.
+
+    Raises:
+        SparseOnnxError: With one clear message and its exit code; nothing is written then.
+    """
+    with model_io.OutputFolder(output, overwrite=overwrite, sources=[source]) as folder:
+        work = folder / ".work"
+        work.mkdir()
+        job = _Job(source, recipe, template, tuple(structures), work, command, progress)
+        search = job.search(limits)
+        try:
+            search.run()
+        except KeyboardInterrupt as stop:
+            stop.add_note(job.how_to_resume(len(search.trials)))
+            raise
+        if search.best is None:
+            raise UsageError(f"every trial failed, the last one so: {search.trials[-1].error}")
+        for path in search.best_folder.iterdir():
+            target = folder / path.name
+            shutil.copy2(path, target) if recipe.calibration.checkpoint else path.rename(target)
+        exit_code, report = job.finish(search, folder)
+        shutil.rmtree(work)
+        write_report(report, folder)
+    return OptimizeResult(output, exit_code, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compile:
+    """Compiles one plan; goes to the workers."""
+
+    source: Path
+    recipe: Recipe
+    template: Magnitude | OneShot
+    sizes: Mapping[str, int]
+    table: TimingTable
+    command: str
+
+    def __call__(self, plan: Plan, folder: Path, threads: int) -> tuple[int, float, float]:
+        """Bytes of the files, the drop, and the share of zeros in the weights that kernels could take."""
+        passes = modifiers(plan, self.template, self.sizes)
+        stages = (*self.recipe.stages, *((RecipeStage("prune", passes),) if passes else ()))
+        recipe = dataclasses.replace(self.recipe, stages=stages)
+        folder.mkdir()
+        _, report = compile_into(
+            folder,
+            self.source,
+            recipe,
+            command=self.command,
+            benchmark=False,
+            table=self.table,
+            threads=threads,
+        )
+        summary = report["summary"]
+        metric = summary["metric"]
+        drop = 1 - _number(summary["cosine"]) if metric is None else _number(metric["drop"])
+        return summary["bytes_after"], drop if math.isfinite(drop) else math.inf, summary["sparsity"]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+class _Job:
+    """One search: the state that its steps share."""
+
+    def __init__(
+        self,
+        source: Path,
+        recipe: Recipe,
+        template: Magnitude | OneShot,
+        structures: tuple[str, ...],
+        work: Path,
+        command: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.source, self.recipe, self.template, self.structures = source, recipe, template, structures
+        self.work, self.command, self.say = work, command, say
+        self.threads = recipe.target.threads or available_cores()
+        self.state = self._state_folder()
+        self.path = source_file(source, work)
+        self.model = model_io.load_model(self.path)
+        self.nbytes = model_io.weight_bytes(self.model)
+        goal = recipe.goal
+        size = None if goal.target_size is None else float(parse_size(goal.target_size, self.nbytes))
+        self.goals = Goals(goal.target_speedup, size, goal.max_drop)
+        specs = inputs.input_specs(self.model)
+        self.targets = [inputs.resolve_shapes(specs, given)[0] for given in recipe.target.all_shapes]
+        seed = recipe.calibration.seed
+        self.feeds = [inputs.generate(specs, shapes, seed) for shapes in self.targets]
+
+    def _state_folder(self) -> Path:
+        kept = self.recipe.calibration.checkpoint
+        folder = self.work / "search" if kept is None else Path(kept)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            strangers = [p.name for p in folder.iterdir() if p.name not in _STATE and "trial-" not in p.name]
+        except OSError as error:
+            raise HostError(f"checkpoint: {folder} cannot be used: {error.strerror}") from error
+        if strangers:
+            raise UsageError(
+                f"checkpoint: {folder} holds {strangers[0]}, which is not of a search: give another folder"
+            )
+        return folder
+
+    def how_to_resume(self, trials: int) -> str:
+        """What to say after an interruption."""
+        if self.recipe.calibration.checkpoint is not None:
+            return f"Run the same command again to go on after {trials} trials, kept in {self.state} (--checkpoint)."
+        return "Run the same command again to start over; with --checkpoint DIR a next interruption keeps the trials."
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def search(self, limits: Limits) -> Search:
+        """Plan; or take over the plans of an interrupted search for the same."""
+        key = self.key()
+        families, table, sizes = self.kept_plans(key) or self.plan(key)
+        trial = dataclasses.replace(
+            self.recipe,
+            goal=Goal(
+                metric=self.recipe.goal.metric,
+                metric_data=self.recipe.goal.metric_data,
+                labels=self.recipe.goal.labels,
+                metric_output=self.recipe.goal.metric_output,
+                min_speedup=self.recipe.goal.min_speedup,
+            ),
+            calibration=dataclasses.replace(self.recipe.calibration, checkpoint=None),
+        )
+        return Search(
+            families,
+            self.goals,
+            compile_plan=_Compile(self.path.absolute(), trial, self.template, sizes, table, self.command),
+            time_alone=self.time_alone,
+            workers=choose_workers(self.threads, jobs=limits.jobs, ray=limits.ray),
+            limits=limits,
+            folder=self.state,
+            key=key,
+            progress=self.say,
+        )
+
+    def key(self) -> str:
+        """Equal for equal questions."""
+        document = recipe_document(dataclasses.replace(self.recipe, goal=Goal()))
+        document["calibration"]["checkpoint"] = None
+        parts = (document, dataclasses.asdict(self.goals), repr(self.template), self.structures, self.threads)
+        text = json.dumps([model_digest(self.model), *map(str, parts)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def plan(self, key: str) -> tuple[list[Family], TimingTable, dict[str, int]]:
+        """Measure layers and whole models, and make the families of plans of it; both are kept."""
+        calibration = self.recipe.calibration
+        selection = Selection(self.template.targets, self.template.ignore)
+        with model_io.Spool(self.work) as spool:
+            Pipeline(PREPARATION_PASSES)(self.model, PassContext(spool.put))
+            weights, left = choose_weights(self.model, selection, MaskStructure())
+            if not weights:
+                why = "; ".join(f"{place} {reason}" for place, reason in left[:5])
+                raise UsageError(
+                    f"no layer of the model can be pruned: {why or 'it has no linear or convolution'}"
+                )
+            analysis = analyze(
+                self.path,
+                mask_structures=self.structures,
+                targets=selection.targets,
+                ignore=selection.ignore,
+                input_shapes=self.targets[0],
+                threads=self.threads,
+                min_speedup=self.recipe.goal.min_speedup,
+                calibration_data=calibration.data,
+                tokenizer=calibration.tokenizer,
+                batch_size=calibration.batch_size,
+                seed=calibration.seed,
+                progress=self.say,
+            )
+            loss = self.losses(analysis, weights)
+        forecast = analysis.forecast
+        sizes = {weight.name: math.prod(weight.shape) for weight in weights}
+        names = [layer.name for layer in forecast.layers if layer.name in sizes and not layer.companion]
+        families = [allocated(forecast, names, self.structures, loss, self.goals)]
+        if _PATTERN in self.structures:
+            families.append(uniform(forecast, names, loss, self.goals))
+        table = analysis.table()
+        write_table(table, self.state / _TABLE)
+        document = {
+            "key": key,
+            "sizes": sizes,
+            "families": [dataclasses.asdict(family) for family in families],
+        }
+        with write_whole(self.state / _PLANS) as file:
+            file.write(json.dumps(document).encode())
+        return families, table, sizes
+
+    def losses(self, analysis: Analysis, weights: Sequence[Weight]) -> Any:
+        """Measured on real inputs where there are some."""
+        known = {layer.name: layer.loss for layer in analysis.forecast.layers if layer.loss is not None}
+        return measured_losses(known) if known else weight_losses(weights, self.structures, self.say)
+
+    def kept_plans(self, key: str) -> tuple[list[Family], TimingTable, dict[str, int]] | None:
+        """What an interrupted search for the same had planned; None if there is nothing that can be read."""
+        try:
+            document = json.loads((self.state / _PLANS).read_text(encoding="utf-8"))
+            if document["key"] != key:
+                return None
+            families = [
+                Family(
+                    family["name"],
+                    tuple({name: tuple(choice) for name, choice in plan.items()} for plan in family["plans"]),
+                    tuple(Expected(**expected) for expected in family["expected"]),
+                )
+                for family in document["families"]
+            ]
+            return families, read_table(self.state / _TABLE), document["sizes"]
+        except (OSError, ValueError, KeyError, TypeError, UsageError):
+            return None
+
+    def time_alone(self, folder: Path) -> tuple[Ratio, list[Ratio]]:
+        """The original against the model in ``folder`` at every target."""
+        written = folder / "model.onnx"
+        pair: list[tuple[ir.Model, Path]] = [
+            (model_io.load_model(path), path) for path in (self.path, written)
+        ]
+        budget = session_budget(self.nbytes)
+        timings = time_models(
+            pair, self.feeds, threads=self.threads, budget=budget, work=self.work, progress=self.say
+        )
+        return guard.overall(timings, self.recipe.target.weights)[0], timings
+
+    def finish(self, search: Search, folder: Path) -> tuple[int, dict[str, Any]]:
+        """The report of the best trial with its times, the goals, and the search."""
+        assert search.best is not None
+        assert search.best.measured is not None
+        measured = search.best.measured
+        report = read_report(folder / "report.json")
+        summary = report["summary"]
+        summary |= times(measured.speed)
+        metric = summary["metric"]
+        found = gates(
+            self.recipe.goal,
+            drop=measured.drop,
+            metric=None if metric is None or None in metric.values() else MetricResult(**metric),
+            speedup=measured.speed.median,
+            bytes_before=self.nbytes,
+            bytes_after=measured.nbytes,
+        )
+        report["source"] = self.source.name
+        report["goal"] = goal_document(found)
+        report["targets"] = target_rows(self.targets, self.recipe.target.weights, measured.targets)
+        report["search"] = self.document(search, all(gate.met for gate in found))
+        if not all(gate.met for gate in found):
+            return GoalNotMetError.exit_code, report
+        return 0 if any(row["decision"] == "sparse" for row in report["layers"]) else NOTHING_FASTER, report
+
+    def document(self, search: Search, met: bool) -> dict[str, Any]:
+        """The search in the report: what was asked, and the trials that no other one beats."""
+        trials = [trial for trial in search.trials if trial.measured is not None]
+        points = [
+            (trial.measured.speed.median, -trial.measured.drop, -float(trial.measured.nbytes))
+            for trial in trials
+            if trial.measured is not None
+        ]
+        front = sorted((trials[index] for index in pareto(points)), key=_speed)
+        return {
+            "metric": self.recipe.goal.metric or "1 - cosine",
+            "budget": {
+                "target_speedup": self.goals.speedup,
+                "target_bytes": None if self.goals.nbytes is None else int(self.goals.nbytes),
+                "max_drop": self.goals.drop,
+            },
+            "met": met,
+            "evaluated": len(search.trials),
+            "pareto": [_point(trial, trial == search.best) for trial in front],
+        }
+
+
+def _speed(trial: Trial) -> float:
+    assert trial.measured is not None
+    return trial.measured.speed.median
+
+
+def _point(trial: Trial, chosen: bool) -> dict[str, Any]:
+    measured = trial.measured
+    assert measured is not None
+    return {
+        "speedup": measured.speed.median,
+        "speedup_low": measured.speed.low,
+        "speedup_high": measured.speed.high,
+        "drop": measured.drop if math.isfinite(measured.drop) else None,
+        "bytes": measured.nbytes,
+        "sparsity": trial.sparsity,
+        "chosen": chosen,
+    }
