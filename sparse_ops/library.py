@@ -80,9 +80,10 @@ def library_path() -> Path:
 def register(session_options: Any) -> None:
     """Make ``onnxruntime.SessionOptions`` know the operators. Doing it twice is harmless.
 
-    Raises HostError if the library is missing, damaged, of another version, or refused by ONNX Runtime.
+    Raises HostError if the library is missing, damaged, of another version, or refused by ONNX Runtime, or if
+    ``SPARSE_ONNX_FORCE_ISA`` is wrong, which a session would say of every node.
     """
-    _library()
+    info()
     try:
         session_options.register_custom_ops_library(str(library_path()))
     except Exception as error:  # ORT's exceptions have no common base but Exception

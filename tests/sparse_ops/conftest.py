@@ -87,7 +87,7 @@ import sys, onnxruntime
 from sparse_onnx import sparse_ops
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 1
-sparse_ops.register(options)
+options.register_custom_ops_library(str(sparse_ops.library_path()))  # as any host does
 onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
 """
 

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
+from sparse_onnx.errors import HostError
 from sparse_onnx.sparse_ops import sparse_matmul as sm
 
 K, N = 70, 45
@@ -296,6 +297,13 @@ def test_unknown_instruction_set_fails_the_session(model_file, node_name, create
     result = create_session(model_file, "avx1024")
     assert result.returncode != 0
     assert f"node '{node_name}' (SparseMatMul): SPARSE_ONNX_FORCE_ISA is none of" in result.stderr
+
+
+def test_unknown_instruction_set_is_an_error_of_the_environment(monkeypatch):
+    """Known before any session is there."""
+    monkeypatch.setenv("SPARSE_ONNX_FORCE_ISA", "avx1024")
+    with pytest.raises(HostError, match="SPARSE_ONNX_FORCE_ISA is none of"):
+        sparse_ops.register(onnxruntime.SessionOptions())
 
 
 def test_large_weight_in_strips(sparse, layer_model, open_session):

@@ -54,11 +54,54 @@ def test_version(run_cli):
     assert metadata.version("sparse-onnx") in ran.out
 
 
-def test_unknown_command(run_cli):
-    ran = run_cli("nosuch")
+@pytest.mark.parametrize(("word", "near"), [("optimise", "optimize"), ("benchmark", "bench"), ("xyz", None)])
+def test_unknown_command(run_cli, word, near):
+    ran = run_cli(word)
     assert ran.code == 2
-    assert "nosuch" in ran.err
+    assert f"No such command '{word}'." in ran.err
+    assert (f"Did you mean '{near}'?" in ran.err) == (near is not None)
+    assert ", ".join(cli.COMMANDS) in ran.err
     assert "Usage:" in ran.err
+
+
+def test_no_command_is_help(run_cli):
+    ran = run_cli()
+    assert ran.code == 2
+    assert "Commands:" in ran.out + ran.err
+
+
+def test_exit_codes_are_in_the_help(run_cli):
+    text = run_cli("--help").out
+    for code, meaning in cli.EXIT_CODES.items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{code} "))
+        assert meaning.split()[0] in line
+
+
+HEAVY = {
+    *("numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript"),
+    *("jinja2", "yaml", "scipy", "joblib", "ray"),
+}
+"""What --help has no need of: each takes longer to import than everything else together."""
+
+
+@pytest.mark.parametrize("name", [None, *cli.COMMANDS])
+def test_help_imports_nothing_heavy(name):
+    """So it answers at once; time itself is not tested."""
+    arguments = ["--help"] if name is None else [name, "--help"]
+    code = (
+        "import sys\n"
+        "from sparse_onnx.tools import cli\n"
+        "try:\n"
+        f"    cli.main({arguments})\n"
+        "except SystemExit:\n"
+        "    print('imported', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert modules[0] == "imported"
+    assert HEAVY & set(modules) == set()
+    commands = {module.rpartition(".")[2] for module in modules} & cli.COMMANDS.keys()
+    assert commands - {"inspect"} == ({name} - {None, "inspect"}), "other commands are not loaded"
 
 
 def test_usage_is_shown_for_a_wrong_option(run_cli):
@@ -98,7 +141,11 @@ def test_number_of_a_command_is_the_exit_code(run_cli, monkeypatch, code):
         ),
         (OSError(errno.EACCES, "Permission denied", "/x/y"), 6, "Error: /x/y: Permission denied\n"),
         (MemoryError(), 6, "Error: out of memory\n"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "Error: interrupted by SIGINT; nothing was written. Run the same command again",
+        ),
         (ValueError("oops"), 1, "internal error: ValueError: oops"),
         (OSError(errno.EIO, "Input/output error", "/x/y"), 1, "internal error: OSError"),
     ],
@@ -111,6 +158,27 @@ def test_errors_are_one_message_and_a_code(run_cli, monkeypatch, error, code, sa
     assert said in ran.err
     assert "Traceback" not in ran.err
     assert ran.out == ""
+
+
+def test_a_damaged_file_is_no_interruption(run_cli, monkeypatch):
+    """click takes EOFError for Ctrl-D."""
+    replace_command(monkeypatch, raises(EOFError("no data left")))
+    ran = run_cli("inspect")
+    assert ran.code == 1
+    assert "internal error: EOFError: no data left" in ran.err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_wrong_usage_as_json(run_cli, name):
+    ran = run_cli(name, "--nosuch", "--format", "json")
+    document = ran.json()
+    assert ran.code == document["exit_code"] == 2
+    assert "--nosuch" in document["error"]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_can_be_quiet(run_cli, name):
+    assert "--quiet" in run_cli(name, "--help").out
 
 
 @pytest.mark.parametrize("flags", [["--format", "json"], ["--format=json"]])
