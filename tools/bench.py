@@ -68,7 +68,7 @@ def command(
     """Time MODELS (.onnx files, or output folders of `sparse-onnx optimize`), one run of each in turn.
 
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
-    middle half.
+    95 % confidence interval.
     """
     from sparse_onnx.report import available_cores, environment
 
@@ -151,7 +151,7 @@ def _time(
         runs = [
             _run(runner.milliseconds, entry.feeds) for runner, entry in zip(runners, entries, strict=True)
         ]
-        times = interleave(runs, rounds=rounds, seconds=_SECONDS)
+        times = interleave(runs, rounds=rounds, seconds=_SECONDS, progress=say)
     rows = []
     for entry, runner, own in zip(entries, runners, times, strict=True):
         against = ratio(times[0], own)
@@ -210,7 +210,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         [row["model"], format_ms(row["min_ms"]), format_ms(row["median_ms"]), _interval(row)] for row in rows
     ]
-    return table(cells, ["model", "min", "median", "speedup (middle half)"])
+    return table(cells, ["model", "min", "median", "speedup (95 %)"])
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -263,5 +263,5 @@ def _layer_table(timings: Sequence[LayerTiming]) -> str:
     )
     return table(
         cells,
-        ["layer", "equal", "rows x K x N", "zeros", "kernel", "dense", "sparse", "speedup (middle half)"],
+        ["layer", "equal", "rows x K x N", "zeros", "kernel", "dense", "sparse", "speedup (95 %)"],
     )

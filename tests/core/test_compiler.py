@@ -132,9 +132,9 @@ def test_whole_model_slower_gives_layers_up(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.9, layers=4)
     real, calls = compiler.ratio, []
 
-    def slower_at_first(first, second):
+    def slower_at_first(first, second, **options):
         calls.append(1)
-        measured = real(first, second)
+        measured = real(first, second, **options)
         return dataclasses.replace(measured, median=0.5 if len(calls) <= 2 else 1.5)
 
     monkeypatch.setattr(compiler, "ratio", slower_at_first)

@@ -23,8 +23,8 @@ IMAGES = """<ir_version: 8, opset_import: ["" : 14]>
 images (float[batch, 8, 6, 6] X) => (float[batch, 16, 6, 6] Y)
 { h = Conv<kernel_shape = [1, 1]>(X, W) Y = Relu(h) }"""
 
-TIMES = ["dense ms", "sparse ms", "ratio", "middle half"]
-ENGINES = ["zeros", "threads", "engine", "min ms", "median ms", "times ours", "middle half"]
+TIMES = ["dense ms", "sparse ms", "ratio", "interval"]
+ENGINES = ["zeros", "threads", "engine", "min ms", "median ms", "times ours", "interval"]
 ENGINES += ["load s", "resident MB", "file MB"]
 
 
@@ -88,7 +88,7 @@ def test_bert(models, tmp_path, interpreter):
         assert list(row) == ENGINES
         if name == "DeepSparse":
             assert row["times ours"] is None
-            assert row["middle half"] == "failed"
+            assert row["interval"] == "failed"
         else:
             assert row["times ours"] > 0
             assert row["resident MB"] > 1

@@ -59,7 +59,7 @@ def _cell(value: str | float | None) -> str:
 
 
 def band(ratio: Ratio) -> str:
-    """The middle half of a ratio's rounds."""
+    """The 95 % confidence interval of a ratio."""
     return f"{ratio.low:.2f}-{ratio.high:.2f}"
 
 

@@ -22,7 +22,7 @@ from sparse_onnx.tools.benchmarks.section import Settings, Table, band, count, p
 
 __all__ = ["above_trend", "few_rows", "random_weight", "shapes"]
 
-_TIMES = ("dense ms", "sparse ms", "ratio", "middle half")
+_TIMES = ("dense ms", "sparse ms", "ratio", "interval")
 _SHAPES_COLUMNS = ("batch x tokens", "K x N", "zeros", *_TIMES, "trend", "flag")
 _FEW_ROWS_COLUMNS = ("K x N", "zeros", "threads", "rows", *_TIMES, "weight GB/s", "memory GB/s", "share")
 _LIMIT = 1.15  # a point further above its neighbours' trend is flagged

@@ -27,7 +27,7 @@ _COLUMNS = (
     "min ms",
     "median ms",
     "times ours",
-    "middle half",
+    "interval",
     "load s",
     "resident MB",
     "file MB",
@@ -153,7 +153,7 @@ def _compare(
     title = f"{name}, batch {batch}"
     yield Table(title, _COLUMNS, tuple(rows), tuple(notes))
     if scaling:
-        columns = ("zeros", "threads", "times faster", "middle half")
+        columns = ("zeros", "threads", "times faster", "interval")
         yield Table(f"{title}: sparse-onnx with more threads", columns, tuple(scaling))
 
 
