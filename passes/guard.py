@@ -7,7 +7,7 @@ walked over, since in a model the other layers' weights pass through them. Equal
 What threads and memory a session happens to get shifts all its times, so both sessions are made anew six times, and
 more often as long as the 95 % interval of the speedup contains ``min_speedup``. Where it still does in the end, the
 median decides and the reason says ``close``: only there may another run decide otherwise, unless it finds the timing
-in the cache.
+in the cache. Measurements that other programs disturbed are left out if they can be; else the reason says so.
 
 For several target shapes a layer is sparse if it wins at the worst of them, or in their weighted mean time.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +24,16 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.layer_timing import cut_layer, time_pair
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined
-from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Lowering, Packer
+from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Lowering, Packer, layer_kind
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio, repeat, together
 from sparse_onnx.timing_cache import TimingCache, environment_key
+from sparse_onnx.timing_table import TimingTable
 
 __all__ = [
     "LOWERINGS",
@@ -40,6 +44,7 @@ __all__ = [
     "decide_by_table",
     "find_candidates",
     "layer_key",
+    "least_gainful",
     "measure",
     "overall",
 ]
@@ -50,7 +55,8 @@ LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
 
-_ROUNDS, _SECONDS = 5, 4.0
+# Of one pair of sessions, and of all together. Slow layers get fewer rounds and sessions.
+_ROUNDS, _ROUNDS_SECONDS, _SECONDS = 9, 0.3, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Decision:
 
     ``target`` is the place of the target shapes that the times hold for, the worst ones; None where they are means over
     the targets. ``close`` says that the interval contains what the layer had to gain; ``cached`` that an earlier run
-    has timed all of it.
+    has timed all of it; ``quiet`` that no other program was in the way.
     """
 
     candidate: Candidate
@@ -95,6 +101,7 @@ class Decision:
     target: int | None = None
     close: bool = False
     cached: bool = False
+    quiet: bool = True
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
@@ -107,18 +114,53 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
     return candidates, declined
 
 
-def decide_by_table(candidates: Sequence[Candidate]) -> list[Decision]:
-    """Decide without timing, for a machine that is not this one."""
+def decide_by_table(
+    candidates: Sequence[Candidate],
+    table: TimingTable | None = None,
+    targets: Sequence[Mapping[str, tuple[int, ...]]] = (),
+    *,
+    weights: Sequence[float] | None = None,
+    min_speedup: float = 1.02,
+) -> list[Decision]:
+    """Decide without timing, for a machine that is not this one: by the curves in ``table``, or where it has none by
+    :data:`TABLE_SPARSITY`. ``targets`` and ``weights`` are as in :func:`decide`."""
     decisions: list[Decision] = []
     for c in _companions_last(candidates):
+        known = None if table is None else _look_up(c, table, targets)
         zeros = f"not timed: {c.sparsity:.1%} zeros"
-        if c.companion:
-            decisions.append(_alone(c, decisions) or Decision(c, True, "not timed: beside sparse layers"))
+        if table is not None and known is None:
+            zeros = f"not in the timing table: {c.sparsity:.1%} zeros"
+        if c.companion and (against := _alone(c, decisions)) is not None:
+            decisions.append(against)
+        elif known and (c.companion or c.sparsity >= MIN_SPARSITY):
+            judged = _judge(c, known, weights, min_speedup)
+            decisions.append(dataclasses.replace(judged, reason=f"{judged.reason}, by the timing table"))
+        elif c.companion:
+            decisions.append(Decision(c, True, "not timed: beside sparse layers"))
         elif c.sparsity >= TABLE_SPARSITY:
             decisions.append(Decision(c, True, f"{zeros}, at least {TABLE_SPARSITY:.0%}"))
         else:
             decisions.append(Decision(c, False, f"{zeros}, fewer than {TABLE_SPARSITY:.0%}"))
     return decisions
+
+
+def _look_up(
+    candidate: Candidate, table: TimingTable, targets: Sequence[Mapping[str, tuple[int, ...]]]
+) -> list[Ratio] | None:
+    """What the table says about the candidate at every target, or None if it does not know it or its pattern."""
+    structure = candidate.weight.value.metadata_props.get(STRUCTURE_KEY, UNSTRUCTURED)
+    timings = []
+    for shapes in targets:
+        uses = []
+        for layer in candidate.layers:
+            found = table.find(layer, [shapes[value.name or ""] for value in layer.inputs])
+            curve = None if found is None else found.curves.get(structure)
+            if found is None or curve is None:
+                return None
+            time, (low, high) = curve.time(candidate.sparsity), curve.spread(candidate.sparsity)
+            uses.append(Ratio(found.dense_ms, found.dense_ms * time, 1 / time, 1 / high, 1 / low))
+        timings.append(together(uses, [1.0] * len(uses)))
+    return timings or None
 
 
 def _companions_last(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -165,7 +207,19 @@ def decide(
             ]
             timings.append(together(uses, [1.0] * len(uses)))
         decisions.append(_judge(candidate, timings, weights, bench.min_speedup))
+    if disturbed := sum(not decision.quiet for decision in decisions):
+        progress(
+            f"warning: other programs took processors while {disturbed} layers were timed: another run may decide "
+            "otherwise, and these times are not kept; run again when the machine is idle, or with fewer --threads"
+        )
     return decisions
+
+
+def least_gainful(gains: Sequence[float]) -> set[int]:
+    """The places of the smaller half (rounded up) of ``gains``: the layers to give up first where the whole is slower
+    than dense."""
+    order = sorted(range(len(gains)), key=lambda place: gains[place])
+    return set(order[: math.ceil(len(gains) / 2)])
 
 
 def overall(targets: Sequence[Ratio], weights: Sequence[float] | None) -> tuple[Ratio, int | None]:
@@ -192,6 +246,8 @@ def _judge(
         reason += f", close to min_speedup {min_speedup}"
     if timing.cached:
         reason += ", timed in an earlier run"
+    if not timing.quiet:
+        reason += ", timed beside other programs"
     return Decision(
         candidate,
         wins,
@@ -203,6 +259,7 @@ def _judge(
         worst,
         close,
         timing.cached,
+        timing.quiet,
     )
 
 
@@ -212,15 +269,8 @@ def layer_key(
     """What the time of a layer depends on, apart from machine and software."""
     packed = packer(candidate)
     return {
-        "dense": [
-            [node.domain, node.op_type, sorted((name, str(a.value)) for name, a in node.attributes.items())]
-            for node in layer.nodes
-        ],
-        "sparse": layer.op_type,
-        "attributes": {**layer.attributes, **packed.attributes},
-        "bias": layer.bias is not None,
-        "constants": [list(array.shape) for array in layer.constants.values()],
-        "inputs": [list(shape) for shape in shapes],
+        **layer_kind(layer, shapes),
+        "packed": dict(packed.attributes),
         "sparsity": round(candidate.sparsity, 2),
     }
 
@@ -248,7 +298,15 @@ def measure(
 
     def once() -> Ratio:
         pair, libraries = [dense, sparse], [False, True]
-        return time_pair(pair, libraries, feeds, threads=bench.threads, work=bench.work, rounds=_ROUNDS)
+        return time_pair(
+            pair,
+            libraries,
+            feeds,
+            threads=bench.threads,
+            work=bench.work,
+            rounds=_ROUNDS,
+            seconds=_ROUNDS_SECONDS,
+        )
 
     timing = repeat(once, threshold=bench.min_speedup, seconds=_SECONDS)
     bench.cache.put(key, timing)

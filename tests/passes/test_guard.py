@@ -64,7 +64,7 @@ def timed(monkeypatch):
         def times(self, rows):
             return speedup(2.0)
 
-        def pair(self, models, libraries, feeds, *, threads, work, rounds):
+        def pair(self, models, libraries, feeds, *, threads, work, rounds, seconds):
             (array,) = feeds.values()
             self.calls.append((array.shape, threads))
             assert list(libraries) == [False, True]
