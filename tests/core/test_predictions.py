@@ -288,11 +288,11 @@ def test_verify(tmp_path, kind, real):
     np.savez(tmp_path / "text.npz", input_ids=ids)
     result = verify(first, second, data=tmp_path / "text.npz" if real else None)
     assert result.batches == (1 if real else 2)
-    (found,) = result.differences["without_library"].predictions
+    (found,) = result.against_original["without_library"].predictions
     assert found.output == "logits"
     assert found.kl_divergence > 0
     assert found.top1_agreement == 1
-    document = result.to_dict()["without_library"]["predictions"][0]
+    document = result.to_dict()["against_original"]["without_library"]["predictions"][0]
     assert document["kl_divergence"] == found.kl_divergence
     if not real or kind == "masked":
         assert found.reference_perplexity is None
@@ -312,4 +312,4 @@ def test_verify_of_an_encoder_says_nothing_of_predictions(tmp_path):
     )
     onnx.save(proto, tmp_path / "encoder.onnx")
     result = verify(tmp_path / "encoder.onnx", tmp_path / "encoder.onnx")
-    assert result.differences["without_library"].predictions == ()
+    assert result.against_original["without_library"].predictions == ()
