@@ -1,12 +1,6 @@
 """The report of one compilation: what was found, decided and measured (``report.json``).
 
-What the names of measured errors stand for; null where a figure was not measured, or is no finite number:
-
-- ``verification.against_pruned_dense``, ``.without_library`` and ``.against_original``: see
-  :class:`.comparison.Difference`; in it ``predictions``, a list: see :class:`.predictions.Prediction`.
-- ``layers[].relative_error``: ‖W − W′‖ / ‖W‖. ``layers[].output_error``: ‖X(W − W′)‖ / ‖XW‖ on the inputs X that
-  the weight was pruned with; ``output_error_held_out``: on data that no weight was pruned with, see
-  :func:`.layer_errors.layer_errors`. Both are for methods with calibration.
+``report_schema.json`` describes every key. Null stands where a figure was not measured, or is no finite number.
 """
 
 from __future__ import annotations
@@ -93,7 +87,7 @@ def describe_call(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
 
 
 class StageClock:
-    """Wall-clock seconds and peak resident memory, stage by stage; :meth:`say` puts the stage before a line of progress."""
+    """Wall-clock seconds and peak resident memory by stage; :meth:`say` puts the stage before a line of progress."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
