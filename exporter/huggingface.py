@@ -79,7 +79,13 @@ def export_huggingface(
 def load_pretrained(folder: Path, task: str | None) -> Any:
     """The module in ``folder``, float32, in evaluation mode, with attention that any runtime can read."""
     if not (folder / "config.json").is_file():
-        reason = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        reason = (
+            "it has no config.json"
+            if folder.is_dir()
+            else "it is a file"
+            if folder.exists()
+            else "there is no such folder"
+        )
         raise UsageError(
             f"{folder} is no Hugging Face model folder: {reason}. Models are read from the disk only; "
             "download one first, for example with `hf download NAME --local-dir FOLDER`"

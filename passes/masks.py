@@ -109,7 +109,8 @@ def resolve_sparsity(sparsity: float | None, structure: MaskStructure) -> float:
     if sparsity is None:
         raise UsageError(f"mask_structure {structure} needs a sparsity")
     if not 0 <= sparsity < 1:
-        raise UsageError(f"sparsity must be at least 0 and below 1, not {sparsity:g}")
+        meant = f" ({sparsity:g} % are {sparsity / 100:g})" if 1 < sparsity < 100 else ""
+        raise UsageError(f"sparsity must be at least 0 and below 1, not {sparsity:g}{meant}")
     return sparsity
 
 

@@ -156,7 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
         _stopped(stop, arguments)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        usage = f"\n{context.get_usage()}" if context is not None else ""
+        usage = (
+            f"\n{context.get_usage()}\nTry '{context.command_path} --help'." if context is not None else ""
+        )
         _fail(error.format_message() + usage, 2, arguments)
     except SparseOnnxError as error:
         _fail(str(error), error.exit_code, arguments)

@@ -56,6 +56,7 @@ from sparse_onnx.report import (
     write_json,
 )
 from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, ratio, session_budget
+from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.timing_cache import TimingCache, default_cache_file, file_digest
 from sparse_onnx.timing_table import TimingTable, read_table
 
@@ -202,7 +203,9 @@ def optimize(
     asked_goals = (max_drop, target_speedup, target_size)
     known_goals = (resolved.goal.max_drop, resolved.goal.target_speedup, resolved.goal.target_size)
     fixed = sparsity is not None or sparsities is not None or _implies_zeros(mask_structure)
-    searching = method is not None and not fixed and any(goal is not None for goal in (*asked_goals, *known_goals))
+    searching = (
+        method is not None and not fixed and any(goal is not None for goal in (*asked_goals, *known_goals))
+    )
     resolved = override(
         resolved,
         method=method,
@@ -390,7 +393,7 @@ class _Job:
     # -- steps ------------------------------------------------------------------------------------------------
 
     def load(self) -> ir.Model:
-        self.path = source_file(self.source, self.work)
+        self.path = source_file(self.source, self.work, self.say)
         return model_io.load_model(self.path)
 
     def prepare(
@@ -450,6 +453,8 @@ class _Job:
         return self.report(nbytes, None, [], decisions, layers, {}, found)
 
     def compile(self, pipeline: Pipeline) -> tuple[int, dict[str, Any]]:
+        import_onnxruntime()  # what is missing is better known now than after minutes
+        sparse_ops.info()
         with self.clock("load"):
             model = self.load()
         nbytes = model_io.weight_bytes(model)
@@ -870,16 +875,18 @@ def target_rows(
     ]
 
 
-def source_file(source: Path, work: Path) -> Path:
-    """The ONNX file that ``source`` is, or that the Hugging Face folder ``source`` was exported to, inside ``work``."""
-    if not source.is_dir():
-        return source
-    from sparse_onnx.exporter import export_huggingface
+def source_file(source: Path, work: Path, progress: Callable[[str], None] = lambda _line: None) -> Path:
+    """The ONNX file that ``source`` is or, as an output folder, holds; or what the Hugging Face folder ``source`` was
+    exported to, inside ``work``."""
+    if (source / "config.json").is_file() or (source.is_dir() and not any(source.glob("*.onnx"))):
+        from sparse_onnx.exporter import export_huggingface
 
-    exported = work / "exported"
-    exported.mkdir()
-    model_io.save_model(export_huggingface(source).model, exported)
-    return exported / "model.onnx"
+        exported = work / "exported"
+        exported.mkdir()
+        model_io.save_model(export_huggingface(source, progress=progress).model, exported)
+        return exported / "model.onnx"
+    inside = source / "model.onnx"
+    return inside if inside.is_file() else source
 
 
 def lower_layers(
