@@ -179,6 +179,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+_Planned = tuple[list[Family], TimingTable, dict[str, int], list[dict[str, Any]]]
+"""Families, timings to decide by, elements of the weights, and the curves of the layers as a report has them."""
+
+
 class _Job:
     """One search: the state that its steps share."""
 
@@ -232,7 +236,7 @@ class _Job:
     def search(self, limits: Limits) -> Search:
         """Plan; or take over the plans of an interrupted search for the same."""
         key = self.key()
-        families, table, sizes = self.kept_plans(key) or self.plan(key)
+        families, table, sizes, self.curves = self.kept_plans(key) or self.plan(key)
         trial = dataclasses.replace(
             self.recipe,
             goal=Goal(
@@ -264,7 +268,7 @@ class _Job:
         text = json.dumps([model_digest(self.model), *map(str, parts)])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan(self, key: str) -> tuple[list[Family], TimingTable, dict[str, int]]:
+    def plan(self, key: str) -> _Planned:
         """Measure layers and whole models, and make the families of plans of it; both are kept."""
         calibration = self.recipe.calibration
         selection = Selection(self.template.targets, self.template.ignore)
@@ -299,21 +303,19 @@ class _Job:
             families.append(uniform(forecast, names, loss, self.goals))
         table = analysis.table()
         write_table(table, self.state / _TABLE)
-        document = {
-            "key": key,
-            "sizes": sizes,
-            "families": [dataclasses.asdict(family) for family in families],
-        }
+        curves: list[dict[str, Any]] = analysis.to_dict()["curves"]
+        kept = [dataclasses.asdict(family) for family in families]
+        document = {"key": key, "sizes": sizes, "families": kept, "curves": curves}
         with write_whole(self.state / _PLANS) as file:
             file.write(json.dumps(document).encode())
-        return families, table, sizes
+        return families, table, sizes, curves
 
     def losses(self, analysis: Analysis, weights: Sequence[Weight]) -> Any:
         """Measured on real inputs where there are some."""
         known = {layer.name: layer.loss for layer in analysis.forecast.layers if layer.loss is not None}
         return measured_losses(known) if known else weight_losses(weights, self.structures, self.say)
 
-    def kept_plans(self, key: str) -> tuple[list[Family], TimingTable, dict[str, int]] | None:
+    def kept_plans(self, key: str) -> _Planned | None:
         """What an interrupted search for the same had planned; None if there is nothing that can be read."""
         try:
             document = json.loads((self.state / _PLANS).read_text(encoding="utf-8"))
@@ -327,7 +329,7 @@ class _Job:
                 )
                 for family in document["families"]
             ]
-            return families, read_table(self.state / _TABLE), document["sizes"]
+            return families, read_table(self.state / _TABLE), document["sizes"], document["curves"]
         except (OSError, ValueError, KeyError, TypeError, UsageError):
             return None
 
@@ -363,6 +365,12 @@ class _Job:
         report["source"] = self.source.name
         report["goal"] = goal_document(found)
         report["targets"] = target_rows(self.targets, self.recipe.target.weights, measured.targets)
+        layers = {row["name"]: row for row in report["layers"]}
+        report["curves"] = [
+            {**curve, "chosen": _chosen(layers[curve["layer"]], curve["mask_structure"])}
+            for curve in self.curves
+            if curve["layer"] in layers
+        ]
         report["search"] = self.document(search, all(gate.met for gate in found))
         if not all(gate.met for gate in found):
             return GoalNotMetError.exit_code, report
@@ -388,6 +396,12 @@ class _Job:
             "evaluated": len(search.trials),
             "pareto": [_point(trial, trial == search.best) for trial in front],
         }
+
+
+def _chosen(row: Mapping[str, Any], structure: str) -> float | None:
+    """The share of zeros that a layer ships with in a pattern."""
+    sparse = row["decision"] == "sparse" and row["mask_structure"] == structure
+    return float(row["sparsity"]) if sparse else None
 
 
 def _speed(trial: Trial) -> float:
