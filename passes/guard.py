@@ -56,7 +56,7 @@ TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
 
 # Of one pair of sessions, and of all together. Slow layers get fewer rounds and sessions.
-_ROUNDS, _ROUNDS_SECONDS, _SECONDS = 9, 0.3, 4.0
+_ROUNDS, _ROUNDS_SECONDS, _SECONDS = 9, 0.3, 3.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,8 +157,8 @@ class Packer:
 
 
 def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What the time of a layer with inputs of these ``shapes`` depends on, its zeros, the machine and the software apart;
-    as JSON has it."""
+    """What the time of a layer with inputs of these ``shapes`` depends on, apart from its zeros, the machine and the
+    software; as JSON has it."""
     return {
         "dense": [
             [node.domain, node.op_type, sorted([name, str(a.value)] for name, a in node.attributes.items())]

@@ -56,6 +56,7 @@ __all__ = [
     "PackedWeight",
     "activated",
     "activation_body",
+    "expected_nbytes",
     "function_body",
     "pack",
     "reference",
@@ -137,9 +138,8 @@ class PackedWeight:
         return {**sizes, "format": FORMAT}
 
 
-def _best_chunk(weight: np.ndarray, width: int) -> int:
-    K, _ = weight.shape
-    many = np.count_nonzero(weight) >= _SHORT_CHUNK_DENSITY * weight.size
+def _best_chunk(K: int, density: float, width: int) -> int:
+    many = density >= _SHORT_CHUNK_DENSITY
     return SHORT_CHUNK if width == 1 and many and K <= _SHORT_CHUNK_MAX_K else DEFAULT_CHUNK
 
 
@@ -184,7 +184,7 @@ def pack(
     if width is None:
         width = _best_width(weight, block)
     if chunk is None:
-        chunk = _best_chunk(weight, width)
+        chunk = _best_chunk(weight.shape[0], np.count_nonzero(weight) / weight.size, width)
     if not 1 <= chunk <= 255 or not 1 <= block <= 256:
         raise ValueError(f"chunk must lie in 1..255 and block in 1..256, not {chunk} and {block}")
     if width not in WIDTHS or block % width:
@@ -212,6 +212,22 @@ def pack(
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     arrays["values"] += np.float32(0)  # -0.0 stored for an empty segment becomes 0.0
     return PackedWeight(K, N, chunk, block, width, **arrays)
+
+
+def expected_nbytes(K: int, N: int, sparsity: float, *, width: int = 1, block: int = DEFAULT_BLOCK) -> float:
+    """Bytes that :func:`pack` needs for a weight [K, N] of which ``sparsity`` in [0, 1) is zero at random places, in
+    groups of ``width`` neighbouring outputs.
+
+    The mean over such weights; only the number of empty segments is left to chance, and there are few.
+    """
+    chunk = min(_best_chunk(K, 1 - sparsity, width), K)
+    groups = -(-N // width)
+    block = min(block, groups * width)
+    chunks, stored_groups = -(-K // chunk), -(-N // block) * (block // width)
+    last = K - (chunks - 1) * chunk
+    empty = (chunks - 1) * sparsity**chunk + sparsity**last
+    entries = groups * ((1 - sparsity) * K + empty) + (stored_groups - groups) * chunks
+    return entries * (4 * width + 1) + 2 * stored_groups * chunks
 
 
 def _segment_of_entry(packed: PackedWeight) -> np.ndarray:

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparse_onnx.analysis import Analysis, analyze
     from sparse_onnx.compiler import OptimizeResult, optimize
     from sparse_onnx.errors import SparseOnnxError
     from sparse_onnx.session import InferenceSession
@@ -16,21 +17,25 @@ if TYPE_CHECKING:
     from sparse_onnx.verification import VerifyResult, verify
 
 __all__ = [
+    "Analysis",
     "InferenceSession",
     "OptimizeResult",
     "SparseOnnxError",
     "VerifyResult",
     "__version__",
+    "analyze",
     "library_path",
     "optimize",
     "verify",
 ]
 
 _HOMES = {
+    "Analysis": "sparse_onnx.analysis",
     "InferenceSession": "sparse_onnx.session",
     "OptimizeResult": "sparse_onnx.compiler",
     "SparseOnnxError": "sparse_onnx.errors",
     "VerifyResult": "sparse_onnx.verification",
+    "analyze": "sparse_onnx.analysis",
     "library_path": "sparse_onnx.sparse_ops",
     "optimize": "sparse_onnx.compiler",
     "verify": "sparse_onnx.verification",

@@ -185,3 +185,24 @@ def test_a_weight_takes_five_bytes_an_entry(sparse):
     assert packed.nbytes == 5 * packed.values.size + 2 * packed.counts.size
     assert packed.nbytes < 0.15 * weight.nbytes
     assert isinstance(packed, PackedWeight)
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "width"), [(768, 384, 1), (147, 1280, 1), (256, 1000, 8), (100, 90, 4), (60, 7, 1)]
+)
+@pytest.mark.parametrize("sparsity", [0.5, 0.76, 0.9, 0.95])
+def test_the_size_is_known_without_packing(K, N, width, sparsity):
+    rng = np.random.default_rng(0)
+    groups = rng.random((K, -(-N // width))) < sparsity
+    weight = np.where(np.repeat(groups, width, axis=1)[:, :N], 0, 1).astype(np.float32)
+    packed = pack(weight)
+    assert packed.width == width
+    assert sm.expected_nbytes(K, N, groups.mean(), width=width) == pytest.approx(packed.nbytes, rel=0.005)
+
+
+def test_the_size_of_channels_in_groups():
+    weight = np.where(np.random.default_rng(0).random((288, 96)) < 0.8, 0, 1).astype(np.float32)
+    zeros = float((weight == 0).mean())
+    assert sm.expected_nbytes(288, 96, zeros, block=24) == pytest.approx(
+        pack(weight, block=24).nbytes, rel=0.005
+    )

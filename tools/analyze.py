@@ -1,0 +1,213 @@
+"""``sparse-onnx analyze``: what zeros would be worth in a model, before any pruning."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sparse_onnx.tools.console import (
+    format_option,
+    if_any,
+    input_shape_option,
+    progress,
+    quiet_option,
+    show,
+    table,
+)
+from sparse_onnx.units import format_bytes, format_ms, format_share
+
+if TYPE_CHECKING:
+    from sparse_onnx.analysis import Analysis
+    from sparse_onnx.forecast import LayerForecast
+
+__all__ = ["command", "summary"]
+
+_LAYERS, _REASONS, _WIDTH = 5, 2, 28
+
+
+@click.command(short_help="Predict speed, size and error before any pruning.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--sparsity", type=float, help="Share of zeros that the answer is for, in [0, 1).  [default: 0.7]"
+)
+@click.option(
+    "--mask-structure", default="unstructured", show_default=True, help="Its pattern: N:M, or block:RxC."
+)
+@click.option(
+    "--targets",
+    multiple=True,
+    callback=if_any,
+    help="Layers to prune: name, op type, or re:REGEX; repeatable.",
+)
+@click.option(
+    "--ignore", multiple=True, callback=if_any, help="Layers to leave alone: as --targets; repeatable."
+)
+@click.option(
+    "--calibration-data",
+    help="Real inputs, for the error: an .npz, a folder of .npz, module:function, or text (with --tokenizer).",
+)
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
+)
+@click.option(
+    "--num-calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Use so many."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Samples run together."
+)
+@input_shape_option("to time for")
+@click.option("--threads", type=click.IntRange(1), help="Threads to time for.  [default: all cores]")
+@click.option(
+    "--min-speedup",
+    type=float,
+    default=1.02,
+    show_default=True,
+    help="A layer becomes sparse from this speedup on.",
+)
+@click.option(
+    "--anchors/--no-anchors",
+    default=True,
+    help="Time whole models as well, or layers only: faster, but rough.  [default: whole models]",
+)
+@click.option(
+    "--save-table",
+    type=click.Path(path_type=Path),
+    help="Write the timings to this file, for `optimize --no-benchmark --timing-table` on another machine.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of generated inputs.")
+@format_option
+@quiet_option
+def command(
+    model: Path,
+    sparsity: float | None,
+    mask_structure: str,
+    targets: tuple[str, ...] | None,
+    ignore: tuple[str, ...] | None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None,
+    save_table: Path | None,
+    output_format: str,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Tell how fast and small MODEL (an .onnx file or a Hugging Face folder) would become on this machine with zeros
+    that it does not have yet, and with --calibration-data how large the error would be. Nothing is changed."""
+    from sparse_onnx.analysis import analyze
+    from sparse_onnx.layer_curves import STRUCTURES
+    from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity
+    from sparse_onnx.passes.weights import DEFAULT_IGNORE
+    from sparse_onnx.timing_table import write_table
+
+    structure = MaskStructure.parse(mask_structure)
+    share = 0.7 if sparsity is None and structure.kind != "n:m" else sparsity
+    resolve_sparsity(share, structure)  # fails now rather than after a minute
+    with progress(quiet) as say:
+        analysis = analyze(
+            model,
+            mask_structures=(*STRUCTURES, str(structure)),
+            targets=targets or (),
+            ignore=ignore or DEFAULT_IGNORE,
+            input_shapes=input_shapes,
+            progress=say,
+            **options,
+        )
+    if save_table is not None:
+        write_table(analysis.table(), save_table)
+    document = {"answer": analysis.sentence(share, str(structure)), **analysis.to_dict()}
+    return show(summary(analysis, share, str(structure)), document, output_format)
+
+
+def summary(analysis: Analysis, sparsity: float | None, structure: str) -> str:
+    """The answer, a table of patterns, the layers with most of the time, and what stays as it is: some 25 lines."""
+    answer = analysis.sentence(sparsity, structure)
+    parts = [answer[0].upper() + answer[1:] + ".", _patterns(analysis, sparsity), _layers(analysis)]
+    return "\n\n".join([*parts, *filter(None, [_reasons(analysis)])])
+
+
+def _patterns(analysis: Analysis, asked: float | None) -> str:
+    """Unstructured at several shares of zeros, N:M, and blocks at the share that was asked for."""
+    from sparse_onnx.layer_curves import UNSTRUCTURED
+
+    forecast = analysis.forecast
+    cases = [case for case in analysis.cases() if case[1] == UNSTRUCTURED or case[0] is None]
+    blocks = [s for s in forecast.structures if s != UNSTRUCTURED and (None, s) not in cases]
+    cases += [(0.7 if asked is None else asked, block) for block in blocks]
+    rows = []
+    for share, structure in cases:
+        found = analysis.predict(share, structure)
+        zeros = forecast.uniform(share, structure)
+        rows.append(
+            [
+                structure,
+                format_share(next(iter(zeros.values()))[0] if zeros else share),
+                format_ms(found.milliseconds),
+                f"{found.speedup:.2f}x ({found.low:.2f}-{found.high:.2f})",
+                f"{found.smaller:.2f}x ({format_bytes(found.nbytes)})",
+                f"{len(found.sparse)} of {len(forecast.layers)}",
+                *([] if found.error is None else [f"{found.error:.2f}"]),
+            ]
+        )
+    header = ["pattern", "zeros", "time", "faster", "smaller", "layers sparse"]
+    if len(rows[0]) > len(header):
+        header.append("error")
+    dense = f"dense: {format_ms(forecast.dense_ms)}, {format_bytes(forecast.dense_bytes)}"
+    return f"{table([row for row in rows if len(row) == len(header)], header)}\n{dense}"
+
+
+def _layers(analysis: Analysis) -> str:
+    """The kinds of layers with most of the dense time, and from which share of zeros on they are faster."""
+    forecast = analysis.forecast
+    kinds: dict[int, list[LayerForecast]] = defaultdict(list)
+    for layer in forecast.layers:
+        kinds[layer.key].append(layer)
+
+    def spent(layers: list[LayerForecast]) -> float:
+        return sum(layer.dense_ms if layer.share is None else layer.share for layer in layers)
+
+    shown = sorted(kinds.values(), key=spent, reverse=True)[:_LAYERS]
+    structures = ("unstructured", "2:4", "block:4x1", "block:8x1")
+    rows = []
+    for layers in shown:
+        first = layers[0]
+        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        rows.append(
+            [
+                f"{_short(first.module or first.name)}{more}",
+                " x ".join(map(str, first.shape)),
+                "-" if first.share is None else format_share(spent(layers)),
+                format_bytes(sum(layer.nbytes for layer in layers)),
+                *(_from(first.break_even(name, forecast.min_speedup)) for name in structures),
+            ]
+        )
+    header = [
+        "layers: faster from",
+        "inputs x outputs",
+        "of time",
+        "bytes",
+        *structures,
+    ]
+    text = table(rows, header)
+    if analysis.profile is None:
+        return text
+    others = sorted(analysis.profile.others.items(), key=lambda item: -item[1])
+    rest = [f"{name} {format_share(ms / analysis.profile.wall_ms)}" for name, ms in others[:4]]
+    return f"{text}\nrest of the time: {', '.join(rest)}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDTH else f"..{name[2 - _WIDTH :]}"
+
+
+def _from(share: float | None) -> str:
+    return "never" if share is None else f"{share:.0%}"
+
+
+def _reasons(analysis: Analysis) -> str:
+    reasons = Counter(reason for _, reason in analysis.declined)
+    reasons.update(layer.reason for layer in analysis.forecast.layers if layer.reason)
+    return "\n".join(
+        f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)
+    )

@@ -1,0 +1,119 @@
+"""What ``analyze`` predicts against what ``optimize`` then measures, model by model.
+
+    python -m sparse_onnx.tools.benchmarks.analyze_prediction MODEL.onnx .. [--sparsity 0.5 0.7 0.8 0.9]
+        [--mask-structure unstructured block:8x1 2:4] [--threads 1] [--json FILE]
+
+Every model is analyzed once, then pruned by magnitude, compiled and timed at every sparsity. ``ratio`` is predicted /
+measured; ``inside`` says whether the measured speedup lies in the predicted interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import sparse_onnx
+from sparse_onnx.tools.console import table
+
+__all__ = ["compare_model"]
+
+
+def compare_model(
+    model: Path, cases: list[tuple[float | None, str]], threads: int | None
+) -> list[dict[str, Any]]:
+    """One row a case, (sparsity, mask structure): speed and size as predicted and as measured."""
+    structures = tuple(dict.fromkeys(structure for _, structure in cases))
+    analysis = sparse_onnx.analyze(model, mask_structures=structures, threads=threads, progress=_say)
+    rows = []
+    for sparsity, structure in cases:
+        expected = analysis.predict(sparsity, structure)
+        with tempfile.TemporaryDirectory() as folder:
+            report = sparse_onnx.optimize(
+                model,
+                Path(folder) / "out",
+                method="magnitude",
+                sparsity=sparsity,
+                mask_structure=structure,
+                threads=threads,
+                timing_cache=False,
+                progress=_say,
+            ).report
+        summary = report["summary"]
+        rows.append(
+            {
+                "model": model.parent.parent.name if model.stem == "model" else model.stem,
+                "mask_structure": structure,
+                "sparsity": sparsity,
+                "predicted": expected.speedup,
+                "low": expected.low,
+                "high": expected.high,
+                "measured": summary["speedup"],
+                "measured_low": summary["speedup_low"],
+                "measured_high": summary["speedup_high"],
+                "ratio": expected.speedup / summary["speedup"],
+                "inside": expected.low <= summary["speedup"] <= expected.high,
+                "bytes_ratio": expected.nbytes / summary["bytes_after"],
+                "sparse_predicted": len(expected.sparse),
+                "sparse_measured": sum(row["decision"] == "sparse" for row in report["layers"]),
+                "analyze_seconds": sum(analysis.seconds.values()),
+            }
+        )
+        print(_text(rows[-1:]), flush=True)
+    return rows
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            row["model"],
+            row["mask_structure"],
+            "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}",
+            f"{row['predicted']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+            f"{row['measured']:.2f} ({row['measured_low']:.2f}-{row['measured_high']:.2f})",
+            f"{row['ratio']:.3f}",
+            "yes" if row["inside"] else "no",
+            f"{row['bytes_ratio']:.4f}",
+            f"{row['sparse_predicted']}/{row['sparse_measured']}",
+        ]
+        for row in rows
+    ]
+    return table(
+        cells,
+        ["model", "pattern", "zeros", "predicted", "measured", "ratio", "inside", "bytes", "sparse layers"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
+    parser.add_argument("--mask-structure", nargs="+", default=["unstructured"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cases: list[tuple[float | None, str]] = []
+    for structure in arguments.mask_structure:
+        implied = ":" in structure and not structure.startswith("block")
+        cases += [
+            (None if implied else share, structure) for share in arguments.sparsity[: 1 if implied else None]
+        ]
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        rows += compare_model(model, cases, arguments.threads)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(_text(rows))
+
+
+if __name__ == "__main__":
+    main()
