@@ -105,6 +105,12 @@ def test_the_seed_makes_a_difference(model, tmp_path):
     assert (first / "model.onnx.data").read_bytes() != (second / "model.onnx.data").read_bytes()
 
 
+def test_readme_names_what_varies():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for path in VARYING:
+        assert f"`{path}`" in text
+
+
 def test_differences_are_found():
     first = {"a": [{"b": 1, "c": 2.5}], "d": {"e": None}}
     assert differing(first, first) == set()
