@@ -396,7 +396,7 @@ def together(ratios: Sequence[Ratio], weights: Sequence[float]) -> Ratio:
 
 
 def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) -> Ratio:
-    """Measure anew until :data:`STARTS` measurements were quiet and the pooled interval leaves out ``threshold``, but at
+    """Measure anew until :data:`STARTS` measurements were quiet and the pooled interval leaves out ``threshold``, at
     most :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
     """
     ratios: list[Ratio] = []
