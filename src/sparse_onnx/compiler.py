@@ -30,6 +30,7 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.metrics import Metric, MetricResult, check_metric_name, open_metric
+from sparse_onnx.node_profile import time_shares
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
@@ -457,7 +458,7 @@ class _Job:
         sparse_ops.info()
         with self.clock("load"):
             model = self.load()
-        nbytes = model_io.weight_bytes(model)
+        self.nbytes = nbytes = model_io.weight_bytes(model)
         self.budget = session_budget(nbytes)
         samples, self.feeds = self.inputs(model, pipeline)
         metric = self.metric(model)
@@ -494,6 +495,7 @@ class _Job:
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
             layers = self.layers(decisions, shapes[0])
+            profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
         if metric is not None:
             with self.clock("measure the metric"):
@@ -512,7 +514,20 @@ class _Job:
             exit_code = GoalNotMetError.exit_code
         else:
             exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
-        return exit_code, self.report(nbytes, size, timings, decisions, layers, verification, found, measured)
+        report = self.report(nbytes, size, timings, decisions, layers, verification, found, measured)
+        return exit_code, report if profile is None else {**report, "profile": profile}
+
+    def profile(self, optimized: ir.Model, weights: Sequence[str]) -> dict[str, Any] | None:
+        """Where the time goes before and after, at the first target; None of models too large for one session."""
+        if model_io.weight_bytes(optimized) > self.budget or self.nbytes > self.budget:
+            return None
+        with self.clock("profile"):
+            original = model_io.load_model(self.path)
+            Pipeline(PREPARATION_PASSES)(original)  # so that weights have the names that the report has
+            shares = functools.partial(
+                time_shares, weights=weights, feeds=self.feeds[0], threads=self.threads, work=self.work
+            )
+            return {"before": shares(original, library=False), "after": shares(optimized, library=True)}
 
     def metric(self, original: ir.Model) -> Metric | None:
         """The metric that the goal names, measured of the original; None if it names none."""

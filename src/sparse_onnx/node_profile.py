@@ -14,7 +14,7 @@ import re
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ import onnx_ir as ir
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.layer_timing import SPARSE_OP_TYPES
 from sparse_onnx.runtime import run_session, session_options
 from sparse_onnx.session import import_onnxruntime
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
-__all__ = ["NodeProfile", "profile_model"]
+__all__ = ["NodeProfile", "profile_model", "time_shares"]
 
 _WARM_UP, _RUNS, _KEPT = 2, 9, 3
 _MARK = "sparse_onnx."
@@ -56,17 +58,39 @@ class NodeProfile:
         return self.layers.get(layer, 0.0) / self.wall_ms
 
 
+def time_shares(
+    model: ir.Model, weights: Collection[str], feeds: Feeds, *, threads: int, library: bool, work: Path
+) -> dict[str, Any]:
+    """Where a run of ``model`` spends its time, as a report has it: in the layers of the ``weights``, sparse or dense,
+    and in all other operators. The arguments are as for :func:`profile_model`."""
+    nodes = [
+        node
+        for node in model.graph
+        if (node.domain == DOMAIN and node.op_type in SPARSE_OP_TYPES)
+        or any(value is not None and value.name in weights for value in node.inputs)
+    ]
+    found = profile_model(model, {"layers": nodes}, feeds, threads=threads, library=library, work=work)
+    others = [{"op_type": name, "ms": ms} for name, ms in found.others.items()]
+    return {"wall_ms": found.wall_ms, "layers_ms": sum(found.layers.values()), "others": others}
+
+
 def profile_model(
-    model: ir.Model, layers: Mapping[str, Sequence[ir.Node]], feeds: Feeds, *, threads: int, work: Path
+    model: ir.Model,
+    layers: Mapping[str, Sequence[ir.Node]],
+    feeds: Feeds,
+    *,
+    threads: int,
+    work: Path,
+    library: bool = False,
 ) -> NodeProfile:
     """Run ``model`` in one session and tell the time of its ``layers``, nodes of its main graph by a name of the layer.
 
-    Scratch files go to ``work``. Raises UsageError if ORT refuses the model.
+    ``library`` registers the sparse kernels. Scratch files go to ``work``. Raises UsageError if ORT refuses the model.
     """
     scratch = Path(tempfile.mkdtemp(prefix="profile-", dir=work))
     try:
         model_io.save_model(_marked(model), scratch)
-        options = session_options(threads=threads, library=False)
+        options = session_options(threads=threads, library=library)
         options.enable_profiling = True
         options.profile_file_prefix = str(scratch / "profile")
         options.optimized_model_filepath = str(scratch / "optimized.onnx")

@@ -67,6 +67,8 @@ def test_given_zeros_become_sparse_and_stay_equal(tmp_path):
     assert summary["bytes_after"] < 0.2 * summary["bytes_before"]
     assert summary["relative_error"] < 1e-5
     assert json.loads((result.folder / "report.json").read_text()) == result.report
+    for side in result.report["profile"].values():
+        assert 0 < side["layers_ms"] <= side["wall_ms"]
 
 
 def test_dense_model_is_exit_5_and_written_as_it_was(tmp_path):

@@ -7,8 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.node_profile import profile_model
+from sparse_onnx.node_profile import profile_model, time_shares
 from sparse_onnx.passes.guard import find_candidates
+from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 
 LINEARS = """<ir_version: 9, opset_import: ["" : 20]>
 g (float[1, 32, 64] X) => (float[1, 32, 64] Y)
@@ -68,3 +70,17 @@ def test_a_model_that_ort_refuses(tmp_path):
     next(iter(model.graph)).op_type = "NoSuchOperator"
     with pytest.raises(UsageError, match="refuses the model"):
         profile_model(model, {}, {}, threads=1, work=tmp_path)
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_shares_of_sparse_and_dense_layers_and_of_the_rest(tmp_path, library):
+    model = load(LINEARS, (64, 64))
+    if library:
+        Magnitude(sparsity=0.9, targets=("A",))(model)
+        LowerSparseMatMul()(model)
+    feeds = {"X": np.ones((1, 32, 64), np.float32)}
+    found = time_shares(model, ["A", "B"], feeds, threads=1, library=library, work=tmp_path)
+    operators = {other["op_type"] for other in found["others"]}
+    assert "Softmax" in operators
+    assert not any("MatMul" in name or "Gemm" in name for name in operators)
+    assert 0 < found["layers_ms"] < found["wall_ms"]
