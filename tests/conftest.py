@@ -24,4 +24,4 @@ def _documented_reports(monkeypatch: pytest.MonkeyPatch) -> None:
         check_report(report)
         write_json(report, path)
 
-    monkeypatch.setattr("sparse_onnx.compiler.write_json", write)
+    monkeypatch.setattr("sparse_onnx.compile_report.write_json", write)

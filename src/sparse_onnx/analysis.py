@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
-from sparse_onnx.compiler import FUSION_PASSES, PREPARATION_PASSES, lower_layers, source_file
+from sparse_onnx.compilation import FUSION_PASSES, PREPARATION_PASSES, lower_layers, source_file
 from sparse_onnx.forecast import Forecast, LayerForecast, Outlook, Plan
 from sparse_onnx.inputs import InputSpec
 from sparse_onnx.layer_curves import (

@@ -47,7 +47,7 @@ class LayerForecast:
         rows: How many vectors of K elements it multiplies in one run.
         sparsity: The share of zeros that are there already.
         reason: Why pruning leaves it alone; empty if it does not.
-        companion: Whether it is lowered beside sparse layers of its ``kind``, with the zeros that it has.
+        companion: Whether it is lowered beside sparse layers of its ``kind``, with the few zeros that it has.
         block: Outputs in a block of the stored form.
         packed_bytes: Size in sparse form with the zeros that are there.
         key: Equal for layers that were measured together.
@@ -80,6 +80,11 @@ class LayerForecast:
         return 4 * math.prod(self.shape)
 
     @property
+    def prunable(self) -> bool:
+        """Whether a plan may name it; layers that are left alone for no other reason than the selection may."""
+        return len(self.curves) > 0 and not self.fixed
+
+    @property
     def products(self) -> int:
         """Multiply-adds in one run, zeros included."""
         return self.rows * math.prod(self.shape)
@@ -94,7 +99,7 @@ class LayerForecast:
     def sparse_bytes(self, choice: Choice) -> float:
         """Expected size in sparse form."""
         sparsity, structure = choice
-        if self.companion or sparsity <= self.sparsity:
+        if sparsity <= self.sparsity:
             return self.packed_bytes
         parsed = MaskStructure.parse(structure)
         rows = parsed.size[0] if parsed.kind == "block" else 1
@@ -167,7 +172,7 @@ class Forecast:
         return {
             layer.name: (share, structure)
             for layer in self.layers
-            if not layer.reason and structure in layer.curves and not layer.companion
+            if not layer.reason and structure in layer.curves
         }
 
     def _check(self, structure: str) -> None:
@@ -231,7 +236,7 @@ class Forecast:
         layers that are faster in sparse form."""
         choices = self._choices(plan)
         winners = [layer for layer in self.layers if self._wins(layer, choices[layer.name])]
-        kinds = {layer.kind for layer in winners if not layer.companion}
+        kinds = {layer.kind for layer in winners if choices[layer.name][0] >= MIN_SPARSITY}
         return choices, [layer.name for layer in winners if layer.kind in kinds]
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
@@ -258,7 +263,7 @@ class Forecast:
         choices = {}
         for layer in self.layers:
             sparsity, structure = plan.get(layer.name, (0.0, UNSTRUCTURED))
-            fits = structure in layer.curves and sparsity > layer.sparsity and not layer.companion
+            fits = structure in layer.curves and sparsity > layer.sparsity and layer.prunable
             choices[layer.name] = (sparsity, structure) if fits else (layer.sparsity, UNSTRUCTURED)
         return choices
 

@@ -108,9 +108,7 @@ def _read_off(sparsities: Sequence[float], times: Sequence[float], at: float) ->
 
 @dataclasses.dataclass(frozen=True)
 class LayerCurves:
-    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight can take.
-
-    A companion (see :class:`.lowering.Layer`) has one point, with the zeros that it has."""
+    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight can take."""
 
     dense_ms: float
     curves: Mapping[str, Curve]
@@ -145,16 +143,20 @@ def measure_curves(
     *,
     sparsities: Sequence[float],
     structures: Sequence[str],
+    prunable: bool = True,
     threads: int,
     work: Path,
 ) -> LayerCurves:
-    """Time one layer of ``model``; see the module's docstring. Scratch files go to ``work``."""
+    """Time one layer of ``model``; see the module's docstring. Scratch files go to ``work``.
+
+    A companion has a point with the zeros that it has, too; only that one if it is not ``prunable``.
+    """
     dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
     weight = candidate.weight
     models: dict[tuple[str, float], ir.Model] = {}
     if candidate.companion:
         models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
-    else:
+    if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
             pruned = dense.clone()
             options = {"sparsity": sparsity, "mask_structure": structure}

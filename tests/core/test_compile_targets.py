@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compiler
+from sparse_onnx import model_timing
 from sparse_onnx.passes import guard
 from sparse_onnx.runtime import Ratio
 
@@ -46,7 +46,7 @@ def times(monkeypatch):
 
     times = Times()
     monkeypatch.setattr(guard, "time_pair", lambda *_arguments, **_options: times.layer)
-    monkeypatch.setattr(compiler, "ratio", lambda *_arguments, **_options: next(times.whole))
+    monkeypatch.setattr(model_timing, "ratio", lambda *_arguments, **_options: next(times.whole))
     return times
 
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compiler, model_io
+from sparse_onnx import compilation, model_io, model_timing
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.passes import guard
 
@@ -132,14 +132,14 @@ def test_min_speedup_out_of_reach_keeps_everything_dense(tmp_path):
 
 def test_whole_model_slower_gives_layers_up(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.9, layers=4)
-    real, calls = compiler.ratio, []
+    real, calls = model_timing.ratio, []
 
     def slower_at_first(first, second, **options):
         calls.append(1)
         measured = real(first, second, **options)
         return dataclasses.replace(measured, median=0.5 if len(calls) <= 2 else 1.5)
 
-    monkeypatch.setattr(compiler, "ratio", slower_at_first)
+    monkeypatch.setattr(model_timing, "ratio", slower_at_first)
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert result.exit_code == 0
     decisions = [row["decision"] for row in result.report["layers"]]
@@ -169,7 +169,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_large_model_runs_in_segments_with_the_same_result(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.95, layers=5)
-    monkeypatch.setattr(compiler, "session_budget", lambda nbytes: nbytes // 4)
+    monkeypatch.setattr(compilation, "session_budget", lambda nbytes: nbytes // 4)
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert result.exit_code == 0
     assert result.report["verification"]["against_pruned_dense"]["relative_error"] < 1e-5

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compiler, layer_timing, model_io
+from sparse_onnx import compilation, layer_timing, model_io, model_timing
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
 from sparse_onnx.passes.guard import Decision
@@ -134,7 +134,7 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
 
 def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
-    real, calls = compiler.ratio, []
+    real, calls = model_timing.ratio, []
 
     def slower_at_first(first, second, **options):
         calls.append(1)
@@ -143,8 +143,8 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     def all_sparse(_model, candidates, *_arguments, **_options):
         return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
 
-    monkeypatch.setattr(compiler, "ratio", slower_at_first)
-    monkeypatch.setattr(compiler.guard, "decide", all_sparse)
+    monkeypatch.setattr(model_timing, "ratio", slower_at_first)
+    monkeypatch.setattr(compilation.guard, "decide", all_sparse)
     source, _ = case
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes={"X": SHAPE}, threads=1)
     assert len(calls) == 2

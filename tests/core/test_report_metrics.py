@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compiler
+from sparse_onnx import compilation
 from sparse_onnx.errors import UsageError
 
 D, VOCABULARY, LENGTH = 32, 48, 12
@@ -90,7 +90,7 @@ def test_failure_on_held_out_data_does_not_lose_the_result(model, tmp_path, monk
     def fail(*_arguments, **_options):
         raise UsageError("no token reached W1")
 
-    monkeypatch.setattr(compiler, "layer_errors", fail)
+    monkeypatch.setattr(compilation, "layer_errors", fail)
     said = []
     report = optimize(
         model,

@@ -15,21 +15,14 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io
 from sparse_onnx.analysis import Analysis, analyze
-from sparse_onnx.compiler import (
-    NOTHING_FASTER,
-    PREPARATION_PASSES,
-    OptimizeResult,
-    compile_into,
-    source_file,
-    target_rows,
-    time_models,
-    times,
-    write_report,
-)
+from sparse_onnx.compilation import NOTHING_FASTER, PREPARATION_PASSES, source_file
+from sparse_onnx.compile_report import target_rows, times, write_report
+from sparse_onnx.compiler import OptimizeResult, compile_into
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.goals import gates, goal_document
 from sparse_onnx.metrics import MetricResult
+from sparse_onnx.model_timing import time_models
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.base import PassContext, Pipeline, Stage
 from sparse_onnx.passes.calibration.digest import model_digest

@@ -1,0 +1,528 @@
+"""The steps of one compilation: load, clean up, prune, decide layer by layer, lower, write, time, fall back, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sparse_onnx import inputs, model_io, sparse_ops
+from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
+from sparse_onnx.compile_report import layer_rows, summary, target_rows
+from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
+from sparse_onnx.goals import Gate, gates, goal_document
+from sparse_onnx.inputs import Feeds
+from sparse_onnx.layer_errors import layer_errors
+from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
+from sparse_onnx.metrics import Metric, MetricResult, open_metric
+from sparse_onnx.model_timing import time_models
+from sparse_onnx.node_profile import time_shares
+from sparse_onnx.passes import guard
+from sparse_onnx.passes.attention import FuseAttention
+from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.batch_norm import FuseBatchNorm
+from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.passes.calibration import Samples, open_samples
+from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
+from sparse_onnx.passes.lowering import Candidate, Packer
+from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.merge_linears import MergeLinears
+from sparse_onnx.passes.oneshot import OneShot
+from sparse_onnx.passes.recipe import Recipe, recipe_document
+from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.predictions import confirm, find_heads, make_probe
+from sparse_onnx.progress import Progress
+from sparse_onnx.report import (
+    SCHEMA_VERSION,
+    StageClock,
+    available_cores,
+    environment,
+)
+from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
+from sparse_onnx.session import import_onnxruntime
+from sparse_onnx.timing_cache import TimingCache, file_digest
+from sparse_onnx.timing_table import TimingTable
+
+__all__ = [
+    "FUSION_PASSES",
+    "NOTHING_FASTER",
+    "PREPARATION_PASSES",
+    "Compilation",
+    "lower_layers",
+    "source_file",
+]
+
+NOTHING_FASTER = 5
+"""Exit code where no layer is faster in sparse form: the dense model was written."""
+
+PREPARATION_PASSES = (*CLEAN_PASSES, FuseBatchNorm())
+"""What comes before pruning."""
+
+FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
+"""What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
+
+_MAX_SAMPLES = 64
+
+
+class Compilation:
+    """One compilation: the state that its steps share."""
+
+    def __init__(
+        self,
+        source: Path,
+        recipe: Recipe,
+        benchmark: bool,
+        say: Callable[[str], None],
+        folder: Path,
+        work: Path,
+        command: str,
+        cache: Path | None = None,
+        table: TimingTable | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.source, self.recipe, self.benchmark = source, recipe, benchmark
+        self.folder, self.work, self.command = folder, work, command
+        self.clock = StageClock(say)
+        self.say = self.clock.say
+        self.threads = threads or recipe.target.threads or available_cores()
+        self.declined: list[Declined] = []
+        self.path = source
+        self.targets: list[dict[str, tuple[int, ...]]] = []
+        self.cache, self.table = cache, table
+        self.calibration: CalibrationData | None = None
+        self.held_out: Samples | None = None
+        self.metric_samples: Samples | None = None
+        self.errors: dict[str, float | None] = {}
+        self.held_out_errors: dict[str, float] = {}
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def load(self) -> ir.Model:
+        self.path = source_file(self.source, self.work, self.say)
+        return model_io.load_model(self.path)
+
+    def prepare(
+        self, model: ir.Model, pipeline: Pipeline, context: PassContext
+    ) -> tuple[PassResult, PassResult]:
+        """Clean up and prune; ``declined`` collects what was left alone."""
+        cleaned = Pipeline(PREPARATION_PASSES)(model, context)
+        self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
+        dense = model.clone() if self.held_out is not None else None
+        pruned = pipeline(model, context)
+        if dense is not None:
+            self.held_out_errors = self.errors_on_held_out(dense, model, pipeline)
+        self.declined += [*cleaned.declined, *pruned.declined]
+        self.errors = {change.name: change.error for change in pruned.layers}
+        return cleaned, pruned
+
+    def errors_on_held_out(self, dense: ir.Model, pruned: ir.Model, pipeline: Pipeline) -> dict[str, float]:
+        """Of every pruned layer, on inputs such as its method saw."""
+        assert self.held_out is not None
+        assert self.calibration is not None
+        behind_pruned = any(
+            isinstance(modifier, OneShot) and modifier.calibration != "oneshot"
+            for modifier in pipeline.passes
+        )
+        try:
+            return layer_errors(
+                dense,
+                pruned,
+                self.held_out,
+                self.calibration.options,
+                work=self.work,
+                behind_pruned=behind_pruned,
+                progress=self.say,
+            )
+        except UsageError as error:  # of the data: no reason to lose what was pruned
+            self.say(f"warning: no errors on held-out data: {error}")
+            return {}
+
+    def fuse(self, model: ir.Model, context: PassContext) -> list[Candidate]:
+        """Fuse what lies between the linears; returns the layers that kernels could take."""
+        fused = Pipeline(FUSION_PASSES)(model, context)
+        candidates, left = find_candidates(model)
+        self.declined += [*fused.declined, *left]
+        return candidates
+
+    def plan(self, pipeline: Pipeline) -> dict[str, Any]:
+        with self.clock("load"):
+            model = self.load()
+        self.nbytes = model_io.weight_bytes(model)
+        with model_io.Spool(self.work) as spool, self.clock("prune"):
+            context = PassContext(spool.put, self.say)
+            self.prepare(model, _planned(pipeline), context)
+            candidates = self.fuse(model, context)
+            decisions = guard.decide_by_table(candidates)
+            layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors)
+        found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
+        return self.report(None, [], layers, {}, found)
+
+    def compile(self, pipeline: Pipeline) -> tuple[int, dict[str, Any]]:
+        import_onnxruntime()  # what is missing is better known now than after minutes
+        sparse_ops.info()
+        with self.clock("load"):
+            model = self.load()
+        self.nbytes = model_io.weight_bytes(model)
+        self.budget = session_budget(self.nbytes)
+        samples, self.feeds = self.inputs(model, pipeline)
+        metric = self.metric(model)
+        bench = self.bench()
+        with model_io.Spool(self.work) as spool:
+            context = PassContext(spool.put, self.say, self.calibration)
+            with self.clock("prune"):
+                cleaned, pruned = self.prepare(model, pipeline, context)
+                candidates = find_candidates(model)[0]
+            with self.clock("run dense"):
+                reference, shapes = self.run_dense(model, candidates, samples)
+            with self.clock("fuse"):
+                candidates = self.fuse(model, context)
+            packer = Packer(context)
+            with self.clock("decide"):
+                if self.benchmark:
+                    weights = self.recipe.target.weights
+                    decisions = guard.decide(
+                        model, candidates, shapes, packer, bench, weights=weights, progress=self.say
+                    )
+                else:
+                    decisions = guard.decide_by_table(
+                        candidates,
+                        self.table,
+                        shapes,
+                        weights=self.recipe.target.weights,
+                        min_speedup=self.recipe.goal.min_speedup,
+                    )
+            optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
+            if not any(decision.sparse for decision in decisions) and not pruned.modified:
+                # Nothing gained: the model as it was, not even cleaned.
+                optimized = model_io.load_model(self.path)
+                model_io.save_model(optimized, self.folder)
+            with self.clock("verify"):
+                verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
+            layers = layer_rows(decisions, shapes[0], self.before, self.errors, self.held_out_errors)
+            profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
+        measured = None
+        if metric is not None:
+            with self.clock("measure the metric"):
+                measured = metric.compare(self.written, threads=self.threads)
+        drop = 1 - verification["against_original"]["cosine"] if measured is None else measured.drop
+        size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
+        found = gates(
+            self.recipe.goal,
+            drop=drop,
+            metric=measured,
+            speedup=self.overall(timings).median if timings else None,
+            bytes_before=self.nbytes,
+            bytes_after=size,
+        )
+        if not all(gate.met for gate in found):
+            exit_code = GoalNotMetError.exit_code
+        else:
+            exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
+        report = self.report(size, timings, layers, verification, found, measured)
+        return exit_code, report if profile is None else {**report, "profile": profile}
+
+    def profile(self, optimized: ir.Model, weights: Sequence[str]) -> dict[str, Any] | None:
+        """Where the time goes before and after, at the first target; None of models too large for one session."""
+        if model_io.weight_bytes(optimized) > self.budget or self.nbytes > self.budget:
+            return None
+        with self.clock("profile"):
+            original = model_io.load_model(self.path)
+            Pipeline(PREPARATION_PASSES)(original)  # so that weights have the names that the report has
+            shares = functools.partial(
+                time_shares, weights=weights, feeds=self.feeds[0], threads=self.threads, work=self.work
+            )
+            return {"before": shares(original, library=False), "after": shares(optimized, library=True)}
+
+    def metric(self, original: ir.Model) -> Metric | None:
+        """The metric that the goal names, measured of the original; None if it names none."""
+        goal, calibration = self.recipe.goal, self.recipe.calibration
+        if goal.metric is None:
+            return None
+        if goal.metric_data is not None:
+            self.metric_samples = open_samples(
+                goal.metric_data,
+                inputs.input_specs(original),
+                batch=calibration.batch_size,
+                tokenizer=calibration.tokenizer,
+                labels=goal.labels,
+            )
+        with self.clock("measure the metric of the original"):
+            return open_metric(
+                goal.metric,
+                original,
+                list(self.metric_samples or ()),
+                labels=goal.labels,
+                output=goal.metric_output,
+                threads=self.threads,
+            )
+
+    def bench(self) -> guard.Bench:
+        cache = TimingCache(self.cache if self.benchmark else None, self.say)
+        return guard.Bench(self.threads, self.work, cache, self.recipe.goal.min_speedup)
+
+    def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], list[Feeds]]:
+        """Batches to verify with (real ones if given), and those to time with, one for each target. Where the pipeline
+        needs real inputs, most of them are for that, and an eighth is held out to verify with."""
+        specs = inputs.input_specs(model)
+        calibration = self.recipe.calibration
+        samples: list[Feeds] = []
+        if calibration.data is not None:
+            goal = self.recipe.goal
+            labels = goal.labels if goal.metric_data is None else None
+            labelled = open_samples(
+                calibration.data,
+                specs,
+                limit=calibration.num_calibration_samples,
+                batch=calibration.batch_size,
+                tokenizer=calibration.tokenizer,
+                labels=labels,
+            )
+            known = labelled if labels is None else labelled.without(labels)
+            held, self.metric_samples = known, labelled
+            if any(modifier.needs_calibration for modifier in pipeline.passes):
+                kept = len(known) - max(1, len(known) // 8) if len(known) > 1 else 1
+                self.calibration = CalibrationData(
+                    known.part(0, kept),
+                    self.work,
+                    CalibrationOptions(mask=calibration.padding_mask, threads=self.threads),
+                    None if calibration.statistics is None else Path(calibration.statistics),
+                    None if calibration.checkpoint is None else Path(calibration.checkpoint),
+                )
+                if len(known) > 1:
+                    held, self.metric_samples = (x.part(kept, len(known)) for x in (known, labelled))
+                if held is known:
+                    self.say(
+                        "warning: one batch only: the result is measured on the data that it was made with"
+                    )
+            for feeds in held:
+                samples.append(feeds)
+                if sum(map(inputs.sample_count, samples)) >= _MAX_SAMPLES:
+                    break
+            if self.calibration is not None and held is not known:
+                self.held_out = held.part(0, len(samples))
+        guessed: dict[str, int] = {}
+        for given in self.recipe.target.all_shapes:
+            shapes, unknown = inputs.resolve_shapes(specs, given)
+            self.targets.append(shapes)
+            guessed |= unknown
+        for name, size in guessed.items():
+            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to decide for another")
+        self.generated = not samples
+        timed = [inputs.generate(specs, shapes, calibration.seed) for shapes in self.targets]
+        return samples or timed, timed
+
+    def run_dense(
+        self, model: ir.Model, candidates: Sequence[Candidate], samples: Sequence[Feeds]
+    ) -> tuple[list[Feeds], list[dict[str, tuple[int, ...]]]]:
+        """Outputs of the pruned dense model on the samples, and the shapes of all layers' inputs at each target."""
+        layers = [layer for candidate in candidates for layer in candidate.layers]
+        names = {value.name or "" for layer in layers for value in layer.inputs}
+        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
+            self.say("running the dense model")
+            timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            outputs = [] if self.generated else self.run_all(runner, samples, "batch")
+            outputs = [shapes_in(output)[0] for output in outputs]
+        return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
+
+    def lower(
+        self,
+        model: ir.Model,
+        decisions: Sequence[Decision],
+        packer: Packer,
+        context: PassContext,
+        bench: guard.Bench,
+    ) -> tuple[ir.Model, list[Decision], list[Ratio]]:
+        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half.
+        Also returns its times at every target, or none without a benchmark."""
+        decided = list(decisions)
+        declined = self.declined
+        while True:
+            chosen = [decision.candidate for decision in decided if decision.sparse]
+            with self.clock("lower and write"):
+                optimized, left = lower_layers(model, chosen, packer, context)
+                self.declined = [*declined, *left]
+                model_io.save_model(optimized, self.folder)
+            if not self.benchmark:
+                return optimized, decided, []
+            with self.clock("time the whole model"):
+                timings = self.time_whole(optimized)
+            speedup = self.overall(self.as_before(timings, bench)).median
+            if not chosen or speedup >= 1:
+                return optimized, decided, timings
+            self.say(f"note: the whole model is slower ({speedup:.2f}x): giving up layers")
+            sparse = [d for d in decided if d.sparse]
+            half = guard.least_gainful([(d.dense_ms or 0) - (d.sparse_ms or 0) for d in sparse])
+            dropped = {id(sparse[index]) for index in half}
+            decided = [
+                dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
+                if id(d) in dropped
+                else d
+                for d in decided
+            ]
+
+    def overall(self, timings: Sequence[Ratio]) -> Ratio:
+        """What the targets come to: their weighted mean, or the worst."""
+        return guard.overall(timings, self.recipe.target.weights)[0]
+
+    def as_before(self, timings: Sequence[Ratio], bench: guard.Bench) -> list[Ratio]:
+        """``timings`` of the whole model. Those that cannot tell faster from slower are replaced by what an earlier run
+        measured of the same two models, so that it is not decided otherwise for nothing."""
+        models = [file_digest(path) for path in (self.path, self.written)]
+        settled = []
+        for shapes, timing in zip(self.targets, timings, strict=True):
+            key = {"models": models, "inputs": shapes} | bench.environment
+            known = bench.cache.get(key)
+            if known is not None and (timing.close_to(1) or not timing.quiet):
+                settled.append(known)
+            else:
+                bench.cache.put(key, timing)
+                settled.append(timing)
+        return settled
+
+    def time_whole(self, optimized: ir.Model) -> list[Ratio]:
+        """The original against what was written, interleaved, at every target."""
+        original = model_io.load_model(self.path)
+        return time_models(
+            [(original, self.path), (optimized, self.written)],
+            self.feeds,
+            threads=self.threads,
+            budget=self.budget,
+            work=self.work,
+            progress=self.say,
+        )
+
+    @property
+    def written(self) -> Path:
+        return self.folder / "model.onnx"
+
+    def open(
+        self, model: ir.Model, path: Path | None, *, library: bool = True
+    ) -> AbstractContextManager[Runner]:
+        return open_runner(
+            model, threads=self.threads, library=library, budget=self.budget, work=self.work, path=path
+        )
+
+    def verify(
+        self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
+    ) -> dict[str, Any]:
+        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        heads = find_heads(optimized)
+        probe = None if self.generated else make_probe(heads, samples[0])
+        with self.open(optimized, self.written) as runner:
+            ours = self.run_all(runner, samples, "with the library")
+            heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
+        compiled = compare(reference, ours, () if changed else heads, samples)
+        self.say("on standard operators only")
+        with self.open(optimized, self.written, library=False) as runner:
+            portable = compare(reference[:1], [runner.run(samples[0])])
+        for what, difference in (("with the library", compiled), ("without it", portable)):
+            if not difference.relative_error <= MAX_COMPILER_ERROR:
+                raise VerificationError(
+                    f"the compiled model, run {what}, differs from the pruned dense one: relative error "
+                    f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
+                )
+        if changed:
+            original = model_io.load_model(self.path)
+            with self.open(original, self.path, library=False) as runner:
+                loss = compare(self.run_all(runner, samples, "the original"), ours, heads, samples)
+        else:
+            loss = compiled
+        return {
+            "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
+            "batches": len(samples),
+            "against_pruned_dense": compiled.to_dict(),
+            "without_library": portable.to_dict(),
+            "against_original": loss.to_dict(),
+        }
+
+    def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
+        """The outputs of every batch."""
+        steps = Progress(self.say, what, len(samples))
+        outputs = []
+        for feeds in samples:
+            outputs.append(runner.run(feeds))
+            steps.step()
+        return outputs
+
+    # -- report -----------------------------------------------------------------------------------------------
+
+    def report(
+        self,
+        size: int | None,
+        timings: Sequence[Ratio],
+        layers: list[dict[str, Any]],
+        verification: dict[str, Any],
+        found: Sequence[Gate],
+        metric: MetricResult | None = None,
+    ) -> dict[str, Any]:
+        timing = self.overall(timings) if timings else None
+        loss = verification.get("against_original", {})
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": environment(
+                threads=self.recipe.target.threads or available_cores(),
+                seed=self.recipe.calibration.seed,
+                isa=sparse_ops.info().isa,
+            ),
+            "command": self.command,
+            "recipe": recipe_document(self.recipe),
+            "source": self.source.name,
+            "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
+            "targets": target_rows(self.targets, self.recipe.target.weights, timings),
+            "summary": summary(layers, timing, self.nbytes, size, loss, metric),
+            "goal": goal_document(found),
+            "verification": verification,
+            "layers": layers,
+            "declined": [dataclasses.asdict(place) for place in self.declined],
+            "stages": self.clock.stages,
+        }
+
+
+def source_file(source: Path, work: Path, progress: Callable[[str], None] = lambda _line: None) -> Path:
+    """The ONNX file that ``source`` is or, as an output folder, holds; or what the Hugging Face folder ``source`` was
+    exported to, inside ``work``."""
+    if (source / "config.json").is_file() or (source.is_dir() and not any(source.glob("*.onnx"))):
+        from sparse_onnx.exporter import export_huggingface
+
+        exported = work / "exported"
+        exported.mkdir()
+        model_io.save_model(export_huggingface(source, progress=progress).model, exported)
+        return exported / "model.onnx"
+    inside = source / "model.onnx"
+    return inside if inside.is_file() else source
+
+
+def lower_layers(
+    model: ir.Model, chosen: Sequence[Candidate], packer: Packer, context: PassContext
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """A copy of ``model`` with the ``chosen`` candidates sparse and those that share an input merged, and the places
+    that could not be merged."""
+    lowered = model.clone()
+    for lowering in LOWERINGS:
+        if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
+            lowering(layers=names, packer=packer)(lowered, context)
+    return lowered, MergeLinears()(lowered, context).declined
+
+
+def _planned(pipeline: Pipeline) -> Pipeline:
+    """What stands for the passes in a plan: one-shot pruning takes minutes, and magnitude gives as many zeros. What
+    else needs real inputs is left out."""
+    stand_ins = [
+        Magnitude(
+            sparsity=modifier.sparsity,
+            mask_structure=modifier.mask_structure,
+            targets=modifier.targets,
+            ignore=modifier.ignore,
+        )
+        if isinstance(modifier, OneShot)
+        else modifier
+        for modifier in pipeline.passes
+        if isinstance(modifier, OneShot) or not modifier.needs_calibration
+    ]
+    return Pipeline(tuple(stand_ins))

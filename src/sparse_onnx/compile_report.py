@@ -1,0 +1,146 @@
+"""What a compilation puts into its report; :mod:`.report_schema` describes every key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx import model_io, sparse_ops
+from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.metrics import MetricResult
+from sparse_onnx.passes.guard import Decision
+from sparse_onnx.report import (
+    write_json,
+)
+from sparse_onnx.runtime import Ratio
+
+__all__ = ["layer_rows", "summary", "target_rows", "times", "write_report"]
+
+
+def summary(
+    layers: Sequence[Mapping[str, Any]],
+    timing: Ratio | None,
+    nbytes: int,
+    size: int | None,
+    loss: Mapping[str, Any],
+    metric: MetricResult | None,
+) -> dict[str, Any]:
+    """The ``summary`` of a report. ``layers`` are its rows, ``timing`` is that of the whole model, ``nbytes`` and
+    ``size`` are bytes before and after, ``loss`` is the difference from the original's outputs."""
+    weights = sum(math.prod(row["shape"]) for row in layers)
+    zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
+    work = {row["name"]: math.prod(row["shape"]) * (row["rows"] or 1) for row in layers}
+    sparse_work = sum(work[row["name"]] for row in layers if row["decision"] == "sparse")
+    return {
+        **times(timing),
+        "bytes_before": nbytes,
+        "bytes_after": size,
+        "sparsity": zeros / weights if weights else 0.0,
+        "sparse_flops_fraction": sparse_work / sum(work.values()) if work else 0.0,
+        "relative_error": loss.get("relative_error"),
+        "cosine": loss.get("cosine"),
+        "metric": None if metric is None else metric.to_dict(),
+    }
+
+
+def layer_rows(
+    decisions: Sequence[Decision],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    before: Mapping[str, ir.TensorProtocol | None],
+    errors: Mapping[str, float | None],
+    held_out_errors: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
+    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs."""
+    rows = []
+    isa = sparse_ops.info().isa
+    for decision in decisions:
+        candidate = decision.candidate
+        weight = candidate.weight
+        original = before.get(weight.name)
+        rows.append(
+            {
+                "name": weight.name,
+                "module": weight.module,
+                "op_type": weight.nodes[0].op_type,
+                "shape": list(weight.shape),
+                "rows": None
+                if shapes is None
+                else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
+                "activations": sorted({layer.activation for layer in candidate.layers}),
+                "sparsity": candidate.sparsity,
+                "non_finite": candidate.non_finite,
+                "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
+                "decision": "sparse" if decision.sparse else "dense",
+                "reason": decision.reason,
+                "kernel": f"spmm_{isa}" if decision.sparse else "dense",
+                "dense_ms": decision.dense_ms,
+                "sparse_ms": decision.sparse_ms,
+                "speedup_low": decision.low,
+                "speedup_high": decision.high,
+                "close": decision.close,
+                "cached": decision.cached,
+                "quiet": decision.quiet,
+                "output_error": errors.get(weight.name),
+                "output_error_held_out": held_out_errors.get(weight.name),
+                "relative_error": 0.0
+                if original is weight.tensor
+                else _weight_error(original, weight.tensor),
+            }
+        )
+    return rows
+
+
+def times(timing: Ratio | None) -> dict[str, float | None]:
+    """The times of a whole model as a report has them; None where it was not timed."""
+    return {
+        "dense_ms": timing.first_ms if timing else None,
+        "optimized_ms": timing.second_ms if timing else None,
+        "speedup": timing.median if timing else None,
+        "speedup_low": timing.low if timing else None,
+        "speedup_high": timing.high if timing else None,
+    }
+
+
+def target_rows(
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
+    weights: Sequence[float] | None,
+    timings: Sequence[Ratio],
+) -> list[dict[str, Any]]:
+    """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed."""
+    untold = [None] * len(targets)
+    return [
+        {
+            "input_shapes": {name: list(shape) for name, shape in shapes.items()},
+            "weight": weight,
+            **times(timing),
+            "quiet": timing.quiet if timing else None,
+        }
+        for shapes, weight, timing in zip(targets, weights or untold, timings or untold, strict=True)
+    ]
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.html."""
+    from sparse_onnx.report_html import write_html
+
+    write_json(report, folder / "report.json")
+    write_html(report, folder / "report.html")
+
+
+def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
+    """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
+    if original is None or original.shape != pruned.shape:  # structured pruning took a part of it away
+        return None
+    before, after = np.array(original.numpy(), np.float64), np.array(pruned.numpy(), np.float64)
+    norm = float(np.linalg.norm(before))
+    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    del before, after
+    for tensor in (original, pruned):
+        model_io.release_mapping(tensor)
+    return error if math.isfinite(error) else None
