@@ -204,7 +204,10 @@ class Compilation:
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
-            layers = layer_rows(decisions, shapes[0], self.before, self.errors, self.held_out_errors)
+            with self.clock("compare weights"):
+                layers = layer_rows(
+                    decisions, shapes[0], self.before, self.errors, self.held_out_errors, self.say
+                )
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
         if metric is not None:
@@ -405,7 +408,13 @@ class Compilation:
         self, model: ir.Model, path: Path | None, *, library: bool = True
     ) -> AbstractContextManager[Runner]:
         return open_runner(
-            model, threads=self.threads, library=library, budget=self.budget, work=self.work, path=path
+            model,
+            threads=self.threads,
+            library=library,
+            budget=self.budget,
+            work=self.work,
+            path=path,
+            progress=self.say,
         )
 
     def verify(

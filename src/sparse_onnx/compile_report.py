@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.passes.guard import Decision
+from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     write_json,
 )
@@ -54,11 +55,13 @@ def layer_rows(
     before: Mapping[str, ir.TensorProtocol | None],
     errors: Mapping[str, float | None],
     held_out_errors: Mapping[str, float],
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> list[dict[str, Any]]:
     """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
     weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs."""
     rows = []
     isa = sparse_ops.info().isa
+    steps = Progress(progress, "layer", len(decisions))
     for decision in decisions:
         candidate = decision.candidate
         weight = candidate.weight
@@ -93,6 +96,7 @@ def layer_rows(
                 else _weight_error(original, weight.tensor),
             }
         )
+        steps.step()
     return rows
 
 

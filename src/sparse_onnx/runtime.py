@@ -28,7 +28,7 @@ from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import read_values, subgraphs
 from sparse_onnx.inputs import Feeds
-from sparse_onnx.progress import format_duration
+from sparse_onnx.progress import Progress, format_duration
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.sparse_ops import sparse_matmul
 
@@ -129,10 +129,11 @@ class Runner:
         threads: int,
         library: bool,
         constants: Feeds | None = None,
+        progress: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
-        self._threads, self._library = threads, library
+        self._threads, self._library, self._say = threads, library, progress
         self._constants = constants or {}
         self._session = self._open(segments[0]) if len(segments) == 1 and not self._constants else None
 
@@ -174,12 +175,14 @@ class Runner:
         if self._session is not None:
             return step(self._session, feeds)
         values = {**self._constants, **feeds}
+        parts = Progress(self._say, "too large for one session: part", len(self._segments))
         for index, segment in enumerate(self._segments):
             session = self._open(segment, values)
             values |= step(session, {name: values[name] for name in segment.inputs})
             del session
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
+            parts.step()
         return {name: values[name] for name in self.outputs}
 
 
@@ -200,11 +203,19 @@ def _describe(feeds: Feeds) -> str:
 
 @contextmanager
 def open_runner(
-    model: ir.Model, *, threads: int, library: bool, budget: int, work: Path, path: Path | None = None
+    model: ir.Model,
+    *,
+    threads: int,
+    library: bool,
+    budget: int,
+    work: Path,
+    path: Path | None = None,
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> Iterator[Runner]:
     """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
 
-    ``budget`` (bytes) bounds the weights that one session may hold.
+    ``budget`` (bytes) bounds the weights that one session may hold; ``progress`` is told how far a run is that takes
+    several sessions.
     """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
     try:
@@ -221,7 +232,8 @@ def open_runner(
                 for value in model.graph.outputs
                 if value.const_value is not None and value.is_initializer()
             }
-            yield Runner(_split(model, scratch, budget, library), outputs, threads, library, constants)
+            segments = _split(model, scratch, budget, library)
+            yield Runner(segments, outputs, threads, library, constants, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
