@@ -335,10 +335,9 @@ class _Job:
                 Pipeline(PREPARATION_PASSES)(cleaned, context)
                 fused = cleaned.clone()
                 changed = Pipeline(FUSION_PASSES)(fused, context).modified
-                choose_weights(
-                    fused, self.selection, MaskStructure()
-                )  # targets that match nothing are an error
                 candidates, declined = find_candidates(fused)
+                _, left = choose_weights(fused, self.selection, MaskStructure())
+                self.reasons = {candidate.weight.name: "" for candidate in candidates} | dict(left)
             with self.clock("run dense"):
                 known = find_candidates(cleaned)[0]
                 values, dense_ms = self.run_dense(cleaned, known)
@@ -386,13 +385,20 @@ class _Job:
         for candidate in candidates:
             for layer in candidate.layers:
                 inputs = [values[value.name or ""] for value in layer.inputs]
-                kinds.setdefault(_kind(candidate, layer, inputs), (candidate, layer, inputs))
+                kinds.setdefault(self.kind(candidate, layer, inputs), (candidate, layer, inputs))
         return kinds
+
+    def kind(self, candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> str:
+        """Equal for layers with equal curves."""
+        zeros, reason = round(candidate.sparsity, 2), self.reasons[candidate.weight.name]
+        return json.dumps([layer_kind(layer, shapes), candidate.companion, zeros, reason], sort_keys=True)
 
     def seconds(self, kinds: _Kinds, dense_ms: float, wanted: Sequence[float]) -> float:
         """A guess at how long the rest takes."""
         points = sum(
-            1 if candidate.companion else count_points(candidate.weight, self.sparsities, self.structures)
+            1
+            if self.reasons[candidate.weight.name]
+            else count_points(candidate.weight, self.sparsities, self.structures)
             for candidate, _, _ in kinds.values()
         )
         run = dense_ms / 1e3
@@ -419,6 +425,7 @@ class _Job:
                 shapes,
                 sparsities=self.sparsities,
                 structures=self.structures,
+                prunable=not self.reasons[candidate.weight.name],
                 threads=self.threads,
                 work=self.work,
             )
@@ -439,7 +446,8 @@ class _Job:
             weight = candidate.weight
             shapes = [[values[v.name or ""] for v in layer.inputs] for layer in candidate.layers]
             kinds = [
-                _kind(candidate, layer, given) for layer, given in zip(candidate.layers, shapes, strict=True)
+                self.kind(candidate, layer, given)
+                for layer, given in zip(candidate.layers, shapes, strict=True)
             ]
             measured = combine([curves[kind] for kind in kinds])
             group = candidate.layers[0].attributes.get("group", 1)
@@ -456,7 +464,7 @@ class _Job:
                         for layer, given in zip(candidate.layers, shapes, strict=True)
                     ),
                     sparsity=candidate.sparsity,
-                    reason="" if candidate.companion else self.selection.reason_against(weight) or "",
+                    reason=self.reasons[weight.name],
                     companion=candidate.companion,
                     block=block_size(weight.shape[1], group),
                     packed_bytes=candidate.layers[0].pack().nbytes if _has_zeros(candidate) else 0,
@@ -531,7 +539,7 @@ class _Job:
 
     def with_losses(self, model: ir.Model, forecast: Forecast, samples: Samples) -> Forecast:
         """With what zeros in each layer that may be pruned do to the outputs."""
-        wanted = {layer.name for layer in forecast.layers if not layer.reason and not layer.companion}
+        wanted = {layer.name for layer in forecast.layers if not layer.reason}
         found = measure_losses(
             model,
             [weight for weight in find_weights(model)[0] if weight.name in wanted],
@@ -563,12 +571,6 @@ class _Job:
 
 
 _Kinds = dict[str, tuple[Candidate, Layer, list[tuple[int, ...]]]]
-
-
-def _kind(candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> str:
-    """Equal for layers with equal curves."""
-    zeros = round(candidate.sparsity, 2)
-    return json.dumps([layer_kind(layer, shapes), candidate.companion, zeros], sort_keys=True)
 
 
 def _has_zeros(candidate: Candidate) -> bool:

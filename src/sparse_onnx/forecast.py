@@ -80,11 +80,6 @@ class LayerForecast:
         return 4 * math.prod(self.shape)
 
     @property
-    def prunable(self) -> bool:
-        """Whether a plan may name it; layers that are left alone for no other reason than the selection may."""
-        return len(self.curves) > 0 and not self.fixed
-
-    @property
     def products(self) -> int:
         """Multiply-adds in one run, zeros included."""
         return self.rows * math.prod(self.shape)
@@ -180,7 +175,8 @@ class Forecast:
             raise UsageError(unknown("mask_structure that was measured", structure, self.structures))
 
     def outlook(self, plan: Plan) -> Outlook:
-        """What ``plan`` leads to. Layers that it does not name, or that cannot have the pattern, keep their zeros.
+        """What ``plan`` leads to. Layers keep their zeros if it does not name them, if they cannot have the pattern, or
+        if pruning leaves them alone.
 
         Raises UsageError for a name that no layer has, and a share of zeros or pattern as :meth:`uniform` does.
         """
@@ -263,7 +259,7 @@ class Forecast:
         choices = {}
         for layer in self.layers:
             sparsity, structure = plan.get(layer.name, (0.0, UNSTRUCTURED))
-            fits = structure in layer.curves and sparsity > layer.sparsity and layer.prunable
+            fits = structure in layer.curves and sparsity > layer.sparsity and not layer.reason
             choices[layer.name] = (sparsity, structure) if fits else (layer.sparsity, UNSTRUCTURED)
         return choices
 

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from sparse_onnx.layer_timing import cut_layer, time_together
 from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lowering import Candidate, Layer, Packer
+from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Packer
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.masks import MaskStructure, structure_reason
 from sparse_onnx.passes.weights import Weight
@@ -108,7 +108,7 @@ def _read_off(sparsities: Sequence[float], times: Sequence[float], at: float) ->
 
 @dataclasses.dataclass(frozen=True)
 class LayerCurves:
-    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight can take."""
+    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight takes."""
 
     dense_ms: float
     curves: Mapping[str, Curve]
@@ -149,12 +149,13 @@ def measure_curves(
 ) -> LayerCurves:
     """Time one layer of ``model``; see the module's docstring. Scratch files go to ``work``.
 
-    A companion has a point with the zeros that it has, too; only that one if it is not ``prunable``.
+    What can be lowered with the zeros that it has, has a point with these: a companion, and a layer that is not
+    ``prunable``, which has no other.
     """
     dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
     weight = candidate.weight
     models: dict[tuple[str, float], ir.Model] = {}
-    if candidate.companion:
+    if candidate.companion or (not prunable and candidate.sparsity >= MIN_SPARSITY):
         models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
     if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
@@ -166,6 +167,7 @@ def measure_curves(
     for sparse in models.values():
         candidate.lowering(layers=(weight.name,), packer=Packer(PassContext()))(sparse)
     measured: list[list[Ratio]] = [[] for _ in models]
+    dense_ms: list[float] = []
     for _ in range(_STARTS):
         dense_times, *others = time_together(
             [dense, *models.values()],
@@ -175,6 +177,7 @@ def measure_curves(
             work=work,
             rounds=_ROUNDS,
         )
+        dense_ms += dense_times
         for found, times in zip(measured, others, strict=True):
             found.append(ratio(times, dense_times))
     pooled = [pool(found) for found in measured]
@@ -192,7 +195,7 @@ def measure_curves(
             tuple(found.low for _, found in points),
             tuple(found.high for _, found in points),
         )
-    return LayerCurves(statistics.median(found.second_ms for found in pooled), curves)
+    return LayerCurves(statistics.median(dense_ms), curves)
 
 
 def _points(

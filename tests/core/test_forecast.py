@@ -102,12 +102,22 @@ def test_layers_that_pruning_leaves_alone_are_in_no_uniform_plan():
 
 
 def test_companions_follow_the_layers_of_their_kind():
-    beside = layer("d", {"unstructured": curve(0.5, sparsities=(0.0,))}, companion=True, packed_bytes=77)
+    why = "belongs to a depthwise convolution"
+    beside = layer("d", {"unstructured": curve(0.5, sparsities=(0.0,))}, companion=True, reason=why)
     model = forecast(layer("a", FAST), beside)
     assert model.outlook(model.uniform(0.9)).sparse == ("a", "d")
     assert model.outlook({}).sparse == ()
+    assert model.outlook({"d": (0.9, "unstructured")}).sparse == ()
     other = forecast(layer("a", FAST), beside, layer("e", FAST, kind="convolution"))
     assert other.outlook({"e": (0.9, "unstructured")}).sparse == ("e",)
+
+
+def test_a_companion_that_is_pruned_is_a_layer_like_others():
+    narrow = layer("n", {"unstructured": curve(0.9, 0.8, 0.4, sparsities=(0.0, 0.5, 0.9))}, companion=True)
+    model = forecast(narrow, layer("a", FAST))
+    assert model.outlook({"n": (0.5, "unstructured")}).sparse == ("n",)
+    assert model.outlook({}).sparse == ()
+    assert model.outlook({"a": (0.9, "unstructured")}).sparse == ("n", "a")  # with the zeros that it has
 
 
 def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():

@@ -90,7 +90,7 @@ def model(zeros=0.0):
     return ir.from_proto(proto)
 
 
-def measured(tmp_path, source, structures):
+def measured(tmp_path, source, structures, **options):
     (candidate,) = find_candidates(source)[0]
     before = candidate.weight.tensor
     found = measure_curves(
@@ -102,6 +102,7 @@ def measured(tmp_path, source, structures):
         structures=structures,
         threads=1,
         work=tmp_path,
+        **options,
     )
     assert candidate.weight.tensor is before
     assert list(tmp_path.iterdir()) == []
@@ -130,3 +131,10 @@ def test_every_pattern_that_fits_is_measured(tmp_path):
 def test_zeros_that_are_there_make_points_one(tmp_path):
     found = measured(tmp_path, model(zeros=0.75), ("unstructured",))
     assert [round(share, 2) for share in found.curves["unstructured"].sparsities] == [0.75, 0.9]
+
+
+@pytest.mark.parametrize(("zeros", "points"), [(0.0, {}), (0.75, {"unstructured": (0.75,)})])
+def test_what_is_not_pruned_is_measured_as_it_is(tmp_path, zeros, points):
+    found = measured(tmp_path, model(zeros), ("unstructured", "2:4"), prunable=False)
+    assert {name: each.sparsities for name, each in found.curves.items()} == points
+    assert found.dense_ms > 0

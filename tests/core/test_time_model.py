@@ -18,7 +18,7 @@ def test_exact_times_give_the_model_that_made_them():
     assert found.dense_factor == pytest.approx(0.8, abs=0.005)
     assert found.sparse_factor == pytest.approx(1.1, abs=0.005)
     assert found.milliseconds(Sums(0, 8, 0.7)) == pytest.approx(4 + 8.8, rel=2e-3)
-    assert 0.02 <= found.error < 0.03
+    assert 0.05 <= found.error < 0.06
 
 
 def test_one_anchor_leaves_the_factors_at_one_and_says_that_it_is_rough():
@@ -46,7 +46,7 @@ def test_anchors_are_met_and_what_is_left_is_corrected_between_them():
 def test_noise_widens_the_interval():
     anchors = [(20, 0, 0), (0, 12, 0.5), (0, 4, 0.9)]
     quiet, loud = (fit([anchor(*each, spread=spread) for each in anchors]) for spread in (0.0, 0.2))
-    assert quiet.error < 0.05 < loud.error
+    assert quiet.error < 0.06 < loud.error
 
 
 def test_a_model_is_never_free():

@@ -45,7 +45,7 @@ def compare_model(
         summary = report["summary"]
         rows.append(
             {
-                "model": model.parent.parent.name if model.stem == "model" else model.stem,
+                "model": _name(model),
                 "mask_structure": structure,
                 "sparsity": sparsity,
                 "predicted": expected.speedup,
@@ -64,6 +64,13 @@ def compare_model(
         )
         print(_text(rows[-1:]), flush=True)
     return rows
+
+
+def _name(model: Path) -> str:
+    """``resnet-50`` of ``resnet-50/dense/model.onnx``."""
+    if model.stem != "model":
+        return model.stem
+    return model.parent.parent.name if model.parent.name == "dense" else model.parent.name
 
 
 def _say(line: str) -> None:

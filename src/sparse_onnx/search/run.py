@@ -290,7 +290,7 @@ class _Job:
             loss = self.losses(analysis, weights)
         forecast = analysis.forecast
         sizes = {weight.name: math.prod(weight.shape) for weight in weights}
-        names = [layer.name for layer in forecast.layers if layer.name in sizes and not layer.companion]
+        names = [layer.name for layer in forecast.layers if layer.name in sizes and not layer.reason]
         families = [allocated(forecast, names, self.structures, loss, self.goals)]
         if _PATTERN in self.structures:
             families.append(uniform(forecast, names, loss, self.goals))
