@@ -9,7 +9,6 @@ layers into times of models (:mod:`.time_model`). Any plan can be asked about af
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import statistics
@@ -35,6 +34,7 @@ from sparse_onnx.layer_curves import (
     measure_curves,
 )
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
+from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import NodeProfile, profile_model
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
@@ -48,7 +48,7 @@ from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.progress import Progress, format_duration
 from sparse_onnx.report import StageClock, available_cores, environment
-from sparse_onnx.runtime import Ratio, Runner, interleave, open_runner, pool, ratio, session_budget
+from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
 from sparse_onnx.sparse_ops.sparse_conv import block_size
 from sparse_onnx.time_model import Anchor, Sums, TimeModel, fit
@@ -64,8 +64,8 @@ SHOWN = (0.5, 0.7, 0.8, 0.9)
 ANCHORS = (0.5, 0.7, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
 
-_WHOLE_STARTS, _WHOLE_ROUNDS, _WHOLE_SECONDS = 2, 9, 3.0
-_POINT_SECONDS, _POINT_RUNS, _BYTES_A_SECOND = 0.15, 20, 150e6  # to guess how long it takes
+_WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
+_POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +309,7 @@ class _Job:
         self.selection, self.threads, self.min_speedup = selection, threads, min_speedup
         self.work, self.clock = work, StageClock(say)
         self.say = self.clock.say
+        self.disturbed = False
 
     def run(
         self,
@@ -353,6 +354,11 @@ class _Job:
             if samples is not None:
                 with self.clock("losses"):
                     forecast = self.with_losses(cleaned, forecast, samples)
+        if self.disturbed:
+            self.say(
+                "warning: other programs took processors in the meantime, so predictions may be off: run again when "
+                "the machine is idle, or with fewer --threads"
+            )
         return Analysis(
             self.source.name,
             environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
@@ -403,7 +409,7 @@ class _Job:
         )
         run = dense_ms / 1e3
         layers = (points + len(kinds)) * (_POINT_SECONDS + _POINT_RUNS * run / max(len(kinds), 1) / 2)
-        whole = (1 + len(wanted)) * (self.nbytes / _BYTES_A_SECOND + 2 * _WHOLE_ROUNDS * run)
+        whole = (1 + len(wanted)) * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
         return layers + whole
 
     def profile(self, model: ir.Model, candidates: Sequence[Candidate]) -> NodeProfile | None:
@@ -429,6 +435,7 @@ class _Job:
                 threads=self.threads,
                 work=self.work,
             )
+            self.disturbed |= not curves[kind].quiet
             told.step()
         return curves
 
@@ -506,14 +513,15 @@ class _Job:
         for share, plan in plans if whole else ():
             choices, sparse = forecast.decide(plan)
             path = self.compile(fused, share, sparse, context)
-            found = pool([self.time_whole(original, fused, path) for _ in range(_WHOLE_STARTS)])
+            found = self.time_whole(original, fused, path)
             timed.append((share, forecast.sums(choices, sparse), found))
             kept = sum(forecast.layer_bytes(layer.name, choices[layer.name]) for layer in forecast.layers)
             rest = sum(file.stat().st_size for file in path.parent.iterdir()) - kept
             told.step()
-        dense_ms = statistics.median([found.second_ms for _, _, found in timed] or first)
+        self.disturbed |= any(not found.quiet for _, _, found in timed)
+        dense_ms = statistics.median([found.first_ms for _, _, found in timed] or first)
         anchors = [
-            (share, Anchor(sums, found.median * dense_ms, (found.high - found.low) / 2 / found.median))
+            (share, Anchor(sums, dense_ms / found.median, (found.high - found.low) / 2 / found.median))
             for share, sums, found in timed
         ]
         if not changed or not whole:
@@ -528,14 +536,18 @@ class _Job:
         return fitted, anchors
 
     def time_whole(self, original: ir.Model, fused: ir.Model, path: Path) -> Ratio:
-        """The model at ``path``, made of ``fused``, against the original."""
-        with (
-            self.open(original, self.path, library=False) as dense,
-            self.open(fused, path, library=True) as compiled,
-        ):
-            runs = [functools.partial(runner.milliseconds, self.feeds) for runner in (dense, compiled)]
-            times = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=_WHOLE_SECONDS)
-        return ratio(times[1], times[0])
+        """The original against the model at ``path``, made of ``fused``; again if other programs were in the way."""
+        found: list[Ratio] = []
+        while sum(ratio.quiet for ratio in found) < _WHOLE_STARTS and len(found) < _MOST_WHOLE_STARTS:
+            found += time_models(
+                [(original, self.path), (fused, path)],
+                [self.feeds],
+                threads=self.threads,
+                budget=self.budget,
+                work=self.work,
+                progress=self.say,
+            )
+        return pool([ratio for ratio in found if ratio.quiet][:_WHOLE_STARTS] or found)
 
     def with_losses(self, model: ir.Model, forecast: Forecast, samples: Samples) -> Forecast:
         """With what zeros in each layer that may be pruned do to the outputs."""

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.layer_timing import cut_layer, time_together
+from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Packer
 from sparse_onnx.passes.magnitude import Magnitude
@@ -46,8 +47,9 @@ STRUCTURES = ("unstructured", "2:4", "1:4", "1:8", "block:4x1", "block:8x1")
 
 UNSTRUCTURED = "unstructured"
 
-_STARTS, _ROUNDS = 3, 5
-"""What memory and threads a session happens to get shifts all its times: so sessions are made anew."""
+_STARTS, _MOST_STARTS, _ROUNDS = 3, 5, 5
+"""What memory and threads a session happens to get shifts all its times: so sessions are made anew, and more often
+while other programs are in the way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,8 @@ class LayerCurves:
 
     dense_ms: float
     curves: Mapping[str, Curve]
+    quiet: bool = dataclasses.field(default=True, compare=False)
+    """Whether no other program was in the way."""
 
 
 def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
@@ -168,7 +172,9 @@ def measure_curves(
         candidate.lowering(layers=(weight.name,), packer=Packer(PassContext()))(sparse)
     measured: list[list[Ratio]] = [[] for _ in models]
     dense_ms: list[float] = []
-    for _ in range(_STARTS):
+    quiet = 0
+    for _ in range(_MOST_STARTS):
+        load = OtherLoad()
         dense_times, *others = time_together(
             [dense, *models.values()],
             [False, *(True for _ in models)],
@@ -177,9 +183,13 @@ def measure_curves(
             work=work,
             rounds=_ROUNDS,
         )
+        spared = load.spared(threads)
         dense_ms += dense_times
         for found, times in zip(measured, others, strict=True):
-            found.append(ratio(times, dense_times))
+            found.append(ratio(times, dense_times, quiet=spared))
+        quiet += spared
+        if quiet >= _STARTS:
+            break
     pooled = [pool(found) for found in measured]
     curves: dict[str, Curve] = {}
     for structure in dict.fromkeys(structure for structure, _ in models):
@@ -195,7 +205,7 @@ def measure_curves(
             tuple(found.low for _, found in points),
             tuple(found.high for _, found in points),
         )
-    return LayerCurves(statistics.median(dense_ms), curves)
+    return LayerCurves(statistics.median(dense_ms), curves, quiet >= _STARTS)
 
 
 def _points(
