@@ -334,8 +334,15 @@ def _self_test() -> Iterator[Finding]:
     """In a process of its own: a broken library may take that down."""
     from sparse_onnx.self_test import MAX_ERROR
 
-    child = [sys.executable, "-m", "sparse_onnx.self_test"]
-    done = subprocess.run(child, capture_output=True, text=True, timeout=120, check=False)
+    child = [sys.executable, "-m", "sparse_onnx.self_test", "--while-stdin-is-open"]
+    for_child, kept = os.pipe()  # closed with this process, however that ends
+    try:
+        done = subprocess.run(
+            child, stdin=for_child, capture_output=True, text=True, timeout=120, check=False
+        )
+    finally:
+        os.close(for_child)
+        os.close(kept)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     results = {line["library"]: line for line in lines}
     report = "report this with the output of this command"

@@ -1,13 +1,17 @@
 """A small sparse model, computed by ONNX Runtime with the kernel library and without it, and by NumPy.
 
 ``python -m sparse_onnx.self_test`` prints one JSON line for each way; ``sparse-onnx doctor`` runs it like that, so
-that a library that takes the process down is found out and reported.
+that a library that takes the process down is found out and reported. With ``--while-stdin-is-open`` the process ends
+when its standard input does: whoever started it is gone then.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +74,14 @@ def _model(packed: sparse_matmul.PackedWeight, bias: np.ndarray) -> onnx.ModelPr
     )
 
 
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def _main() -> None:
+    if "--while-stdin-is-open" in sys.argv[1:]:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     for library in (False, True):
         line: dict[str, object] = {"library": library}
         try:

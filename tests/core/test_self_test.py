@@ -42,3 +42,14 @@ def test_errors_are_told_one_by_one(monkeypatch, capsys):
     module._main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [{"library": False, "relative_error": 1e-8}, {"library": True, "error": "no library"}]
+
+
+def test_it_does_not_outlive_who_started_it():
+    """Its standard input ends with that process."""
+    code = "import sys, time; from sparse_onnx import self_test; self_test.self_test = lambda **_: time.sleep(600); "
+    code += "sys.argv.append('--while-stdin-is-open'); self_test._main()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert child.poll() is None
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(timeout=60) == 1

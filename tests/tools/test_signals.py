@@ -60,15 +60,16 @@ def read_until(process, wanted):
 def finish(process):
     """(exit code, stdout, stderr); no process of its session is left."""
     out, err = process.communicate(timeout=60)
-    left = []
-    for other in psutil.process_iter():
-        try:
-            if os.getsid(other.pid) == process.pid:
-                left.append(other)
-        except ProcessLookupError:
-            continue
-    assert left == []
+    left = [other for other in psutil.process_iter() if session_of(other) == process.pid]
+    assert psutil.wait_procs(left, timeout=10)[1] == []  # a child may need a moment to see that it is alone
     return process.returncode, out, err
+
+
+def session_of(process):
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else os.getsid(process.pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
 
 
 def write_model(path, layers=2, width=64):

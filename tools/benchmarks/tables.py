@@ -95,15 +95,18 @@ def command(
         facts = environment(threads=max(threads), seed=0, isa=info().isa)
         document: dict[str, Any] = {"environment": facts, "quick": quick, "sections": {}}
         click.echo(f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}")
-        with progress(quiet) as say:
-            settings = Settings(threads, quick, deepsparse, openvino, models, say)
-            for name in sections or SECTIONS:
-                found = document["sections"][name] = []
+        for name in sections or SECTIONS:
+            found = document["sections"][name] = []
+            texts = []
+            with progress(quiet) as say:
+                settings = Settings(threads, quick, deepsparse, openvino, models, say)
                 for one in SECTIONS[name](settings):
                     found.append(one.document())
-                    click.echo(f"\n{one.text()}")
+                    texts.append(one.text())
                     if json_file is not None:  # at every table: a long run that breaks off leaves what it has
                         json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            for text in texts:
+                click.echo(f"\n{text}")
     except SparseOnnxError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
