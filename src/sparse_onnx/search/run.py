@@ -32,6 +32,7 @@ from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.recipe import Goal, Recipe, RecipeStage, recipe_document
 from sparse_onnx.passes.weights import Selection, Weight
+from sparse_onnx.progress import is_lasting
 from sparse_onnx.report import available_cores
 from sparse_onnx.report_schema import read_report
 from sparse_onnx.runtime import Ratio, session_budget
@@ -138,7 +139,7 @@ def optimize_to_goals(
 
 @dataclasses.dataclass(frozen=True)
 class _Compile:
-    """Compiles one plan; goes to the workers."""
+    """Compiles one plan; goes to the workers. ``progress`` is for trials in this process."""
 
     source: Path
     recipe: Recipe
@@ -146,6 +147,7 @@ class _Compile:
     sizes: Mapping[str, int]
     table: TimingTable
     command: str
+    progress: Callable[[str], None] | None = None
 
     def __call__(self, plan: Plan, folder: Path, threads: int) -> tuple[int, float, float]:
         """Bytes of the files, the drop, and the share of zeros in the weights that kernels could take."""
@@ -161,11 +163,16 @@ class _Compile:
             benchmark=False,
             table=self.table,
             threads=threads,
+            progress=self._say,
         )
         summary = report["summary"]
         metric = summary["metric"]
         drop = 1 - _number(summary["cosine"]) if metric is None else _number(metric["drop"])
         return summary["bytes_after"], drop if math.isfinite(drop) else math.inf, summary["sparsity"]
+
+    def _say(self, line: str) -> None:
+        if self.progress is not None and not is_lasting(line):  # the notes of a trial are those of all
+            self.progress(f"trial: {line}")
 
 
 def _number(value: float | None) -> float:
@@ -241,10 +248,19 @@ class _Job:
             ),
             calibration=dataclasses.replace(self.recipe.calibration, checkpoint=None),
         )
+        here = limits.jobs == 1 and limits.ray is None
         return Search(
             families,
             self.goals,
-            compile_plan=_Compile(self.path.absolute(), trial, self.template, sizes, table, self.command),
+            compile_plan=_Compile(
+                self.path.absolute(),
+                trial,
+                self.template,
+                sizes,
+                table,
+                self.command,
+                self.say if here else None,
+            ),
             time_alone=self.time_alone,
             workers=choose_workers(self.threads, jobs=limits.jobs, ray=limits.ray),
             limits=limits,
