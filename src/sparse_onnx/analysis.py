@@ -61,7 +61,7 @@ SCHEMA_VERSION = 1
 SHOWN = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros in a table of predictions."""
 
-ANCHORS = (0.5, 0.7, 0.9)
+ANCHORS = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
 
 _WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4

@@ -80,7 +80,7 @@ def test_layers_and_what_stays(found):
 
 
 def test_anchors_and_predictions(found):
-    assert [share for share, _ in found.anchors] == [None, 0.5, 0.7, 0.9]
+    assert [share for share, _ in found.anchors] == [None, 0.5, 0.7, 0.8, 0.9]
     for share in (0.5, 0.7, 0.9):
         outlook = found.predict(share)
         assert 0 < outlook.low < outlook.speedup < outlook.high

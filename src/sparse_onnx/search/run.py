@@ -40,7 +40,7 @@ from sparse_onnx.search.driver import Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.losses import measured_losses, weight_losses
-from sparse_onnx.search.plans import Family, allocated, modifiers, uniform
+from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.search.workers import choose_workers
 from sparse_onnx.storage import write_whole
@@ -120,11 +120,11 @@ def optimize_to_goals(
         work = folder / ".work"
         work.mkdir()
         job = _Job(source, recipe, template, tuple(structures), work, command, progress)
-        search = job.search(limits)
         try:
+            search = job.search(limits)
             search.run()
         except KeyboardInterrupt as stop:
-            stop.add_note(job.how_to_resume(len(search.trials)))
+            stop.add_note(job.how_to_resume())
             raise
         if search.best is None:
             raise UsageError(f"every trial failed, the last one so: {search.trials[-1].error}")
@@ -225,10 +225,10 @@ class _Job:
             )
         return folder
 
-    def how_to_resume(self, trials: int) -> str:
+    def how_to_resume(self) -> str:
         """What to say after an interruption."""
         if self.recipe.calibration.checkpoint is not None:
-            return f"Run the same command again to go on after {trials} trials, kept in {self.state} (--checkpoint)."
+            return f"Run the same command again to go on: finished trials are kept in {self.state} (--checkpoint)."
         return "Run the same command again to start over; with --checkpoint DIR a next interruption keeps the trials."
 
     # -- steps ------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ class _Job:
             file.write(json.dumps(document).encode())
         return families, table, sizes, curves
 
-    def losses(self, analysis: Analysis, weights: Sequence[Weight]) -> Any:
+    def losses(self, analysis: Analysis, weights: Sequence[Weight]) -> LossOf:
         """Measured on real inputs where there are some."""
         known = {layer.name: layer.loss for layer in analysis.forecast.layers if layer.loss is not None}
         return measured_losses(known) if known else weight_losses(weights, self.structures, self.say)

@@ -88,16 +88,24 @@ def next_points(
 
 
 def _needed(plans: Sequence[Expected], tried: Mapping[int, Outcome], goals: Goals) -> int | None:
-    """The first plan that is fast and small enough as expected and corrected; the last where none is; None without
-    such goals."""
+    """The first plan that is fast and small enough: one that was tried and is that by little, else as expected and
+    corrected; the last where none is; None without such goals."""
     if goals.speedup is None and goals.nbytes is None:
         return None
+    costs = dataclasses.replace(goals, drop=None)
+    stricter = Goals(
+        None if goals.speedup is None else goals.speedup * (1 + TOLERANCE),
+        None if goals.nbytes is None else goals.nbytes / (1 + TOLERANCE),
+    )
+    enough = [index for index, outcome in tried.items() if outcome.misses(costs) == (0.0, 0.0)]
+    if enough and tried[min(enough)].misses(stricter) != (0.0, 0.0):
+        return min(enough)
     faster, larger = _correction(plans, tried)
     for index, known in enumerate(plans):
         outcome = tried.get(index)
         if outcome is None:
             outcome = Outcome(known.speedup * faster, known.nbytes * larger, 0.0)
-        if outcome.misses(dataclasses.replace(goals, drop=None)) == (0.0, 0.0):
+        if outcome.misses(costs) == (0.0, 0.0):
             return index
     return len(plans) - 1
 

@@ -123,7 +123,7 @@ def test_an_interrupted_search_goes_on(model, tmp_path, monkeypatch):
         patch.setattr(Search, "_add", stop_after_two)
         with pytest.raises(KeyboardInterrupt) as stopped:
             _optimize(model, tmp_path / "out", **options)
-    assert "to go on after 2 trials" in stopped.value.__notes__[0]
+    assert "to go on: finished trials are kept" in stopped.value.__notes__[0]
     assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     lines = []

@@ -37,6 +37,14 @@ def test_a_wrong_forecast_is_corrected():
     assert len(tried) == 2
 
 
+def test_a_speed_that_is_met_by_little_is_not_refined():
+    """Noise of two per cent must not lead to one neighbour after the other."""
+    tried = _search(
+        Goals(speedup=2.0), lambda i: Outcome(_FAMILY[i].speedup * (0.99 if i % 2 else 1.01), 1e3, 0.0)
+    )
+    assert len(tried) <= 2
+
+
 def test_a_speed_beyond_reach_ends_at_the_sparsest_plan():
     assert list(_search(Goals(speedup=50.0), _exact())) == [59]
 
