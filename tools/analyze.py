@@ -122,9 +122,12 @@ def command(
 
 def summary(analysis: Analysis, sparsity: float | None, structure: str) -> str:
     """The answer, a table of patterns, the layers with most of the time, and what stays as it is: some 25 lines."""
+    from sparse_onnx.analysis import DISTURBED
+
     answer = analysis.sentence(sparsity, structure)
     parts = [answer[0].upper() + answer[1:] + ".", _patterns(analysis, sparsity), _layers(analysis)]
-    return "\n\n".join([*parts, *filter(None, [_reasons(analysis)])])
+    rough = "" if analysis.quiet else f"{DISTURBED[0].upper()}{DISTURBED[1:]}."
+    return "\n\n".join([*parts, *filter(None, [_reasons(analysis), rough])])
 
 
 def _patterns(analysis: Analysis, asked: float | None) -> str:
@@ -190,7 +193,7 @@ def _layers(analysis: Analysis) -> str:
         *structures,
     ]
     text = table(rows, header)
-    if analysis.profile is None:
+    if analysis.profile is None or not analysis.profile.others:
         return text
     others = sorted(analysis.profile.others.items(), key=lambda item: -item[1])
     rest = [f"{name} {format_share(ms / analysis.profile.wall_ms)}" for name, ms in others[:4]]

@@ -51,7 +51,7 @@ from sparse_onnx.report import StageClock, available_cores, environment
 from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
 from sparse_onnx.sparse_ops.sparse_conv import block_size
-from sparse_onnx.time_model import Anchor, Sums, TimeModel, fit
+from sparse_onnx.time_model import ROUGH, Anchor, Sums, TimeModel, fit
 from sparse_onnx.timing_table import TimingTable
 
 __all__ = ["Analysis", "analyze"]
@@ -63,6 +63,11 @@ SHOWN = (0.5, 0.7, 0.8, 0.9)
 
 ANCHORS = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
+
+DISTURBED = (
+    "other programs took processors in the meantime, so predictions are rough: run again when the machine is idle, or "
+    "with fewer --threads"
+)
 
 _WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
 _POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
@@ -82,6 +87,7 @@ class Analysis:
         declined: (place, reason) of what no kernel can take.
         seconds: What the analysis took, by step.
         kinds: The curves by kind of layer, see :func:`.lowering.layer_kind`.
+        quiet: False if other programs took processors in the meantime: then the predictions are rough.
     """
 
     source: str
@@ -93,6 +99,7 @@ class Analysis:
     declined: tuple[tuple[str, str], ...]
     seconds: Mapping[str, float]
     kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
+    quiet: bool = True
 
     def predict(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> Outlook:
         """With the same share of zeros, in [0, 1), in all layers that may be pruned; N:M implies it.
@@ -105,12 +112,12 @@ class Analysis:
         """The answer in words, see :meth:`predict`."""
         found = self.predict(sparsity, mask_structure)
         share = resolve_sparsity(sparsity, MaskStructure.parse(mask_structure))
-        speed = (
-            f"run {found.speedup:.2f}x faster ({found.low:.2f} to {found.high:.2f})"
-            if found.sparse
-            else "not become faster in sparse form"
-        )
-        text = f"at {100 * share:.0f} % {mask_structure} this model would {speed} and be {found.smaller:.2f}x smaller"
+        where = f"at {100 * share:.0f} % {mask_structure}"
+        if found.sparse:
+            speed = f"{found.speedup:.2f}x faster ({found.low:.2f} to {found.high:.2f})"
+            text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
+        else:
+            text = f"{where} no layer of this model would be faster in sparse form"
         if found.error is None:
             return f"{text}; for the error to expect, give --calibration-data"
         return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
@@ -143,6 +150,7 @@ class Analysis:
                 "others": [{"op_type": name, "ms": ms} for name, ms in self.profile.others.items()],
             },
             "declined": [{"place": place, "reason": reason} for place, reason in self.declined],
+            "quiet": self.quiet,
             "seconds": dict(self.seconds),
         }
 
@@ -355,10 +363,9 @@ class _Job:
                 with self.clock("losses"):
                     forecast = self.with_losses(cleaned, forecast, samples)
         if self.disturbed:
-            self.say(
-                "warning: other programs took processors in the meantime, so predictions may be off: run again when "
-                "the machine is idle, or with fewer --threads"
-            )
+            self.say(f"warning: {DISTURBED}")
+            times = dataclasses.replace(forecast.times, error=max(forecast.times.error, ROUGH))
+            forecast = dataclasses.replace(forecast, times=times)
         return Analysis(
             self.source.name,
             environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
@@ -369,6 +376,7 @@ class _Job:
             tuple((place.place, place.reason) for place in declined),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
+            not self.disturbed,
         )
 
     def open(self, model: ir.Model, path: Path | None, *, library: bool) -> AbstractContextManager[Runner]:

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Anchor", "Sums", "TimeModel", "fit"]
+__all__ = ["ROUGH", "Anchor", "Sums", "TimeModel", "fit"]
 
 _PRIOR = 0.01  # an error of 1 in a factor weighs as much as one of 1 % in the time of an anchor
 _LEAST = 0.05  # of the sums: a rest below zero must not make a model free
-_ROUGH, _FINE = 0.15, 0.05
+ROUGH, _FINE = 0.15, 0.05
 """Relative errors to expect of fewer than three anchors, and at best: nine of ten models were predicted that well."""
 
 
@@ -84,5 +84,5 @@ def fit(anchors: Sequence[Anchor]) -> TimeModel:
         sparse,
         tuple(anchor.sums.zeros for anchor in anchors),
         tuple(fitted),
-        _ROUGH if len(anchors) < 3 else math.hypot(residual / 2, spread, _FINE),
+        ROUGH if len(anchors) < 3 else math.hypot(residual / 2, spread, _FINE),
     )
