@@ -45,7 +45,14 @@ def start(tmp_path, *arguments, wait_at=None):
         cwd=tmp_path,
         env={**os.environ, "TMPDIR": str(scratch)},
         start_new_session=True,
+        preexec_fn=_heed_signals,
     )
+
+
+def _heed_signals():
+    """Signals that are ignored here, because of ``nohup`` say, would be there as well."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def read_until(process, wanted):
