@@ -238,7 +238,7 @@ class Forecast:
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the time of the whole, sparse or dense, whichever would be chosen; times of the whole
         are sums of these and a constant, as long as nothing is given up."""
-        choice = self._choices({} if choice is None else {name: choice})[name]
+        choice = self._choice(name, choice)
         layer = self.by_name[name]
         if self._wins(layer, choice):
             return self.times.sparse_factor * layer.dense_ms * self._time(layer, choice)
@@ -246,22 +246,26 @@ class Forecast:
 
     def layer_bytes(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the size, in the form that would be chosen."""
-        choice = self._choices({} if choice is None else {name: choice})[name]
+        choice = self._choice(name, choice)
         layer = self.by_name[name]
         return layer.sparse_bytes(choice) if self._wins(layer, choice) else layer.nbytes
 
     def _choices(self, plan: Plan) -> dict[str, Choice]:
-        for name, (sparsity, structure) in plan.items():
-            if name not in self.by_name:
-                raise UsageError(unknown("layer", name, self.by_name))
+        asked = {name: self._choice(name, choice) for name, choice in plan.items()}
+        return {name: asked[name] if name in asked else self._choice(name, None) for name in self.by_name}
+
+    def _choice(self, name: str, asked: Choice | None) -> Choice:
+        """What one layer has: as ``asked``, if that gives it more zeros and it can have them; else as it is."""
+        if name not in self.by_name:
+            raise UsageError(unknown("layer", name, self.by_name))
+        layer = self.by_name[name]
+        if asked is not None:
+            sparsity, structure = asked
             self._check(structure)
             resolve_sparsity(sparsity, MaskStructure.parse(structure))
-        choices = {}
-        for layer in self.layers:
-            sparsity, structure = plan.get(layer.name, (0.0, UNSTRUCTURED))
-            fits = structure in layer.curves and sparsity > layer.sparsity and not layer.reason
-            choices[layer.name] = (sparsity, structure) if fits else (layer.sparsity, UNSTRUCTURED)
-        return choices
+            if structure in layer.curves and sparsity > layer.sparsity and not layer.reason:
+                return asked
+        return layer.sparsity, UNSTRUCTURED
 
     def _time(self, layer: LayerForecast, choice: Choice) -> float:
         return layer.curves[choice[1]].time(choice[0])

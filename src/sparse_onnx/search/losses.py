@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from sparse_onnx.forecast import Choice
-from sparse_onnx.passes.masks import MaskStructure, keep_mask, structure_reason
+from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity, structure_reason
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.search.plans import SPARSITIES, LossOf
 from sparse_onnx.sensitivity import Loss
@@ -41,7 +41,7 @@ def weight_losses(
             if structure_reason(weight.shape, structure) is not None:
                 continue
             fixed = structure.kind == "n:m"
-            shares = [1 - structure.size[0] / structure.size[1]] if fixed else list(SPARSITIES)
+            shares = [resolve_sparsity(None, structure)] if fixed else list(SPARSITIES)
             lost = []
             for share in shares:
                 keep = keep_mask(W, None if fixed else share, structure)

@@ -15,7 +15,7 @@ from sparse_onnx.forecast import Choice, Forecast, Plan
 from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.masks import MaskStructure
+from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.passes.oneshot import OneShot
 from sparse_onnx.search.frontier import Option, frontier
 from sparse_onnx.search.strategy import Expected, Goals
@@ -79,7 +79,7 @@ def _choices(structures: Iterable[str]) -> Iterable[Choice]:
     for structure in structures:
         parsed = MaskStructure.parse(structure)
         if parsed.kind == "n:m":
-            yield 1 - parsed.size[0] / parsed.size[1], structure
+            yield resolve_sparsity(None, parsed), structure
         else:
             yield from ((sparsity, structure) for sparsity in SPARSITIES)
 

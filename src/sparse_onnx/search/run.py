@@ -21,6 +21,7 @@ from sparse_onnx.compiler import OptimizeResult, compile_into
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.goals import gates, goal_document
+from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.passes import guard
@@ -51,7 +52,6 @@ __all__ = ["optimize_to_goals", "search_recipe"]
 
 _PLANS, _TABLE = "plans.json", "timings.json"
 _STATE = ("search.json", _PLANS, _TABLE, "best")
-_PATTERN = "unstructured"
 
 
 def search_recipe(
@@ -75,7 +75,7 @@ def search_recipe(
         RecipeStage(stage.name, tuple(modifier for modifier in stage.modifiers if modifier is not template))
         for stage in recipe.stages
     )
-    patterns = [MaskStructure.parse(text.strip()) for text in (mask_structure or _PATTERN).split(",")]
+    patterns = [MaskStructure.parse(text.strip()) for text in (mask_structure or UNSTRUCTURED).split(",")]
     return optimize_to_goals(
         source,
         output,
@@ -239,13 +239,7 @@ class _Job:
         families, table, sizes, self.curves = self.kept_plans(key) or self.plan(key)
         trial = dataclasses.replace(
             self.recipe,
-            goal=Goal(
-                metric=self.recipe.goal.metric,
-                metric_data=self.recipe.goal.metric_data,
-                labels=self.recipe.goal.labels,
-                metric_output=self.recipe.goal.metric_output,
-                min_speedup=self.recipe.goal.min_speedup,
-            ),
+            goal=dataclasses.replace(self.recipe.goal, max_drop=None, target_speedup=None, target_size=None),
             calibration=dataclasses.replace(self.recipe.calibration, checkpoint=None),
         )
         here = limits.jobs == 1 and limits.ray is None
@@ -308,7 +302,7 @@ class _Job:
         sizes = {weight.name: math.prod(weight.shape) for weight in weights}
         names = [layer.name for layer in forecast.layers if layer.name in sizes and not layer.reason]
         families = [allocated(forecast, names, self.structures, loss, self.goals)]
-        if _PATTERN in self.structures:
+        if UNSTRUCTURED in self.structures:
             families.append(uniform(forecast, names, loss, self.goals))
         table = analysis.table()
         write_table(table, self.state / _TABLE)
