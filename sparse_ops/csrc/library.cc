@@ -6,6 +6,7 @@
 #include "ops/skip_layer_norm.h"
 #include "ops/sparse_conv.h"
 #include "ops/sparse_conv_depthwise.h"
+#include "ops/sparse_feed_forward.h"
 #include "ops/sparse_matmul.h"
 #include "ort_status.h"
 
@@ -23,8 +24,8 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
   // this registration fails.
   Owned<OrtCustomOpDomain> domain(api.ReleaseCustomOpDomain);
   check_status(api.CreateCustomOpDomain(kDomain, domain.out()));
-  for (const auto make_ops :
-       {sparse_matmul_ops, sparse_conv_ops, sparse_conv_depthwise_ops, attention_ops, skip_layer_norm_ops}) {
+  for (const auto make_ops : {sparse_matmul_ops, sparse_feed_forward_ops, sparse_conv_ops,
+                              sparse_conv_depthwise_ops, attention_ops, skip_layer_norm_ops}) {
     for (const OrtCustomOp* op : make_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
   }
   check_status(api.AddSessionConfigEntry(options, kRegistered, "1"));

@@ -9,6 +9,7 @@
 #include <memory>
 #include <thread>
 
+#include "kernels/spmm/feed_forward.h"
 #include "spmm_checks.h"
 
 namespace {
@@ -87,6 +88,28 @@ void test_threads_agree() {
   expect(in_strips > 0, "the test is too small for strips");
 }
 
+void test_feed_forward() {
+  const RandomWeight a = random_weight(301, 101, 0.2, 64, 16), b = random_weight(101, 37, 0.2, 64, 8);
+  const GuardedWeight first(a, Activation::gelu), second(b, Activation::none);
+  for (size_t tokens : {3, 200}) {  // blocks as tasks, and tiles
+    const std::vector<float> x = random_floats(tokens * a.K);
+    for (const Kernel* kernel : kernels()) {
+      if (!isa_supported(kernel->isa) || !fits(*kernel, first.checked.weight, second.checked.weight))
+        continue;
+      const Plan plan = make_plan(first.checked.weight, second.checked.weight, tokens, *kernel);
+      const auto run_on_threads = [&](size_t threads) {
+        std::vector<float> y(tokens * b.N);
+        const std::unique_ptr<char[]> scratch(new char[plan.scratch_bytes]);
+        Threads workers(threads);
+        run(plan, first.checked.weight, second.checked.weight, x.data(), y.data(), scratch.get(), workers);
+        return y;
+      };
+      expect(run_on_threads(4) == run_on_threads(1),
+             describe(plan, first.checked.weight) + ": threads disagree");
+    }
+  }
+}
+
 // Calls of one operator from several threads share its weight and nothing else.
 void test_calls_at_once() {
   const RandomWeight random = random_weight(300, 100, 0.2, 128, 64);
@@ -126,6 +149,7 @@ int main(int count, char** arguments) {
     race();
   } else {
     test_threads_agree();
+    test_feed_forward();
     test_calls_at_once();
   }
   return summary();

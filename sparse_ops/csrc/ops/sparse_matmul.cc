@@ -58,10 +58,7 @@ std::vector<int64_t> read_split(const NodeReader& node, const MatMulVariant& var
                                 const spmm::Weight& weight) {
   const auto N = static_cast<int64_t>(weight.N), block = static_cast<int64_t>(weight.block);
   if (variant.gated) {
-    if (N % (2 * block) != 0) {
-      node.fail("attribute N is " + std::to_string(N) + ", expected two halves of whole blocks of " +
-                std::to_string(block));
-    }
+    check_gate(node, weight);
     return {N / 2};
   }
   if (variant.outputs == 1) return {N};

@@ -5,6 +5,7 @@
 
 #include "kernels/sizes.h"
 #include "kernels/spmm/table.h"
+#include "kernels/spmm/tasks.h"
 
 namespace sparse_ops::spmm {
 namespace {
@@ -14,20 +15,6 @@ constexpr const Kernel* kKernels[] = {
 #include "kernels/spmm/kernels.inc"
 #undef SPMM_KERNEL
 };
-
-// Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
-// read, but enough to give every processor a task.
-constexpr size_t kPanelBytes = size_t{1} << 20;
-constexpr size_t kMaxPanelBytes = size_t{32} << 20;
-constexpr size_t kSlice = 64;  // input channels transposed by one task
-
-// Floats of the panel of one tile. It begins at a cache line, so that no vector straddles two.
-size_t panel_size(const Kernel& kernel, const Weight& weight) {
-  return round_up(kernel.tile * weight.K, kCacheLine / sizeof(float));
-}
-
-// Blocks of Y: where the weight is gated, each is made of two.
-size_t output_blocks(const Weight& weight) { return weight.gated ? weight.blocks / 2 : weight.blocks; }
 
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
@@ -47,7 +34,7 @@ struct Strip {
   const Kernel& kernel(size_t tile) const {
     return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
   }
-  float* panel(size_t tile) const { return panels + panel_size(*plan.full, weight) * tile; }
+  float* panel(size_t tile) const { return panels + panel_size(*plan.full, weight.K) * tile; }
 };
 
 void transpose_task(void* context, size_t index) {
@@ -68,34 +55,10 @@ void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
                                   output->y + strip.row(tile) * output->channels + channel);
 }
 
-void multiply_plain(const Strip& strip, size_t tile, size_t block) {
-  const Weight& weight = strip.weight;
-  const size_t channels = std::min(weight.block, weight.N - block * weight.block);
-  const Kernel& kernel = strip.kernel(tile);
-  alignas(kCacheLine) float acc[kMaxAccumulators];
-  kernel.multiply(weight, block, strip.panel(tile), acc);
-  kernel.activate(weight.activation, acc, channels * kernel.tile);
-  store(strip, tile, block, acc);
-}
-
-void multiply_gated(const Strip& strip, size_t tile, size_t block) {
-  const Weight& weight = strip.weight;
-  const Kernel& kernel = strip.kernel(tile);
-  const size_t size = weight.block * kernel.tile;
-  alignas(kCacheLine) float gate[kMaxAccumulators], acc[kMaxAccumulators];
-  kernel.multiply(weight, block, strip.panel(tile), gate);
-  kernel.activate(weight.activation, gate, size);
-  kernel.multiply(weight, block + output_blocks(weight), strip.panel(tile), acc);
-  for (size_t i = 0; i < size; ++i) acc[i] *= gate[i];
-  store(strip, tile, block, acc);
-}
-
 void multiply(const Strip& strip, size_t tile, size_t block) {
-  if (strip.weight.gated) {
-    multiply_gated(strip, tile, block);
-  } else {
-    multiply_plain(strip, tile, block);
-  }
+  alignas(kCacheLine) float acc[kMaxAccumulators];
+  compute_block(strip.kernel(tile), strip.weight, block, strip.panel(tile), acc);
+  store(strip, tile, block, acc);
 }
 
 // Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
@@ -110,7 +73,7 @@ void multiply_task(void* context, size_t index) {
 // of them reads.
 bool tiles_are_tasks(const Weight& weight, size_t tiles) {
   const bool few_entries = weight.entries * weight.width < weight.K * weight.N / 4;
-  return few_entries && (tiles % processors() == 0 || tiles >= 4 * processors());
+  return few_entries && tiles_are_enough(tiles);
 }
 
 // One tile from its activations to its outputs.
@@ -121,13 +84,11 @@ void tile_task(void* context, size_t tile) {
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
-  const size_t panel_bytes = panel_size(full, weight) * sizeof(float);
+  const size_t panel_bytes = panel_size(full, weight.K) * sizeof(float);
   const size_t tiles = divide_up(tokens, full.tile);
   const size_t busy =
       tiles_are_tasks(weight, tiles) ? processors() : divide_up(processors(), output_blocks(weight));
-  const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
-  const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
-  const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, tiles)});
+  const size_t at_once = tiles_at_once(tiles, panel_bytes, busy);
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
 }
 

@@ -1,0 +1,149 @@
+#include "kernels/spmm/feed_forward.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/spmm/tasks.h"
+
+namespace sparse_ops::spmm {
+namespace {
+
+constexpr size_t kLineFloats = kCacheLine / sizeof(float);
+
+// A weight that is as demanding as each of the two: what a kernel for both must take.
+Weight larger(const Weight& first, const Weight& second) {
+  Weight weight = second;
+  weight.K = std::max(first.K, second.K);
+  weight.chunk = std::max(first.chunk, second.chunk);
+  weight.block = std::max(first.block, second.block);
+  weight.width = std::max(first.width, second.width);
+  return weight;
+}
+
+// Floats of the panel between the two, with room for whole blocks.
+size_t hidden_size(const Kernel& kernel, const Weight& first) {
+  return panel_size(kernel, output_blocks(first) * first.block);
+}
+
+// Everything that the tasks of one strip of tokens need.
+struct Strip {
+  const Plan& plan;
+  const Weight& first;
+  const Weight& second;
+  const float* x;
+  float* y;
+  float* panels;
+  size_t begin;  // of its tokens, among all
+  size_t tokens;
+  size_t slices;
+
+  size_t row(size_t tile) const { return begin + tile * plan.full->tile; }  // of x and of y
+  size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - tile * plan.full->tile); }
+  const Kernel& kernel(size_t tile) const {
+    return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
+  }
+  float* panel(size_t tile) const {
+    return panels + tile * (panel_size(*plan.full, first.K) + hidden_size(*plan.full, first));
+  }
+  float* hidden(size_t tile) const { return panel(tile) + panel_size(*plan.full, first.K); }
+};
+
+void transpose(const Strip& strip, size_t tile, size_t slice) {
+  const size_t K = strip.first.K, begin = slice * kSlice;
+  strip.kernel(tile).transpose(strip.x + strip.row(tile) * K, strip.tile_tokens(tile), K, begin,
+                               std::min(begin + kSlice, K), strip.panel(tile));
+}
+
+// Accumulators and panels have the same layout, so that a block is computed where it is read from later.
+void compute_hidden(const Strip& strip, size_t tile, size_t block) {
+  const Kernel& kernel = strip.kernel(tile);
+  const size_t size = strip.first.block * kernel.tile;
+  float* to = strip.hidden(tile) + block * size;
+  if (size % kLineFloats == 0) {
+    compute_block(kernel, strip.first, block, strip.panel(tile), to);
+  } else {  // kernels align their stores, and may reach into what follows
+    alignas(kCacheLine) float acc[kMaxAccumulators];
+    compute_block(kernel, strip.first, block, strip.panel(tile), acc);
+    std::memcpy(to, acc, size * sizeof(float));
+  }
+}
+
+void compute_output(const Strip& strip, size_t tile, size_t block) {
+  const Kernel& kernel = strip.kernel(tile);
+  const Weight& weight = strip.second;
+  const size_t channel = block * weight.block;
+  alignas(kCacheLine) float acc[kMaxAccumulators];
+  compute_block(kernel, weight, block, strip.hidden(tile), acc);
+  kernel.store_tokens(acc, std::min(weight.block, weight.N - channel), strip.tile_tokens(tile), weight.N,
+                      strip.y + strip.row(tile) * weight.N + channel);
+}
+
+// `steps` of each tile, one tile after the other.
+template <void (*kStep)(const Strip&, size_t tile, size_t step)>
+bool run_steps(const Strip& strip, size_t tiles, size_t steps, Workers& workers) {
+  struct Context {
+    const Strip& strip;
+    size_t steps;
+  } context{strip, steps};
+  const auto task = [](void* c, size_t index) {
+    const Context& work = *static_cast<const Context*>(c);
+    kStep(work.strip, index / work.steps, index % work.steps);
+  };
+  return workers.run(tiles * steps, task, &context);
+}
+
+// One tile from its activations to its outputs: they stay with the processor that computes them.
+void tile_task(void* context, size_t tile) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  for (size_t slice = 0; slice < strip.slices; ++slice) transpose(strip, tile, slice);
+  for (size_t block = 0; block < output_blocks(strip.first); ++block) compute_hidden(strip, tile, block);
+  for (size_t block = 0; block < strip.second.blocks; ++block) compute_output(strip, tile, block);
+}
+
+Plan make_plan(const Weight& first, size_t tokens, const Kernel& full, const Kernel& last) {
+  const size_t panel_bytes = (panel_size(full, first.K) + hidden_size(full, first)) * sizeof(float);
+  const size_t tiles = divide_up(tokens, full.tile);
+  const size_t busy = tiles_are_enough(tiles) ? processors() : 1;
+  const size_t at_once = tiles_at_once(tiles, panel_bytes, busy);
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
+}
+
+}  // namespace
+
+bool fits(const Kernel& kernel, const Weight& first, const Weight& second) {
+  return fits(kernel, larger(first, second));
+}
+
+const Kernel& select_kernel(Isa isa, const Weight& first, const Weight& second, size_t tokens) {
+  return select_kernel(isa, larger(first, second), tokens);
+}
+
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa) {
+  const Weight both = larger(first, second);
+  const Kernel& full = select_kernel(isa, both, tokens);
+  return make_plan(first, tokens, full, select_last(full, both, tokens % full.tile));
+}
+
+Plan make_plan(const Weight& first, const Weight&, size_t tokens, const Kernel& kernel) {
+  return make_plan(first, tokens, kernel, kernel);
+}
+
+bool run(const Plan& plan, const Weight& first, const Weight& second, const float* x, float* y, void* scratch,
+         Workers& workers) {
+  float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
+  for (size_t begin = 0; begin < plan.tokens; begin += plan.strip) {
+    const size_t tokens = std::min(plan.strip, plan.tokens - begin);
+    const size_t tiles = divide_up(tokens, plan.full->tile), slices = divide_up(first.K, kSlice);
+    Strip strip{plan, first, second, x, y, panels, begin, tokens, slices};
+    if (tiles_are_enough(tiles)) {
+      if (!workers.run(tiles, tile_task, &strip)) return false;
+    } else {
+      if (!run_steps<transpose>(strip, tiles, slices, workers)) return false;
+      if (!run_steps<compute_hidden>(strip, tiles, output_blocks(first), workers)) return false;
+      if (!run_steps<compute_output>(strip, tiles, second.blocks, workers)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace sparse_ops::spmm

@@ -1,0 +1,101 @@
+#include "ops/sparse_feed_forward.h"
+
+#include <string>
+
+#include "kernels/spmm/check.h"
+#include "kernels/spmm/feed_forward.h"
+#include "ops/op_set.h"
+#include "ops/op_support.h"
+#include "ops/stored_weight.h"
+
+namespace sparse_ops {
+namespace {
+
+using spmm::Activation;
+
+// What the name of an operator says.
+struct FeedForwardVariant {
+  const char* name;
+  Activation activation;
+  bool gated = false;
+};
+
+// The second weight stands behind the first.
+constexpr size_t kSecond = 1 + std::size(kWeightInputs);
+constexpr const char* kPrefix = "down_";
+
+class Kernel {
+ public:
+  using Variant = FeedForwardVariant;
+  static constexpr Variant kVariants[] = {{"SparseFeedForward", Activation::none},
+                                          {"SparseFeedForwardRelu", Activation::relu},
+                                          {"SparseFeedForwardGelu", Activation::gelu},
+                                          {"SparseFeedForwardGeluTanh", Activation::gelu_tanh},
+                                          {"SparseFeedForwardSilu", Activation::silu},
+                                          {"SparseFeedForwardGeluTanhGate", Activation::gelu_tanh, true},
+                                          {"SparseFeedForwardSiluGate", Activation::silu, true}};
+  static OrtElementType input_type(size_t i) {
+    return i == 0 ? ORT_FLOAT : kWeightInputs[(i - 1) % std::size(kWeightInputs)].type;
+  }
+  static size_t input_count(const Variant&) { return kSecond + std::size(kWeightInputs); }
+  static size_t output_count(const Variant&) { return 1; }
+  static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
+
+  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  void compute(OrtKernelContext* context) const;
+
+ private:
+  const OrtApi& api_;
+  std::string where_;
+  Isa isa_;
+  spmm::CheckedWeight first_, second_;
+};
+
+Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
+  const NodeReader node(api, info, variant.name);
+  where_ = node.where();
+  isa_ = node.isa();
+  read_weight(node, variant.activation, first_);
+  read_weight(node, Activation::none, second_, kPrefix, kSecond);
+  spmm::Weight& first = first_.weight;
+  first.gated = variant.gated;
+  if (first.gated) check_gate(node, first);
+  const size_t hidden = first.gated ? first.N / 2 : first.N;
+  if (second_.weight.K != hidden) {
+    node.fail("attribute down_K is " + std::to_string(second_.weight.K) + ", expected the " +
+              std::to_string(hidden) + " outputs of the first weight");
+  }
+  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first, second_.weight, SIZE_MAX).name);
+}
+
+void Kernel::compute(OrtKernelContext* context) const {
+  const spmm::Weight &first = first_.weight, &second = second_.weight;
+  const InputTensor x = float_input(api_, context, 0);
+  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(first.K)) {
+    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
+                       std::to_string(first.K) + "]"};
+  }
+  std::vector<int64_t> dims = x.dims;
+  dims.back() = static_cast<int64_t>(second.N);
+  float* y = float_output(api_, context, 0, dims);
+  if (x.elements == 0) return;
+
+  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_);
+  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
+  SessionWorkers workers(api_, context);
+  if (!spmm::run(plan, first, second, x.data, y, scratch.get(), workers)) check_status(workers.status());
+}
+
+void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
+  SymbolicShape shape;
+  if (!input_shape(api, context, 0, shape)) return;
+  shape.names.back() = "";
+  shape.dims.back() = integer_attribute(api, context, "down_N");
+  set_output_shape(api, context, 0, shape);
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> sparse_feed_forward_ops(const OrtApi& api) { return make_ops<Kernel>(api); }
+
+}  // namespace sparse_ops
