@@ -38,10 +38,10 @@ import onnx
 import onnx.parser
 
 from sparse_onnx.sparse_ops.sparse_matmul import (
-    DECODER,
     DEFAULT_BLOCK,
     DOMAIN,
     PackedWeight,
+    decoder,
     pack,
     unpack,
 )
@@ -227,7 +227,7 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         op_type=op_type,
         attributes=", ".join([*attributes, *(["min", "max"] if activation == "clip" else [])]),
         inputs=", ".join(["X", "values", "offsets", "counts", "rows", "bias", *(["R"] if residual else [])]),
-        decoder=DECODER,
+        decoder=decoder(),
         window=", ".join(f"{name}: ints = @{name}" for name in _WINDOW),
         product="product" if residual else "h",
         sum="h = Add(product, R)" if residual else "",

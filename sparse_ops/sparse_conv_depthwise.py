@@ -32,7 +32,7 @@ import onnx.parser
 
 from sparse_onnx.sparse_ops import sparse_conv
 from sparse_onnx.sparse_ops.sparse_conv import ACTIVATIONS, Window, activation_body
-from sparse_onnx.sparse_ops.sparse_matmul import DECODER, DOMAIN, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, PackedWeight, decoder
 
 __all__ = ["OP_TYPES", "PREFIX", "function_body", "operator_name", "reference"]
 
@@ -99,7 +99,7 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         opset=opset,
         op_type=op_type,
         attributes=", ".join([*attributes, *(["min", "max"] if activation == "clip" else [])]),
-        decoder=DECODER,
+        decoder=decoder(),
         window=", ".join(f"{name}: ints = @{name}" for name in _WINDOW),
         depthwise=", ".join(f"{name}: ints = @{PREFIX}{name}" for name in _WINDOW),
         first=activation_body(activation, "h", "between"),

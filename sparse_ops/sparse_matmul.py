@@ -36,6 +36,7 @@ is zero, a dense product gives NaN and this one leaves the sum as it is; stored 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,6 @@ import onnx.parser
 
 __all__ = [
     "ACTIVATIONS",
-    "DECODER",
     "DOMAIN",
     "FORMAT",
     "MAX_ELEMENTS",
@@ -56,8 +56,10 @@ __all__ = [
     "PackedWeight",
     "activated",
     "activation_body",
+    "decoder",
     "expected_nbytes",
     "function_body",
+    "linear_body",
     "pack",
     "reference",
     "unpack",
@@ -337,7 +339,7 @@ def activation_body(activation: str, y: str = "Y") -> str:
 # starts over the entries. int32 there: ORT keeps every folded intermediate until the session is complete.
 # Every line up to W has only constants behind it and a shape that can be inferred, so that ORT folds the
 # whole decoder when the session is created. (NonZero and Compress are not folded by ORT >= 1.31.)
-DECODER = """
+_DECODER = """
     k = Constant<value_int: int = @K>()
     n = Constant<value_int: int = @N>()
     c = Constant<value_int: int = @chunk>()
@@ -407,19 +409,34 @@ DECODER = """
     padded = Reshape(scattered, padded_shape)
     W = Slice(padded, axis0, n_1, axis1)
 """
-"""Lines of a function body that make W [K, N] from the stored tensors; every operator with such a weight uses
-them. ``n_1``, ``flat_shape``, ``axis0`` and ``axis1`` may be used behind them: [N], [-1], [0] and [1]."""
+_DECODED = re.findall(r"^ +(\w+) = ", _DECODER, re.MULTILINE)
+# Where a name of a value or an attribute begins; the stored tensors are the values that come from outside.
+_NAMES = re.compile(rf"@|\b(?=(?:values|offsets|counts|rows|{'|'.join(_DECODED)})\b)")
+
+
+def decoder(prefix: str = "") -> str:
+    """Lines of a function body that make W [K, N] from the stored tensors; every operator with such a weight uses
+    them. ``n_1``, ``flat_shape``, ``axis0`` and ``axis1`` may be used behind them: [N], [-1], [0] and [1].
+
+    With ``prefix`` every value and attribute has it before its name, for the second weight of an operator.
+    """
+    return _NAMES.sub(rf"\g<0>{prefix}", _DECODER)
+
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
 {op_type} <K, N, chunk, block, width> (X, values, offsets, counts, rows, bias) => (Y)
 {{
     {decoder}
-    product_xw = MatMul(X, W)
-    h = Add(product_xw, bias)
-    {activation}
+    {steps}
 }}
 """
+
+
+def linear_body(op_type: str, y: str = "Y") -> str:
+    """Lines of a function body that make the value ``y`` of the operator from X, W and bias, behind the decoder."""
+    activation = activation_body(ACTIVATIONS[op_type], y)
+    return f"product_xw = MatMul(X, W)\n h = Add(product_xw, bias)\n {activation}"
 
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
@@ -428,8 +445,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         domain=DOMAIN,
         opset=opset,
         op_type=op_type,
-        decoder=DECODER,
-        activation=activation_body(ACTIVATIONS[op_type]),
+        decoder=decoder(),
+        steps=linear_body(op_type),
     )
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto

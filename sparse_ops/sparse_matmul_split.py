@@ -29,9 +29,9 @@ import onnx
 import onnx.parser
 
 from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import DECODER, DOMAIN, PackedWeight, activation_body
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, PackedWeight, activation_body, decoder
 
-__all__ = ["GATES", "OP_TYPES", "SPLITS", "concatenate", "function_body", "reference"]
+__all__ = ["GATES", "OP_TYPES", "SPLITS", "concatenate", "function_body", "gate_body", "reference"]
 
 SPLITS = {2: "SparseMatMulSplit2", 3: "SparseMatMulSplit3"}
 """Op types by the number of outputs."""
@@ -76,51 +76,65 @@ def reference(
 
 
 # Each linear has its own part of W, made when the session is created: what runs is what the linears were.
-_BODY = """
-<domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} <{attributes}> (X, values, offsets, counts, rows, bias) => ({outputs})
-{{
-    {decoder}
+_PARTS = """
     {sizes}
     {weights} = Split<axis = 1>(W, sizes)
     {biases} = Split<axis = 0>(bias, sizes)
-    {steps}
-}}
+    {products}
 """
 _HALVES = """
     two = Constant<value = int64[1] {2}>()
     half_n = Div(n_1, two)
     sizes = Concat<axis = 0>(half_n, half_n)"""
+_BODY = """
+<domain: "{domain}", opset_import: ["" : {opset}]>
+{op_type} <{attributes}> (X, values, offsets, counts, rows, bias) => ({outputs})
+{{
+    {decoder}
+    {steps}
+}}
+"""
+
+
+def _linears_body(sizes: str, results: Sequence[str]) -> str:
+    """Lines that make the ``results`` from X, W and bias; the line ``sizes`` makes their numbers of outputs."""
+    products = [
+        f"product{i} = MatMul(X, W{i})\n {result} = Add(product{i}, bias{i})"
+        for i, result in enumerate(results)
+    ]
+    return _PARTS.format(
+        sizes=sizes,
+        weights=", ".join(f"W{i}" for i in range(len(results))),
+        biases=", ".join(f"bias{i}" for i in range(len(results))),
+        products="\n".join(products),
+    )
+
+
+def gate_body(op_type: str, y: str = "Y") -> str:
+    """Lines of a function body that make the value ``y`` of a gate from X, W and bias, behind the decoder."""
+    (activation,) = (name for name, gate in GATES.items() if gate == op_type)
+    halves = _linears_body(_HALVES, ["h", "up"])
+    return f"{halves}\n{activation_body(activation, 'activated')}\n {y} = Mul(activated, up)"
 
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
-    attributes = ["K", "N", "chunk", "block", "width"]
-    if op_type in SPLITS.values():
+    attributes, outputs = ["K", "N", "chunk", "block", "width"], ["Y"]
+    if op_type in GATES.values():
+        steps = gate_body(op_type)
+    else:
         (count,) = (number for number, split in SPLITS.items() if split == op_type)
         attributes.append("split")
-        outputs = results = [f"Y{i}" for i in range(count)]
-        sizes, last = "sizes = Constant<value_ints: ints = @split>()", ""
-    else:
-        (activation,) = (name for name, gate in GATES.items() if gate == op_type)
-        outputs, results = ["Y"], ["h", "up"]
-        sizes = _HALVES
-        last = activation_body(activation, "activated") + "\n Y = Mul(activated, up)"
-    steps = [
-        f"product{i} = MatMul(X, W{i})\n {result} = Add(product{i}, bias{i})"
-        for i, result in enumerate(results)
-    ]
+        outputs = [f"Y{i}" for i in range(count)]
+        steps = _linears_body("sizes = Constant<value_ints: ints = @split>()", outputs)
     text = _BODY.format(
         domain=DOMAIN,
         opset=opset,
         op_type=op_type,
         attributes=", ".join(attributes),
         outputs=", ".join(outputs),
-        decoder=DECODER,
-        sizes=sizes,
-        weights=", ".join(f"W{i}" for i in range(len(results))),
-        biases=", ".join(f"bias{i}" for i in range(len(results))),
-        steps="\n".join([*steps, last]),
+        decoder=decoder(),
+        steps=steps,
     )
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto

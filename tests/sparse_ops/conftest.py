@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul_split
 from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops import sparse_matmul_split
 
 NODE = "encoder/layer.3/query"
 
@@ -38,8 +38,8 @@ def _model(
     opset: int = 17,
     with_body: bool = True,
 ) -> onnx.ModelProto:
-    """One layer, node name NODE. ``arrays`` and ``attributes`` replace packed ones (None: left out),
-    ``inputs`` names arrays that become inputs of the graph instead of initializers."""
+    """One layer, node name NODE. ``arrays`` and ``attributes`` replace packed ones (None: left out) or come behind
+    them, ``inputs`` names arrays that become inputs of the graph instead of initializers."""
     stored = {**packed.arrays(), "bias": bias, **(arrays or {})}
     wanted = {**packed.attributes(), "mask_structure": "unstructured", **(attributes or {})}
     node = onnx.helper.make_node(op_type, ["X", *stored], outputs, name=NODE, domain=sm.DOMAIN)
@@ -62,12 +62,13 @@ def _model(
         [onnx.helper.make_tensor_value_info(name, float32, None) for name in outputs],
         [onnx.numpy_helper.from_array(array, name) for name, array in stored.items() if name not in inputs],
     )
-    module = sparse_matmul_split if op_type in sparse_matmul_split.OP_TYPES else sm
+    others = (sparse_matmul_split, sparse_feed_forward)
+    contract = next((other for other in others if op_type in other.OP_TYPES), sm)
     return onnx.helper.make_model(
         graph,
         ir_version=9,
         opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[module.function_body(op_type, opset)] if with_body else [],
+        functions=[contract.function_body(op_type, opset)] if with_body else [],
     )
 
 
