@@ -223,7 +223,7 @@ def _layer(timing: LayerTiming) -> dict[str, Any]:
         "module": timing.module,
         "op_type": timing.op_type,
         "x_shape": list(timing.x_shape),
-        "weight_shape": list(timing.weight_shape),
+        "weight_shapes": [list(shape) for shape in timing.weight_shapes],
         "rows": timing.rows,
         "sparsity": timing.sparsity,
         "kernel": timing.kernel,
@@ -239,13 +239,12 @@ def _layer_table(timings: Sequence[LayerTiming]) -> str:
     """Equal layers, which are timed once, share a row."""
     groups: dict[tuple[object, ...], list[LayerTiming]] = {}
     for timing in timings:
-        groups.setdefault((timing.op_type, timing.weight_shape, timing.x_shape, timing.times), []).append(
-            timing
-        )
+        key = (timing.op_type, timing.weight_shapes, timing.x_shape, timing.times)
+        groups.setdefault(key, []).append(timing)
     cells = []
     for group in groups.values():
         first, row = group[0], _layer(group[0])
-        shape = f"{first.rows} x {first.weight_shape[0]} x {first.weight_shape[1]}"
+        shape = " + ".join(f"{first.rows} x {K} x {N}" for K, N in first.weight_shapes)
         times = [format_ms(row["dense_ms"]), format_ms(row["sparse_ms"]), _interval(row)]
         cells.append(
             [

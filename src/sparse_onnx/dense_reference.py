@@ -26,22 +26,23 @@ from sparse_onnx.sparse_ops import (
     skip_layer_norm,
     sparse_conv,
     sparse_conv_depthwise,
+    sparse_feed_forward,
     sparse_matmul,
     sparse_matmul_split,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, VERSION, FormatError, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, FormatError
+from sparse_onnx.stored_weights import STORED, StoredWeight, stored_weights, weight_prefixes
 
 __all__ = ["dense_reference"]
 
 _DENSE_DOMAIN = f"{DOMAIN}.dense"
-_STORED = ("values", "offsets", "counts", "rows")
-_SIZES = ("K", "N", "chunk", "block", "width")
 
 _CONTRACTS: Mapping[str, Callable[[str, int], onnx.FunctionProto]] = {
     op_type: contract.function_body
     for contract in (
         sparse_matmul,
         sparse_matmul_split,
+        sparse_feed_forward,
         sparse_conv,
         sparse_conv_depthwise,
         attention,
@@ -69,16 +70,16 @@ def dense_reference(model: ir.Model, store: Callable[[np.ndarray, str], ir.Tenso
                 f"{_name(node)}: there is no operator {DOMAIN}.{node.op_type} in this version"
             )
         body = _CONTRACTS[node.op_type](node.op_type, result.opset_imports[""])
-        stored = dict(zip(body.input, node.inputs, strict=False))
-        inputs = [value for name, value in stored.items() if name not in _STORED]
-        if "values" in stored:
-            parts = tuple(stored[name] for name in _STORED)
-            if parts not in weights:
-                weights[parts] = _dense_weight(result, node, parts, store)
-            inputs.insert(1, weights[parts])
+        before, inputs = list(node.inputs), list(node.inputs)
+        stored = stored_weights(node)
+        for weight in stored:
+            if weight.parts not in weights:
+                weights[weight.parts] = _dense_weight(result, weight, store)
+        for weight in reversed(stored):
+            inputs[weight.first : weight.first + len(STORED)] = [weights[weight.parts]]
         bodies[node.op_type] = body
         _replace(node, inputs)
-        for value in stored.values():
+        for value in before:
             if value is not None:
                 drop_if_unused(value)
     for identifier in [key for key in result.functions if key[0] == DOMAIN]:
@@ -100,44 +101,34 @@ def _replace(node: ir.Node, inputs: list[ir.Value | None]) -> None:
 
 
 def _dense_weight(
-    model: ir.Model,
-    node: ir.Node,
-    parts: tuple[ir.Value | None, ...],
-    store: Callable[[np.ndarray, str], ir.TensorProtocol],
+    model: ir.Model, weight: StoredWeight, store: Callable[[np.ndarray, str], ir.TensorProtocol]
 ) -> ir.Value:
-    """The initializer [K, N] that ``node`` stores as ``parts``."""
-    tensors = [None if part is None else part.const_value for part in parts]
-    arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
-    if len(arrays) < len(parts) or node.attributes.get_string("format", "") != FORMAT:
-        raise ModelFileError(f"{_name(node)}: its weight is no constant in the format {FORMAT}")
-    K, N, chunk, block, width = (node.attributes.get_int(size, 0) for size in _SIZES)
-    packed = PackedWeight(K, N, chunk, block, width, *arrays)
+    """The initializer [K, N] that is stored as ``weight``."""
     try:
-        dense = sparse_matmul.unpack(packed)
-    except (FormatError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ModelFileError(f"{_name(node)}: its stored weight is damaged: {error}") from error
-    name = new_name(model, (parts[0].name or "").removesuffix(".values") if parts[0] is not None else "W")
+        dense = sparse_matmul.unpack(weight.packed())
+    except (FormatError, ValueError, IndexError) as error:
+        raise ModelFileError(f"{_name(weight.node)}: its stored weight is damaged: {error}") from error
+    name = new_name(model, weight.name or "W")
     value = add_initializer(model.graph, name, store(dense, name))
-    del dense, packed, arrays
-    for tensor in tensors:
-        if tensor is not None:
-            release_mapping(tensor)
+    del dense
+    for tensor in weight.tensors:
+        release_mapping(tensor)
     return value
 
 
 def _without_decoder(body: onnx.FunctionProto) -> onnx.FunctionProto:
-    """``body`` with W [K, N] as its second input in the place of the stored tensors; what made W is gone."""
+    """``body`` with every weight W [K, N] as an input in the place of its stored tensors; what made W is gone."""
     short = onnx.FunctionProto()
     short.CopyFrom(body)
     short.domain = _DENSE_DOMAIN
-    decoded = "values" in body.input
-    if decoded:
-        inputs = [name for name in body.input if name not in _STORED]
-        short.ClearField("input")
-        short.input.extend([inputs[0], "W", *inputs[1:]])
+    prefixes = weight_prefixes(body.name)
+    decoded = {prefix + STORED[0]: f"{prefix}W" for prefix in prefixes}
+    gone = {prefix + name for prefix in prefixes for name in STORED[1:]}
+    short.ClearField("input")
+    short.input.extend(decoded.get(name, name) for name in body.input if name not in gone)
     needed, kept = set(body.output), []
     for step in reversed(body.node):
-        if needed.intersection(step.output) and not (decoded and "W" in step.output):
+        if needed.intersection(step.output) and not set(decoded.values()).intersection(step.output):
             needed.update(step.input)
             kept.append(step)
     short.ClearField("node")

@@ -17,14 +17,14 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
-from sparse_onnx.layer_timing import SPARSE_OP_TYPES, sparse_nodes
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import find_candidates
 from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, PackedWeight, unpack
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, unpack
 from sparse_onnx.sparsity_metrics import Metrics, measure
+from sparse_onnx.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -199,29 +199,28 @@ def _layer_name(path: str) -> str:
 def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[dict[str, Any]]:
     """One row for each stored weight of sparse operators; operators may share one. Metrics go to ``measured``."""
     seen = set()
-    for node in sparse_nodes(model):
-        values = node.inputs[1]
+    for weight in (weight for node in sparse_nodes(model) for weight in stored_weights(node)):
+        values = weight.parts[0]
         if values is None or values.const_value is None or values.name in seen:
             continue
         seen.add(values.name)
-        K, N = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+        K, N = weight.shape
         padding, nan, inf = count_values(values.const_value)
-        stored = [value.const_value for value in node.inputs[1:5] if value is not None and value.const_value]
-        name, nbytes, reason = (values.name or "").removesuffix(".values"), sum(t.nbytes for t in stored), ""
+        nbytes, reason = sum(tensor.nbytes for tensor in weight.tensors), ""
         if measured is not None:
             try:
-                W = _unpacked(node, stored)
+                W = unpack(weight.packed())
             except FormatError as error:
                 reason = f"the stored weight is damaged: {error}"
             else:
-                measured[name] = measure(W, W.nbytes, nbytes)
+                measured[weight.name] = measure(W, W.nbytes, nbytes)
                 del W
-            for tensor in stored:
+            for tensor in weight.tensors:
                 model_io.release_mapping(tensor)
         yield {
-            "name": name,
-            "module": node.metadata_props.get(MODULE_KEY, ""),
-            "op_type": node.op_type,
+            "name": weight.name,
+            "module": weight.node.metadata_props.get(MODULE_KEY, ""),
+            "op_type": weight.node.op_type,
             "shape": [K, N],
             "size": K * N,
             "dtype": values.const_value.dtype.name,
@@ -229,19 +228,10 @@ def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[di
             "zeros": K * N - (values.const_value.size - padding),
             "nan": nan,
             "inf": inf,
-            "mask_structure": node.attributes.get_string("mask_structure", "unstructured"),
+            "mask_structure": weight.mask_structure,
             "state": "sparse",
             "reason": reason,
         }
-
-
-def _unpacked(node: ir.Node, stored: Sequence[ir.TensorProtocol]) -> np.ndarray:
-    """The dense weight [K, N] of a sparse operator. Raises FormatError if it is damaged."""
-    sizes = [node.attributes.get_int(name, 0) for name in ("K", "N", "chunk", "block", "width")]
-    if len(stored) != 4 or min(sizes) < 1:
-        raise FormatError("K, N, chunk, block, width and four constant tensors are needed")
-    K, N, chunk, block, width = sizes
-    return unpack(PackedWeight(K, N, chunk, block, width, *(tensor.numpy() for tensor in stored)))
 
 
 def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:

@@ -22,20 +22,18 @@ from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.stored_weights import sparse_nodes, sparsity_of, stored_weights
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
-    "SPARSE_OP_TYPES",
     "LayerTiming",
     "cut_layer",
     "shapes_in",
-    "sparse_nodes",
-    "sparsity_of",
     "time_pair",
     "time_sparse_layers",
     "time_together",
@@ -43,28 +41,20 @@ __all__ = [
     "with_shape_outputs",
 ]
 
-SPARSE_OP_TYPES = (
-    *sparse_matmul.ACTIVATIONS,
-    *sparse_matmul_split.OP_TYPES,
-    *sparse_conv.OP_TYPES,
-    *sparse_conv_depthwise.OP_TYPES,
-)
-"""The operators with a compressed weight."""
-
 _SHAPE_OUTPUT = "sparse_onnx.shape."
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerTiming:
-    """One sparse operator. ``x_shape`` is the shape of its activations, ``rows`` how many vectors of them the weight
-    multiplies, ``sparsity`` the share of weights that are not stored, ``kernel`` what full tiles are computed with,
-    ``times`` dense against sparse."""
+    """One sparse operator. ``x_shape`` is the shape of its activations, ``weight_shapes`` has [K, N] of each of its
+    weights, ``rows`` is how many vectors of activations they multiply, ``sparsity`` the share of weights that are not
+    stored, ``kernel`` what full tiles are computed with, ``times`` dense against sparse."""
 
     name: str
     module: str
     op_type: str
     x_shape: tuple[int, ...]
-    weight_shape: tuple[int, int]
+    weight_shapes: tuple[tuple[int, int], ...]
     rows: int
     sparsity: float
     kernel: str
@@ -129,23 +119,9 @@ def uses_library(model: ir.Model) -> bool:
     return any(node.domain == DOMAIN for node in model.graph.all_nodes())
 
 
-def sparse_nodes(model: ir.Model) -> list[ir.Node]:
-    """The operators of the main graph that have a compressed weight, in its order."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in SPARSE_OP_TYPES]
-
-
 def _activations(node: ir.Node) -> list[ir.Value]:
     """The inputs of a sparse operator that are not constant: X, and a residual if it has one."""
     return [value for value in node.inputs if value is not None and value.const_value is None]
-
-
-def sparsity_of(node: ir.Node) -> float:
-    """The share of weights that a sparse operator does not store (an empty segment stores one zero)."""
-    values = node.inputs[1]
-    assert values is not None
-    assert values.const_value is not None
-    size = node.attributes.get_int("K", 1) * node.attributes.get_int("N", 1)
-    return max(0.0, 1 - values.const_value.size / size)
 
 
 def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
@@ -196,28 +172,35 @@ def time_sparse_layers(
     timings = []
     for index, node in enumerate(nodes):
         inputs = [shapes[value.name or ""] for value in _activations(node)]
-        weight_shape = (node.attributes.get_int("K", 0), node.attributes.get_int("N", 0))
-        sparsity = sparsity_of(node)
+        weights = stored_weights(node)
         name = node.name or node.outputs[0].name or "?"
         attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
-        key = (node.op_type, *attributes, *inputs, round(sparsity, 2))
+        key = (node.op_type, *attributes, *inputs, *(round(weight.sparsity, 2) for weight in weights))
         if key not in measured:
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
         rows = _rows_of(node, inputs[0])
-        chunk, block, width = (node.attributes.get_int(size, 0) for size in ("chunk", "block", "width"))
-        kernel = select_for(chunk, block, width, rows)
+        # One kernel computes all weights of a node.
+        chunk, block, width = (max(w.sizes[size] for w in weights) for size in ("chunk", "block", "width"))
         timings.append(
             LayerTiming(
-                name, module, node.op_type, inputs[0], weight_shape, rows, sparsity, kernel, measured[key]
+                name=name,
+                module=module,
+                op_type=node.op_type,
+                x_shape=inputs[0],
+                weight_shapes=tuple(weight.shape for weight in weights),
+                rows=rows,
+                sparsity=sparsity_of(node),
+                kernel=select_for(chunk, block, width, rows),
+                times=measured[key],
             )
         )
     return timings
 
 
 def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
-    """The vectors of K elements that the weight multiplies: tokens, or the positions of a convolution's output."""
+    """The vectors of activations that every weight multiplies: tokens, or the positions of a convolution's output."""
     if node.op_type not in (*sparse_conv.OP_TYPES, *sparse_conv_depthwise.OP_TYPES):
         return math.prod(x_shape[:-1])
     names = ("kernel_shape", "strides", "pads", "dilations")

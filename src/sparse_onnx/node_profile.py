@@ -24,10 +24,9 @@ import onnx_ir as ir
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
 from sparse_onnx.inputs import Feeds
-from sparse_onnx.layer_timing import SPARSE_OP_TYPES
 from sparse_onnx.runtime import run_session, session_options
 from sparse_onnx.session import import_onnxruntime
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.stored_weights import stored_weights
 
 __all__ = ["NodeProfile", "profile_model", "time_shares"]
 
@@ -66,8 +65,7 @@ def time_shares(
     nodes = [
         node
         for node in model.graph
-        if (node.domain == DOMAIN and node.op_type in SPARSE_OP_TYPES)
-        or any(value is not None and value.name in weights for value in node.inputs)
+        if stored_weights(node) or any(value is not None and value.name in weights for value in node.inputs)
     ]
     found = profile_model(model, {"layers": nodes}, feeds, threads=threads, library=library, work=work)
     others = [{"op_type": name, "ms": ms} for name, ms in found.others.items()]

@@ -9,8 +9,6 @@ import pytest
 from sparse_onnx import layer_timing, sparse_ops
 from sparse_onnx.layer_timing import (
     shapes_in,
-    sparse_nodes,
-    sparsity_of,
     time_pair,
     time_sparse_layers,
     uses_library,
@@ -18,6 +16,7 @@ from sparse_onnx.layer_timing import (
 )
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio, open_runner
+from sparse_onnx.stored_weights import sparse_nodes, sparsity_of
 
 CHAIN = """<ir_version: 9, opset_import: ["" : 20]>
 g (float[batch, sequence, 32] X) => (float[batch, sequence, 16] Y)
@@ -104,7 +103,7 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
         ("SparseMatMul", (2, 3, 32), (False, True), 1),
         ("SparseMatMul", (2, 3, 32), (False, True), 1),
     ]
-    assert [row.weight_shape for row in found] == [(32, 32), (32, 32), (32, 32), (32, 16)]
+    assert [row.weight_shapes for row in found] == [((32, 32),)] * 3 + [((32, 16),)]
     assert [row.times.median for row in found] == [3.0, 4.0, 3.0, 5.0]
     assert [row.x_shape for row in found] == [(2, 3, 32)] * 4
     assert [row.rows for row in found] == [6] * 4
@@ -116,6 +115,6 @@ def test_real_measurement_of_a_layer(tmp_path):
     (found,) = time_sparse_layers(
         lowered("D"), FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
     )
-    assert (found.op_type, found.weight_shape, found.x_shape) == ("SparseMatMul", (32, 16), (2, 3, 32))
+    assert (found.op_type, found.weight_shapes, found.x_shape) == ("SparseMatMul", ((32, 16),), (2, 3, 32))
     assert min(found.times.first_ms, found.times.second_ms, found.times.low) > 0
     assert list(tmp_path.iterdir()) == []

@@ -129,7 +129,9 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
         model, {"X": X}, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
     )
     assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
-    assert {row.weight_shape for row in found if row.op_type == "SparseMatMulSplit3"} == {(WIDTH, 3 * WIDTH)}
+    assert {row.weight_shapes for row in found if row.op_type == "SparseMatMulSplit3"} == {
+        ((WIDTH, 3 * WIDTH),)
+    }
 
 
 def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):

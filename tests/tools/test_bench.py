@@ -59,7 +59,7 @@ def test_layers(run_cli, compiled):
     assert first["module"] == "layers.0"
     assert first["op_type"] == "SparseMatMulGelu"
     assert first["x_shape"] == [1, 16, 64]
-    assert first["weight_shape"] == [64, 96]
+    assert first["weight_shapes"] == [[64, 96]]
     assert second["op_type"] == "SparseMatMul"
     assert second["x_shape"] == [1, 16, 96]
     for row in (first, second):
@@ -109,7 +109,7 @@ def test_layers_of_a_convolution(run_cli, tmp_path):
     assert row["op_type"] == "SparseConvRelu"
     assert row["x_shape"] == [2, 8, 10, 7]
     assert row["rows"] == 2 * 5 * 4
-    assert row["weight_shape"] == [72, 16]
+    assert row["weight_shapes"] == [[72, 16]]
     assert row["kernel"].startswith(document["environment"]["isa"])
     assert row["dense_ms"] > 0
     assert row["sparse_ms"] > 0
