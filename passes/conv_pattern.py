@@ -30,9 +30,8 @@ from sparse_onnx.passes.linear_pattern import (
 )
 from sparse_onnx.passes.lowering import Layer
 from sparse_onnx.passes.weights import Weight
-from sparse_onnx.sparse_ops import sparse_matmul
 from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
 
 __all__ = ["Convolution", "Shapes", "match_conv", "same_pads"]
 
@@ -101,9 +100,9 @@ class Convolution(Layer):
         it would have to reorder its input and output."""
         return self.window.group > 1 and self.weight.tensor.shape[1] == 1
 
-    def pack(self) -> PackedWeight:
-        block = block_size(self.weight.shape[1], self.window.group)
-        return sparse_matmul.pack(self.weight.matrix(), block=block)
+    @property
+    def block(self) -> int:
+        return block_size(self.weight.shape[1], self.window.group)
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         batch, _, height, width = x_shape

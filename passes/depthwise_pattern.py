@@ -21,7 +21,6 @@ from sparse_onnx.passes.linear_pattern import users_of
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Layer, count_zeros
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.sparse_ops.sparse_conv_depthwise import PREFIX, operator_name
-from sparse_onnx.sparse_ops.sparse_matmul import PackedWeight
 
 __all__ = ["DepthwisePair", "join_depthwise"]
 
@@ -69,8 +68,9 @@ class DepthwisePair(Layer):
         zeros, _ = count_zeros(self.weight)
         return self.weight.shape[0] <= _FEW_INPUTS and zeros < MIN_SPARSITY * self.weight.tensor.size
 
-    def pack(self) -> PackedWeight:
-        return self.first.pack()
+    @property
+    def block(self) -> int:
+        return self.first.block
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         return self.first.products(x_shape)

@@ -21,8 +21,7 @@ import onnx_ir as ir
 
 from sparse_onnx.passes.lowering import Layer
 from sparse_onnx.passes.weights import Weight
-from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, best_block
 
 __all__ = [
     "Linear",
@@ -51,8 +50,9 @@ class Linear(Layer):
         assert x is not None
         return (x,)
 
-    def pack(self) -> PackedWeight:
-        return sparse_matmul.pack(self.weight.matrix())
+    @property
+    def block(self) -> int:
+        return best_block(self.weight.shape[1])
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         return math.prod(x_shape[:-1])

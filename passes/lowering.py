@@ -26,7 +26,7 @@ from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Sta
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight, pack
 
 __all__ = [
     "MIN_SPARSITY",
@@ -84,9 +84,14 @@ class Layer(abc.ABC):
         """Whether this is no layer to make sparse, but one that its operator computes faster among sparse ones."""
         return False
 
+    @property
     @abc.abstractmethod
+    def block(self) -> int:
+        """Outputs in a block of the stored weight."""
+
     def pack(self) -> PackedWeight:
         """The weight as the operator stores it."""
+        return pack(self.weight.matrix(), block=self.block)
 
     @abc.abstractmethod
     def products(self, x_shape: tuple[int, ...]) -> int:

@@ -56,6 +56,7 @@ __all__ = [
     "PackedWeight",
     "activated",
     "activation_body",
+    "best_block",
     "decoder",
     "expected_nbytes",
     "function_body",
@@ -84,11 +85,12 @@ MAX_ELEMENTS = 2**31 - 2**24
 """Largest weight: positions in the dense form, padding included, must fit the function body's int32."""
 
 # Chosen on measurements: the activations of one chunk stay in the first-level cache (32 KiB), segments are long enough
-# at 95 % sparsity, and the blocks of a small layer still keep a dozen threads busy. Where many weights are left, half a
-# chunk is long enough and leaves room for twice the tokens, as long as their panel stays in the second-level cache.
+# at 95 % sparsity, and the blocks of a small layer still keep half a dozen threads busy: large ones where they fit,
+# since each reads all activations. Where many weights are left, half a chunk is long enough and leaves room for twice
+# the tokens, as long as their panel stays in the second-level cache.
 DEFAULT_CHUNK = 128
 SHORT_CHUNK, _SHORT_CHUNK_DENSITY, _SHORT_CHUNK_MAX_K = 64, 0.25, 1024
-DEFAULT_BLOCK = 64
+DEFAULT_BLOCK, _LARGE_BLOCK = 64, 128
 
 WIDTHS = (1, 4, 8)
 """Numbers of neighbouring outputs that one entry may hold."""
@@ -140,6 +142,11 @@ class PackedWeight:
         return {**sizes, "format": FORMAT}
 
 
+def best_block(N: int) -> int:
+    """Output channels in a block of a weight [K, N] that no group of them divides."""
+    return _LARGE_BLOCK if N % _LARGE_BLOCK == 0 else DEFAULT_BLOCK
+
+
 def _best_chunk(K: int, density: float, width: int) -> int:
     many = density >= _SHORT_CHUNK_DENSITY
     return SHORT_CHUNK if width == 1 and many and K <= _SHORT_CHUNK_MAX_K else DEFAULT_CHUNK
@@ -167,13 +174,13 @@ def pack(
     weight: np.ndarray,
     *,
     chunk: int | None = None,
-    block: int = DEFAULT_BLOCK,
+    block: int | None = None,
     width: int | None = None,
 ) -> PackedWeight:
     """Compress ``weight`` [K, N] float32. NaN and Inf are entries like any other; -0.0 counts as zero.
 
-    Without ``chunk`` it is chosen by the share of zeros; without ``width`` the one that fits them and divides ``block``
-    is taken.
+    Without ``chunk`` it is chosen by the share of zeros, without ``block`` by N (:func:`best_block`); without ``width``
+    the one that fits the zeros and divides ``block`` is taken.
 
     Raises ValueError for another rank or dtype, an empty weight, or a ``chunk``, ``block`` or ``width`` out of range.
     """
@@ -183,6 +190,8 @@ def pack(
         )
     if weight.size > MAX_ELEMENTS:
         raise ValueError(f"pack() takes at most {MAX_ELEMENTS} elements, not {weight.size}")
+    if block is None:
+        block = best_block(weight.shape[1])
     if width is None:
         width = _best_width(weight, block)
     if chunk is None:
@@ -216,7 +225,7 @@ def pack(
     return PackedWeight(K, N, chunk, block, width, **arrays)
 
 
-def expected_nbytes(K: int, N: int, sparsity: float, *, width: int = 1, block: int = DEFAULT_BLOCK) -> float:
+def expected_nbytes(K: int, N: int, sparsity: float, *, width: int = 1, block: int | None = None) -> float:
     """Bytes that :func:`pack` needs for a weight [K, N] of which ``sparsity`` in [0, 1) is zero at random places, in
     groups of ``width`` neighbouring outputs.
 
@@ -224,7 +233,7 @@ def expected_nbytes(K: int, N: int, sparsity: float, *, width: int = 1, block: i
     """
     chunk = min(_best_chunk(K, 1 - sparsity, width), K)
     groups = -(-N // width)
-    block = min(block, groups * width)
+    block = min(block or best_block(N), groups * width)
     chunks, stored_groups = -(-K // chunk), -(-N // block) * (block // width)
     last = K - (chunks - 1) * chunk
     empty = (chunks - 1) * sparsity**chunk + sparsity**last

@@ -50,7 +50,6 @@ from sparse_onnx.progress import Progress, format_duration
 from sparse_onnx.report import StageClock, available_cores, environment
 from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
-from sparse_onnx.sparse_ops.sparse_conv import block_size
 from sparse_onnx.time_model import ROUGH, Anchor, Sums, TimeModel, fit
 from sparse_onnx.timing_table import TimingTable
 
@@ -465,8 +464,6 @@ class _Job:
                 for layer, given in zip(candidate.layers, shapes, strict=True)
             ]
             measured = combine([curves[kind] for kind in kinds])
-            group = candidate.layers[0].attributes.get("group", 1)
-            assert isinstance(group, int)
             layers.append(
                 LayerForecast(
                     name=weight.name,
@@ -481,7 +478,7 @@ class _Job:
                     sparsity=candidate.sparsity,
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
-                    block=block_size(weight.shape[1], group),
+                    block=candidate.layers[0].block,
                     packed_bytes=candidate.layers[0].pack().nbytes if _has_zeros(candidate) else 0,
                     key=places[kinds[0]],
                     dense_ms=measured.dense_ms,

@@ -97,7 +97,7 @@ def qkv(sizes=(64, 64, 64), width=1):
     return {**weights, "bq": vector(sizes[0]), "bk": vector(sizes[1], 10)}
 
 
-@pytest.mark.parametrize("sizes", [(64, 64, 64), (128, 64, 64), (64, 128, 256)])
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (256, 128, 128), (64, 192, 320)])
 def test_query_key_and_value_are_one_operator(lowered, sizes):
     model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
     result = check_merge(model, ["SparseMatMulSplit3"])
@@ -238,7 +238,7 @@ def test_sizes_that_are_no_whole_blocks(lowered):
 
 
 def test_two_of_three_fit(lowered):
-    sizes = (128, 100, 64)
+    sizes = (192, 100, 64)
     model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
     result = check_merge(model, ["SparseMatMulSplit2", "SparseMatMul"])
     assert [place.place for place in result.declined] == ["K_"]
@@ -252,6 +252,15 @@ def test_weights_stored_differently(lowered):
     assert [reason for _, reason in check_no_merge(model)] == [
         "is stored differently from the other linears of its input"
     ] * 2
+
+
+def test_blocks_of_different_sizes(lowered):
+    sizes = (128, 64, 64)
+    model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
+    result = check_merge(model, ["SparseMatMul", "SparseMatMulSplit2"])
+    assert [place.reason for place in result.declined] == [
+        "is stored differently from the other linears of its input"
+    ]
 
 
 def test_a_shared_weight_is_not_copied(lowered):
