@@ -22,7 +22,6 @@ them. The stored tensors then lie behind one another as they are: nothing is pac
 from __future__ import annotations
 
 import dataclasses
-import os.path
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -30,13 +29,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_function, add_initializer, all_graphs, drop_if_unused, is_standard
-from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.graph import add_initializer, is_standard
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, joined, name_of, put_in_place
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT
 from sparse_onnx.sparse_ops.sparse_matmul_split import GATES, SPLITS
+from sparse_onnx.stored_weights import StoredWeight, stored_weights
 
 __all__ = ["MergeLinears"]
 
@@ -75,7 +75,7 @@ class MergeLinears(Pass):
                     declined.append(self.declined(*found))
         modified = any(statistics.values())
         if modified:
-            _drop_unused_functions(model)
+            drop_unused_functions(model)
         return PassResult(model, modified, statistics, tuple(declined))
 
 
@@ -85,13 +85,13 @@ def _find_gates(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
         if not is_standard(node, "Mul"):
             continue
         producers = [value.producer() if value is not None else None for value in node.inputs]
-        gate, up = sorted(producers, key=lambda p: p is not None and _is_ours(p, _PLAIN))
-        if gate is None or up is None or not _is_ours(gate, *_GATE_OF) or not _is_ours(up, _PLAIN):
+        gate, up = sorted(producers, key=lambda p: p is not None and is_ours(p, _PLAIN))
+        if gate is None or up is None or not is_ours(gate, *_GATE_OF) or not is_ours(up, _PLAIN):
             continue
         if gate.inputs[0] is not up.inputs[0]:
             continue
         if problem := _gate_problem(gate, up):
-            yield _name(node), problem
+            yield name_of(node), problem
         else:
             yield _Merge(_GATE_OF[gate.op_type], (gate, up), (gate, up, node), node, (node.outputs[0],))
 
@@ -100,11 +100,11 @@ def _gate_problem(gate: ir.Node, up: ir.Node) -> str | None:
     for linear in (gate, up):
         output = linear.outputs[0]
         if output.is_graph_output() or len(output.uses()) != 1:
-            return f"the output of {_name(linear)} is used elsewhere, too"
+            return f"the output of {name_of(linear)} is used elsewhere, too"
         if problem := _weight_problem(linear):
-            return f"{_name(linear)} {problem}"
+            return f"{name_of(linear)} {problem}"
     if _storage(gate) != _storage(up) or _channels(gate) != _channels(up):
-        return f"{_name(gate)} and {_name(up)} are stored differently"
+        return f"{name_of(gate)} and {name_of(up)} are stored differently"
     return None
 
 
@@ -112,7 +112,7 @@ def _find_splits(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
     """What to merge, or (place, reason) of linears that share their input with others and stay alone."""
     readers: dict[ir.Value | None, list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if _is_ours(node, _PLAIN):
+        if is_ours(node, _PLAIN):
             readers[node.inputs[0]].append(node)
     for linears in readers.values():
         if len(linears) < 2:
@@ -120,12 +120,12 @@ def _find_splits(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
         alike: dict[object, list[ir.Node]] = defaultdict(list)
         for linear in linears:
             if problem := _weight_problem(linear):
-                yield _name(linear), problem
+                yield name_of(linear), problem
             else:
                 alike[_storage(linear)].append(linear)
         for group in alike.values():
             if len(group) == 1 and len(alike) > 1:
-                yield _name(group[0]), "is stored differently from the other linears of its input"
+                yield name_of(group[0]), "is stored differently from the other linears of its input"
             for part in _threes_and_twos(group):
                 outputs = tuple(linear.outputs[0] for linear in part)
                 # Behind the first one: there X is known, and nothing reads an output yet.
@@ -140,16 +140,13 @@ def _threes_and_twos(linears: Sequence[ir.Node]) -> Iterator[tuple[ir.Node, ...]
         del left[:size]
 
 
-def _is_ours(node: ir.Node, *op_types: str) -> bool:
-    return node.domain == DOMAIN and node.op_type in op_types
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or "?"
+def _stored(linear: ir.Node) -> StoredWeight:
+    (weight,) = stored_weights(linear)
+    return weight
 
 
 def _channels(linear: ir.Node) -> int:
-    return linear.attributes.get_int("N", 0)
+    return _stored(linear).shape[1]
 
 
 def _storage(linear: ir.Node) -> tuple[tuple[str, object], ...]:
@@ -162,20 +159,15 @@ def _weight_problem(linear: ir.Node) -> str | None:
     for value in linear.inputs[1:]:
         if value is None or value.const_value is None or value.is_graph_input():
             return "has a weight that is no constant"
-    if any(len(value.uses()) > 1 for value in linear.inputs[1:5] if value is not None):
+    weight = _stored(linear)
+    if any(len(value.uses()) > 1 for value in weight.parts if value is not None):
         return "shares its weight with another node"
-    N, block = _channels(linear), linear.attributes.get_int("block", 1)
+    if linear.attributes.get_string("format", "") != FORMAT or min(weight.sizes.values()) < 1:
+        return f"does not have its weight in the format {FORMAT}"
+    N, block = weight.sizes["N"], weight.sizes["block"]
     if N % block:
         return f"has {N} outputs, which are not whole blocks of {block}"
     return None
-
-
-def _packed(linear: ir.Node) -> PackedWeight:
-    K, N, chunk, block, width = (
-        linear.attributes.get_int(name, 0) for name in ("K", "N", "chunk", "block", "width")
-    )
-    values, offsets, counts, rows = (_tensor(linear, index).numpy() for index in range(1, 5))
-    return PackedWeight(K, N, chunk, block, width, values, offsets, counts, rows)
 
 
 def _tensor(linear: ir.Node, index: int) -> ir.TensorProtocol:
@@ -187,10 +179,10 @@ def _tensor(linear: ir.Node, index: int) -> ir.TensorProtocol:
 
 def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     graph, linears = model.graph, merge.linears
-    names = [(linear.inputs[1].name or "").removesuffix(".values") for linear in linears if linear.inputs[1]]
-    name = _joined(names)
+    weights = [_stored(linear) for linear in linears]
+    name = joined([weight.name for weight in weights])
     context.progress(f"merging {name}")
-    packed = sparse_matmul_split.concatenate([_packed(linear) for linear in linears])
+    packed = sparse_matmul_split.concatenate([weight.packed() for weight in weights])
     bias = np.concatenate([_tensor(linear, 5).numpy() for linear in linears])
     for linear in linears:
         for index in range(1, 6):
@@ -200,7 +192,7 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
     attributes: dict[str, int | str | list[int]] = {
         **packed.attributes(),
-        "mask_structure": linears[0].attributes.get_string("mask_structure", "unstructured"),
+        "mask_structure": weights[0].mask_structure,
     }
     if merge.op_type in SPLITS.values():
         attributes["split"] = [_channels(linear) for linear in linears]
@@ -210,35 +202,8 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
         attributes,
         domain=DOMAIN,
         num_outputs=len(merge.outputs),
-        name=_joined([_name(linear) for linear in linears]),
     )
-    if all(modules := [linear.metadata_props.get(MODULE_KEY, "") for linear in linears]):
-        node.metadata_props[MODULE_KEY] = _joined(modules)
-    for old, new in zip(merge.outputs, node.outputs, strict=True):
-        new.doc_string = old.doc_string
-        new.metadata_props.update(old.metadata_props)
-    before = [value for linear in linears for value in linear.inputs[1:]]
-    ir.convenience.replace_nodes_and_values(
-        graph, merge.place, merge.nodes, [node], list(merge.outputs), node.outputs
-    )
-    for old_input in dict.fromkeys(before):
-        if old_input is not None:
-            drop_if_unused(old_input)
     body = sparse_matmul_split.function_body(merge.op_type, model.opset_imports[""])
-    add_function(model, body, sparse_matmul.VERSION)
-
-
-def _joined(names: Sequence[str]) -> str:
-    """One name for things with these: ``a.b.q``, ``a.b.k`` are ``a.b.q+k``."""
-    prefix = os.path.commonprefix(names)  # noqa: RUF071  # of characters: names are no paths of files
-    start = max(prefix.rfind("."), prefix.rfind("/")) + 1
-    return "+".join([names[0], *(name[start:] for name in names[1:])])
-
-
-def _drop_unused_functions(model: ir.Model) -> None:
-    """Bodies of linears that were all merged."""
-    used = {(node.domain, node.op_type) for graph in all_graphs(model) for node in graph}
-    for identifier in list(model.functions):
-        domain, op_type, _ = identifier
-        if domain == DOMAIN and op_type in sparse_matmul.ACTIVATIONS and (domain, op_type) not in used:
-            del model.functions[identifier]
+    put_in_place(
+        model, node, body, linears=linears, nodes=merge.nodes, place=merge.place, outputs=merge.outputs
+    )

@@ -29,6 +29,7 @@ from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
 from sparse_onnx.passes.magnitude import Magnitude
@@ -510,13 +511,14 @@ def source_file(source: Path, work: Path, progress: Callable[[str], None] = lamb
 def lower_layers(
     model: ir.Model, chosen: Sequence[Candidate], packer: Packer, context: PassContext
 ) -> tuple[ir.Model, tuple[Declined, ...]]:
-    """A copy of ``model`` with the ``chosen`` candidates sparse and those that share an input merged, and the places
-    that could not be merged."""
+    """A copy of ``model`` with the ``chosen`` candidates sparse, those that share an input merged and those in a row
+    fused, and the places where that could not be done."""
     lowered = model.clone()
     for lowering in LOWERINGS:
         if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
             lowering(layers=names, packer=packer)(lowered, context)
-    return lowered, MergeLinears()(lowered, context).declined
+    together = (MergeLinears(), FuseFeedForward())
+    return lowered, tuple(place for step in together for place in step(lowered, context).declined)
 
 
 def _planned(pipeline: Pipeline) -> Pipeline:

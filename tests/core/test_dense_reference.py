@@ -11,6 +11,7 @@ from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Pipeline
+from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
 from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
@@ -80,6 +81,7 @@ LOWER = Pipeline(
         LowerSparseMatMul(min_sparsity=0.3),
         LowerSparseConv(min_sparsity=0.3),
         MergeLinears(),
+        FuseFeedForward(),
     )
 )
 

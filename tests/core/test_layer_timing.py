@@ -14,6 +14,7 @@ from sparse_onnx.layer_timing import (
     uses_library,
     with_shape_outputs,
 )
+from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio, open_runner
 from sparse_onnx.stored_weights import sparse_nodes, sparsity_of
@@ -118,3 +119,18 @@ def test_real_measurement_of_a_layer(tmp_path):
     assert (found.op_type, found.weight_shapes, found.x_shape) == ("SparseMatMul", ((32, 16),), (2, 3, 32))
     assert min(found.times.first_ms, found.times.second_ms, found.times.low) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_with_two_weights(tmp_path):
+    model = lowered("C", "D")
+    alone = [sparsity_of(node) for node in sparse_nodes(model)]
+    FuseFeedForward()(model)
+    (found,) = time_sparse_layers(
+        model, FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
+    )
+    assert (found.op_type, found.x_shape) == ("SparseFeedForwardRelu", (2, 3, 32))
+    assert found.weight_shapes == ((32, 32), (32, 16))
+    assert found.sparsity == pytest.approx((2 * alone[0] + alone[1]) / 3)
+    assert found.rows == 6
+    assert found.kernel in sparse_ops.info().kernels
+    assert min(found.times.first_ms, found.times.second_ms) > 0

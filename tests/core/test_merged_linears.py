@@ -1,4 +1,4 @@
-"""Sparse linears that share their input, on the whole road: compiled, run, inspected and timed as what they are."""
+"""Sparse linears that are one operator, on the whole road: compiled, run, inspected and timed as what they are."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ import pytest
 
 import sparse_onnx
 from sparse_onnx import compilation, layer_timing, model_io, model_timing
+from sparse_onnx.errors import ModelFileError
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
 from sparse_onnx.passes.guard import Decision
@@ -43,8 +44,8 @@ LLAMA = (
     Y = Add(x, d)"""
 )
 MODELS = {
-    "bert": (BERT, {"SparseMatMulSplit3": 1, "SparseMatMul": 2, "SparseMatMulGelu": 1}),
-    "llama": (LLAMA, {"SparseMatMulSplit3": 1, "SparseMatMul": 2, "SparseMatMulSiluGate": 1}),
+    "bert": (BERT, {"SparseMatMulSplit3": 1, "SparseMatMul": 1, "SparseFeedForwardGelu": 1}),
+    "llama": (LLAMA, {"SparseMatMulSplit3": 1, "SparseMatMul": 1, "SparseFeedForwardSiluGate": 1}),
 }
 SHAPE = (2, 16, WIDTH)
 X = np.random.default_rng(3).standard_normal(SHAPE).astype(np.float32)
@@ -107,12 +108,34 @@ def test_report_has_every_linear_and_inspection_every_operator(compiled):
     document = inspect_model(compiled.folder / "model.onnx")
     stored = {row["name"]: row for row in document["weights"] if row["state"] == "sparse"}
     assert stored["Wq+Wk+Wv"]["shape"] == [WIDTH, 3 * WIDTH]
+    assert stored["Wd"]["shape"] == [HIDDEN, WIDTH]
+    assert stored["Wd"]["op_type"].startswith("SparseFeedForward")
+    assert all(row["zeros"] == pytest.approx(0.9 * row["size"], rel=0.03) for row in stored.values())
     assert sum(row["size"] for row in stored.values()) == sum(
         row["shape"][0] * row["shape"][1] for row in rows
     )
     assert document["total"]["sparsity"] == pytest.approx(0.9, abs=0.02)
     assert all(row["run_by"] == "the kernel library" for row in document["custom_operators"] if row["known"])
     assert {"SparseMatMulSplit3"} <= {row["op_type"] for row in document["custom_operators"] if row["known"]}
+
+
+def test_verification_reads_every_stored_weight(case, compiled):
+    (source, expected), path = case, compiled.folder / "model.onnx"
+    found = sparse_onnx.verify(source, path, input_shapes={"X": SHAPE}, layers=True)
+    assert found.passed
+    assert found.against_pruned_dense["with_library"].relative_error < 1e-6
+    (fused,) = (op_type for op_type in expected if op_type.startswith("SparseFeedForward"))
+    assert fused in {layer.op_type for layer in found.trace.layers}
+    proto = onnx.load(path)
+    (offsets,) = (tensor for tensor in proto.graph.initializer if tensor.name == "Wd.offsets")
+    array = onnx.numpy_helper.to_array(offsets).copy()
+    array[0] = 255
+    offsets.CopyFrom(onnx.numpy_helper.from_array(array, offsets.name))
+    onnx.save(proto, path)
+    with pytest.raises(
+        ModelFileError, match="its stored weight is damaged: an offset reaches past its chunk"
+    ):
+        sparse_onnx.verify(source, path, input_shapes={"X": SHAPE})
 
 
 def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch):
@@ -129,9 +152,14 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
         model, {"X": X}, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
     )
     assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
-    assert {row.weight_shapes for row in found if row.op_type == "SparseMatMulSplit3"} == {
-        ((WIDTH, 3 * WIDTH),)
+    shapes = {row.op_type: row.weight_shapes for row in found}
+    assert shapes.pop("SparseMatMulSplit3") == ((WIDTH, 3 * WIDTH),)
+    assert shapes.pop("SparseMatMul") == ((WIDTH, WIDTH),)
+    assert set(shapes.values()) <= {
+        ((WIDTH, HIDDEN), (HIDDEN, WIDTH)),
+        ((WIDTH, 2 * HIDDEN), (HIDDEN, WIDTH)),
     }
+    assert all(row.sparsity == pytest.approx(0.9, abs=0.02) for row in found)
 
 
 def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
@@ -154,7 +182,11 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     assert left == len(result.report["layers"]) // 2
     nodes = onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node
     linears = {"SparseMatMulSplit2": 2, "SparseMatMulSplit3": 3, "SparseMatMulSiluGate": 2}
-    assert sum(linears.get(node.op_type, 1) for node in nodes if "SparseMatMul" in node.op_type) == left
+    linears |= {"SparseFeedForwardGelu": 2, "SparseFeedForwardSilu": 2, "SparseFeedForwardSiluGate": 3}
+    sparse = [
+        node.op_type for node in nodes if node.op_type.startswith(("SparseMatMul", "SparseFeedForward"))
+    ]
+    assert sum(linears.get(op_type, 1) for op_type in sparse) == left
     want = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).run(None, {"X": X})[0]
     (got,) = sparse_onnx.InferenceSession(tmp_path / "out/model.onnx").run(None, {"X": X})
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
