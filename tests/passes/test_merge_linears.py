@@ -269,6 +269,15 @@ def test_a_shared_weight_is_not_copied(lowered):
     assert check_no_merge(model) == [("A", "shares its weight with another node")]
 
 
+@pytest.mark.parametrize("attribute", [ir.AttrString("format", "newer"), ir.AttrInt64("block", 0)], ids=str)
+def test_a_weight_stored_in_an_unknown_way(lowered, attribute):
+    model = lowered("A = MatMul(X, W) B = MatMul(X, V)", {"A": 64, "B": 64}, W=sparse(), V=sparse(seed=1))
+    for node in model.graph:
+        node.attributes.add(attribute)
+    reason = "does not have its weight in the format chunked_csc"
+    assert check_no_merge(model) == [("A", reason), ("B", reason)]
+
+
 def test_one_linear_and_dense_neighbours_stay(from_text):
     text = f"""<ir_version: 8, opset_import: ["" : 20]>
         g (float[B, {K}] X) => (float[B, 64] A, float[B, 64] B_) {{ A = MatMul(X, W) B_ = MatMul(X, V) }}"""
