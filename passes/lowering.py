@@ -26,7 +26,8 @@ from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Sta
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight, pack
+from sparse_onnx.sparse_ops import sparse_matmul
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
 
 __all__ = [
     "MIN_SPARSITY",
@@ -91,7 +92,7 @@ class Layer(abc.ABC):
 
     def pack(self) -> PackedWeight:
         """The weight as the operator stores it."""
-        return pack(self.weight.matrix(), block=self.block)
+        return sparse_matmul.pack(self.weight.matrix(), block=self.block)
 
     @abc.abstractmethod
     def products(self, x_shape: tuple[int, ...]) -> int:

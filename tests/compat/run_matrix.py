@@ -66,24 +66,39 @@ def write_models(folder: Path) -> None:
     """``good.onnx`` with all operators in a chain and external data, ``bad.onnx``, ``x.npy``, ``expected.npy``."""
     import onnx
 
+    from sparse_onnx.sparse_ops import sparse_feed_forward as ff
     from sparse_onnx.sparse_ops import sparse_matmul as sm
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 37, WIDTHS[0])).astype(np.float32)
     expected = x.astype(np.float64)
     nodes, initializers = [], []
-    for i, (op_type, activation) in enumerate(sm.ACTIVATIONS.items()):
-        shape = WIDTHS[i : i + 2]
-        weight = np.where(rng.random(shape) < 0.3, rng.standard_normal(shape) / 5, 0).astype(np.float32)
-        packed, bias = sm.pack(weight), rng.standard_normal(shape[1]).astype(np.float32)
-        expected = sm.reference(expected, packed, bias, activation)
-        arrays = {f"{name}{i}": array for name, array in {**packed.arrays(), "bias": bias}.items()}
+
+    def stored(K: int, N: int) -> tuple[sm.PackedWeight, np.ndarray]:
+        weight = np.where(rng.random((K, N)) < 0.3, rng.standard_normal((K, N)) / np.sqrt(0.3 * K), 0)
+        return sm.pack(weight.astype(np.float32), block=32), rng.standard_normal(N).astype(np.float32)
+
+    def append(op_type: str, arrays: dict[str, np.ndarray], attributes: dict[str, int | str]) -> None:
+        i = len(nodes)
+        named = {f"{name}{i}": array for name, array in arrays.items()}
         node = onnx.helper.make_node(
-            op_type, [f"h{i}", *arrays], [f"h{i + 1}"], f"{NODE}.{i}", domain=sm.DOMAIN
+            op_type, [f"h{i}", *named], [f"h{i + 1}"], f"{NODE}.{i}", domain=sm.DOMAIN
         )
-        node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in packed.attributes().items())
+        node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
         nodes.append(node)
-        initializers += [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        initializers.extend(onnx.numpy_helper.from_array(array, name) for name, array in named.items())
+
+    for i, (op_type, activation) in enumerate(sm.ACTIVATIONS.items()):
+        packed, bias = stored(*WIDTHS[i : i + 2])
+        expected = sm.reference(expected, packed, bias, activation)
+        append(op_type, {**packed.arrays(), "bias": bias}, packed.attributes())
+    for op_type, first in ff.OP_TYPES.items():
+        hidden = 128 if first in sm.ACTIVATIONS else 64
+        (packed, bias), (down, down_bias) = stored(WIDTHS[-1], 128), stored(hidden, WIDTHS[-1])
+        expected = ff.reference(op_type, expected, packed, bias, down, down_bias)
+        second = {f"{ff.PREFIX}{name}": array for name, array in {**down.arrays(), "bias": down_bias}.items()}
+        sizes = {f"{ff.PREFIX}{name}": size for name, size in down.attributes().items() if name != "format"}
+        append(op_type, {**packed.arrays(), "bias": bias, **second}, {**packed.attributes(), **sizes})
     float32 = onnx.TensorProto.FLOAT
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
@@ -95,7 +110,10 @@ def write_models(folder: Path) -> None:
         ),
         ir_version=9,
         opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[sm.function_body(op_type, 17) for op_type in sm.ACTIVATIONS],
+        functions=[
+            *(sm.function_body(op_type, 17) for op_type in sm.ACTIVATIONS),
+            *(ff.function_body(op_type, 17) for op_type in ff.OP_TYPES),
+        ],
     )
     bad = onnx.ModelProto()
     bad.CopyFrom(model)
