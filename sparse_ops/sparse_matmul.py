@@ -89,7 +89,7 @@ MAX_ELEMENTS = 2**31 - 2**24
 # since each reads all activations. Where many weights are left, half a chunk is long enough and leaves room for twice
 # the tokens, as long as their panel stays in the second-level cache.
 DEFAULT_CHUNK = 128
-SHORT_CHUNK, _SHORT_CHUNK_DENSITY, _SHORT_CHUNK_MAX_K = 64, 0.25, 1024
+SHORT_CHUNK, _SHORT_CHUNK_DENSITY, _SHORT_CHUNK_MAX_K = 64, 0.25, 3072
 DEFAULT_BLOCK, _LARGE_BLOCK = 64, 128
 
 WIDTHS = (1, 4, 8)
