@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <utility>  // index_sequence: types only
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 namespace sparse_ops {
 namespace {
 
@@ -37,6 +41,47 @@ inline void store(void* to, Vector<kLanes> v) {
 template <size_t kLanes>
 inline Vector<kLanes> splat(float s) {
   return s - Vector<kLanes>{};  // x - 0 is x for every x: what is left is the broadcast
+}
+
+// a < b ? a : b, lane by lane: b where one of them is NaN. On x86 that is one instruction, which compilers do
+// not find.
+template <size_t kLanes>
+inline Vector<kLanes> minimum(Vector<kLanes> a, Vector<kLanes> b) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return _mm512_maskz_min_ps(0xffff, a, b);
+#endif
+#if defined(__AVX__)
+  if constexpr (kLanes == 8) return _mm256_min_ps(a, b);
+#endif
+#if defined(__SSE__)
+  if constexpr (kLanes == 4) return _mm_min_ps(a, b);
+#endif
+  return a < b ? a : b;
+}
+
+// a > b ? a : b, lane by lane: b where one of them is NaN.
+template <size_t kLanes>
+inline Vector<kLanes> maximum(Vector<kLanes> a, Vector<kLanes> b) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return _mm512_maskz_max_ps(0xffff, a, b);
+#endif
+#if defined(__AVX__)
+  if constexpr (kLanes == 8) return _mm256_max_ps(a, b);
+#endif
+#if defined(__SSE__)
+  if constexpr (kLanes == 4) return _mm_max_ps(a, b);
+#endif
+  return a > b ? a : b;
+}
+
+// |v|
+template <size_t kLanes>
+inline Vector<kLanes> magnitude(Vector<kLanes> v) {
+  IntVector<kLanes> bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  bits &= 0x7fffffff;
+  __builtin_memcpy(&v, &bits, sizeof(v));
+  return v;
 }
 
 inline float load_float(const unsigned char* from) {

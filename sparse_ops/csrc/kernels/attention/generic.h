@@ -90,14 +90,12 @@ inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t column
 // -Inf.
 template <size_t kLanes>
 inline Vector<kLanes> finite_top(Vector<kLanes> top) {
-  const Vector<kLanes> least = splat<kLanes>(-__FLT_MAX__);
-  return top < least ? least : top;
+  return maximum<kLanes>(splat<kLanes>(-__FLT_MAX__), top);
 }
 
 template <size_t kLanes>
 inline Vector<kLanes> weight(Vector<kLanes> score, Vector<kLanes> top) {
-  const Vector<kLanes> least = splat<kLanes>(kExponentialZero), x = score - top;
-  return exponential<kLanes>(x < least ? least : x);  // NaN stays
+  return exponential<kLanes>(maximum<kLanes>(splat<kLanes>(kExponentialZero), score - top));  // NaN stays
 }
 
 // A mask as vectors of queries: element (key, vector) at data[key * step + vector * across].
@@ -215,7 +213,7 @@ void run_queries(const Arguments& a, const Tile& tile, const float* mask, float*
           const V score =
               s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
           store<kLanes>(scores + (j + i) * kWidth + v * kLanes, score);
-          new_top[v] = score > new_top[v] ? score : new_top[v];
+          new_top[v] = maximum<kLanes>(score, new_top[v]);
         }
       }
     });
