@@ -132,5 +132,41 @@ inline void transpose_square(Vector<kLanes>* rows) {
   }
 }
 
+// Transpose each of the 4 x 4 matrices that lie side by side in four vectors.
+template <size_t kLanes, size_t... l>
+inline void transpose_fours(Vector<kLanes> (&rows)[4], std::index_sequence<l...>) {
+  Vector<kLanes> pairs[4];  // elements of rows 0 and 1 in turn, and of rows 2 and 3
+#pragma GCC unroll 2
+  for (size_t i = 0; i < 4; i += 2) {
+    pairs[i] = pick<kLanes, (l % 2 * kLanes + l / 4 * 4 + l % 4 / 2)...>(rows[i], rows[i + 1]);
+    pairs[i + 1] = pick<kLanes, (l % 2 * kLanes + l / 4 * 4 + l % 4 / 2 + 2)...>(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (size_t i = 0; i < 2; ++i) {
+    rows[2 * i] = pick<kLanes, (l % 4 < 2 ? l : kLanes + l - 2)...>(pairs[i], pairs[i + 2]);
+    rows[2 * i + 1] = pick<kLanes, (l % 4 < 2 ? l + 2 : kLanes + l)...>(pairs[i], pairs[i + 2]);
+  }
+}
+
+// columns[l][i] = from[i * step + l]: the first four columns of a matrix whose rows lie `step` apart. Pieces
+// of four are put into place on their way from memory, so that only exchanges inside of fours are left.
+template <size_t kLanes>
+inline void load_columns(const float* from, size_t step, Vector<kLanes> (&columns)[4]) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i, from += step) {
+#if defined(__AVX__)
+    if constexpr (kLanes == 8) {
+      columns[i] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * step), 1);
+      continue;
+    }
+#endif
+    Vector<4> pieces[kLanes / 4];
+    for (size_t p = 0; p < kLanes / 4; ++p) pieces[p] = load<4>(from + 4 * p * step);
+    __builtin_memcpy(&columns[i], pieces, sizeof(pieces));
+  }
+  transpose_fours<kLanes>(columns, std::make_index_sequence<kLanes>());
+}
+
 }  // namespace
 }  // namespace sparse_ops

@@ -27,22 +27,38 @@ void activate(Activation activation, float* data, size_t size) {
   }
 }
 
-template <size_t kLanes, size_t kTile>
-void store_tokens(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
-  const size_t whole = channels - channels % kLanes;
-  for (size_t t = 0; t < tokens;
-       t += kLanes) {  // few rows of y at a time: far rows compete for the same cache sets
-    for (size_t n = 0; n < whole; n += kLanes) {
-      Vector<kLanes> square[kLanes];
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i) square[i] = load<kLanes>(acc + (n + i) * kTile + t);
-      transpose_square<kLanes>(square);
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kLanes; ++i) {
-        if (t + i < tokens) store<kLanes>(y + (t + i) * stride + n, square[i]);
+// y[t * stride + c] = acc[c * kTile + t] for c = begin..end - 1: kVectors vectors of channels at a time
+template <size_t kLanes, size_t kTile, size_t kVectors>
+inline void store_columns(const float* acc, size_t begin, size_t end, size_t tokens, size_t stride,
+                          float* y) {
+  for (size_t t = 0; t < tokens; t += 4) {
+    for (size_t c = begin; c < end; c += kVectors * kLanes) {
+      Vector<kLanes> columns[kVectors][4];
+#pragma GCC unroll 2
+      for (size_t v = 0; v < kVectors; ++v) {
+        load_columns<kLanes>(acc + (c + v * kLanes) * kTile + t, kTile, columns[v]);
+      }
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) {
+        if (t + i == tokens) break;
+#pragma GCC unroll 2
+        for (size_t v = 0; v < kVectors; ++v) {
+          store<kLanes>(y + (t + i) * stride + c + v * kLanes, columns[v][i]);
+        }
       }
     }
   }
+}
+
+// Four tokens at a time, and of each a whole cache line before the next: rows of y often lie a multiple of
+// 4 KiB apart, and then compete for the same few lines of the first-level cache.
+template <size_t kLanes, size_t kTile>
+void store_tokens(const float* acc, size_t channels, size_t tokens, size_t stride, float* y) {
+  constexpr size_t kWidth =
+      kLanes > 8 ? 8 : kLanes;  // wider vectors are not faster: they take more exchanges
+  const size_t pairs = channels - channels % (2 * kWidth), whole = channels - channels % kWidth;
+  store_columns<kWidth, kTile, 2>(acc, 0, pairs, tokens, stride, y);
+  store_columns<kWidth, kTile, 1>(acc, pairs, whole, tokens, stride, y);
   for (size_t n = whole; n < channels; ++n) {
     for (size_t t = 0; t < tokens; ++t) y[t * stride + n] = acc[n * kTile + t];
   }
