@@ -82,9 +82,9 @@ Plan::Plan(const Kernel& k, const Arguments& a)
     masks = a.mask.batch == 0 ? 1 : a.batches;
     if (masks * strips * mask_floats > kSharedMask) masks = 0;
   }
-  const size_t value_width = divide_up(a.value_size, k.lanes) * k.lanes;
-  scratch_floats =
-      whole_lines(k.queries * (a.size + 2 * kKeyBlock + 1) + (kKeyBlock + k.queries) * value_width);
+  const size_t key_width = round_up(a.size, k.lanes), value_width = round_up(a.value_size, k.lanes);
+  scratch_floats = whole_lines(k.queries * (a.size + 2 * kKeyBlock + 3 + value_width) +
+                               kKeyBlock * (key_width + value_width));
 }
 
 void mask_task(void* context, size_t index) {

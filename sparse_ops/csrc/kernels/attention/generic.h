@@ -176,75 +176,148 @@ void add_values(const float* weights, size_t weights_row, const float* values, s
   });
 }
 
-// A tile of kVectors vectors of queries; kSums vectors of sums fit into registers. `mask`: what lay_mask()
-// made of all keys for all heads, or nullptr.
+// Some keys and their values, side by side or `key_row` and `value_width` apart.
+struct KeyBlock {
+  size_t first, count;
+  Bytes keys;
+  size_t key_row;
+  const float* values;
+  size_t value_width;
+};
+
+// What a strip of `width` queries keeps from one block of keys to the next, and room for the block at hand.
+struct Strip {
+  float *queries, *top, *sum, *result;  // [size, width], [width], [width], [width, value_width]
+  float *scores, *masks, *factors;      // [kKeyBlock, width], [kKeyBlock, width], [width]
+};
+
+// A strip of kVectors vectors of queries and one block of keys; kSums vectors of sums fit into registers.
+// `mask`: what lay_mask() made of all keys, or nullptr. Inlined, it would lack registers: 10 % slower.
 template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
-void run_queries(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
+__attribute__((noinline)) void run_strip(const Arguments& a, const Tile& tile, KeyBlock block,
+                                         const float* mask, Strip strip) {
   using V = Vector<kLanes>;
   constexpr size_t kWidth = kVectors * kLanes;
-  const size_t value_width = (a.value_size + kLanes - 1) / kLanes * kLanes;
-  float* queries = scratch;                          // [size, kWidth]
-  float* scores = queries + a.size * kWidth;         // [kKeyBlock, kWidth]
-  float* masks = scores + kKeyBlock * kWidth;        // at most [kKeyBlock, kWidth]
-  float* factors = masks + kKeyBlock * kWidth;       // [kWidth]
-  float* values = factors + kWidth;                  // [kKeyBlock, value_width]
-  float* result = values + kKeyBlock * value_width;  // [kWidth, value_width]
-  const Bytes q = at(rows_of(a.q, tile), tile.first * a.q.row);
-  for (size_t v = 0; v < kVectors; ++v) {
-    transpose_in<kLanes>(at(q, v * kLanes * a.q.row), a.q.row, tile.count - v * kLanes, a.size,
-                         queries + v * kLanes, kWidth);
-  }
-  V top[kVectors], sum[kVectors];
-  for (size_t v = 0; v < kVectors; ++v) top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
-  for (size_t key = 0; key < a.keys; key += kKeyBlock) {
-    const size_t keys = smaller(kKeyBlock, a.keys - key);
-    const Bytes k = at(rows_of(a.k, tile), key * a.k.row);
-    const MaskVectors added = mask != nullptr ? MaskVectors{mask + key * kWidth, kWidth, kLanes}
-                                              : lay_mask<kLanes, kVectors>(a, tile, key, keys, masks);
-    V new_top[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) new_top[v] = top[v];
-    in_pieces<smaller(8, kSums / kVectors)>(keys, [&]<size_t n>(size_t j, Count<n>) {
-      V s[n][kVectors] = {};
-      multiply<kLanes>(at(k, j * a.k.row), a.k.row, 1, at(queries, 0), kWidth, a.size, s);
-#pragma GCC unroll 8
-      for (size_t i = 0; i < n; ++i) {
-#pragma GCC unroll 8
-        for (size_t v = 0; v < kVectors; ++v) {
-          const V score =
-              s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
-          store<kLanes>(scores + (j + i) * kWidth + v * kLanes, score);
-          new_top[v] = maximum<kLanes>(score, new_top[v]);
-        }
-      }
-    });
+  V top[kVectors], sum[kVectors], new_top[kVectors];
+  if (block.first == 0) {
+    const Bytes q = at(rows_of(a.q, tile), tile.first * a.q.row);
     for (size_t v = 0; v < kVectors; ++v) {
-      const V finite = finite_top<kLanes>(new_top[v]), factor = weight<kLanes>(top[v], finite);
-      store<kLanes>(factors + v * kLanes, factor);
-      sum[v] *= factor;
-      top[v] = new_top[v];
-      new_top[v] = finite;
+      transpose_in<kLanes>(at(q, v * kLanes * a.q.row), a.q.row, tile.count - v * kLanes, a.size,
+                           strip.queries + v * kLanes, kWidth);
+      top[v] = splat<kLanes>(-__builtin_inff()), sum[v] = V{};
     }
-    for (size_t j = 0; j < keys; ++j) {
+  } else {
+    for (size_t v = 0; v < kVectors; ++v) {
+      top[v] = load<kLanes>(strip.top + v * kLanes), sum[v] = load<kLanes>(strip.sum + v * kLanes);
+    }
+  }
+  const MaskVectors added = mask != nullptr
+                                ? MaskVectors{mask + block.first * kWidth, kWidth, kLanes}
+                                : lay_mask<kLanes, kVectors>(a, tile, block.first, block.count, strip.masks);
+  for (size_t v = 0; v < kVectors; ++v) new_top[v] = top[v];
+  in_pieces<smaller(8, kSums / kVectors)>(block.count, [&]<size_t n>(size_t j, Count<n>) {
+    V s[n][kVectors] = {};
+    multiply<kLanes>(at(block.keys, j * block.key_row), block.key_row, 1, at(strip.queries, 0), kWidth,
+                     a.size, s);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
       for (size_t v = 0; v < kVectors; ++v) {
-        float* place = scores + j * kWidth + v * kLanes;
-        const V w = weight<kLanes>(load<kLanes>(place), new_top[v]);
-        store<kLanes>(place, w);
-        sum[v] += w;
+        const V score =
+            s[i][v] * a.scale + load<kLanes>(added.data + (j + i) * added.step + v * added.across);
+        store<kLanes>(strip.scores + (j + i) * kWidth + v * kLanes, score);
+        new_top[v] = maximum<kLanes>(score, new_top[v]);
       }
     }
-    pack_rows<kLanes>(at(rows_of(a.v, tile), key * a.v.row), a.v.row, keys, a.value_size, value_width,
-                      values);
-    add_values<kLanes, kMostVectors, kSums>(scores, kWidth, values, value_width, tile.count, keys, key == 0,
-                                            factors, result);
+  });
+  for (size_t v = 0; v < kVectors; ++v) {
+    const V finite = finite_top<kLanes>(new_top[v]), factor = weight<kLanes>(top[v], finite);
+    store<kLanes>(strip.factors + v * kLanes, factor);
+    sum[v] *= factor;
+    top[v] = new_top[v];
+    new_top[v] = finite;
   }
-  for (size_t v = 0; v < kVectors; ++v) store<kLanes>(factors + v * kLanes, 1.0f / sum[v]);
+  for (size_t j = 0; j < block.count; ++j) {
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) {
+      float* place = strip.scores + j * kWidth + v * kLanes;
+      const V w = weight<kLanes>(load<kLanes>(place), new_top[v]);
+      store<kLanes>(place, w);
+      sum[v] += w;
+    }
+  }
+  add_values<kLanes, kMostVectors, kSums>(strip.scores, kWidth, block.values, block.value_width, tile.count,
+                                          block.count, block.first == 0, strip.factors, strip.result);
+  if (block.first + block.count < a.keys) {
+    for (size_t v = 0; v < kVectors; ++v) {
+      store<kLanes>(strip.top + v * kLanes, top[v]), store<kLanes>(strip.sum + v * kLanes, sum[v]);
+    }
+    return;
+  }
+  for (size_t v = 0; v < kVectors; ++v) store<kLanes>(strip.factors + v * kLanes, 1.0f / sum[v]);
+  const float* result = strip.result;
   float* y = result_row(a, tile, tile.first);
-  for (size_t r = 0; r < tile.count; ++r, result += value_width, y += a.heads * a.value_size) {
+  for (size_t r = 0; r < tile.count; ++r, result += block.value_width, y += a.heads * a.value_size) {
     size_t c = 0;
     for (; c + kLanes <= a.value_size; c += kLanes)
-      store<kLanes>(y + c, load<kLanes>(result + c) * factors[r]);
-    for (; c < a.value_size; ++c) y[c] = result[c] * factors[r];
+      store<kLanes>(y + c, load<kLanes>(result + c) * strip.factors[r]);
+    for (; c < a.value_size; ++c) y[c] = result[c] * strip.factors[r];
+  }
+}
+
+// kVectors: those of a strip at most
+template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
+void run_at_most(const Arguments& a, const Tile& tile, KeyBlock block, const float* mask, Strip strip) {
+  if constexpr (kVectors > 1) {
+    if (tile.count <= (kVectors - 1) * kLanes) {
+      return run_at_most<kLanes, kVectors - 1, kMostVectors, kSums>(a, tile, block, mask, strip);
+    }
+  }
+  run_strip<kLanes, kVectors, kMostVectors, kSums>(a, tile, block, mask, strip);
+}
+
+// Of a tile, the queries from `begin` on, `width` at most.
+inline Tile strip_of(const Tile& tile, size_t begin, size_t width) {
+  return {tile.batch, tile.head, tile.first + begin, smaller(width, tile.count - begin)};
+}
+
+// All queries of a tile, in strips of kVectors vectors, which share blocks of keys. Rows of several heads lie
+// far apart and compete for the same cache sets: values are packed, and so are keys that several strips read.
+template <size_t kLanes, size_t kVectors, size_t kSums>
+void run_queries(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
+  constexpr size_t kWidth = kVectors * kLanes;
+  const size_t key_width = (a.size + kLanes - 1) / kLanes * kLanes;
+  const size_t value_width = (a.value_size + kLanes - 1) / kLanes * kLanes;
+  const bool pack_keys = tile.count > kWidth && a.k.row != a.size;
+  const size_t width = (tile.count + kWidth - 1) / kWidth * kWidth;
+  float* queries = scratch;                           // of each strip: [size, kWidth]
+  float* scores = queries + width * a.size;           // [kKeyBlock, kWidth]
+  float* masks = scores + kKeyBlock * kWidth;         // at most [kKeyBlock, kWidth]
+  float* factors = masks + kKeyBlock * kWidth;        // [kWidth]
+  float* values = factors + kWidth;                   // [kKeyBlock, value_width]
+  float* results = values + kKeyBlock * value_width;  // [width, value_width]
+  float* tops = results + width * value_width;        // [width]
+  float* sums = tops + width;                         // [width]
+  float* keys = sums + width;                         // [kKeyBlock, key_width]
+  for (size_t first = 0; first < a.keys; first += kKeyBlock) {
+    const size_t count = smaller(kKeyBlock, a.keys - first);
+    const Bytes k = at(rows_of(a.k, tile), first * a.k.row);
+    if (pack_keys) pack_rows<kLanes>(k, a.k.row, count, a.size, key_width, keys);
+    pack_rows<kLanes>(at(rows_of(a.v, tile), first * a.v.row), a.v.row, count, a.value_size, value_width,
+                      values);
+    const KeyBlock block = {first,  count,      pack_keys ? at(keys, 0) : k, pack_keys ? key_width : a.k.row,
+                            values, value_width};
+    for (size_t begin = 0; begin < tile.count; begin += kWidth) {
+      const Strip strip = {queries + begin * a.size,
+                           tops + begin,
+                           sums + begin,
+                           results + begin * value_width,
+                           scores,
+                           masks,
+                           factors};
+      run_at_most<kLanes, kVectors, kVectors, kSums>(
+          a, strip_of(tile, begin, kWidth), block, mask == nullptr ? nullptr : mask + begin * a.keys, strip);
+    }
   }
 }
 
@@ -316,29 +389,28 @@ void run_query(const Arguments& a, const Tile& tile, size_t query, float* scores
   for (size_t c = 0; c < a.value_size; ++c) y[c] /= sum;
 }
 
-// kVectors: those of a tile at most
-template <size_t kLanes, size_t kVectors, size_t kMostVectors, size_t kSums>
-void run_at_most(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
-  if constexpr (kVectors > 1) {
-    if (tile.count <= (kVectors - 1) * kLanes) {
-      return run_at_most<kLanes, kVectors - 1, kMostVectors, kSums>(a, tile, mask, scratch);
-    }
-  }
-  run_queries<kLanes, kVectors, kMostVectors, kSums>(a, tile, mask, scratch);
-}
-
 template <size_t kLanes, size_t kVectors, size_t kSums>
 void run_tile(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
-  if (tile.count > kFewQueries) return run_at_most<kLanes, kVectors, kVectors, kSums>(a, tile, mask, scratch);
+  if (tile.count > kFewQueries) return run_queries<kLanes, kVectors, kSums>(a, tile, mask, scratch);
   for (size_t i = 0; i < tile.count; ++i) run_query<kLanes>(a, tile, tile.first + i, scratch);
 }
 
+// The mask of one strip: [keys, vectors of the strip]
 template <size_t kLanes, size_t kVectors>
-void lay_mask_of_tile(const Arguments& a, const Tile& tile, float* to) {
+void lay_mask_of_strip(const Arguments& a, const Tile& tile, float* to) {
   if constexpr (kVectors > 1) {
-    if (tile.count <= (kVectors - 1) * kLanes) return lay_mask_of_tile<kLanes, kVectors - 1>(a, tile, to);
+    if (tile.count <= (kVectors - 1) * kLanes) return lay_mask_of_strip<kLanes, kVectors - 1>(a, tile, to);
   }
   lay_mask<kLanes, kVectors>(a, tile, 0, a.keys, to);
+}
+
+// One strip behind the other
+template <size_t kLanes, size_t kVectors>
+void lay_mask_of_tile(const Arguments& a, const Tile& tile, float* to) {
+  constexpr size_t kWidth = kVectors * kLanes;
+  for (size_t begin = 0; begin < tile.count; begin += kWidth) {
+    lay_mask_of_strip<kLanes, kVectors>(a, strip_of(tile, begin, kWidth), to + begin * a.keys);
+  }
 }
 
 }  // namespace

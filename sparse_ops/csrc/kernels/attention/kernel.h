@@ -51,8 +51,8 @@ struct Kernel {
   // bytes and has scratch_floats(); neither is looked at where a kernel has no lay_mask().
   void (*run)(const Arguments& arguments, const Tile& tile, const float* mask, float* scratch);
 
-  // A mask as run() wants it for the tile, [keys, queries]: may be used for all heads where the mask is the
-  // same.
+  // A mask as run() wants it for the tile, as many floats as keys times queries, in the kernel's own order:
+  // may be used for all heads where the mask is the same.
   void (*lay_mask)(const Arguments& arguments, const Tile& tile, float* to);
 };
 
