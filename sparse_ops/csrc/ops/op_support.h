@@ -60,6 +60,9 @@ struct InputTensor {
   const float* data;
 };
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
+// Input X [..., K]; `where` names the node in the error.
+InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                       size_t K);
 float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
                     const std::vector<int64_t>& dims);
 

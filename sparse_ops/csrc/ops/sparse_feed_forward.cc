@@ -70,11 +70,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
 
 void Kernel::compute(OrtKernelContext* context) const {
   const spmm::Weight &first = first_.weight, &second = second_.weight;
-  const InputTensor x = float_input(api_, context, 0);
-  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(first.K)) {
-    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                       std::to_string(first.K) + "]"};
-  }
+  const InputTensor x = rows_input(api_, context, where_, first.K);
   std::vector<int64_t> dims = x.dims;
   dims.back() = static_cast<int64_t>(second.N);
   float* y = float_output(api_, context, 0, dims);

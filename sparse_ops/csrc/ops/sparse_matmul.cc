@@ -89,11 +89,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
 
 void Kernel::compute(OrtKernelContext* context) const {
   const spmm::Weight& weight = weight_.weight;
-  const InputTensor x = float_input(api_, context, 0);
-  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(weight.K)) {
-    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                       std::to_string(weight.K) + "]"};
-  }
+  const InputTensor x = rows_input(api_, context, where_, weight.K);
   std::vector<int64_t> dims = x.dims;
   spmm::Output outputs[kMaxOutputs];
   for (size_t i = 0; i < split_.size(); ++i) {

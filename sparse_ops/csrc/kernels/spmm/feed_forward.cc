@@ -27,36 +27,26 @@ size_t hidden_size(const Kernel& kernel, const Weight& first) {
 
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
-  const Plan& plan;
+  const Tokens& tokens;
   const Weight& first;
   const Weight& second;
-  const float* x;
   float* y;
   float* panels;
-  size_t begin;  // of its tokens, among all
-  size_t tokens;
-  size_t slices;
 
-  size_t row(size_t tile) const { return begin + tile * plan.full->tile; }  // of x and of y
-  size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - tile * plan.full->tile); }
-  const Kernel& kernel(size_t tile) const {
-    return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
-  }
   float* panel(size_t tile) const {
-    return panels + tile * (panel_size(*plan.full, first.K) + hidden_size(*plan.full, first));
+    const Kernel& kernel = *tokens.plan.full;
+    return panels + tile * (panel_size(kernel, first.K) + hidden_size(kernel, first));
   }
-  float* hidden(size_t tile) const { return panel(tile) + panel_size(*plan.full, first.K); }
+  float* hidden(size_t tile) const { return panel(tile) + panel_size(*tokens.plan.full, first.K); }
 };
 
 void transpose(const Strip& strip, size_t tile, size_t slice) {
-  const size_t K = strip.first.K, begin = slice * kSlice;
-  strip.kernel(tile).transpose(strip.x + strip.row(tile) * K, strip.tile_tokens(tile), K, begin,
-                               std::min(begin + kSlice, K), strip.panel(tile));
+  strip.tokens.transpose(tile, slice, strip.panel(tile));
 }
 
 // Accumulators and panels have the same layout, so that a block is computed where it is read from later.
 void compute_hidden(const Strip& strip, size_t tile, size_t block) {
-  const Kernel& kernel = strip.kernel(tile);
+  const Kernel& kernel = strip.tokens.kernel(tile);
   const size_t size = strip.first.block * kernel.tile;
   float* to = strip.hidden(tile) + block * size;
   if (size % kLineFloats == 0) {
@@ -69,18 +59,18 @@ void compute_hidden(const Strip& strip, size_t tile, size_t block) {
 }
 
 void compute_output(const Strip& strip, size_t tile, size_t block) {
-  const Kernel& kernel = strip.kernel(tile);
+  const Kernel& kernel = strip.tokens.kernel(tile);
   const Weight& weight = strip.second;
   const size_t channel = block * weight.block;
   alignas(kCacheLine) float acc[kMaxAccumulators];
   compute_block(kernel, weight, block, strip.hidden(tile), acc);
-  kernel.store_tokens(acc, std::min(weight.block, weight.N - channel), strip.tile_tokens(tile), weight.N,
-                      strip.y + strip.row(tile) * weight.N + channel);
+  kernel.store_tokens(acc, std::min(weight.block, weight.N - channel), strip.tokens.in_tile(tile), weight.N,
+                      strip.y + strip.tokens.row(tile) * weight.N + channel);
 }
 
 // `steps` of each tile, one tile after the other.
 template <void (*kStep)(const Strip&, size_t tile, size_t step)>
-bool run_steps(const Strip& strip, size_t tiles, size_t steps, Workers& workers) {
+bool run_steps(const Strip& strip, size_t steps, Workers& workers) {
   struct Context {
     const Strip& strip;
     size_t steps;
@@ -89,23 +79,21 @@ bool run_steps(const Strip& strip, size_t tiles, size_t steps, Workers& workers)
     const Context& work = *static_cast<const Context*>(c);
     kStep(work.strip, index / work.steps, index % work.steps);
   };
-  return workers.run(tiles * steps, task, &context);
+  return workers.run(strip.tokens.tiles() * steps, task, &context);
 }
 
 // One tile from its activations to its outputs: they stay with the processor that computes them.
 void tile_task(void* context, size_t tile) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  for (size_t slice = 0; slice < strip.slices; ++slice) transpose(strip, tile, slice);
+  for (size_t slice = 0; slice < strip.tokens.slices(); ++slice) transpose(strip, tile, slice);
   for (size_t block = 0; block < output_blocks(strip.first); ++block) compute_hidden(strip, tile, block);
   for (size_t block = 0; block < strip.second.blocks; ++block) compute_output(strip, tile, block);
 }
 
 Plan make_plan(const Weight& first, size_t tokens, const Kernel& full, const Kernel& last) {
   const size_t panel_bytes = (panel_size(full, first.K) + hidden_size(full, first)) * sizeof(float);
-  const size_t tiles = divide_up(tokens, full.tile);
-  const size_t busy = tiles_are_enough(tiles) ? processors() : 1;
-  const size_t at_once = tiles_at_once(tiles, panel_bytes, busy);
-  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
+  const size_t busy = tiles_are_enough(divide_up(tokens, full.tile)) ? processors() : 1;
+  return plan_strips(full, last, tokens, panel_bytes, busy);
 }
 
 }  // namespace
@@ -130,20 +118,13 @@ Plan make_plan(const Weight& first, const Weight&, size_t tokens, const Kernel& 
 
 bool run(const Plan& plan, const Weight& first, const Weight& second, const float* x, float* y, void* scratch,
          Workers& workers) {
-  float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
-  for (size_t begin = 0; begin < plan.tokens; begin += plan.strip) {
-    const size_t tokens = std::min(plan.strip, plan.tokens - begin);
-    const size_t tiles = divide_up(tokens, plan.full->tile), slices = divide_up(first.K, kSlice);
-    Strip strip{plan, first, second, x, y, panels, begin, tokens, slices};
-    if (tiles_are_enough(tiles)) {
-      if (!workers.run(tiles, tile_task, &strip)) return false;
-    } else {
-      if (!run_steps<transpose>(strip, tiles, slices, workers)) return false;
-      if (!run_steps<compute_hidden>(strip, tiles, output_blocks(first), workers)) return false;
-      if (!run_steps<compute_output>(strip, tiles, second.blocks, workers)) return false;
-    }
-  }
-  return true;
+  return for_each_strip(plan, x, first.K, scratch, [&](const Tokens& tokens, float* panels) {
+    Strip strip{tokens, first, second, y, panels};
+    if (tiles_are_enough(tokens.tiles())) return workers.run(tokens.tiles(), tile_task, &strip);
+    return run_steps<transpose>(strip, tokens.slices(), workers) &&
+           run_steps<compute_hidden>(strip, output_blocks(first), workers) &&
+           run_steps<compute_output>(strip, second.blocks, workers);
+  });
 }
 
 }  // namespace sparse_ops::spmm

@@ -18,31 +18,18 @@ constexpr const Kernel* kKernels[] = {
 
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
-  const Plan& plan;
+  const Tokens& tokens;
   const Weight& weight;
-  const float* x;
   std::span<const Output> outputs;
   float* panels;
-  size_t first;  // of its tokens, among all
-  size_t tokens;
-  size_t tiles;
-  size_t slices;
 
-  size_t first_token(size_t tile) const { return tile * plan.full->tile; }
-  size_t row(size_t tile) const { return first + first_token(tile); }  // of x and of the outputs
-  size_t tile_tokens(size_t tile) const { return std::min(plan.full->tile, tokens - first_token(tile)); }
-  const Kernel& kernel(size_t tile) const {
-    return tile_tokens(tile) < plan.full->tile ? *plan.last : *plan.full;
-  }
-  float* panel(size_t tile) const { return panels + panel_size(*plan.full, weight.K) * tile; }
+  float* panel(size_t tile) const { return panels + panel_size(*tokens.plan.full, weight.K) * tile; }
 };
 
 void transpose_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  const size_t tile = index / strip.slices, K = strip.weight.K;
-  const size_t begin = index % strip.slices * kSlice;
-  strip.kernel(tile).transpose(strip.x + strip.row(tile) * K, strip.tile_tokens(tile), K, begin,
-                               std::min(begin + kSlice, K), strip.panel(tile));
+  const size_t tile = index / strip.tokens.slices();
+  strip.tokens.transpose(tile, index % strip.tokens.slices(), strip.panel(tile));
 }
 
 // A block of Y in one tile, activated, from accumulators to the output that has its columns.
@@ -50,14 +37,15 @@ void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
   const Output* output = strip.outputs.data();
   size_t channel = block * strip.weight.block;
   for (; channel >= output->channels; ++output) channel -= output->channels;
-  strip.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output->channels - channel),
-                                  strip.tile_tokens(tile), output->channels,
-                                  output->y + strip.row(tile) * output->channels + channel);
+  const Tokens& tokens = strip.tokens;
+  tokens.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output->channels - channel),
+                                   tokens.in_tile(tile), output->channels,
+                                   output->y + tokens.row(tile) * output->channels + channel);
 }
 
 void multiply(const Strip& strip, size_t tile, size_t block) {
   alignas(kCacheLine) float acc[kMaxAccumulators];
-  compute_block(strip.kernel(tile), strip.weight, block, strip.panel(tile), acc);
+  compute_block(strip.tokens.kernel(tile), strip.weight, block, strip.panel(tile), acc);
   store(strip, tile, block, acc);
 }
 
@@ -65,7 +53,7 @@ void multiply(const Strip& strip, size_t tile, size_t block) {
 // once.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  multiply(strip, index % strip.tiles, index / strip.tiles);
+  multiply(strip, index % strip.tokens.tiles(), index / strip.tokens.tiles());
 }
 
 // Whether whole tiles are tasks: if they keep every processor busy, the panel of a tile then stays with the
@@ -79,7 +67,9 @@ bool tiles_are_tasks(const Weight& weight, size_t tiles) {
 // One tile from its activations to its outputs.
 void tile_task(void* context, size_t tile) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  for (size_t slice = 0; slice < strip.slices; ++slice) transpose_task(context, tile * strip.slices + slice);
+  for (size_t slice = 0; slice < strip.tokens.slices(); ++slice) {
+    strip.tokens.transpose(tile, slice, strip.panel(tile));
+  }
   for (size_t block = 0; block < output_blocks(strip.weight); ++block) multiply(strip, tile, block);
 }
 
@@ -88,8 +78,7 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Ke
   const size_t tiles = divide_up(tokens, full.tile);
   const size_t busy =
       tiles_are_tasks(weight, tiles) ? processors() : divide_up(processors(), output_blocks(weight));
-  const size_t at_once = tiles_at_once(tiles, panel_bytes, busy);
-  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
+  return plan_strips(full, last, tokens, panel_bytes, busy);
 }
 
 }  // namespace
@@ -147,20 +136,13 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
 
 bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
          void* scratch, Workers& workers) {
-  float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
-  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
-    const size_t tokens = std::min(plan.strip, plan.tokens - first);
-    const size_t tiles = divide_up(tokens, plan.full->tile);
-    const size_t slices = divide_up(weight.K, kSlice);
-    Strip strip{plan, weight, x, outputs, panels, first, tokens, tiles, slices};
-    if (tiles_are_tasks(weight, tiles)) {
-      if (!workers.run(tiles, tile_task, &strip)) return false;
-    } else {
-      if (!workers.run(tiles * slices, transpose_task, &strip)) return false;
-      if (!workers.run(tiles * output_blocks(weight), multiply_task, &strip)) return false;
-    }
-  }
-  return true;
+  return for_each_strip(plan, x, weight.K, scratch, [&](const Tokens& tokens, float* panels) {
+    Strip strip{tokens, weight, outputs, panels};
+    const size_t tiles = tokens.tiles();
+    if (tiles_are_tasks(weight, tiles)) return workers.run(tiles, tile_task, &strip);
+    return workers.run(tiles * tokens.slices(), transpose_task, &strip) &&
+           workers.run(tiles * output_blocks(weight), multiply_task, &strip);
+  });
 }
 
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {

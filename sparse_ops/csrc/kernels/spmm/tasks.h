@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "kernels/sizes.h"
-#include "kernels/spmm/kernel.h"
+#include "kernels/spmm/spmm.h"
 
 namespace sparse_ops::spmm {
 
@@ -23,12 +23,45 @@ inline size_t panel_size(const Kernel& kernel, size_t rows) {
 // Blocks of Y: where the weight is gated, each is made of two.
 inline size_t output_blocks(const Weight& weight) { return weight.gated ? weight.blocks / 2 : weight.blocks; }
 
-// How many tiles have their panels in memory at a time; a multiple of `busy`, which many keep all processors
-// busy, where there are so many.
-inline size_t tiles_at_once(size_t tiles, size_t panel_bytes, size_t busy) {
+// Of all tokens, as many tiles at a time as may have their panels in memory, `panel_bytes` each; a multiple
+// of `busy` tiles, which are enough for all processors, unless there are fewer.
+inline Plan plan_strips(const Kernel& full, const Kernel& last, size_t tokens, size_t panel_bytes,
+                        size_t busy) {
   const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
-  return std::min({wanted, possible, std::max<size_t>(1, tiles)});
+  const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, divide_up(tokens, full.tile))});
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
+}
+
+// The tokens of one strip, in tiles.
+struct Tokens {
+  const Plan& plan;
+  const float* x;  // [plan.tokens, K], row-major
+  size_t K;
+  size_t first, count;  // among all
+
+  size_t tiles() const { return divide_up(count, plan.full->tile); }
+  size_t slices() const { return divide_up(K, kSlice); }
+  size_t row(size_t tile) const { return first + tile * plan.full->tile; }  // of x and of the outputs
+  size_t in_tile(size_t tile) const { return std::min(plan.full->tile, count - tile * plan.full->tile); }
+  const Kernel& kernel(size_t tile) const {
+    return in_tile(tile) < plan.full->tile ? *plan.last : *plan.full;
+  }
+  void transpose(size_t tile, size_t slice, float* panel) const {
+    const size_t begin = slice * kSlice;
+    kernel(tile).transpose(x + row(tile) * K, in_tile(tile), K, begin, std::min(begin + kSlice, K), panel);
+  }
+};
+
+// run_strip(tokens, panels) for every strip of a plan, until it gives false.
+template <class RunStrip>
+bool for_each_strip(const Plan& plan, const float* x, size_t K, void* scratch, RunStrip run_strip) {
+  float* panels = reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
+  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
+    if (!run_strip(Tokens{plan, x, K, first, std::min(plan.strip, plan.tokens - first)}, panels))
+      return false;
+  }
+  return true;
 }
 
 // Whether tiles keep every processor busy if each is one task.
