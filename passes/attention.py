@@ -40,6 +40,7 @@ from sparse_onnx.graph import (
     all_graphs,
     drop_if_unused,
     is_standard,
+    name_of,
     value_names,
 )
 from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
@@ -79,7 +80,7 @@ class FuseAttention(Pass):
                     facts = facts or Facts(model)
                     match = match_attention(node, facts)
                 if isinstance(match, str):
-                    declined.append(self.declined(node.name or node.outputs[0].name or "?", match))
+                    declined.append(self.declined(name_of(node), match))
                 else:
                     found.append(match)
         if found:

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import drop_if_unused, is_standard, value_names
+from sparse_onnx.graph import drop_if_unused, is_standard, name_of, value_names
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 
@@ -66,7 +66,7 @@ class FuseBatchNorm(Pass):
                     _fold(model, conv, node, context)
                     folded += 1
                 else:
-                    declined.append(self.declined(node.name or node.outputs[0].name or "?", reason))
+                    declined.append(self.declined(name_of(node), reason))
         return PassResult(model, folded > 0, {"folded": folded}, tuple(declined))
 
 

@@ -20,8 +20,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from sparse_onnx.graph import name_of
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, name_of, put_in_place
+from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, put_in_place
 from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul
 from sparse_onnx.sparse_ops.sparse_feed_forward import PAIRS, PREFIX
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN

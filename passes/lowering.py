@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import add_function, add_initializer, drop_if_unused
+from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, name_of
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
@@ -58,7 +58,7 @@ class Layer(abc.ABC):
 
     @property
     def name(self) -> str:
-        return self.nodes[0].name or self.nodes[0].outputs[0].name or "?"
+        return name_of(self.nodes[0])
 
     @property
     @abc.abstractmethod

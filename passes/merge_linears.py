@@ -29,10 +29,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_initializer, is_standard
+from sparse_onnx.graph import add_initializer, is_standard, name_of
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, joined, name_of, put_in_place
+from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, joined, put_in_place
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT
 from sparse_onnx.sparse_ops.sparse_matmul_split import GATES, SPLITS

@@ -8,21 +8,16 @@ from collections.abc import Sequence
 import onnx
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_function, all_graphs, drop_if_unused
+from sparse_onnx.graph import add_function, all_graphs, drop_if_unused, name_of
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION
 
-__all__ = ["drop_unused_functions", "is_ours", "joined", "name_of", "put_in_place"]
+__all__ = ["drop_unused_functions", "is_ours", "joined", "put_in_place"]
 
 
 def is_ours(node: ir.Node, *op_types: str) -> bool:
     """Whether ``node`` is one of these operators of ours."""
     return node.domain == DOMAIN and node.op_type in op_types
-
-
-def name_of(node: ir.Node) -> str:
-    """What to call ``node`` in a message or a new name: its name, or that of what it makes."""
-    return node.name or node.outputs[0].name or "?"
 
 
 def joined(names: Sequence[str]) -> str:

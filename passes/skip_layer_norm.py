@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_function, add_initializer, is_standard, new_name
+from sparse_onnx.graph import add_function, add_initializer, is_standard, name_of, new_name
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
@@ -74,7 +74,7 @@ class FuseSkipLayerNorm(Pass):
                 if not isinstance(match, str) and opset not in _OPSETS:
                     match = f"opset {opset} is none of {_OPSETS[0]} to {_OPSETS[-1]}"
                 if isinstance(match, str):
-                    declined.append(self.declined(node.name or node.outputs[0].name or "?", match))
+                    declined.append(self.declined(name_of(node), match))
                 else:
                     fused.append(_fuse(model, graph, match))
         for signature in sorted(set(fused), key=_OP_TYPES.__getitem__):

@@ -40,6 +40,8 @@ import onnx.parser
 from sparse_onnx.sparse_ops.sparse_matmul import (
     DEFAULT_BLOCK,
     DOMAIN,
+    SIZES,
+    STORED,
     PackedWeight,
     decoder,
     pack,
@@ -220,13 +222,13 @@ _BODY = """
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
     activation, residual = OP_TYPES[op_type]
-    attributes = ["K", "N", "chunk", "block", "width", *_WINDOW, "group"]
+    attributes = [*SIZES, *_WINDOW, "group"]
     text = _BODY.format(
         domain=DOMAIN,
         opset=opset,
         op_type=op_type,
         attributes=", ".join([*attributes, *(["min", "max"] if activation == "clip" else [])]),
-        inputs=", ".join(["X", "values", "offsets", "counts", "rows", "bias", *(["R"] if residual else [])]),
+        inputs=", ".join(["X", *STORED, "bias", *(["R"] if residual else [])]),
         decoder=decoder(),
         window=", ".join(f"{name}: ints = @{name}" for name in _WINDOW),
         product="product" if residual else "h",

@@ -32,7 +32,7 @@ import onnx.parser
 
 from sparse_onnx.sparse_ops import sparse_conv
 from sparse_onnx.sparse_ops.sparse_conv import ACTIVATIONS, Window, activation_body
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, PackedWeight, decoder
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, SIZES, PackedWeight, decoder
 
 __all__ = ["OP_TYPES", "PREFIX", "function_body", "operator_name", "reference"]
 
@@ -93,7 +93,7 @@ _BODY = """
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
     activation = OP_TYPES[op_type]
-    attributes = ["K", "N", "chunk", "block", "width", *_WINDOW, *(PREFIX + name for name in _WINDOW)]
+    attributes = [*SIZES, *_WINDOW, *(PREFIX + name for name in _WINDOW)]
     text = _BODY.format(
         domain=DOMAIN,
         opset=opset,

@@ -33,7 +33,7 @@ import onnx
 import onnx.parser
 
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
-from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN, PackedWeight, decoder
+from sparse_onnx.sparse_ops.sparse_matmul import ACTIVATIONS, DOMAIN, SIZES, STORED, PackedWeight, decoder
 from sparse_onnx.sparse_ops.sparse_matmul_split import GATES
 
 __all__ = ["OP_TYPES", "PAIRS", "PREFIX", "function_body", "reference"]
@@ -67,8 +67,6 @@ def reference(
     return sparse_matmul.reference(between, down, down_bias)
 
 
-_STORED = ("values", "offsets", "counts", "rows", "bias")
-_SIZES = ("K", "N", "chunk", "block", "width")
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
 {op_type} <{attributes}> (X, {inputs}) => (Y)
@@ -90,8 +88,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         domain=DOMAIN,
         opset=opset,
         op_type=op_type,
-        attributes=", ".join(prefix + name for prefix in ("", PREFIX) for name in _SIZES),
-        inputs=", ".join(prefix + name for prefix in ("", PREFIX) for name in _STORED),
+        attributes=", ".join(prefix + name for prefix in ("", PREFIX) for name in SIZES),
+        inputs=", ".join(prefix + name for prefix in ("", PREFIX) for name in (*STORED, "bias")),
         prefix=PREFIX,
         decoder=decoder(),
         first=body(first, "between"),

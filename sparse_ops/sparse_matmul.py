@@ -50,6 +50,8 @@ __all__ = [
     "FORMAT",
     "MAX_ELEMENTS",
     "OP_TYPES",
+    "SIZES",
+    "STORED",
     "VERSION",
     "WIDTHS",
     "FormatError",
@@ -80,6 +82,12 @@ OP_TYPES = {
     "silu": "SparseMatMulSilu",
 }
 ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
+
+SIZES = ("K", "N", "chunk", "block", "width")
+"""The attributes that say how a weight is stored."""
+
+STORED = ("values", "offsets", "counts", "rows")
+"""The inputs that hold a weight, in order; its bias follows."""
 
 MAX_ELEMENTS = 2**31 - 2**24
 """Largest weight: positions in the dense form, padding included, must fit the function body's int32."""
@@ -420,7 +428,7 @@ _DECODER = """
 """
 _DECODED = re.findall(r"^ +(\w+) = ", _DECODER, re.MULTILINE)
 # Where a name of a value or an attribute begins; the stored tensors are the values that come from outside.
-_NAMES = re.compile(rf"@|\b(?=(?:values|offsets|counts|rows|{'|'.join(_DECODED)})\b)")
+_NAMES = re.compile(rf"@|\b(?=(?:{'|'.join((*STORED, *_DECODED))})\b)")
 
 
 def decoder(prefix: str = "") -> str:

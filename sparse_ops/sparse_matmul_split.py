@@ -29,7 +29,7 @@ import onnx
 import onnx.parser
 
 from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, PackedWeight, activation_body, decoder
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, SIZES, STORED, PackedWeight, activation_body, decoder
 
 __all__ = ["GATES", "OP_TYPES", "SPLITS", "concatenate", "function_body", "gate_body", "reference"]
 
@@ -55,10 +55,7 @@ def concatenate(parts: Sequence[PackedWeight]) -> PackedWeight:
         raise ValueError(
             f"concatenate() takes weights of whole blocks of {first.block} outputs, not {[p.N for p in parts]}"
         )
-    arrays = {
-        name: np.concatenate([part.arrays()[name] for part in parts])
-        for name in ("values", "offsets", "counts", "rows")
-    }
+    arrays = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in STORED}
     K, chunk, block, width = sizes
     return PackedWeight(K, sum(part.N for part in parts), chunk, block, width, **arrays)
 
@@ -119,7 +116,7 @@ def gate_body(op_type: str, y: str = "Y") -> str:
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
-    attributes, outputs = ["K", "N", "chunk", "block", "width"], ["Y"]
+    attributes, outputs = list(SIZES), ["Y"]
     if op_type in GATES.values():
         steps = gate_body(op_type)
     else:

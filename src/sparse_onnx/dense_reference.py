@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import ModelFileError
-from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, new_name
+from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, name_of, new_name
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.sparse_ops import (
     attention,
@@ -30,8 +30,8 @@ from sparse_onnx.sparse_ops import (
     sparse_matmul,
     sparse_matmul_split,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, FormatError
-from sparse_onnx.stored_weights import STORED, StoredWeight, stored_weights, weight_prefixes
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION, FormatError
+from sparse_onnx.stored_weights import StoredWeight, stored_weights, weight_prefixes
 
 __all__ = ["dense_reference"]
 
@@ -67,7 +67,7 @@ def dense_reference(model: ir.Model, store: Callable[[np.ndarray, str], ir.Tenso
     for node in [node for node in result.graph.all_nodes() if node.domain == DOMAIN]:
         if node.op_type not in _CONTRACTS:
             raise ModelFileError(
-                f"{_name(node)}: there is no operator {DOMAIN}.{node.op_type} in this version"
+                f"{name_of(node)}: there is no operator {DOMAIN}.{node.op_type} in this version"
             )
         body = _CONTRACTS[node.op_type](node.op_type, result.opset_imports[""])
         before, inputs = list(node.inputs), list(node.inputs)
@@ -107,7 +107,7 @@ def _dense_weight(
     try:
         dense = sparse_matmul.unpack(weight.packed())
     except (FormatError, ValueError, IndexError) as error:
-        raise ModelFileError(f"{_name(weight.node)}: its stored weight is damaged: {error}") from error
+        raise ModelFileError(f"{name_of(weight.node)}: its stored weight is damaged: {error}") from error
     name = new_name(model, weight.name or "W")
     value = add_initializer(model.graph, name, store(dense, name))
     del dense
@@ -134,7 +134,3 @@ def _without_decoder(body: onnx.FunctionProto) -> onnx.FunctionProto:
     short.ClearField("node")
     short.node.extend(reversed(kept))
     return short
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or "?"

@@ -13,6 +13,7 @@ __all__ = [
     "all_graphs",
     "drop_if_unused",
     "is_standard",
+    "name_of",
     "new_name",
     "subgraphs",
     "value_names",
@@ -22,6 +23,11 @@ __all__ = [
 def is_standard(node: ir.Node, *op_types: str) -> bool:
     """Whether ``node`` is one of these operators of the ONNX standard."""
     return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def name_of(node: ir.Node) -> str:
+    """What to call ``node`` in a message or a new name: its name, or that of what it makes."""
+    return node.name or node.outputs[0].name or "?"
 
 
 def all_graphs(model: ir.Model) -> list[ir.Graph]:

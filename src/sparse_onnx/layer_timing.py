@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from sparse_onnx import model_io
+from sparse_onnx.graph import name_of
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
@@ -173,7 +174,7 @@ def time_sparse_layers(
     for index, node in enumerate(nodes):
         inputs = [shapes[value.name or ""] for value in _activations(node)]
         weights = stored_weights(node)
-        name = node.name or node.outputs[0].name or "?"
+        name = name_of(node)
         attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
         key = (node.op_type, *attributes, *inputs, *(round(weight.sparsity, 2) for weight in weights))
         if key not in measured:

@@ -18,11 +18,10 @@ from sparse_onnx.sparse_ops import (
     sparse_matmul,
     sparse_matmul_split,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, FormatError, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, SIZES, STORED, FormatError, PackedWeight
 
 __all__ = [
     "SPARSE_OP_TYPES",
-    "STORED",
     "StoredWeight",
     "sparse_nodes",
     "sparsity_of",
@@ -38,12 +37,6 @@ SPARSE_OP_TYPES = (
     *sparse_conv_depthwise.OP_TYPES,
 )
 """The operators with compressed weights."""
-
-STORED = ("values", "offsets", "counts", "rows")
-"""The inputs that hold a weight, in order."""
-
-_INPUTS = (*STORED, "bias")
-_SIZES = ("K", "N", "chunk", "block", "width")
 
 
 def weight_prefixes(op_type: str) -> tuple[str, ...]:
@@ -81,7 +74,7 @@ class StoredWeight:
     @property
     def sizes(self) -> dict[str, int]:
         """K, N, chunk, block and width; 0 where the node does not say."""
-        return {name: self.node.attributes.get_int(self.prefix + name, 0) for name in _SIZES}
+        return {name: self.node.attributes.get_int(self.prefix + name, 0) for name in SIZES}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,7 +100,7 @@ class StoredWeight:
         if len(tensors) < len(STORED) or self.node.attributes.get_string("format", "") != FORMAT:
             raise FormatError(f"no constant in the format {FORMAT}")
         if min(sizes.values()) < 1:
-            raise FormatError(f"{', '.join(self.prefix + name for name in _SIZES)} must be positive")
+            raise FormatError(f"{', '.join(self.prefix + name for name in SIZES)} must be positive")
         values, offsets, counts, rows = (tensor.numpy() for tensor in tensors)
         return PackedWeight(**sizes, values=values, offsets=offsets, counts=counts, rows=rows)
 
@@ -116,7 +109,7 @@ def stored_weights(node: ir.Node) -> tuple[StoredWeight, ...]:
     """The stored weights of ``node`` in the order of its inputs; none of a node that is no operator of ours."""
     prefixes = weight_prefixes(node.op_type) if node.domain == DOMAIN else ()
     return tuple(
-        StoredWeight(node, prefix, 1 + index * len(_INPUTS)) for index, prefix in enumerate(prefixes)
+        StoredWeight(node, prefix, 1 + index * (len(STORED) + 1)) for index, prefix in enumerate(prefixes)
     )
 
 

@@ -1,14 +1,12 @@
 """Merging sparse linears that share their input: right nodes and answers, and what must not fire."""
 
+import functools
 import re
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
-from sparse_onnx import sparse_ops
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
@@ -28,21 +26,6 @@ def vector(n=N, seed=9):
     return np.random.default_rng(seed).standard_normal(n).astype(np.float32)
 
 
-def run(model, library, **feeds):
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if library:
-        sparse_ops.register(options)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(None, feeds)
-
-
-def op_types(model):
-    return [node.op_type for node in model.graph if node.domain == "sparse_onnx"]
-
-
 @pytest.fixture
 def lowered(from_text):
     """``lowered(body, outputs, **weights)``: all linears of a graph over X [B, S, K] made sparse."""
@@ -58,32 +41,19 @@ def lowered(from_text):
     return lowered
 
 
-def check_merge(model, expected_ops, **feeds):
+@pytest.fixture
+def check_merge(check_joined):
     """Merge; answers must not change, with the library not in a single bit."""
-    feeds = {"X": X, **feeds}
-    before = {library: run(model, library, **feeds) for library in (True, False)}
-    names = [value.name for value in model.graph.outputs]
-    result = MergeLinears()(model)
-    assert result.modified
-    assert op_types(model) == expected_ops
-    assert [value.name for value in model.graph.outputs] == names
-    for library in (True, False):
-        for got, expected in zip(run(model, library, **feeds), before[library], strict=True):
-            if library:
-                np.testing.assert_array_equal(got, expected)
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
-    again = MergeLinears()(model)
-    assert not again.modified
-    assert again.statistics == {"gates": 0, "splits": 0}
-    return result
+
+    def check_merge(model, expected_ops, **feeds):
+        return check_joined(MergeLinears(), model, expected_ops, {"X": X, **feeds}, exact=True)
+
+    return check_merge
 
 
-def check_no_merge(model):
-    before = op_types(model)
-    result = MergeLinears()(model)
-    assert not result.modified
-    assert op_types(model) == before
-    return [(place.place, place.reason) for place in result.declined]
+@pytest.fixture
+def check_no_merge(check_not_joined):
+    return functools.partial(check_not_joined, MergeLinears())
 
 
 QKV = "q = MatMul(X, Wq) Q = Add(q, bq) k = MatMul(X, Wk) K_ = Add(k, bk) V = MatMul(X, Wv)"
@@ -98,7 +68,7 @@ def qkv(sizes=(64, 64, 64), width=1):
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 64), (256, 128, 128), (64, 192, 320)])
-def test_query_key_and_value_are_one_operator(lowered, sizes):
+def test_query_key_and_value_are_one_operator(lowered, sizes, check_merge):
     model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
     result = check_merge(model, ["SparseMatMulSplit3"])
     assert result.statistics == {"gates": 0, "splits": 1}
@@ -114,14 +84,14 @@ def test_query_key_and_value_are_one_operator(lowered, sizes):
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_entries_of_several_outputs(lowered, width):
+def test_entries_of_several_outputs(lowered, width, check_merge):
     model = lowered(QKV, {"Q": 64, "K_": 64, "V": 64}, **qkv(width=width))
     assert {node.attributes.get_int("width") for node in model.graph} == {width}
     check_merge(model, ["SparseMatMulSplit3"])
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21, 23])
-def test_every_opset(lowered, opset):
+def test_every_opset(lowered, opset, check_merge):
     body = QKV + " s = Sigmoid(V) G = Mul(V, s) u = MatMul(X, Wu) Y = Mul(G, u)"
     model = lowered(body, {"Q": 64, "K_": 64, "Y": 64}, opset=opset, Wu=sparse(seed=7), **qkv())
     check_merge(model, ["SparseMatMulSplit2", "SparseMatMulSiluGate"])
@@ -130,7 +100,7 @@ def test_every_opset(lowered, opset):
 @pytest.mark.parametrize(
     ("count", "expected"), [(2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (6, [3, 3]), (7, [3, 2, 2])]
 )
-def test_more_than_three_are_merged_by_threes_and_twos(lowered, count, expected):
+def test_more_than_three_are_merged_by_threes_and_twos(lowered, count, expected, check_merge):
     body = " ".join(f"Y{i} = MatMul(X, W{i})" for i in range(count))
     model = lowered(
         body, {f"Y{i}": 64 for i in range(count)}, **{f"W{i}": sparse(seed=i) for i in range(count)}
@@ -138,7 +108,7 @@ def test_more_than_three_are_merged_by_threes_and_twos(lowered, count, expected)
     check_merge(model, [f"SparseMatMulSplit{size}" for size in expected])
 
 
-def test_the_merged_node_stands_before_all_its_users(lowered):
+def test_the_merged_node_stands_before_all_its_users(lowered, check_merge, check_no_merge):
     """K depends on Q: the first linear's place is early enough, the last one's would not be."""
     body = "q = MatMul(X, Wq) r = Relu(q) t = Neg(r) k = MatMul(X, Wk) Y = Add(t, k)"
     weights = {"Wq": sparse(), "Wk": sparse(seed=1)}
@@ -148,7 +118,7 @@ def test_the_merged_node_stands_before_all_its_users(lowered):
     assert check_no_merge(lowered(body, {"Y": 64}, **weights)) == []  # q has an activation of its own
 
 
-def test_linears_of_different_layers_stay_apart(lowered):
+def test_linears_of_different_layers_stay_apart(lowered, check_merge):
     body = "a = MatMul(X, A) b = MatMul(X, B) c = Mul(a, b) d = Neg(c) e = MatMul(d, D) f = MatMul(d, F) Y = Add(e, f)"
     weights = {"A": sparse(), "B": sparse(seed=1), "D": sparse(k=N, seed=2), "F": sparse(k=N, seed=3)}
     model = lowered(body, {"Y": 64}, **weights)
@@ -165,7 +135,7 @@ SILU = GATES["SparseMatMulSiluGate"]
 @pytest.mark.parametrize("product", ["Mul(a, u)", "Mul(u, a)"])
 @pytest.mark.parametrize("first", ["gate", "up"])
 @pytest.mark.parametrize("op_type", GATES)
-def test_gate_and_up_projection_are_one_operator(lowered, op_type, first, product):
+def test_gate_and_up_projection_are_one_operator(lowered, op_type, first, product, check_merge):
     steps = [f"h = MatMul(X, Wg) g = Add(h, bg) {GATES[op_type]}", "u = MatMul(X, Wu)"]
     body = " ".join([*(steps if first == "gate" else reversed(steps)), f"Y = {product}"])
     model = lowered(body, {"Y": 128}, Wg=sparse(128), Wu=sparse(128, 1), bg=vector(128))
@@ -177,7 +147,7 @@ def test_gate_and_up_projection_are_one_operator(lowered, op_type, first, produc
     assert [name for _, name, _ in model.functions] == [op_type]
 
 
-def test_what_a_gate_leaves_is_split(lowered):
+def test_what_a_gate_leaves_is_split(lowered, check_merge):
     body = f"g = MatMul(X, Wg) {SILU} u = MatMul(X, Wu) Y = Mul(a, u) P = MatMul(X, A) Q = MatMul(X, B)"
     weights = {name: sparse(seed=seed) for seed, name in enumerate(("Wg", "Wu", "A", "B"))}
     model = lowered(body, {"Y": 64, "P": 64, "Q": 64}, **weights)
@@ -205,14 +175,14 @@ NO_GATE = {
 
 
 @pytest.mark.parametrize("case", NO_GATE)
-def test_no_gate(lowered, case):
+def test_no_gate(lowered, case, check_no_merge):
     body, reason = NO_GATE[case]
     declined = check_no_merge(lowered(body, {"Y": 64}, Wg=sparse(), Wu=sparse(seed=1)))
     assert len(declined) == bool(reason)
     assert all(re.search(reason, found) for _, found in declined)
 
 
-def test_an_output_of_the_graph_is_no_inner_value_of_a_gate(lowered):
+def test_an_output_of_the_graph_is_no_inner_value_of_a_gate(lowered, check_no_merge):
     body = f"g = MatMul(X, Wg) {SILU} u = MatMul(X, Wu) Y = Mul(a, u)"
     model = lowered(body, {"Y": 64, "u": 64}, Wg=sparse(), Wu=sparse(seed=1))
     ((place, reason),) = check_no_merge(model)
@@ -220,14 +190,14 @@ def test_an_output_of_the_graph_is_no_inner_value_of_a_gate(lowered):
     assert "is used elsewhere" in reason
 
 
-def test_gate_that_broadcasts(lowered):
+def test_gate_that_broadcasts(lowered, check_no_merge):
     body = f"g = MatMul(X, Wg) {SILU} u = MatMul(X, Wu) Y = Mul(a, u)"
     model = lowered(body, {"Y": 64}, Wg=sparse(), Wu=sparse(1, 1))
     ((_, reason),) = check_no_merge(model)
     assert "stored differently" in reason
 
 
-def test_sizes_that_are_no_whole_blocks(lowered):
+def test_sizes_that_are_no_whole_blocks(lowered, check_no_merge):
     sizes = (100, 128, 100)
     declined = check_no_merge(lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes)))
     assert [reason for _, reason in declined] == ["has 100 outputs, which are not whole blocks of 64"] * 2
@@ -237,7 +207,7 @@ def test_sizes_that_are_no_whole_blocks(lowered):
     assert "has 100 outputs" in reason
 
 
-def test_two_of_three_fit(lowered):
+def test_two_of_three_fit(lowered, check_merge):
     sizes = (192, 100, 64)
     model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
     result = check_merge(model, ["SparseMatMulSplit2", "SparseMatMul"])
@@ -245,7 +215,7 @@ def test_two_of_three_fit(lowered):
     assert {name for _, name, _ in model.functions} == {"SparseMatMul", "SparseMatMulSplit2"}
 
 
-def test_weights_stored_differently(lowered):
+def test_weights_stored_differently(lowered, check_no_merge):
     model = lowered(
         "A = MatMul(X, W) B = MatMul(X, V)", {"A": 64, "B": 64}, W=sparse(), V=sparse(seed=1, width=4)
     )
@@ -254,7 +224,7 @@ def test_weights_stored_differently(lowered):
     ] * 2
 
 
-def test_blocks_of_different_sizes(lowered):
+def test_blocks_of_different_sizes(lowered, check_merge):
     sizes = (128, 64, 64)
     model = lowered(QKV, dict(zip(("Q", "K_", "V"), sizes, strict=True)), **qkv(sizes))
     result = check_merge(model, ["SparseMatMul", "SparseMatMulSplit2"])
@@ -263,14 +233,14 @@ def test_blocks_of_different_sizes(lowered):
     ]
 
 
-def test_a_shared_weight_is_not_copied(lowered):
+def test_a_shared_weight_is_not_copied(lowered, check_no_merge):
     body = "A = MatMul(X, W) B = MatMul(X, V) n = Neg(X) C = MatMul(n, W)"
     model = lowered(body, {"A": 64, "B": 64, "C": 64}, W=sparse(), V=sparse(seed=1))
     assert check_no_merge(model) == [("A", "shares its weight with another node")]
 
 
 @pytest.mark.parametrize("attribute", [ir.AttrString("format", "newer"), ir.AttrInt64("block", 0)], ids=str)
-def test_a_weight_stored_in_an_unknown_way(lowered, attribute):
+def test_a_weight_stored_in_an_unknown_way(lowered, attribute, check_no_merge):
     model = lowered("A = MatMul(X, W) B = MatMul(X, V)", {"A": 64, "B": 64}, W=sparse(), V=sparse(seed=1))
     for node in model.graph:
         node.attributes.add(attribute)
@@ -278,7 +248,7 @@ def test_a_weight_stored_in_an_unknown_way(lowered, attribute):
     assert check_no_merge(model) == [("A", reason), ("B", reason)]
 
 
-def test_one_linear_and_dense_neighbours_stay(from_text):
+def test_one_linear_and_dense_neighbours_stay(from_text, check_no_merge):
     text = f"""<ir_version: 8, opset_import: ["" : 20]>
         g (float[B, {K}] X) => (float[B, 64] A, float[B, 64] B_) {{ A = MatMul(X, W) B_ = MatMul(X, V) }}"""
     model = from_text(text, W=sparse(), V=sparse(seed=1))
@@ -287,7 +257,7 @@ def test_one_linear_and_dense_neighbours_stay(from_text):
     assert check_no_merge(model) == []
 
 
-def test_modules_names_and_zeros_of_the_bias(lowered):
+def test_modules_names_and_zeros_of_the_bias(lowered, check_merge):
     body = "A = MatMul(X, W) B = MatMul(X, V) D = MatMul(A, U)"
     weights = {"W": sparse(), "V": sparse(seed=1), "U": sparse(k=N, seed=2)}
     model = lowered(body, {"A": 64, "B": 64, "D": 64}, **weights)

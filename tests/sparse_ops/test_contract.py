@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from sparse_onnx import sparse_ops
+from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul_split
 from sparse_onnx.sparse_ops import sparse_matmul as sm
 from sparse_onnx.sparse_ops.sparse_matmul import FormatError, PackedWeight, pack, unpack, validate
 
@@ -165,18 +166,26 @@ def test_python_and_library_judge_every_byte_alike(data):
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21, 26])
-@pytest.mark.parametrize("op_type", sm.ACTIVATIONS)
-def test_function_body_is_valid_onnx(op_type, opset):
-    body = sm.function_body(op_type, opset)
+@pytest.mark.parametrize(
+    ("contract", "op_type"),
+    [
+        (contract, op_type)
+        for contract, op_types in (
+            (sm, sm.ACTIVATIONS),
+            (sparse_matmul_split, sparse_matmul_split.OP_TYPES),
+            (sparse_feed_forward, sparse_feed_forward.OP_TYPES),
+        )
+        for op_type in op_types
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_function_body_is_valid_onnx(contract, op_type, opset):
+    body = contract.function_body(op_type, opset)
     assert (body.domain, body.name) == (sm.DOMAIN, op_type)
-    onnx.checker.check_function(body, _checker_context(opset))
-
-
-def _checker_context(opset: int) -> onnx.checker.C.CheckerContext:
     context = onnx.checker.C.CheckerContext()
     context.ir_version = 8
     context.opset_imports = {"": opset, sm.DOMAIN: sm.VERSION}
-    return context
+    onnx.checker.check_function(body, context)
 
 
 def test_a_weight_takes_five_bytes_an_entry(sparse):

@@ -139,17 +139,6 @@ def test_body_folds_to_the_linears(op_type, opset, weights, pair_model, open_ses
             assert not {"ScatterElements", "CumSum", "Split", "Slice", "Reshape", op_type} & set(op_types)
 
 
-@every_op_type
-@pytest.mark.parametrize("opset", [13, 17, 21, 26])
-def test_function_body_is_valid_onnx(op_type, opset):
-    body = ff.function_body(op_type, opset)
-    assert (body.domain, body.name) == (sm.DOMAIN, op_type)
-    context = onnx.checker.C.CheckerContext()
-    context.ir_version = 8
-    context.opset_imports = {"": opset, sm.DOMAIN: sm.VERSION}
-    onnx.checker.check_function(body, context)
-
-
 def test_the_second_decoder_is_the_first_with_other_names():
     assert sm.decoder(ff.PREFIX).count(ff.PREFIX) > 100
     assert sm.decoder(ff.PREFIX).replace(ff.PREFIX, "") == sm.decoder()
