@@ -34,6 +34,7 @@ from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.runtime import Ratio, repeat, together
 from sparse_onnx.timing_cache import TimingCache, environment_key
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.work import left_alone
 
 __all__ = [
     "LOWERINGS",
@@ -105,12 +106,16 @@ class Decision:
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
-    """The candidates of all lowerings, and the places that they leave alone."""
+    """The candidates of all lowerings, and the places that these leave alone or do not look at."""
     candidates, declined = [], []
     for lowering in LOWERINGS:
         found, left = lowering.find_candidates(model)
         candidates += found
         declined += [Declined(lowering.name, place, reason) for place, reason in left]
+    nodes = [node for candidate in candidates for layer in candidate.layers for node in layer.nodes]
+    known = {value.name or "" for node in nodes for value in node.inputs if value is not None}
+    known |= {place.place for place in declined}
+    declined += [Declined("lower", place, reason) for place, reason in left_alone(model, known)]
     return candidates, declined
 
 

@@ -156,7 +156,7 @@ class Goal(_Section):
         metric_output: The output that the metric is of.
         min_speedup: What one layer must gain to become sparse, at least.
         target_speedup: How many times faster the whole model must become, as timed.
-        target_size: What its files may take: a share of the original weights (0.5 or 50%), or a size (120MB).
+        target_size: What its files may take: a share of the original files (0.5 or 50%), or a size (120MB).
     """
 
     max_drop: float | None = None

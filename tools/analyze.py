@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from sparse_onnx.tools.console import (
     format_option,
     if_any,
     input_shape_option,
+    other_work,
     progress,
     quiet_option,
     show,
@@ -211,6 +213,6 @@ def _from(share: float | None) -> str:
 def _reasons(analysis: Analysis) -> str:
     reasons = Counter(reason for _, reason in analysis.declined)
     reasons.update(layer.reason for layer in analysis.forecast.layers if layer.reason)
-    return "\n".join(
-        f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)
-    )
+    lines = [f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)]
+    others = other_work([dataclasses.asdict(row) for row in analysis.untouched])
+    return "\n".join(filter(None, [others, *lines]))

@@ -13,8 +13,20 @@ import click
 
 from sparse_onnx.printable import printable
 from sparse_onnx.tools.live_line import LiveLine, display_width
+from sparse_onnx.units import format_rounded
 
-__all__ = ["format_option", "if_any", "input_shape_option", "progress", "quiet_option", "show", "table"]
+__all__ = [
+    "format_option",
+    "if_any",
+    "input_shape_option",
+    "other_work",
+    "progress",
+    "quiet_option",
+    "show",
+    "table",
+]
+
+_OPERATORS = 4  # whose work one line tells
 
 format_option = click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
@@ -98,6 +110,23 @@ def show(text: str, document: Mapping[str, Any], output_format: str, exit_code: 
     else:
         click.echo(text)
     return exit_code
+
+
+def other_work(untouched: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the operators that no sparse kernel takes, as ``untouched`` of a report has them: with their
+    shares of all work, where these are known. Empty if there is none."""
+    shares: dict[str, float | None] = {}
+    for row in untouched:
+        before = shares.get(row["op_type"], 0.0)
+        shares[row["op_type"]] = None if before is None or row["share"] is None else before + row["share"]
+    ordered = sorted(shares.items(), key=lambda item: (item[1] is None, -(item[1] or 0)))
+    shown = [
+        op_type if share is None else f"{op_type} {format_rounded(share)}"
+        for op_type, share in ordered[:_OPERATORS]
+    ]
+    more = len(ordered) - len(shown)
+    text = ", ".join(shown) + (f" and {more} other operators" if more else "")
+    return f"no sparse kernel for (share of work): {text}" if shown else ""
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:

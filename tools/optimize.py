@@ -12,12 +12,13 @@ from sparse_onnx.tools.console import (
     format_option,
     if_any,
     input_shape_option,
+    other_work,
     progress,
     quiet_option,
     show,
     table,
 )
-from sparse_onnx.units import format_bytes, format_ms
+from sparse_onnx.units import format_bytes, format_ms, format_rounded
 
 __all__ = ["command", "summary_table"]
 
@@ -113,7 +114,7 @@ def _numbers(
 @click.option("--max-drop", type=float, help="Goal: what the metric may lose; without one, 1 - cosine.")
 @click.option("--target-speedup", type=float, help="Goal: the whole model so many times faster, at least.")
 @click.option(
-    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original weights, or of 120MB, say."
+    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original files, or of 120MB, say."
 )
 @click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
 @click.option(
@@ -198,7 +199,7 @@ def summary_table(report: dict[str, Any]) -> str:
             "layers sparse",
             "",
             f"{len(sparse)} of {len(layers)}",
-            f"{summary['sparse_flops_fraction']:.0%} of work",
+            f"{format_rounded(summary['sparse_flops_fraction'])} of work",
         ]
     )
     checks = report["verification"]
@@ -220,6 +221,8 @@ def summary_table(report: dict[str, Any]) -> str:
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):
         text += f"\n{broken} weights are NaN or Inf and were kept"
+    if others := other_work(report.get("untouched", ())):
+        text += f"\n{others}"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
     return text

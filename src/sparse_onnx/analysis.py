@@ -52,6 +52,7 @@ from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
 from sparse_onnx.time_model import ROUGH, Anchor, Sums, TimeModel, fit
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.work import NodeWork, Untouched, Work, untouched
 
 __all__ = ["Analysis", "analyze"]
 
@@ -84,6 +85,7 @@ class Analysis:
         profile: Where the dense model's time goes; None for a model too large for one session.
         anchors: The models that were timed as a whole, by their share of zeros (None: not pruned).
         declined: (place, reason) of what no kernel can take.
+        untouched: Operators with matrix-like work that are no layer, see :func:`.work.untouched`.
         seconds: What the analysis took, by step.
         kinds: The curves by kind of layer, see :func:`.lowering.layer_kind`.
         quiet: False if other programs took processors in the meantime: then the predictions are rough.
@@ -96,6 +98,7 @@ class Analysis:
     profile: NodeProfile | None
     anchors: tuple[tuple[float | None, Anchor], ...]
     declined: tuple[tuple[str, str], ...]
+    untouched: tuple[Untouched, ...]
     seconds: Mapping[str, float]
     kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
     quiet: bool = True
@@ -117,6 +120,8 @@ class Analysis:
             text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
         else:
             text = f"{where} no layer of this model would be faster in sparse form"
+        if not self.forecast.uniform(sparsity, mask_structure):
+            return f"{text}; nothing in it can be pruned like this"
         if found.error is None:
             return f"{text}; for the error to expect, give --calibration-data"
         return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
@@ -149,6 +154,7 @@ class Analysis:
                 "others": [{"op_type": name, "ms": ms} for name, ms in self.profile.others.items()],
             },
             "declined": [{"place": place, "reason": reason} for place, reason in self.declined],
+            "untouched": [dataclasses.asdict(row) for row in self.untouched],
             "quiet": self.quiet,
             "seconds": dict(self.seconds),
         }
@@ -317,6 +323,7 @@ class _Job:
         self.work, self.clock = work, StageClock(say)
         self.say = self.clock.say
         self.disturbed = False
+        self.node_work: tuple[NodeWork, ...] = ()
 
     def run(
         self,
@@ -328,8 +335,8 @@ class _Job:
         with self.clock("load"):
             self.path = source_file(self.source, self.work)
             original = model_io.load_model(self.path)
-            self.nbytes = model_io.weight_bytes(original)
-            self.budget = session_budget(self.nbytes)
+            self.nbytes = model_io.file_bytes(self.path, original)
+            self.budget = session_budget(model_io.weight_bytes(original))
             specs = inputs.input_specs(original)
             shapes, guessed = inputs.resolve_shapes(specs, given)
             self.feeds = inputs.generate(specs, shapes, seed)
@@ -373,6 +380,7 @@ class _Job:
             profile,
             tuple(anchors),
             tuple((place.place, place.reason) for place in declined),
+            tuple(untouched(self.node_work, self.reasons, {place.place: place.reason for place in declined})),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,
@@ -388,8 +396,11 @@ class _Job:
     ) -> tuple[dict[str, tuple[int, ...]], float]:
         """The shape of every layer's inputs by the name of the value, and the time of a run."""
         names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
+        work = Work(model, {name: array.shape for name, array in self.feeds.items()})
+        names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             values = shapes_in(runner.run(self.feeds))[1]
+            self.node_work = work.count(values)
             return values, runner.milliseconds(self.feeds)
 
     def kinds(self, candidates: Sequence[Candidate], values: Mapping[str, tuple[int, ...]]) -> _Kinds:

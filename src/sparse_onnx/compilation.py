@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
-from sparse_onnx.compile_report import layer_rows, summary, target_rows
+from sparse_onnx.compile_report import layer_rows, summary, target_rows, untouched_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.goals import Gate, gates, goal_document
 from sparse_onnx.inputs import Feeds
@@ -50,6 +50,7 @@ from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.timing_cache import TimingCache, file_digest
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.work import NodeWork, Work
 
 __all__ = [
     "FUSION_PASSES",
@@ -102,6 +103,7 @@ class Compilation:
         self.metric_samples: Samples | None = None
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
+        self.node_work: tuple[NodeWork, ...] = ()
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -157,10 +159,12 @@ class Compilation:
     def plan(self, pipeline: Pipeline) -> dict[str, Any]:
         with self.clock("load"):
             model = self.load()
-        self.nbytes = model_io.weight_bytes(model)
+        self.nbytes = model_io.file_bytes(self.path, model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             context = PassContext(spool.put, self.say)
             self.prepare(model, _planned(pipeline), context)
+            shapes, _ = inputs.resolve_shapes(inputs.input_specs(model), self.recipe.target.all_shapes[0])
+            self.node_work = Work(model, shapes).count()
             candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
             layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors)
@@ -172,8 +176,9 @@ class Compilation:
         sparse_ops.info()
         with self.clock("load"):
             model = self.load()
-        self.nbytes = model_io.weight_bytes(model)
-        self.budget = session_budget(self.nbytes)
+        self.nbytes = model_io.file_bytes(self.path, model)
+        self.weight_bytes = model_io.weight_bytes(model)
+        self.budget = session_budget(self.weight_bytes)
         samples, self.feeds = self.inputs(model, pipeline)
         metric = self.metric(model)
         bench = self.bench()
@@ -202,7 +207,8 @@ class Compilation:
                         min_speedup=self.recipe.goal.min_speedup,
                     )
             optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
-            if not any(decision.sparse for decision in decisions) and not pruned.modified:
+            unchanged = not any(decision.sparse for decision in decisions) and not pruned.modified
+            if unchanged:
                 # Nothing gained: the model as it was, not even cleaned.
                 optimized = model_io.load_model(self.path)
                 model_io.save_model(optimized, self.folder)
@@ -218,7 +224,9 @@ class Compilation:
             with self.clock("measure the metric"):
                 measured = metric.compare(self.written, threads=self.threads)
         drop = 1 - verification["against_original"]["cosine"] if measured is None else measured.drop
-        size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
+        # The same model has the same size, however its file was laid out.
+        written = model_io.load_model(self.written)
+        size = self.nbytes if unchanged else model_io.file_bytes(self.written, written)
         found = gates(
             self.recipe.goal,
             drop=drop,
@@ -236,7 +244,7 @@ class Compilation:
 
     def profile(self, optimized: ir.Model, weights: Sequence[str]) -> dict[str, Any] | None:
         """Where the time goes before and after, at the first target; None of models too large for one session."""
-        if model_io.weight_bytes(optimized) > self.budget or self.nbytes > self.budget:
+        if max(model_io.weight_bytes(optimized), self.weight_bytes) > self.budget:
             return None
         with self.clock("profile"):
             original = model_io.load_model(self.path)
@@ -330,9 +338,12 @@ class Compilation:
         """Outputs of the pruned dense model on the samples, and the shapes of all layers' inputs at each target."""
         layers = [layer for candidate in candidates for layer in candidate.layers]
         names = {value.name or "" for layer in layers for value in layer.inputs}
+        work = Work(model, {name: array.shape for name, array in self.feeds[0].items()})
+        names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
             timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            self.node_work = work.count(timed[0][1])
             outputs = [] if self.generated else self.run_all(runner, samples, "batch")
             outputs = [shapes_in(output)[0] for output in outputs]
         return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
@@ -489,11 +500,12 @@ class Compilation:
             "source": self.source.name,
             "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
             "targets": target_rows(self.targets, self.recipe.target.weights, timings),
-            "summary": summary(layers, timing, self.nbytes, size, loss, metric),
+            "summary": summary(layers, self.node_work, timing, self.nbytes, size, loss, metric),
             "goal": goal_document(found),
             "verification": verification,
             "layers": layers,
             "declined": [dataclasses.asdict(place) for place in self.declined],
+            "untouched": untouched_rows(layers, self.node_work, self.declined),
             "stages": self.clock.stages,
         }
 

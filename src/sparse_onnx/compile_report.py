@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,40 +14,51 @@ import onnx_ir as ir
 from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.metrics import MetricResult
+from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.guard import Decision
 from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     write_json,
 )
 from sparse_onnx.runtime import Ratio
+from sparse_onnx.work import NodeWork, sparse_share, untouched
 
-__all__ = ["layer_rows", "summary", "target_rows", "times", "write_report"]
+__all__ = ["layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
 
 
 def summary(
     layers: Sequence[Mapping[str, Any]],
+    work: Sequence[NodeWork],
     timing: Ratio | None,
     nbytes: int,
     size: int | None,
     loss: Mapping[str, Any],
     metric: MetricResult | None,
 ) -> dict[str, Any]:
-    """The ``summary`` of a report. ``layers`` are its rows, ``timing`` is that of the whole model, ``nbytes`` and
-    ``size`` are bytes before and after, ``loss`` is the difference from the original's outputs."""
+    """The ``summary`` of a report. ``layers`` are its rows, ``work`` is that of all operators, ``timing`` that of the
+    whole model, ``nbytes`` and ``size`` are bytes before and after, ``loss`` is the difference from the original's
+    outputs."""
     weights = sum(math.prod(row["shape"]) for row in layers)
     zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
-    work = {row["name"]: math.prod(row["shape"]) * (row["rows"] or 1) for row in layers}
-    sparse_work = sum(work[row["name"]] for row in layers if row["decision"] == "sparse")
+    sparse = {row["name"] for row in layers if row["decision"] == "sparse"}
     return {
         **times(timing),
         "bytes_before": nbytes,
         "bytes_after": size,
         "sparsity": zeros / weights if weights else 0.0,
-        "sparse_flops_fraction": sparse_work / sum(work.values()) if work else 0.0,
+        "sparse_flops_fraction": sparse_share(work, sparse),
         "relative_error": loss.get("relative_error"),
         "cosine": loss.get("cosine"),
         "metric": None if metric is None else metric.to_dict(),
     }
+
+
+def untouched_rows(
+    layers: Sequence[Mapping[str, Any]], work: Sequence[NodeWork], declined: Sequence[Declined]
+) -> list[dict[str, Any]]:
+    """The ``untouched`` of a report: what is no layer, by operator and reason. ``declined`` has reasons by place."""
+    reasons = {place.place: place.reason for place in declined}
+    return [dataclasses.asdict(row) for row in untouched(work, {row["name"] for row in layers}, reasons)]
 
 
 def layer_rows(

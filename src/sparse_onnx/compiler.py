@@ -125,7 +125,7 @@ def optimize(
         labels: The array of the metric's data with the labels.
         metric_output: The output that the metric is of.
         target_speedup: Goal: how many times faster the whole model becomes, at least.
-        target_size: Goal: what its files take, at most: a share of the original weights (0.5 or "50%") or "120MB".
+        target_size: Goal: what its files take, at most: a share of the original files (0.5 or "50%") or "120MB".
         seed: Of generated inputs and of random pruning.
         benchmark: False: decide by a table instead of timing, for another machine.
         timing_cache: A file with the timings of earlier runs, see :mod:`sparse_onnx.timing_cache`; True: the one in the

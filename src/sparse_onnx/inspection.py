@@ -5,6 +5,7 @@ Weights are read one at a time and in pieces, so that a model of any size is ins
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import tempfile
@@ -26,6 +27,7 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, unpack
 from sparse_onnx.sparsity_metrics import Metrics, measure
 from sparse_onnx.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
+from sparse_onnx.work import Untouched, Work, known_shapes, untouched
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -45,7 +47,10 @@ def inspect_model(
     ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
     operator. Its ``state`` is ``sparse`` (a sparse operator already), ``can be sparse``, ``folded`` (not there any
     more after the clean-up) or ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
-    ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number.
+    ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number. ``not_counted`` has
+    the other constants of rank 2 and more, such as quantized weights, in which zero has no fixed meaning. ``untouched``
+    has the operators with matrix-like work that are no layers, with their share of all work where the shapes in the
+    model tell it, see :func:`.work.untouched`.
 
     With ``metrics``, every weight that is or can be sparse, and ``total`` for all of these together, has ``metrics``:
     see :meth:`.sparsity_metrics.Metrics.to_dict`. They are of the weight as the compiler would store it, after the
@@ -63,7 +68,7 @@ def inspect_model(
     document: dict[str, Any] = {
         "file": str(path),
         "files": files,
-        "file_bytes": sum(files.values()),
+        "file_bytes": model_io.file_bytes(path, model),
         "weight_bytes": weight_bytes,
         "large": weight_bytes > LARGE,
         "ir_version": model.ir_version,
@@ -81,7 +86,8 @@ def inspect_model(
     progress("counting zeros")
     rows = [*_stored(model, measured), *_plain(model)]
     progress("finding what can be sparse")
-    states, places = _states(model, measured, progress)
+    others = _not_counted(model)
+    states, places, left_over = _states(model, measured, progress)
     left = {value.name for value in _initializers(model)}
     for row in rows:
         if row["state"] is None:
@@ -98,7 +104,9 @@ def inspect_model(
         **document,
         "weights": rows,
         "layers": _layers(rows),
+        "not_counted": others,
         "declined": [{"place": place, "reason": reason} for place, reason in places if place not in listed],
+        "untouched": [dataclasses.asdict(row) for row in left_over],
         "total": {
             "weights": size,
             "zeros": sum(row["zeros"] for row in rows),
@@ -261,17 +269,39 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
         }
 
 
+def _not_counted(model: ir.Model) -> list[dict[str, Any]]:
+    """One row for each constant of rank 2 or more that is no float tensor."""
+    rows = []
+    for value in _initializers(model):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
+            continue
+        rows.append(
+            {
+                "name": value.name or "?",
+                "op_type": ", ".join(dict.fromkeys(use.node.op_type for use in value.uses())) or "nothing",
+                "shape": [int(dim) for dim in tensor.shape.numpy()],
+                "dtype": tensor.dtype.name,
+                "bytes": tensor.nbytes,
+            }
+        )
+    return rows
+
+
 def _states(
     model: ir.Model, measured: dict[str, Metrics] | None, progress: Callable[[str], None]
-) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
-    """What the compiler would do with each weight, by name, and the places that it leaves alone. Metrics go to
-    ``measured``.
+) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]], list[Untouched]]:
+    """What the compiler would do with each weight, by name, the places that it leaves alone, and the operators that are
+    no layers. Metrics go to ``measured``.
 
     Changes ``model``: the clean-up runs first, as it does in the compiler.
     """
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
         candidates, declined = find_candidates(model)
+        layers = {candidate.weight.name for candidate in candidates}
+        work = Work(model, known_shapes(model)).count()
+        left_over = untouched(work, layers, {place.place: place.reason for place in declined})
         places = [(place.place, place.reason) for place in declined]
         states = {place: ("stays", reason) for place, reason in places}
         measuring = Progress(progress, "measuring metrics: layer", len(candidates))
@@ -287,4 +317,4 @@ def _states(
                 measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
                 weight.release()
             measuring.step()
-    return states, places
+    return states, places, left_over

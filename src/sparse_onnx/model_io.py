@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ from sparse_onnx.units import format_bytes
 __all__ = [
     "OutputFolder",
     "Spool",
+    "file_bytes",
     "load_model",
     "release_mapping",
     "save_model",
@@ -58,6 +60,7 @@ __all__ = [
 _EXTERNAL_BYTES = 256  # tensors of this size and above leave the model file
 _PAGE_BYTES = 64 * 1024  # tensors of this size and above start on a page, smaller ones on a cache line
 _PAGE, _CACHE_LINE = 4096, 64
+_GAP = 64 * 1024  # what lies between two tensors of a data file and is not larger belongs to them
 
 _FILES = "sparse_onnx.files"  # key of a lazy tensor's metadata: the files that it reads
 
@@ -320,9 +323,37 @@ def _nbytes(tensor: ir.TensorProtocol) -> int:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, subgraphs included; tensors that share their storage count once."""
-    values = [value.const_value for value in _initializers(model)]
-    return sum({_identity(tensor): _nbytes(tensor) for tensor in values if tensor is not None}.values())
+    """Bytes that all weights take in memory: initializers and values of Constant nodes, subgraphs included; tensors
+    that share their storage count once. For what files take, see :func:`file_bytes`."""
+    tensors = [slot.tensor for slot in _tensor_slots(model) if slot.weight]
+    return sum({_identity(tensor): _nbytes(tensor) for tensor in tensors}.values())
+
+
+def file_bytes(path: Path, model: ir.Model) -> int:
+    """Bytes that ``model``, loaded from ``path``, takes on disk: the file, and of its external data files what the
+    model reads, with gaps of less than 64 KiB, which align tensors."""
+    whole = os.stat(path)
+    size = whole.st_size
+    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for slot in _tensor_slots(model):
+        tensor = slot.tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            start = tensor.offset or 0
+            used[tensor.path].append((start, start + tensor.nbytes))
+        elif isinstance(tensor, ir.LazyTensor):
+            for file in tensor.meta.get(_FILES, ()):
+                used[file].append((0, os.stat(file).st_size))
+    for file, ranges in used.items():
+        status = os.stat(file)
+        if os.path.samestat(status, whole):
+            continue
+        end = 0
+        for start, stop in [*sorted(ranges), (status.st_size, status.st_size)]:
+            if start - end < _GAP:
+                start = min(start, end)
+            size += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return size
 
 
 # Writing

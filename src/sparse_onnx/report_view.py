@@ -204,7 +204,7 @@ def _facts(report: Mapping[str, Any]) -> list[dict[str, str]]:
         after, before = ("-" if metric[key] is None else f"{metric[key]:.4g}" for key in ("after", "before"))
         facts.append(_fact(_capital(metric["name"]), after, f"was {before}, on {metric['samples']} samples"))
     facts += _prediction_facts(_predictions(report))
-    share = f"{format_share(summary['sparse_flops_fraction'])} of the layers’ work runs sparse"
+    share = f"{format_share(summary['sparse_flops_fraction'])} of all work runs sparse"
     facts.append(_fact("Zeros in layers", format_share(summary["sparsity"]), share))
     return facts
 

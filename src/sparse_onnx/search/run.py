@@ -202,7 +202,7 @@ class _Job:
         self.state = self._state_folder()
         self.path = source_file(source, work)
         self.model = model_io.load_model(self.path)
-        self.nbytes = model_io.weight_bytes(self.model)
+        self.nbytes = model_io.file_bytes(self.path, self.model)
         goal = recipe.goal
         size = None if goal.target_size is None else float(parse_size(goal.target_size, self.nbytes))
         self.goals = Goals(goal.target_speedup, size, goal.max_drop)
@@ -342,7 +342,7 @@ class _Job:
         pair: list[tuple[ir.Model, Path]] = [
             (model_io.load_model(path), path) for path in (self.path, written)
         ]
-        budget = session_budget(self.nbytes)
+        budget = session_budget(model_io.weight_bytes(self.model))
         timings = time_models(
             pair, self.feeds, threads=self.threads, budget=budget, work=self.work, progress=self.say
         )
