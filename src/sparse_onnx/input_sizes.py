@@ -52,15 +52,20 @@ def solve_shapes(
     equations = [
         Equation(parse(name), size, name)
         for spec in specs
-        if spec.name in shapes
+        if spec.name in shapes and spec.shape is not None
         for name, size in zip(_names(spec), shapes[spec.name], strict=True)
         if name is not None
     ]
     every = list(_places(specs))
     atoms = list(dict.fromkeys(atom for name, _, _ in every for atom in names_of(parse(name))))
+    loose = _loose(atoms)
     rules = [Equation(parse(text), 0, text) for text in _conventions(atoms)]
+    rules += [Equation(parse(loose[e.text]), e.size, e.text) for e in equations if e.text in loose]
     rules += [Equation(parse(name), size, name) for name, size in facts]
-    exact = [equation for equation in equations if equation.text not in _loose(atoms)]
+    exact = [equation for equation in equations if equation.text not in loose]
+    exact.sort(
+        key=lambda equation: len(equation.expression)
+    )  # names first: a message then tells of what is made of them
     try:
         sizes = solve(exact, {})
         sizes = _add(rules, exact, sizes)
@@ -80,7 +85,7 @@ def solve_shapes(
         ) from error
     for spec in specs:
         if spec.name not in shapes and spec.shape is not None:
-            shapes[spec.name] = tuple(_evaluated(spec, sizes, _loose(atoms)))
+            shapes[spec.name] = tuple(_evaluated(spec, sizes, loose))
     return Sizes(shapes, sizes, guessed)
 
 

@@ -20,6 +20,9 @@ from sparse_onnx.graph import is_standard
 
 __all__ = ["Fact", "operator_sizes"]
 
+_STEPS = 8
+"""Nodes that a width is looked for behind, at most."""
+
 _Dims = tuple[Dim, ...]
 
 
@@ -89,6 +92,30 @@ class _Shapes:
         if value.const_value is not None:
             return tuple(value.const_value.shape.numpy())
         return self._known.get(value.name or "", ())
+
+    def width(self, node: ir.Node, index: int) -> Dim:
+        """The last dimension; of a product with a weight also behind operators whose shapes cannot be inferred."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        for _ in range(_STEPS):
+            dims = self.of(node, index)
+            maker = None if value is None else value.producer()
+            if isinstance(_at(dims, -1), int) or maker is None:
+                return _at(dims, -1)
+            if maker.op_type == "MatMul" and isinstance(found := _at(self.of(maker, 1), -1), int):
+                return found
+            if maker.op_type == "MatMulNBits":
+                return _integer(maker, "N") or None
+            if maker.op_type == "Add":  # of a bias
+                node, index = (
+                    maker,
+                    next((i for i in range(2) if isinstance(_at(self.of(maker, i), -1), int)), 0),
+                )
+            elif maker.op_type in ("RotaryEmbedding", "Cast", "Identity"):
+                node, index = maker, 0
+            else:
+                return None
+            value = node.inputs[index]
+        return None
 
 
 _Pairs = Iterator[tuple[Dim, Dim]]
@@ -185,22 +212,31 @@ def _cache(past: _Dims, heads: Dim, size: Dim) -> _Pairs:
 def _group_query(node: ir.Node, shapes: _Shapes) -> _Pairs:
     """``com.microsoft::GroupQueryAttention``: query, key, value (or all packed in the first), caches of keys and of
     values, lengths, and the cosines of half a head."""
-    query, key, past_key, past_value, cosines = (shapes.of(node, index) for index in (0, 1, 3, 4, 7))
     heads, pairs = _integer(node, "num_heads"), _integer(node, "kv_num_heads")
-    size = _heads(_at(query, -1), heads if len(key) else heads + 2 * pairs)
-    half = _at(cosines, -1)
-    if size is None and isinstance(half, int) and not _integer(node, "rotary_interleaved") and half:
-        size = 2 * half
-    for past in (past_key, past_value):
-        yield from _cache(past, pairs, size)
+    half = _at(shapes.of(node, 7), -1)
+    if node.inputs[1] is None:
+        sizes = [_heads(shapes.width(node, 0), heads + 2 * pairs)]
+    else:
+        sizes = [
+            _heads(shapes.width(node, index), count) for index, count in ((0, heads), (1, pairs), (2, pairs))
+        ]
+    sizes.append(
+        2 * half if isinstance(half, int) and half else None
+    )  # the least sure: part of a head may turn
+    size = next((size for size in sizes if size is not None), None)
+    for index in (3, 4):
+        yield from _cache(shapes.of(node, index), pairs, size)
 
 
 def _multi_head(node: ir.Node, shapes: _Shapes) -> _Pairs:
     """``com.microsoft::MultiHeadAttention`` and its decoder: caches are inputs 6 and 7, or 5 and 6."""
     heads, first = _integer(node, "num_heads"), 6 if node.op_type == "MultiHeadAttention" else 5
     query, value = shapes.of(node, 0), shapes.of(node, 2)
-    size = _heads(_at(query, -1), heads) if len(query) == 3 else _at(query, -1)
-    value_size = _heads(_at(value, -1), heads) if len(value) == 3 else size
+    if len(query) == 5:  # packed [B, S, heads, 3, size]
+        size = value_size = _at(query, -1)
+    else:
+        size = _heads(shapes.width(node, 0), heads)
+        value_size = _at(value, -1) if len(value) == 4 else _heads(shapes.width(node, 2), heads) or size
     yield from _cache(shapes.of(node, first), heads, size)
     yield from _cache(shapes.of(node, first + 1), heads, value_size)
 
@@ -221,7 +257,7 @@ def _attention(node: ir.Node, shapes: _Shapes) -> _Pairs:
         if len(current) == 4:
             yield from _cache(shapes.of(node, index + 3), _at(current, 1), _at(current, 3))
         else:
-            yield from _cache(shapes.of(node, index + 3), heads, _heads(_at(current, -1), heads))
+            yield from _cache(shapes.of(node, index + 3), heads, _heads(shapes.width(node, index), heads))
 
 
 def _broadcast(node: ir.Node, shapes: _Shapes) -> _Pairs:
@@ -235,8 +271,14 @@ def _broadcast(node: ir.Node, shapes: _Shapes) -> _Pairs:
             yield other[axis], size
 
 
+def _quantized(node: ir.Node, shapes: _Shapes) -> _Pairs:
+    """``com.microsoft::MatMulNBits``."""
+    yield _at(shapes.of(node, 0), -1), _integer(node, "K") or None
+
+
 _RULES: Mapping[str, _Rule] = {
     "MatMul": _matmul,
+    "MatMulNBits": _quantized,
     "MatMulInteger": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
