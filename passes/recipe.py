@@ -8,7 +8,7 @@
         modifiers:
           - prune.magnitude: {sparsity: 0.8, ignore: ["re:.*classifier.*"]}
           - prune.threshold: {theta: 1e-4}
-    target: {shapes: {input_ids: [1, 128]}, threads: 4}
+    target: {shapes: {input_ids: [1, 128]}, input_values: {rate: 16000}, threads: 4}
     calibration: {data: samples.npz, num_calibration_samples: 512, seed: 0}
     goal: {max_drop: 0.01, target_speedup: 2, target_size: 50%, min_speedup: 1.05}
 
@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.inputs import holds_numbers
 from sparse_onnx.passes import PASSES, pass_by_name
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
 from sparse_onnx.passes.options import check_types, require, unknown
@@ -82,6 +83,8 @@ class Target(_Section):
         shapes: Input shapes by name, or a list of these for several targets.
         threads: Intra-op threads; None: all cores.
         weights: Of several targets, how much each counts in the mean time that decides; None: the worst decides.
+        input_values: Values for inputs that steer the graph, by name: a number, true or false, or a list of values.
+        fixed_inputs: The same, but they become constants of the result.
     """
 
     shapes: Mapping[str, tuple[int, ...]] | tuple[Mapping[str, tuple[int, ...]], ...] = dataclasses.field(
@@ -89,6 +92,8 @@ class Target(_Section):
     )
     threads: int | None = None
     weights: tuple[float, ...] | None = None
+    input_values: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    fixed_inputs: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -102,6 +107,14 @@ class Target(_Section):
             for name, shape in shapes.items():
                 require(
                     all(size >= 1 for size in shape), f"{where}.{name}", list(shape), "sizes of 1 or more"
+                )
+        for option in ("input_values", "fixed_inputs"):
+            for name, value in getattr(self, option).items():
+                require(
+                    holds_numbers(value),
+                    f"{option}.{name}",
+                    value,
+                    "a number, true or false, or a list of these",
                 )
         if self.weights is not None:
             count = len(self.all_shapes)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.tools.console import (
+    fix_input_option,
     format_option,
     if_any,
     input_shape_option,
+    input_value_option,
     other_work,
     progress,
     quiet_option,
@@ -62,6 +64,8 @@ _LAYERS, _REASONS, _WIDTH = 5, 2, 28
     "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Samples run together."
 )
 @input_shape_option("to time for")
+@input_value_option
+@fix_input_option
 @click.option("--threads", type=click.IntRange(1), help="Threads to time for.  [default: all cores]")
 @click.option(
     "--min-speedup",

@@ -16,9 +16,11 @@ from sparse_onnx.tools.live_line import LiveLine, display_width
 from sparse_onnx.units import format_rounded
 
 __all__ = [
+    "fix_input_option",
     "format_option",
     "if_any",
     "input_shape_option",
+    "input_value_option",
     "other_work",
     "progress",
     "quiet_option",
@@ -63,6 +65,22 @@ def input_shape_option(
     text = f"NAME:DIM,DIM,.. {purpose}; repeatable" + (", also for several shapes." if several else ".")
     parse = _several_shapes if several else _shapes
     return click.option("--input-shape", "input_shapes", multiple=True, callback=parse, help=text)
+
+
+def _values(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    from sparse_onnx.inputs import parse_value_flags
+
+    return parse_value_flags(values, option.opts[0]) or None
+
+
+input_value_option = click.option(
+    "--input", "input_values", multiple=True, callback=_values,
+    help="NAME=VALUE for an input that steers the graph: a number, true, or a list (1,0); repeatable.",
+)  # fmt: skip
+fix_input_option = click.option(
+    "--fix-input", "fixed_inputs", multiple=True, callback=_values,
+    help="NAME=VALUE, as a constant: the input disappears, with the branches not taken; repeatable.",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

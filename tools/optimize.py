@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from sparse_onnx.tools.console import (
+    fix_input_option,
     format_option,
     if_any,
     input_shape_option,
+    input_value_option,
     other_work,
     progress,
     quiet_option,
@@ -91,6 +93,8 @@ def _numbers(
     help="Folder for finished layers: run again with it after an interruption.",
 )
 @input_shape_option("to decide and time for", several=True)
+@input_value_option
+@fix_input_option
 @click.option(
     "--shape-weights",
     callback=_numbers,

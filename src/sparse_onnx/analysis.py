@@ -23,7 +23,8 @@ import onnx_ir as ir
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.compilation import FUSION_PASSES, PREPARATION_PASSES, lower_layers, source_file
 from sparse_onnx.forecast import Forecast, LayerForecast, Outlook, Plan
-from sparse_onnx.inputs import InputSpec
+from sparse_onnx.input_choice import choose_inputs, explaining_guesses
+from sparse_onnx.inputs import InputSpec, Value, plain_values
 from sparse_onnx.layer_curves import (
     SPARSITIES,
     STRUCTURES,
@@ -39,6 +40,7 @@ from sparse_onnx.node_profile import NodeProfile, profile_model
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
+from sparse_onnx.passes.fix_inputs import fix_inputs
 from sparse_onnx.passes.guard import find_candidates
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Packer, layer_kind
 from sparse_onnx.passes.magnitude import Magnitude
@@ -238,6 +240,8 @@ def analyze(
     targets: Sequence[str] = (),
     ignore: Sequence[str] = DEFAULT_IGNORE,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_values: Mapping[str, Any] | None = None,
+    fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float = 1.02,
     anchors: bool = True,
@@ -256,6 +260,7 @@ def analyze(
         sparsities: The shares of zeros to measure at, each in (0, 1).
         targets, ignore: The layers that pruning may touch, see :class:`.weights.Selection`.
         input_shapes: Shapes to time for, by input name.
+        input_values, fixed_inputs: Values for inputs that steer the graph, as ``optimize`` takes them.
         threads: Intra-op threads to time for; None: all cores of this process.
         min_speedup: From which speedup on a layer counts as faster.
         anchors: Compile and time whole models; without them the prediction is rough, and says so.
@@ -301,7 +306,8 @@ def analyze(
                 tokenizer=tokenizer,
             )
 
-        return job.run(given, ANCHORS if anchors else (), seed, samples)
+        values, fixed = plain_values(input_values) or {}, plain_values(fixed_inputs) or {}
+        return job.run(given, values, fixed, ANCHORS if anchors else (), seed, samples)
 
 
 class _Job:
@@ -328,6 +334,8 @@ class _Job:
     def run(
         self,
         given: Mapping[str, tuple[int, ...]],
+        values: Mapping[str, Value],
+        fixed: Mapping[str, Value],
         wanted: Sequence[float],
         seed: int,
         open_data: Callable[[Sequence[InputSpec]], Samples | None],
@@ -337,16 +345,19 @@ class _Job:
             original = model_io.load_model(self.path)
             self.nbytes = model_io.file_bytes(self.path, original)
             self.budget = session_budget(model_io.weight_bytes(original))
-            specs = inputs.input_specs(original)
-            shapes, guessed = inputs.resolve_shapes(specs, given)
-            self.feeds = inputs.generate(specs, shapes, seed)
+            specs = inputs.input_specs(original, values, fixed)
+            steered = original.clone()
+            fix_inputs(steered, specs)
             samples = open_data(specs)
-        for name, size in guessed.items():
-            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to measure for another")
+            first = [] if samples is None else [next(iter(samples))]
+            self.choice = choose_inputs(steered, specs, given, first)
+            self.feeds = self.choice.feeds(seed)
+        for line in self.choice.notes("to measure for another"):
+            self.say(f"note: {line}")
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put)
             with self.clock("clean up"):
-                cleaned = original.clone()
+                cleaned = steered.clone()
                 Pipeline(PREPARATION_PASSES)(cleaned, context)
                 fused = cleaned.clone()
                 changed = Pipeline(FUSION_PASSES)(fused, context).modified
@@ -375,7 +386,7 @@ class _Job:
         return Analysis(
             self.source.name,
             environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
-            shapes,
+            self.choice.shapes,
             forecast,
             profile,
             tuple(anchors),
@@ -399,7 +410,8 @@ class _Job:
         work = Work(model, {name: array.shape for name, array in self.feeds.items()})
         names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
-            values = shapes_in(runner.run(self.feeds))[1]
+            with explaining_guesses([self.choice]):
+                values = shapes_in(runner.run(self.feeds))[1]
             self.node_work = work.count(values)
             return values, runner.milliseconds(self.feeds)
 

@@ -16,6 +16,7 @@ from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.compile_report import layer_rows, summary, target_rows, untouched_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.goals import Gate, gates, goal_document
+from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
@@ -30,6 +31,7 @@ from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.fix_inputs import fix_inputs
 from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
@@ -97,6 +99,7 @@ class Compilation:
         self.declined: list[Declined] = []
         self.path = source
         self.targets: list[dict[str, tuple[int, ...]]] = []
+        self.choices: list[Choice] = []
         self.cache, self.table = cache, table
         self.calibration: CalibrationData | None = None
         self.held_out: Samples | None = None
@@ -109,8 +112,10 @@ class Compilation:
 
     def load(self) -> ir.Model:
         self.path = source_file(self.source, self.work, self.say)
-        model = model_io.load_model(self.path)
+        model, target = model_io.load_model(self.path), self.recipe.target
         check_outputs(model, self.say)
+        self.specs = inputs.input_specs(model, target.input_values, target.fixed_inputs)
+        self.fixed = fix_inputs(model, self.specs)
         return model
 
     def prepare(
@@ -207,13 +212,16 @@ class Compilation:
                         min_speedup=self.recipe.goal.min_speedup,
                     )
             optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
-            unchanged = not any(decision.sparse for decision in decisions) and not pruned.modified
+            unchanged = (
+                not any(decision.sparse for decision in decisions) and not pruned.modified and not self.fixed
+            )
             if unchanged:
                 # Nothing gained: the model as it was, not even cleaned.
                 optimized = model_io.load_model(self.path)
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
-                verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
+                changed = pruned.modified or cleaned.modified or self.fixed
+                verification = self.verify(optimized, samples, reference, changed)
             with self.clock("compare weights"):
                 layers = layer_rows(
                     decisions, shapes[0], self.before, self.errors, self.held_out_errors, self.say
@@ -262,7 +270,7 @@ class Compilation:
         if goal.metric_data is not None:
             self.metric_samples = open_samples(
                 goal.metric_data,
-                inputs.input_specs(original),
+                self.specs,
                 batch=calibration.batch_size,
                 tokenizer=calibration.tokenizer,
                 labels=goal.labels,
@@ -284,8 +292,7 @@ class Compilation:
     def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], list[Feeds]]:
         """Batches to verify with (real ones if given), and those to time with, one for each target. Where the pipeline
         needs real inputs, most of them are for that, and an eighth is held out to verify with."""
-        specs = inputs.input_specs(model)
-        calibration = self.recipe.calibration
+        specs, calibration = self.specs, self.recipe.calibration
         samples: list[Feeds] = []
         if calibration.data is not None:
             goal = self.recipe.goal
@@ -317,19 +324,20 @@ class Compilation:
                     )
             for feeds in held:
                 samples.append(feeds)
-                if sum(map(inputs.sample_count, samples)) >= _MAX_SAMPLES:
+                if sum(inputs.sample_count(batch, specs) for batch in samples) >= _MAX_SAMPLES:
                     break
             if self.calibration is not None and held is not known:
                 self.held_out = held.part(0, len(samples))
-        guessed: dict[str, int] = {}
-        for given in self.recipe.target.all_shapes:
-            shapes, unknown = inputs.resolve_shapes(specs, given)
-            self.targets.append(shapes)
-            guessed |= unknown
-        for name, size in guessed.items():
-            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to decide for another")
+        given = self.recipe.target.all_shapes
+        first = [next(iter(known))] if samples else []
+        self.choices = [choose_inputs(model, specs, shapes, first) for shapes in given]
+        self.targets = [choice.shapes for choice in self.choices]
+        for line in dict.fromkeys(
+            line for choice in self.choices for line in choice.notes("to decide for another")
+        ):
+            self.say(f"note: {line}")
         self.generated = not samples
-        timed = [inputs.generate(specs, shapes, calibration.seed) for shapes in self.targets]
+        timed = [choice.feeds(calibration.seed) for choice in self.choices]
         return samples or timed, timed
 
     def run_dense(
@@ -342,7 +350,8 @@ class Compilation:
         names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
-            timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            with explaining_guesses(self.choices):
+                timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
             self.node_work = work.count(timed[0][1])
             outputs = [] if self.generated else self.run_all(runner, samples, "batch")
             outputs = [shapes_in(output)[0] for output in outputs]
@@ -394,7 +403,8 @@ class Compilation:
         models = [file_digest(path) for path in (self.path, self.written)]
         settled = []
         for shapes, timing in zip(self.targets, timings, strict=True):
-            key = {"models": models, "inputs": shapes} | bench.environment
+            values = {spec.name: spec.value for spec in self.specs if spec.value is not None}
+            key = {"models": models, "inputs": shapes, "values": values} | bench.environment
             known = bench.cache.get(key)
             if known is not None and (timing.close_to(1) or not timing.quiet):
                 settled.append(known)

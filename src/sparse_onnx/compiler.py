@@ -18,6 +18,7 @@ from sparse_onnx import model_io
 from sparse_onnx.compilation import Compilation
 from sparse_onnx.compile_report import write_report
 from sparse_onnx.errors import UsageError
+from sparse_onnx.inputs import plain_values
 from sparse_onnx.metrics import check_metric_name
 from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
@@ -76,6 +77,8 @@ def optimize(
     checkpoint: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
     shape_weights: Sequence[float] | None = None,
+    input_values: Mapping[str, Any] | None = None,
+    fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
     max_drop: float | None = None,
@@ -116,6 +119,10 @@ def optimize(
         input_shapes: Shapes to decide and time for, by input name; a sequence of these for several targets: nothing may
             then be slower at any of them.
         shape_weights: With several targets, how much each counts: their weighted mean time decides, not the worst.
+        input_values: Values for inputs that steer the graph, by name: numbers, booleans, lists or arrays of these.
+            A number alone fills an input of any shape.
+        fixed_inputs: The same, but they become constants of the result, which has these inputs no longer; what depends
+            on them alone is computed now.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
         max_drop: Goal: what the metric may lose, see :func:`.quality.drop`; without one 1 − cosine between the outputs
@@ -176,6 +183,8 @@ def optimize(
         checkpoint=None if checkpoint is None else str(checkpoint),
         shapes=input_shapes,
         shape_weights=shape_weights,
+        input_values=plain_values(input_values),
+        fixed_inputs=plain_values(fixed_inputs),
         threads=threads,
         min_speedup=min_speedup,
         max_drop=max_drop,

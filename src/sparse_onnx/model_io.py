@@ -26,6 +26,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
+from sparse_onnx.dimensions import forget_unknown
 from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
@@ -164,6 +165,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             imports[""] = imports.pop("ai.onnx")
         del owner.opset_import[:]
         owner.opset_import.extend(onnx.helper.make_opsetid(*item) for item in imports.items())
+    forget_unknown(proto.graph)
     for _, tensor in tensors(proto):
         if tensor.data_location != tensor.EXTERNAL:
             continue

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.comparison import compare
-from sparse_onnx.inputs import Feeds, sample_count
+from sparse_onnx.inputs import Feeds, InputSpec, input_specs, sample_count
 from sparse_onnx.passes.allocation import error_curve
 from sparse_onnx.passes.calibration import Calibrator, Options, Samples
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -71,7 +71,7 @@ def measure_losses(
     """
     calibrator = Calibrator(model, weights, samples, options, work=work, progress=progress)
     statistics = calibrator.oneshot()
-    batches = _first(samples)
+    batches = _first(samples, input_specs(model))
     known = [weight for weight in weights if weight.name in statistics]
     told = Progress(progress, "losses of layers", len(known))
     losses = {}
@@ -93,12 +93,12 @@ def measure_losses(
     return losses
 
 
-def _first(samples: Samples) -> list[Feeds]:
+def _first(samples: Samples, specs: Sequence[InputSpec]) -> list[Feeds]:
     """The first batches with some samples in all."""
     batches: list[Feeds] = []
     for feeds in samples:
         batches.append(feeds)
-        if sum(map(sample_count, batches)) >= _SAMPLES:
+        if sum(sample_count(batch, specs) for batch in batches) >= _SAMPLES:
             break
     return batches
 

@@ -1,8 +1,8 @@
 """What is known of the shapes of a model's values, and what follows where they are broadcast.
 
 A dimension is a size, a symbol (equal symbols are equal sizes; different ones may be equal, too) or None, where
-nothing is known. Names that exporters write for "any size" (``?``, the empty name) and sizes below zero are None:
-two of them have nothing in common.
+nothing is known. Names that exporters write for "any size" (``?``, the empty name) and sizes below zero are None
+(:mod:`.dimensions`): two of them have nothing in common.
 
 The functions assume that the model is valid, so that what it broadcasts does fit. They answer yes only where that
 holds for all sizes that the symbols may stand for.
@@ -21,11 +21,11 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.constants import constant_number, constant_tensor
+from sparse_onnx.dimensions import Dim, forget_unknown
 from sparse_onnx.graph import is_standard
 
-__all__ = ["Dim", "Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
+__all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
 
-Dim = int | str | None
 Dims = tuple[Dim, ...]
 Run = Mapping[str, Sequence[int]]
 """Shapes by the name of the value, as one run of a model has shown them."""
@@ -93,8 +93,7 @@ class Shapes:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(model_io.skeleton(self._model)[0])
         if self._inputs is not None:
             _declare(proto.graph, self._inputs)
-        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
-            _forget_unknown(value)
+        forget_unknown(proto.graph)  # inference would spread what stands for any size as if it were one symbol
         with contextlib.suppress(
             Exception
         ):  # of whatever kind: the runtime will tell what is wrong with the model
@@ -224,15 +223,6 @@ def _is_size(dim: Dim) -> bool:
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-
-
-def _forget_unknown(value: onnx.ValueInfoProto) -> None:
-    """Leave out what stands for any size: inference would spread it as if it were one symbol."""
-    for dim in value.type.tensor_type.shape.dim:
-        if dim.HasField("dim_value") and dim.dim_value < 0:
-            dim.ClearField("dim_value")
-        elif dim.dim_param.strip() in ("?", "-1", "None"):
-            dim.ClearField("dim_param")
 
 
 def _declare(graph: onnx.GraphProto, inputs: Run) -> None:

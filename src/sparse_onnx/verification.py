@@ -12,7 +12,6 @@ One model is open at a time, and outputs wait on disk: all runs fit into the mem
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +24,13 @@ from sparse_onnx import model_io
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, Difference, compare
 from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import UsageError, VerificationError
-from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, resolve_shapes
+from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
+from sparse_onnx.inputs import Feeds, InputSpec, Value, generate, input_specs, plain_values, typed_value
 from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.layer_trace import LayerTrace, trace_layers
 from sparse_onnx.metrics import Measure, MetricResult, open_metric
 from sparse_onnx.passes.calibration.data import open_samples
+from sparse_onnx.passes.fix_inputs import fixed_values
 from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.recording import record
@@ -178,6 +179,7 @@ def verify(
     tokenizer: str | Path | None = None,
     num_samples: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    input_values: Mapping[str, Any] | None = None,
     max_compiler_error: float = MAX_COMPILER_ERROR,
     max_relative_error: float | None = None,
     max_abs_error: float | None = None,
@@ -204,6 +206,8 @@ def verify(
             target shapes, and again at smaller odd ones where dimensions are symbolic.
         num_samples: Use so many of them; None: all.
         input_shapes: Target shapes of generated inputs, by input name; a sequence of these for several targets.
+        input_values: Values for inputs that steer the graph, by name, where the data has none. Those that the optimized
+            model has as constants (``fixed_inputs`` of ``optimize``) are known from it.
         max_compiler_error, max_relative_error, max_abs_error, min_cosine, min_top1_agreement, max_kl, max_drop: What
             passes, see :class:`Thresholds`.
         metric: A metric to measure of both on ``data``, see :mod:`.metrics`.
@@ -231,7 +235,7 @@ def verify(
     say = progress or (lambda _line: None)
     paths = (Path(original), Path(optimized))
     models = (model_io.load_model(paths[0]), model_io.load_model(paths[1]))
-    specs = input_specs(models[0])
+    specs = _specs(models, plain_values(input_values) or {})
     _check_interfaces(models, specs)
     heads = find_heads(models[0])
     if max_kl is not None and not heads:
@@ -241,12 +245,16 @@ def verify(
     if data is None and (labels is not None or tokenizer is not None):
         raise UsageError("labels and tokenizer belong to real inputs: give data, too")
     count = threads or available_cores()
+    choices: list[Choice] = []
     if data is not None:
         samples = open_samples(data, specs, limit=num_samples, tokenizer=tokenizer, labels=labels)
         batches, required = list(samples), None
         tried = [f"{data}: {len(batches)} batches"]
     else:
-        batches, required = _generated(specs, input_shapes or {}, seed, say)
+        asked = input_shapes or {}
+        wanted = [asked] if isinstance(asked, Mapping) else list(asked)
+        choices = [choose_inputs(models[0], specs, target) for target in wanted]
+        batches, required = _generated(choices, seed, say)
         tried = [f"generated: {_describe(feeds)}" for feeds in batches]
     opened = None
     if metric is not None:
@@ -263,15 +271,16 @@ def verify(
         work = Path(scratch)
         probe = make_probe(heads, batches[0]) if data is not None else None
         say("running the original")
-        reference, skipped = record(
-            models[0],
-            paths[0],
-            batches if probe is None else [*batches, probe.feeds],
-            work / "original",
-            threads=count,
-            library=False,
-            required=required,
-        )
+        with explaining_guesses(choices):
+            reference, skipped = record(
+                models[0],
+                paths[0],
+                batches if probe is None else [*batches, probe.feeds],
+                work / "original",
+                threads=count,
+                library=False,
+                required=required,
+            )
         heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
         dense = dense_reference(models[1], spool.put) if uses_library(models[1]) else None
@@ -366,36 +375,44 @@ def _worst(name: str, reference: str, places: Sequence[_Place], allowed: float |
         yield Miss(name, reference, way, output, found, allowed)
 
 
-def _generated(
-    specs: Sequence[InputSpec],
-    targets: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]],
-    seed: int,
-    say: Callable[[str], None],
-) -> tuple[list[Feeds], int]:
+def _generated(choices: Sequence[Choice], seed: int, say: Callable[[str], None]) -> tuple[list[Feeds], int]:
     """Inputs at every target, then at other shapes than the first; and how many of them are for targets."""
-    wanted = [targets] if isinstance(targets, Mapping) else list(targets)
     every: list[dict[str, tuple[int, ...]]] = []
-    for target in wanted:
-        shapes, guessed = resolve_shapes(specs, {name: tuple(shape) for name, shape in target.items()})
-        for name, size in guessed.items():
-            say(f"note: dimension {name} is taken as {size}; say --input-shape for another")
-        if shapes not in every:
-            every.append(shapes)
+    for choice in choices:
+        for line in choice.notes("for another"):
+            say(f"note: {line}")
+        if choice.shapes not in every:
+            every.append(choice.shapes)
     required = len(every)
-    other = _other_shapes(specs, every[0])
-    if other not in every:
+    other = choices[0].others(_SHORT)
+    if other is not None and other not in every:
         every.append(other)
-    return [generate(specs, shapes, seed + i) for i, shapes in enumerate(every)], required
+    return [generate(choices[0].specs, shapes, seed + i) for i, shapes in enumerate(every)], required
+
+
+def _specs(models: Sequence[ir.Model], values: Mapping[str, Value]) -> tuple[InputSpec, ...]:
+    """The inputs of the original; those that are constants of the optimized model have its values."""
+    constants = fixed_values(models[1])
+    names = {value.name for value in models[0].graph.inputs}
+    specs = input_specs(models[0], {}, {name: v for name, v in constants.items() if name in names})
+    for spec in specs:
+        if spec.fixed and spec.name in values and typed_value(spec, values[spec.name]) != spec.value:
+            raise UsageError(f"--input {spec.name}: the optimized model has it fixed to {spec.value}")
+    free = {name: value for name, value in values.items() if name not in constants}
+    fixed = {spec.name: spec.value for spec in specs if spec.fixed}
+    return input_specs(models[0], free, fixed)
 
 
 def _check_interfaces(models: Sequence[ir.Model], specs: Sequence[InputSpec]) -> None:
     other = {spec.name: spec for spec in input_specs(models[1])}
+    specs = [spec for spec in specs if not spec.fixed]
     names = {spec.name for spec in specs}
     if names != other.keys():
         raise VerificationError(f"the models differ in their inputs: {_only(names, set(other))}")
     for spec in specs:
         same = other[spec.name]
-        if spec.dtype != same.dtype or len(spec.shape) != len(same.shape):
+        ranks = {len(shape) for shape in (spec.shape, same.shape) if shape is not None}
+        if spec.dtype != same.dtype or len(ranks) > 1:
             raise VerificationError(
                 f"the models differ in an input: {spec.describe()} in the original, "
                 f"{same.describe()} in the optimized"
@@ -412,24 +429,6 @@ def _only(first: set[str], second: set[str]) -> str:
         if names
     ]
     return "; ".join(parts)
-
-
-def _other_shapes(
-    specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """``shapes`` with a batch of one made two and long dimensions made short, where the model leaves them open.
-
-    Axes after the second stay: what heights and widths a network takes depends on its strides.
-    """
-    return {
-        spec.name: tuple(map(_other_size, spec.shape, shapes[spec.name], itertools.count())) for spec in specs
-    }
-
-
-def _other_size(dim: int | str | None, size: int, position: int) -> int:
-    if isinstance(dim, int) or position > 1:
-        return size
-    return 2 if size == 1 and position == 0 else min(size, _SHORT)
 
 
 def _describe(feeds: Feeds) -> str:

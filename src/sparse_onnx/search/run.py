@@ -21,12 +21,15 @@ from sparse_onnx.compiler import OptimizeResult, compile_into
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.goals import gates, goal_document
+from sparse_onnx.input_choice import choose_inputs
 from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.base import PassContext, Pipeline, Stage
+from sparse_onnx.passes.calibration.data import open_samples
 from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.fix_inputs import fix_inputs
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.oneshot import OneShot
@@ -206,10 +209,22 @@ class _Job:
         goal = recipe.goal
         size = None if goal.target_size is None else float(parse_size(goal.target_size, self.nbytes))
         self.goals = Goals(goal.target_speedup, size, goal.max_drop)
-        specs = inputs.input_specs(self.model)
-        self.targets = [inputs.resolve_shapes(specs, given)[0] for given in recipe.target.all_shapes]
-        seed = recipe.calibration.seed
-        self.feeds = [inputs.generate(specs, shapes, seed) for shapes in self.targets]
+        target = recipe.target
+        specs = inputs.input_specs(self.model, target.input_values, target.fixed_inputs)
+        fix_inputs(self.model, specs)
+        first = self._first_batch(specs)
+        choices = [choose_inputs(self.model, specs, given, first) for given in target.all_shapes]
+        self.targets = [choice.shapes for choice in choices]
+        self.feeds = [choice.feeds(recipe.calibration.seed) for choice in choices]
+
+    def _first_batch(self, specs: Sequence[inputs.InputSpec]) -> list[inputs.Feeds]:
+        """One batch of the data, as trials see it; none without data."""
+        calibration = self.recipe.calibration
+        if calibration.data is None:
+            return []
+        size = calibration.batch_size
+        data = open_samples(calibration.data, specs, limit=size, batch=size, tokenizer=calibration.tokenizer)
+        return [next(iter(data))]
 
     def _state_folder(self) -> Path:
         kept = self.recipe.calibration.checkpoint
@@ -289,6 +304,8 @@ class _Job:
                 targets=selection.targets,
                 ignore=selection.ignore,
                 input_shapes=self.targets[0],
+                input_values=self.recipe.target.input_values,
+                fixed_inputs=self.recipe.target.fixed_inputs,
                 threads=self.threads,
                 min_speedup=self.recipe.goal.min_speedup,
                 calibration_data=calibration.data,
