@@ -102,6 +102,12 @@ def _numbers(
     "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
 )
 @click.option(
+    "--keep-pruned/--no-keep-pruned",
+    default=None,
+    help="Whether layers that stay dense keep their zeros, for another runtime.  [default: they keep or get back their "
+    "original weights]",
+)
+@click.option(
     "--metric",
     help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
 )

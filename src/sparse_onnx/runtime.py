@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "FEWEST_STARTS",
     "MOST_STARTS",
     "STARTS",
     "Ratio",
@@ -58,7 +59,7 @@ __all__ = [
 STARTS, MOST_STARTS = 6, 15
 """How often a measurement is repeated: six are the fewest whose range is a 95 % interval of their median."""
 
-_FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
+FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
 
 
 def session_budget(nbytes: int) -> int:
@@ -377,7 +378,7 @@ def pool(ratios: Sequence[Ratio]) -> Ratio:
     """Measurements that were made independently of each other as one: the median of their medians, and the interval of
     it. Those that were not quiet are left out if three others are there."""
     quiet = [found for found in ratios if found.quiet]
-    if len(quiet) >= _FEWEST_STARTS:
+    if len(quiet) >= FEWEST_STARTS:
         ratios = quiet
     medians = [found.median for found in ratios]
     return Ratio(
@@ -417,7 +418,7 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         ratios.append(measure())
         if sum(found.quiet for found in ratios) >= STARTS and not pool(ratios).close_to(threshold):
             break
-        if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
+        if len(ratios) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
 
