@@ -15,7 +15,7 @@ from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.compile_report import layer_rows, summary, target_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
-from sparse_onnx.give_back import Originals, exchange, keeping_zeros, pruning_of, without_zeros
+from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
@@ -208,8 +208,8 @@ class Compilation:
             context = PassContext(spool.put, self.say)
             prepared = self.prepare(model, _planned(pipeline), context)
             candidates = self.fuse(model, context)
-            decisions, _ = self.give_back([model], guard.decide_by_table(candidates), prepared)
-            layers = self.rows(decisions, None, prepared)
+            # What stays dense is not known before it is timed: nothing is given back.
+            layers = self.rows(guard.decide_by_table(candidates), None, prepared)
         found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
         return self.report(None, [], layers, {}, found)
 
@@ -438,8 +438,8 @@ class Compilation:
         models: Sequence[ir.Model],
         decisions: Sequence[Decision],
         prepared: Prepared,
-        samples: Sequence[Feeds] = (),
-        reference: Sequence[Feeds] = (),
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
     ) -> tuple[list[Decision], list[Feeds] | None]:
         """Give weights that stay dense their originals back, in ``models``, copies of one another, if the outputs are
         nearer to the original's then. Where that was done, also the new outputs of the last model on ``samples``;
@@ -450,22 +450,19 @@ class Compilation:
             return list(decisions), None
         names = {state.name for state in states}
         zeros = exchange(models, states)
-        outputs = None
-        if samples:
-            with self.open(models[-1], None, library=False) as runner:
-                outputs = self.run_all(runner, samples, "with original weights where dense")
-            gained = sparse or prepared.removed.modified
-            if gained and not self.generated:
-                original = self.original_outputs(samples)
-                before, after = (compare(original, x).relative_error for x in (reference, outputs))
-                if before < after:  # later layers were solved for the pruned ones before them
-                    exchange(models, zeros)
-                    why = (
-                        f"the whole is nearer to the original with them ({format_error(before)} instead of "
-                        f"{format_error(after)})"
-                    )
-                    self.say(f"note: layers that stay dense keep their zeros: {why}")
-                    return keeping_zeros(decisions, names, why), None
+        with self.open(models[-1], None, library=False) as runner:
+            outputs = self.run_all(runner, samples, "with original weights where dense")
+        if (sparse or prepared.removed.modified) and not self.generated:
+            original = self.original_outputs(samples)
+            before, after = (compare(original, x).relative_error for x in (reference, outputs))
+            if before < after:  # later layers were solved for the pruned ones before them
+                exchange(models, zeros)
+                why = (
+                    f"the whole is nearer to the original with them ({format_error(before)} instead of "
+                    f"{format_error(after)})"
+                )
+                self.say(f"note: layers that stay dense keep their zeros: {why}")
+                return keeping_zeros(decisions, names, why), None
         self.given_back = names
         return without_zeros(decisions, names), outputs
 
@@ -486,13 +483,9 @@ class Compilation:
         """The layers of the report."""
         errors = {name: error for name, error in self.errors.items() if name not in self.given_back}
         held_out = {n: error for n, error in self.held_out_errors.items() if n not in self.given_back}
-        rows = layer_rows(decisions, shapes, self.before, errors, held_out, self.say)
-        names = [row["name"] for row in rows]
-        found = pruning_of(names, prepared.pruned.layers, self.given_back, self.declined)
-        return [
-            {**row, "pruning": what, "pruning_reason": why}
-            for row, (what, why) in zip(rows, found.values(), strict=True)
-        ]
+        say = self.say if shapes is not None else lambda _line: None
+        rows = layer_rows(decisions, shapes, self.before, errors, held_out, say)
+        return with_pruning(rows, prepared.pruned.layers, self.given_back, self.declined)
 
     def overall(self, timings: Sequence[Ratio]) -> Ratio:
         """What the targets come to: their weighted mean, or the worst."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,18 +15,14 @@ from sparse_onnx.passes.guard import Decision
 __all__ = [
     "GIVEN_BACK",
     "Originals",
-    "Pruning",
     "Stored",
     "exchange",
     "keeping_zeros",
-    "pruning_of",
+    "with_pruning",
     "without_zeros",
 ]
 
 GIVEN_BACK = "its original weight was given back"
-
-Pruning = Literal["pruned", "given back", "never"]
-"""What became of a weight: it ships with zeros that were made, it had some for a while, or it was never touched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,21 +116,25 @@ def keeping_zeros(decisions: Sequence[Decision], names: Collection[str], why: st
     ]
 
 
-def pruning_of(
-    names: Iterable[str],
+def with_pruning(
+    rows: Iterable[Mapping[str, Any]],
     changes: Iterable[LayerChange],
     given_back: Collection[str],
     declined: Iterable[Declined],
-) -> dict[str, tuple[Pruning, str]]:
-    """What became of every weight, by name, and why it was not pruned, if a pass said so."""
+) -> list[dict[str, Any]]:
+    """The layers of a report with what became of every weight: it ships with zeros that were made (``pruned``), it has
+    its original weights again (``given back``), or it was ``never`` pruned; and why not, as far as a pass said so."""
     changed = {change.name for change in changes if change.zeros_after > change.zeros_before}
     why = {place.place: place.reason for place in declined if place.pass_name.startswith("prune.")}
-    found: dict[str, tuple[Pruning, str]] = {}
-    for name in names:
+    found = []
+    for row in rows:
+        name = row["name"]
+        extra = {"pruning": "never", "pruning_reason": why.get(name, "no pruning was asked of it")}
         if name in given_back:
-            found[name] = ("given back", "it stays dense")
+            extra = {"pruning": "given back", "pruning_reason": "it stays dense"}
         elif name in changed:
-            found[name] = ("pruned", "")
-        else:
-            found[name] = ("never", why.get(name, "no pruning was asked of it"))
+            extra = {"pruning": "pruned", "pruning_reason": ""}
+        elif why.get(name, "").startswith("not pruned"):
+            extra["reason"] = f"{row['reason']}; {why[name]}"
+        found.append({**row, **extra})
     return found

@@ -22,7 +22,17 @@ from sparse_onnx.passes.weights import Selection, Weight, find_weights
 from sparse_onnx.progress import Progress
 from sparse_onnx.timing_table import TimingTable
 
-__all__ = ["CurvesOf", "below_break_even", "measured_curves", "prunes", "tabulated_curves", "without_kernel"]
+__all__ = [
+    "NO_KERNEL",
+    "CurvesOf",
+    "below_break_even",
+    "measured_curves",
+    "prunes",
+    "tabulated_curves",
+    "without_kernel",
+]
+
+NO_KERNEL = "not pruned: no sparse kernel could take it"
 
 CurvesOf = Callable[[Candidate, Layer, Sequence[tuple[int, ...]], float, str], LayerCurves | None]
 """How fast one layer of a candidate is with inputs of these shapes, a share of zeros and a pattern; None: not known."""
@@ -39,7 +49,7 @@ def without_kernel(model: ir.Model) -> dict[str, str]:
     takable = {id(candidate.weight.value) for candidate in candidates}
     why = {place.place: place.reason for place in declined}
     return {
-        weight.name: f"not pruned: no sparse kernel could take it ({why.get(weight.name, 'no lowering does')})"
+        weight.name: f"{NO_KERNEL} ({why.get(weight.name, 'no lowering does')})"
         for weight in find_weights(model)[0]
         if id(weight.value) not in takable
     }

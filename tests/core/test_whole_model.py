@@ -111,7 +111,7 @@ def decisions(count):
 
 
 def chosen(count, timing):
-    """How many of ``count`` sparse layers are kept if ``timing`` tells the time of so many; what was tried; the choice."""
+    """Of ``count`` sparse layers how many are kept if ``timing`` tells the time of so many; the tried; the choice."""
     tried = []
 
     def attempt(decided):
