@@ -34,6 +34,7 @@ from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.passes import PASSES, pass_by_name
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
 from sparse_onnx.passes.options import check_types, require, unknown
+from sparse_onnx.printable import printable
 from sparse_onnx.units import parse_size
 
 __all__ = [
@@ -435,8 +436,16 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
     """The recipe, or the :func:`recipe_document` of one, as YAML text; reading it gives an equal recipe."""
-    document = recipe_document(recipe) if isinstance(recipe, Recipe) else dict(recipe)
+    document = _printable(recipe_document(recipe) if isinstance(recipe, Recipe) else dict(recipe))
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

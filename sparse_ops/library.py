@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops.ort_path import native_path
 from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, FormatError, PackedWeight
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "info",
     "library_path",
     "load_peak",
+    "native_path",
     "peak",
     "register",
     "run",
@@ -85,7 +87,8 @@ def register(session_options: Any) -> None:
     """
     info()
     try:
-        session_options.register_custom_ops_library(str(library_path()))
+        with native_path(library_path()) as path:
+            session_options.register_custom_ops_library(path)
     except Exception as error:  # ORT's exceptions have no common base but Exception
         raise HostError(
             f"ONNX Runtime refuses the kernel library {library_path()}: {error}; "

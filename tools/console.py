@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from sparse_onnx.printable import printable
 from sparse_onnx.tools.live_line import LiveLine, display_width
 
 __all__ = ["format_option", "if_any", "input_shape_option", "progress", "quiet_option", "show", "table"]
@@ -92,7 +93,8 @@ def show(text: str, document: Mapping[str, Any], output_format: str, exit_code: 
     """Write a command's result to stdout, ``text`` or ``document`` with the exit code; returns the exit code."""
     if output_format == "json":
         whole = {**document, "exit_code": exit_code}
-        click.echo(json.dumps(whole, indent=2, allow_nan=False))
+        text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
+        click.echo(json.dumps(json.loads(printable(text)), indent=2))
     else:
         click.echo(text)
     return exit_code

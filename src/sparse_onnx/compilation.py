@@ -23,6 +23,7 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import time_shares
+from sparse_onnx.outputs import check_outputs, left_out
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline, Stage
@@ -126,7 +127,9 @@ class Compilation:
 
     def load(self) -> ir.Model:
         self.path = source_file(self.source, self.work, self.say)
-        return model_io.load_model(self.path)
+        model = model_io.load_model(self.path)
+        check_outputs(model, self.say)
+        return model
 
     def prepare(
         self, model: ir.Model, pipeline: Pipeline, context: PassContext, bench: guard.Bench | None = None
@@ -523,7 +526,7 @@ class Compilation:
         return self.folder / "model.onnx"
 
     def open(
-        self, model: ir.Model, path: Path | None, *, library: bool = True
+        self, model: ir.Model, path: Path | None, *, library: bool = True, lean: bool = False
     ) -> AbstractContextManager[Runner]:
         return open_runner(
             model,
@@ -533,6 +536,7 @@ class Compilation:
             work=self.work,
             path=path,
             progress=self.say,
+            lean=lean,
         )
 
     def verify(
@@ -546,7 +550,7 @@ class Compilation:
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
         compiled = compare(reference, ours, () if changed else heads, samples)
         self.say("on standard operators only")
-        with self.open(optimized, self.written, library=False) as runner:
+        with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
         for what, difference in (("with the library", compiled), ("without it", portable)):
             if not difference.relative_error <= MAX_COMPILER_ERROR:

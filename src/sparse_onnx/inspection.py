@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
+from sparse_onnx.embedded import EmbeddedTensor
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
@@ -142,8 +143,9 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for value in _initializers(model):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            yield value.const_value
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, EmbeddedTensor):
+            yield tensor
 
 
 def _custom(model: ir.Model) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import onnx
@@ -129,8 +130,11 @@ def sparse_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.SparseTen
                 yield from ((place, sparse) for sparse in attribute.sparse_tensors)
 
 
-def check_model(model: onnx.ModelProto, path: Path) -> None:
-    """Raise unless ``model``, parsed from the file ``path`` without external data, is sound.
+def check_model(
+    model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Raise unless ``model``, parsed from the file ``path`` without external data, is sound. ``embedded`` has the sizes
+    in bytes of the tensors that were cut out of it, by location, see :func:`.embedded.cut_tensors`.
 
     Checked: text is UTF-8; versions; every name that is used is defined, once; types; the size of each tensor
     against its shape; and external data: a regular file in the model's folder or below, reached without
@@ -140,14 +144,15 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
         ModelFileError: the file breaks a rule; the message names file, place and remedy.
         HostError: a data file may not be read.
     """
-    _ModelCheck(path).run(model)
+    _ModelCheck(path, embedded).run(model)
 
 
 class _ModelCheck:
     """One run of the checks; keeps the sizes of the data files it has met."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, embedded: Mapping[str, int]) -> None:
         self._path = path
+        self._embedded = embedded
         self._file_sizes: dict[str, int] = {}
 
     def run(self, model: onnx.ModelProto) -> None:
@@ -306,6 +311,8 @@ class _ModelCheck:
             self._fail(place, "is stored in segments, which nothing reads; export it again")
         dtype = ir.DataType(tensor.data_type)
         size = self._element_count(tensor.dims, place)
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        stored = self._embedded.get(location, len(tensor.raw_data))
         if dtype == ir.DataType.STRING:
             if tensor.data_location == tensor.EXTERNAL or tensor.HasField("raw_data"):
                 self._fail(place, "strings must be in string_data; export it again")
@@ -314,11 +321,10 @@ class _ModelCheck:
         nbytes = -(-size * dtype.bitwidth // 8)
         if nbytes > _MAX_BYTES:
             self._fail(place, f"shape {_shape(tensor.dims)} is too large; the file is damaged")
-        if tensor.data_location == tensor.EXTERNAL:
+        if tensor.data_location == tensor.EXTERNAL and location not in self._embedded:
             if size:
                 self._check_external(tensor, nbytes, place)
-        elif tensor.HasField("raw_data"):
-            stored = len(tensor.raw_data)
+        elif location in self._embedded or tensor.HasField("raw_data"):
             if stored != nbytes or any(len(getattr(tensor, field)) for field in _ALL_TYPED_FIELDS):
                 self._fail(
                     place,

@@ -1,18 +1,20 @@
 """Reading and writing model files: safely, without loss, one weight in memory at a time.
 
 Weights stay on disk as memory-mapped :class:`onnx_ir.ExternalTensor` from :func:`load_model` to
-:func:`save_model`; a pass that computes new ones puts them into a :class:`Spool`.
+:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones puts them into a :class:`Spool`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import mmap
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
+from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
     MAX_IR_VERSION,
@@ -63,7 +66,7 @@ _FILES = "sparse_onnx.files"  # key of a lazy tensor's metadata: the files that 
 
 
 def load_model(path: PathLike) -> ir.Model:
-    """Read an ``.onnx`` file; weights in external data files are mapped when they are first used.
+    """Read an ``.onnx`` file; large weights, in it or in external data files, are mapped when they are first used.
 
     Every rule of :func:`sparse_onnx.model_check.check_model` is checked. Sparse initializers, and Constant
     nodes with a sparse value, become dense ones of the same name that are unpacked when used. In files of IR
@@ -75,10 +78,10 @@ def load_model(path: PathLike) -> ir.Model:
         HostError: the file or its external data may not be read.
     """
     path = Path(os.path.abspath(path))
-    proto = _read_proto(path)
-    check_model(proto, path)
+    proto, embedded = _read_proto(path)
+    check_model(proto, path, {location: region.length for location, region in embedded.items()})
     _normalize(proto)
-    sparse = _replace_sparse(proto, path)
+    sparse = _replace_sparse(proto, path, embedded)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises what it meets, wrapped once for every level of the graph
@@ -92,11 +95,20 @@ def load_model(path: PathLike) -> ir.Model:
             if (dense := sparse.get(str(slot.tensor.location))) is not None:
                 slot.put(dense)
             else:
-                slot.tensor.base_dir = path.parent
+                slot.put(_on_disk(slot.tensor, path, embedded))
     return model
 
 
-def _read_proto(path: Path) -> onnx.ModelProto:
+def _on_disk(tensor: ir.ExternalTensor, path: Path, embedded: Mapping[str, Region]) -> ir.ExternalTensor:
+    """``tensor`` of the model file ``path``, told where its bytes are."""
+    if (region := embedded.get(str(tensor.location))) is not None:
+        return EmbeddedTensor(path, region, tensor)
+    tensor.base_dir = path.parent
+    return tensor
+
+
+def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
+    """The model without its large tensors, and where in the file these are, see :func:`.embedded.cut_tensors`."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -112,14 +124,16 @@ def _read_proto(path: Path) -> onnx.ModelProto:
                 f"{path}: {format_bytes(status.st_size)} are more than an ONNX file can hold (2 GiB); "
                 "export the model with external data"
             )
-        data = path.read_bytes()
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            is_ort_format = mapped[4:8] == b"ORTM"
+            data, embedded = (b"", {}) if is_ort_format else cut_tensors(mapped)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelFileError(f"{path}: does not exist; give the path of an .onnx file") from None
     except PermissionError as error:
         raise HostError(f"{path}: no permission to read it; change its mode or owner") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise ModelFileError(f"{path}: cannot be read: {error}; copy it again") from error
-    if data[4:8] == b"ORTM":
+    if is_ort_format:
         raise ModelFileError(f"{path}: is in the ORT format; give the .onnx file that it was made from")
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
@@ -129,7 +143,7 @@ def _read_proto(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph"):
         raise ModelFileError(f"{path}: is not an ONNX model: it has no graph; export it again")
-    return proto
+    return proto, embedded
 
 
 def _normalize(proto: onnx.ModelProto) -> None:
@@ -160,7 +174,9 @@ def _normalize(proto: onnx.ModelProto) -> None:
             tensor.external_data.extend(known)
 
 
-def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTensor]:
+def _replace_sparse(
+    proto: onnx.ModelProto, path: Path, embedded: Mapping[str, Region]
+) -> dict[str, ir.LazyTensor]:
     """Put an external dense tensor in the place of each sparse one, as onnx_ir knows no sparse tensors.
 
     Returns the lazy dense tensors by the location of what stands for them. A location begins with a null
@@ -170,7 +186,11 @@ def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTens
 
     def stand_in(sparse: onnx.SparseTensorProto, place: str, into: onnx.TensorProto) -> None:
         location = f"\0sparse:{len(lazy)}"
-        lazy[location] = _lazy_dense(sparse, f"{path}: {place}", path.parent)
+        values, indices = (
+            _on_disk(tensor, path, embedded) if isinstance(tensor, ir.ExternalTensor) else tensor
+            for tensor in map(ir.serde.deserialize_tensor, (sparse.values, sparse.indices))
+        )
+        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{path}: {place}")
         into.name = sparse.values.name
         into.data_type = sparse.values.data_type
         into.dims.extend(sparse.dims)
@@ -191,10 +211,9 @@ def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTens
     return lazy
 
 
-def _lazy_dense(sparse: onnx.SparseTensorProto, place: str, folder: Path) -> ir.LazyTensor:
-    shape = tuple(sparse.dims)
-    values = ir.serde.deserialize_tensor(sparse.values, folder)
-    indices = ir.serde.deserialize_tensor(sparse.indices, folder)
+def _lazy_dense(
+    values: ir.TensorProtocol, indices: ir.TensorProtocol, shape: tuple[int, ...], place: str
+) -> ir.LazyTensor:
     _linear_indices(indices.numpy(), shape, place)  # proved now; kept on disk until they are used
     release_mapping(indices)
 
@@ -354,7 +373,7 @@ def save_model(model: ir.Model, folder: PathLike, *, name: str = "model") -> Pat
         raise UsageError(f"{quote(name)} is no file name; give a name without folders")
     path, data_path = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
     slots = list(_tensor_slots(model))
-    _check_sources(slots, data_path)
+    _check_sources(slots, (path, data_path))
     layout = _Layout(slots)
     content = _serialize(model, slots, layout, data_path.name)
     needed = layout.nbytes + len(content)
@@ -577,16 +596,16 @@ def _needed_ir_version(model: ir.Model, slots: Sequence[_Slot]) -> int:
     return max(needed, *(_TYPE_VERSIONS.get(dtype, 8) for dtype in types), 8)
 
 
-def _check_sources(slots: Sequence[_Slot], data_path: Path) -> None:
+def _check_sources(slots: Sequence[_Slot], targets: Sequence[Path]) -> None:
     sources: set[str] = set()
     for slot in slots:
         if isinstance(slot.tensor, ir.ExternalTensor):
             sources.add(slot.tensor.path)
         elif isinstance(slot.tensor, ir.LazyTensor):
             sources.update(slot.tensor.meta.get(_FILES, ()))
-    for source in sources:
+    for source, target in itertools.product(sources, targets):
         with contextlib.suppress(OSError):
-            if os.path.samefile(source, data_path):
+            if os.path.samefile(source, target):
                 raise UsageError(
-                    f"{data_path}: the model reads its weights from this file; write to another folder"
+                    f"{target}: the model reads its weights from this file; write to another folder"
                 )

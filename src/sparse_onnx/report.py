@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.printable import printable
 from sparse_onnx.progress import is_lasting
 from sparse_onnx.runtime import peak_rss_bytes
 
@@ -114,6 +115,5 @@ class StageClock:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write ``report`` with sorted layout, so that equal reports are equal bytes."""
-    path.write_text(
-        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(printable(text) + "\n", encoding="utf-8")

@@ -192,19 +192,17 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, model)
     allowed = open
 
-    def deny(file: object, *args: object, **kwargs: object) -> object:
-        if str(file).endswith("w.data"):
-            raise PermissionError(13, "Permission denied")
-        return allowed(file, *args, **kwargs)  # type: ignore[call-overload]
+    for name in ("w.data", "model.onnx"):
 
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", deny)
-        with pytest.raises(HostError, match=r"w\.data: no permission to read"):
-            load_model(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda self: deny("w.data"))
-        with pytest.raises(HostError, match=r"model\.onnx: no permission to read"):
-            load_model(path)
+        def deny(file: object, *args: object, denied: str = name, **kwargs: object) -> object:
+            if str(file).endswith(denied):
+                raise PermissionError(13, "Permission denied")
+            return allowed(file, *args, **kwargs)  # type: ignore[call-overload]
+
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", deny)
+            with pytest.raises(HostError, match=rf"{name}: no permission to read"):
+                load_model(path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "w.data"])
