@@ -26,8 +26,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.constants import constant_array, constant_number
+from sparse_onnx.dimensions import Dim
 from sparse_onnx.graph import is_standard
-from sparse_onnx.shapes import Dim, Dims, Shapes, keeps
+from sparse_onnx.shapes import Dims, Shapes, keeps
 
 __all__ = ["Attention", "Mask", "is_attention", "match_attention"]
 

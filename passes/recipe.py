@@ -168,12 +168,14 @@ class Goal(_Section):
         labels: The array of that data with the labels.
         metric_output: The output that the metric is of.
         min_speedup: What one layer must gain to become sparse, at least.
+        keep_pruned: Prune also what gains nothing from it, and let layers that stay dense keep their zeros.
         target_speedup: How many times faster the whole model must become, as timed.
         target_size: What its files may take: a share of the original files (0.5 or 50%), or a size (120MB).
     """
 
     max_drop: float | None = None
     min_speedup: float = 1.02
+    keep_pruned: bool = False
     target_speedup: float | None = None
     target_size: float | str | None = None
     metric: str | None = None

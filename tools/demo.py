@@ -114,7 +114,10 @@ def _text(summary: dict[str, Any]) -> str:
     report, trained, accuracy = summary["report"], summary["trained"], summary["accuracy"]
     totals = report["summary"]
     sparse = sum(row["decision"] == "sparse" for row in report["layers"])
-    speedup = "-" if totals["speedup"] is None else f"{totals['speedup']:.2f}x faster"
+    speedup = "-"
+    if totals["speedup"] is not None:
+        proven = totals["speedup_low"] > 1
+        speedup = f"{totals['speedup']:.2f}x {'faster' if proven else 'not proven faster'}"
     smaller = f"{totals['bytes_before'] / totals['bytes_after']:.2f}x smaller"
     batch = f"latency, {BATCH} x 128 bytes, {summary['threads']} threads"
     rows = [

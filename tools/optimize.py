@@ -107,6 +107,12 @@ def _numbers(
     "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
 )
 @click.option(
+    "--keep-pruned/--no-keep-pruned",
+    default=None,
+    help="Whether layers that stay dense keep their zeros, for another runtime.  [default: they keep or get back their "
+    "original weights]",
+)
+@click.option(
     "--metric",
     help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
 )
@@ -179,11 +185,25 @@ def command(
     show(summary_table(result.report), result.report, output_format, result.exit_code)
     if missed := [gate["text"] for gate in result.report["goal"]["gates"] if gate["met"] is False]:
         click.echo(f"Goal not met: {'; '.join(missed)}. The best so far was written.", err=True)
-    if result.folder is not None and not any(row["decision"] == "sparse" for row in result.report["layers"]):
-        click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
+    if result.folder is not None and (said := _outcome(result.report["summary"])):
+        click.echo(said, err=True)
     if result.folder is not None and not quiet:
         click.echo(f"Written to {result.folder} (report.html shows every layer).", err=True)
     return result.exit_code
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    """What is to be said where the result is not proven faster."""
+    if summary["written"] == "original":
+        return "No layer is faster in sparse form: the dense model was written."
+    if summary["written"] == "pruned":
+        return "No layer is faster in sparse form: the pruned model was written, dense (--keep-pruned)."
+    if summary["speedup"] is None or summary["speedup_low"] > 1:
+        return ""
+    from sparse_onnx.whole_model import speed_sentence
+
+    said = speed_sentence(summary["speedup"], summary["speedup_low"], summary["speedup_high"])
+    return f"{said[:1].upper()}{said[1:]}. It was written as compiled."
 
 
 def summary_table(report: dict[str, Any]) -> str:
@@ -220,8 +240,14 @@ def summary_table(report: dict[str, Any]) -> str:
             "inf" if metric[k] is None else f"{metric[k]:.4g}" for k in ("before", "after", "drop")
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
+    from sparse_onnx.worth_pruning import NO_KERNEL
+
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
-    reasons.update(_short(place["reason"]) for place in report["declined"])
+    reasons.update(
+        _short(place["reason"])
+        for place in report["declined"]
+        if NO_KERNEL not in place["reason"]  # a lowering says the same
+    )
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):
         text += f"\n{broken} weights are NaN or Inf and were kept"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.compile_report import layer_rows, summary, target_rows, untouched_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
+from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
 from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.inputs import Feeds
@@ -23,10 +24,10 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import time_shares
-from sparse_onnx.outputs import check_outputs, left_out
+from sparse_onnx.outputs import check_outputs
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
-from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
@@ -52,19 +53,24 @@ from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.timing_cache import TimingCache, file_digest
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.units import format_error
+from sparse_onnx.whole_model import Variant, choose_variant, exit_code, settle
 from sparse_onnx.work import NodeWork, Work
+from sparse_onnx.worth_pruning import (
+    below_break_even,
+    measured_curves,
+    prunes,
+    tabulated_curves,
+    without_kernel,
+)
 
 __all__ = [
     "FUSION_PASSES",
-    "NOTHING_FASTER",
     "PREPARATION_PASSES",
     "Compilation",
     "lower_layers",
     "source_file",
 ]
-
-NOTHING_FASTER = 5
-"""Exit code where no layer is faster in sparse form: the dense model was written."""
 
 PREPARATION_PASSES = (*CLEAN_PASSES, FuseBatchNorm())
 """What comes before pruning."""
@@ -73,6 +79,17 @@ FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
 """What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
 
 _MAX_SAMPLES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What was done before layers are decided on: cleaning up, structured ``removed`` parts, weights ``pruned``; and
+    the weights as they were before that last step."""
+
+    cleaned: PassResult
+    removed: PassResult
+    pruned: PassResult
+    originals: Originals
 
 
 class Compilation:
@@ -107,6 +124,9 @@ class Compilation:
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
         self.node_work: tuple[NodeWork, ...] = ()
+        self.given_back: Collection[str] = ()
+        self.not_together: Sequence[Declined] = ()
+        self._original_outputs: list[Feeds] | None = None
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -119,18 +139,47 @@ class Compilation:
         return model
 
     def prepare(
-        self, model: ir.Model, pipeline: Pipeline, context: PassContext
-    ) -> tuple[PassResult, PassResult]:
-        """Clean up and prune; ``declined`` collects what was left alone."""
+        self, model: ir.Model, pipeline: Pipeline, context: PassContext, bench: guard.Bench | None = None
+    ) -> Prepared:
+        """Clean up, remove structures, and prune what can pay; ``declined`` collects what was left alone."""
         cleaned = Pipeline(PREPARATION_PASSES)(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
         dense = model.clone() if self.held_out is not None else None
-        pruned = pipeline(model, context)
+        removing, pruning = (
+            Pipeline(tuple(step for step in pipeline.passes if (step.stage < Stage.PRUNE) is before))
+            for before in (True, False)
+        )
+        removed = removing(model, context)
+        originals = Originals(model)
+        spared = self.spared(model, pruning, bench)
+        pruned = pruning(model, dataclasses.replace(context, spared=spared))
         if dense is not None:
             self.held_out_errors = self.errors_on_held_out(dense, model, pipeline)
-        self.declined += [*cleaned.declined, *pruned.declined]
+        self.declined += [*cleaned.declined, *removed.declined, *pruned.declined]
         self.errors = {change.name: change.error for change in pruned.layers}
-        return cleaned, pruned
+        return Prepared(cleaned, removed, pruned, originals)
+
+    def spared(self, model: ir.Model, pruning: Pipeline, bench: guard.Bench | None) -> dict[str, str]:
+        """The weights that are not to be pruned, since it would gain nothing, with the reasons."""
+        if self.recipe.goal.keep_pruned or not prunes(pruning.passes):
+            return {}
+        spared = without_kernel(model)
+        table, curves_of = self.table, None
+        if self.benchmark and bench is not None:
+            curves_of = measured_curves(model, bench)
+        elif table is not None:
+            curves_of = tabulated_curves(table)
+        if curves_of is not None:
+            spared |= below_break_even(
+                model,
+                pruning.passes,
+                self.run_dense(model, find_candidates(model)[0], ())[1],
+                curves_of,
+                weights=self.recipe.target.weights,
+                min_speedup=self.recipe.goal.min_speedup,
+                progress=self.say,
+            )
+        return spared
 
     def errors_on_held_out(self, dense: ir.Model, pruned: ir.Model, pipeline: Pipeline) -> dict[str, float]:
         """Of every pruned layer, on inputs such as its method saw."""
@@ -167,12 +216,12 @@ class Compilation:
         self.nbytes = model_io.file_bytes(self.path, model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             context = PassContext(spool.put, self.say)
-            self.prepare(model, _planned(pipeline), context)
-            shapes, _ = inputs.resolve_shapes(inputs.input_specs(model), self.recipe.target.all_shapes[0])
+            prepared = self.prepare(model, _planned(pipeline), context)
+            shapes = choose_inputs(model, self.specs, self.recipe.target.all_shapes[0], ()).shapes
             self.node_work = Work(model, shapes).count()
             candidates = self.fuse(model, context)
-            decisions = guard.decide_by_table(candidates)
-            layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors)
+            # What stays dense is not known before it is timed: nothing is given back.
+            layers = self.rows(guard.decide_by_table(candidates), None, prepared)
         found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
         return self.report(None, [], layers, {}, found)
 
@@ -190,10 +239,11 @@ class Compilation:
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put, self.say, self.calibration)
             with self.clock("prune"):
-                cleaned, pruned = self.prepare(model, pipeline, context)
+                prepared = self.prepare(model, pipeline, context, bench)
                 candidates = find_candidates(model)[0]
             with self.clock("run dense"):
                 reference, shapes = self.run_dense(model, candidates, samples)
+                unfused = model.clone()
             with self.clock("fuse"):
                 candidates = self.fuse(model, context)
             packer = Packer(context)
@@ -211,21 +261,27 @@ class Compilation:
                         weights=self.recipe.target.weights,
                         min_speedup=self.recipe.goal.min_speedup,
                     )
-            optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
-            unchanged = (
-                not any(decision.sparse for decision in decisions) and not pruned.modified and not self.fixed
-            )
+            optimized, variant = self.lower(model, decisions, packer, context, bench, prepared)
+            with self.clock("give back"):
+                decisions, exchanged = self.give_back(
+                    [model, unfused], variant.decisions, prepared, samples, reference
+                )
+            timings = list(variant.timings)
+            zeros = bool(prepared.originals.changed(model))
+            gained = any(decision.sparse for decision in decisions) or prepared.removed.modified
+            if exchanged is not None:
+                reference = exchanged
+                optimized = self.write(model, decisions, packer, context)
+            unchanged = not gained and not zeros and not self.fixed
             if unchanged:
-                # Nothing gained: the model as it was, not even cleaned.
-                optimized = model_io.load_model(self.path)
+                # The model as it was, not even cleaned.
+                optimized, timings = model_io.load_model(self.path), []
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
-                changed = pruned.modified or cleaned.modified or self.fixed
+                changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
                 verification = self.verify(optimized, samples, reference, changed)
             with self.clock("compare weights"):
-                layers = layer_rows(
-                    decisions, shapes[0], self.before, self.errors, self.held_out_errors, self.say
-                )
+                layers = self.rows(decisions, shapes[0], prepared)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
         if metric is not None:
@@ -244,11 +300,14 @@ class Compilation:
             bytes_after=size,
         )
         if not all(gate.met for gate in found):
-            exit_code = GoalNotMetError.exit_code
+            code = GoalNotMetError.exit_code
         else:
-            exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
+            code = exit_code(self.overall(timings) if timings else None, gained=gained)
         report = self.report(size, timings, layers, verification, found, measured)
-        return exit_code, report if profile is None else {**report, "profile": profile}
+        report["summary"]["written"] = (
+            "original" if unchanged else "pruned" if zeros and not gained else "compiled"
+        )
+        return code, report if profile is None else {**report, "profile": profile}
 
     def profile(self, optimized: ir.Model, weights: Sequence[str]) -> dict[str, Any] | None:
         """Where the time goes before and after, at the first target; None of models too large for one session."""
@@ -364,34 +423,91 @@ class Compilation:
         packer: Packer,
         context: PassContext,
         bench: guard.Bench,
-    ) -> tuple[ir.Model, list[Decision], list[Ratio]]:
-        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half.
-        Also returns its times at every target, or none without a benchmark."""
-        decided = list(decisions)
-        declined = self.declined
-        while True:
-            chosen = [decision.candidate for decision in decided if decision.sparse]
-            with self.clock("lower and write"):
-                optimized, left = lower_layers(model, chosen, packer, context)
-                self.declined = [*declined, *left]
-                model_io.save_model(optimized, self.folder)
-            if not self.benchmark:
-                return optimized, decided, []
-            with self.clock("time the whole model"):
-                timings = self.time_whole(optimized)
-            speedup = self.overall(self.as_before(timings, bench)).median
-            if not chosen or speedup >= 1:
-                return optimized, decided, timings
-            self.say(f"note: the whole model is slower ({speedup:.2f}x): giving up layers")
-            sparse = [d for d in decided if d.sparse]
-            half = guard.least_gainful([(d.dense_ms or 0) - (d.sparse_ms or 0) for d in sparse])
-            dropped = {id(sparse[index]) for index in half}
-            decided = [
-                dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
-                if id(d) in dropped
-                else d
-                for d in decided
-            ]
+        prepared: Prepared,
+    ) -> tuple[ir.Model, Variant]:
+        """Write the model with the chosen layers sparse, or fewer where that is surely better."""
+        made: list[tuple[ir.Model, Variant]] = []
+
+        def attempt(decided: Sequence[Decision]) -> Variant:
+            optimized = self.write(model, decided, packer, context)
+            variant = Variant(tuple(decided))
+            if self.benchmark and (variant.sparse or prepared.removed.modified):
+                with self.clock("time the whole model"):
+                    timings = settle(lambda: self.time_whole(optimized), self.overall, progress=self.say)
+                judged = self.overall(self.as_before(timings, bench))
+                variant = Variant(variant.decisions, tuple(timings), judged)
+            made[:] = [(optimized, variant)]
+            return variant
+
+        chosen = choose_variant(decisions, attempt, progress=self.say)
+        ((optimized, last),) = made
+        if chosen is not last:
+            optimized = self.write(model, chosen.decisions, packer, context)
+        return optimized, chosen
+
+    def write(
+        self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
+    ) -> ir.Model:
+        """A copy of ``model`` with the chosen layers sparse, as it was written."""
+        chosen = [decision.candidate for decision in decisions if decision.sparse]
+        with self.clock("lower and write"):
+            optimized, self.not_together = lower_layers(model, chosen, packer, context)
+            model_io.save_model(optimized, self.folder)
+        return optimized
+
+    def give_back(
+        self,
+        models: Sequence[ir.Model],
+        decisions: Sequence[Decision],
+        prepared: Prepared,
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
+    ) -> tuple[list[Decision], list[Feeds] | None]:
+        """Give weights that stay dense their originals back, in ``models``, copies of one another, if the outputs are
+        nearer to the original's then. Where that was done, also the new outputs of the last model on ``samples``;
+        ``reference`` are those before."""
+        sparse = {decision.candidate.weight.name for decision in decisions if decision.sparse}
+        states = prepared.originals.changed(models[0], prepared.pruned.layers, sparse)
+        if self.recipe.goal.keep_pruned or not states:
+            return list(decisions), None
+        names = {state.name for state in states}
+        zeros = exchange(models, states)
+        with self.open(models[-1], None, library=False) as runner:
+            outputs = self.run_all(runner, samples, "with original weights where dense")
+        if (sparse or prepared.removed.modified) and not self.generated:
+            original = self.original_outputs(samples)
+            before, after = (compare(original, x).relative_error for x in (reference, outputs))
+            if before < after:  # later layers were solved for the pruned ones before them
+                exchange(models, zeros)
+                why = (
+                    f"the whole is nearer to the original with them ({format_error(before)} instead of "
+                    f"{format_error(after)})"
+                )
+                self.say(f"note: layers that stay dense keep their zeros: {why}")
+                return keeping_zeros(decisions, names, why), None
+        self.given_back = names
+        return without_zeros(decisions, names), outputs
+
+    def original_outputs(self, samples: Sequence[Feeds]) -> list[Feeds]:
+        """Of the original, run once."""
+        if self._original_outputs is None:
+            original = model_io.load_model(self.path)
+            with self.open(original, self.path, library=False) as runner:
+                self._original_outputs = self.run_all(runner, samples, "the original")
+        return self._original_outputs
+
+    def rows(
+        self,
+        decisions: Sequence[Decision],
+        shapes: Mapping[str, tuple[int, ...]] | None,
+        prepared: Prepared,
+    ) -> list[dict[str, Any]]:
+        """The layers of the report."""
+        errors = {name: error for name, error in self.errors.items() if name not in self.given_back}
+        held_out = {n: error for n, error in self.held_out_errors.items() if n not in self.given_back}
+        say = self.say if shapes is not None else lambda _line: None
+        rows = layer_rows(decisions, shapes, self.before, errors, held_out, say)
+        return with_pruning(rows, prepared.pruned.layers, self.given_back, self.declined)
 
     def overall(self, timings: Sequence[Ratio]) -> Ratio:
         """What the targets come to: their weighted mean, or the worst."""
@@ -462,12 +578,7 @@ class Compilation:
                     f"the compiled model, run {what}, differs from the pruned dense one: relative error "
                     f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
                 )
-        if changed:
-            original = model_io.load_model(self.path)
-            with self.open(original, self.path, library=False) as runner:
-                loss = compare(self.run_all(runner, samples, "the original"), ours, heads, samples)
-        else:
-            loss = compiled
+        loss = compare(self.original_outputs(samples), ours, heads, samples) if changed else compiled
         return {
             "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
             "batches": len(samples),
@@ -514,7 +625,7 @@ class Compilation:
             "goal": goal_document(found),
             "verification": verification,
             "layers": layers,
-            "declined": [dataclasses.asdict(place) for place in self.declined],
+            "declined": [dataclasses.asdict(place) for place in (*self.declined, *self.not_together)],
             "untouched": untouched_rows(layers, self.node_work, self.declined),
             "stages": self.clock.stages,
         }

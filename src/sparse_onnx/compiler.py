@@ -37,7 +37,8 @@ PLACEHOLDER = 0.5
 @dataclasses.dataclass(frozen=True)
 class OptimizeResult:
     """What :func:`optimize` made. ``report`` is the content of ``report.json``; ``exit_code`` is that of the
-    command line: 0 faster, 4 a goal was missed, 5 nothing was faster and the dense model was written.
+    command line: 0 faster, 4 a goal was missed, 5 not proven faster; ``summary.written`` says whether the original was
+    written then.
     ``folder`` is None after a dry run."""
 
     folder: Path | None
@@ -81,6 +82,7 @@ def optimize(
     fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
+    keep_pruned: bool | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
     metric_data: str | Path | None = None,
@@ -125,6 +127,8 @@ def optimize(
             on them alone is computed now.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
+        keep_pruned: True: prune also what no kernel takes or what would be slower, and let layers that stay dense keep
+            their zeros, for whoever wants them elsewhere. Else such layers keep or get back their original weights.
         max_drop: Goal: what the metric may lose, see :func:`.quality.drop`; without one 1 − cosine between the outputs
             of the original and the result.
         metric: A metric of the original and the result, see :mod:`.metrics`: ``module:function`` or built in.
@@ -187,6 +191,7 @@ def optimize(
         fixed_inputs=plain_values(fixed_inputs),
         threads=threads,
         min_speedup=min_speedup,
+        keep_pruned=keep_pruned,
         max_drop=max_drop,
         metric=metric,
         metric_data=None if metric_data is None else str(metric_data),

@@ -130,7 +130,9 @@ def sparse_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.SparseTen
                 yield from ((place, sparse) for sparse in attribute.sparse_tensors)
 
 
-def check_model(model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})) -> None:
+def check_model(
+    model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})
+) -> None:
     """Raise unless ``model``, parsed from the file ``path`` without external data, is sound. ``embedded`` has the sizes
     in bytes of the tensors that were cut out of it, by location, see :func:`.embedded.cut_tensors`.
 

@@ -19,9 +19,15 @@ def tensor_outputs(model: ir.Model) -> tuple[str, ...]:
 
 def left_out(model: ir.Model) -> Mapping[str, str]:
     """The outputs that are no tensors: their kind by their name."""
-    kinds = {ir.SequenceType: "a sequence", ir.OptionalType: "optional", ir.SparseTensorType: "a sparse tensor"}
+    kinds = {
+        ir.SequenceType: "a sequence",
+        ir.OptionalType: "optional",
+        ir.SparseTensorType: "a sparse tensor",
+    }
     return {
-        value.name or "": kinds[type(value.type)] for value in model.graph.outputs if type(value.type) in kinds
+        value.name or "": kinds[type(value.type)]
+        for value in model.graph.outputs
+        if type(value.type) in kinds
     }
 
 

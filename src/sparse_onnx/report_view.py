@@ -97,9 +97,18 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
             "check", "Plan only", sentence, ("Decided by a table; nothing was run, timed or written.",)
         )
     outputs = accuracy_words(summary)
-    if sparse:
-        gains = f"{speed_words(summary)} and {size_words(summary)}"
-        sentence = f"{name} is now {gains}; {outputs}."
+    written = summary.get("written", "compiled" if sparse else "original")
+    timed = summary["speedup"] is not None
+    if written == "compiled" and not timed and not sparse:
+        sentence = f"{name} is now {size_words(summary)}, its speed not measured; {outputs}."
+    elif written == "compiled" and (_proven(summary) or not timed):
+        sentence = f"{name} is now {speed_words(summary)} and {size_words(summary)}; {outputs}."
+    elif written == "compiled":
+        sentence = f"{name} is {speed_words(summary)}; it is now {size_words(summary)}; {outputs}."
+    elif written == "pruned":
+        sentence = (
+            f"Nothing in {name} is faster in sparse form; the pruned model was written, dense; {outputs}."
+        )
     else:
         sentence = f"Nothing in {name} is faster in sparse form, so the dense model was written; {outputs}."
     missed = [gate["text"] for gate in goal["gates"] if gate["met"] is False]
@@ -119,10 +128,11 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         notes.append("The outputs were compared on generated inputs; real ones would tell more.")
     if loss > _GRAVE_LOSS:
         return Verdict("bad", "Accuracy lost", sentence, tuple(notes))
-    if sparse and summary["speedup"] is None:
+    if written == "compiled" and not timed:
         notes.append("Decided by a table, not by timing on this machine.")
-    elif sparse and summary["speedup_low"] < 1:
-        notes.append("The 95 % interval includes 1.00×: the gain in speed is within the noise.")
+    elif written == "compiled" and not _proven(summary):
+        noise = "The 95 % interval includes 1.00×: the gain in speed is within the noise."
+        notes.append(noise if summary["speedup_high"] >= 1 else "The original is faster.")
     if any(target["quiet"] is False for target in report["targets"]):
         notes.append("Other programs were running while it was timed.")
     if not sparse:
@@ -133,14 +143,19 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
 
 
 def speed_words(summary: Mapping[str, Any]) -> str:
-    """How much faster the whole is, with its interval."""
+    """How much faster the whole is, with its interval; or that this is not proven."""
     if summary["speedup"] is None:
         return "sparse, its speed not measured"
     speedup, low, high = (summary[key] for key in ("speedup", "speedup_low", "speedup_high"))
-    interval = f"({low:.2f} to {high:.2f})"
-    return (
-        f"{speedup:.2f}× faster {interval}" if low >= 1 else f"as fast as before, {speedup:.2f}× {interval},"
-    )
+    times = f"{speedup:.2f}× ({low:.2f} to {high:.2f})"
+    if _proven(summary):
+        return f"{speedup:.2f}× faster ({low:.2f} to {high:.2f})"
+    return f"slower, {times}" if high < 1 else f"not proven faster, {times}"
+
+
+def _proven(summary: Mapping[str, Any]) -> bool:
+    """Whether the interval of the speedup lies above 1."""
+    return summary["speedup"] is not None and summary["speedup_low"] > 1
 
 
 def size_words(summary: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "FEWEST_STARTS",
     "LEVELS",
     "MOST_STARTS",
     "STARTS",
@@ -60,7 +61,7 @@ __all__ = [
 STARTS, MOST_STARTS = 6, 15
 """How often a measurement is repeated: six are the fewest whose range is a 95 % interval of their median."""
 
-_FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
+FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
 
 LEVELS = ("all", "basic", "disabled")
 """ONNX Runtime's graph optimizations, its default first: each leaves out some of those before it."""
@@ -167,10 +168,11 @@ class Runner:
         constants: Feeds | None = None,
         progress: Callable[[str], None] = lambda _line: None,
         lean: bool = False,
+        level: str = LEVELS[0],
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
-        self.level = LEVELS[0]
+        self.level = level
         self._threads, self._library, self._lean, self._say = threads, library, lean, progress
         self._constants = constants or {}
         self._session: onnxruntime.InferenceSession | None = None
@@ -219,7 +221,9 @@ class Runner:
         results = {k: v for k, v in self._walk(feeds, run_session).items() if k in self.outputs}
         for name, value in results.items():
             if not isinstance(value, np.ndarray):
-                raise UsageError(f"output {name!r} is no tensor, though the model does not say so; declare its type")
+                raise UsageError(
+                    f"output {name!r} is no tensor, though the model does not say so; declare its type"
+                )
         return results
 
     def milliseconds(self, feeds: Feeds, repeat: int = 3) -> float:
@@ -291,11 +295,12 @@ def open_runner(
     path: Path | None = None,
     progress: Callable[[str], None] = lambda _line: None,
     lean: bool = False,
+    level: str = LEVELS[0],
 ) -> Iterator[Runner]:
     """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
 
     ``budget`` (bytes) bounds the weights that one session may hold; ``progress`` is told how far a run is that takes
-    several sessions, and where ORT's optimizations fail. ``lean`` as for :func:`open_session`.
+    several sessions, and where ORT's optimizations fail. ``lean`` and ``level`` are as for :func:`open_session`.
     """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
     try:
@@ -307,7 +312,7 @@ def open_runner(
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            yield Runner([whole], tensors, threads, library, None, progress, lean)
+            yield Runner([whole], tensors, threads, library, None, progress, lean, level)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -315,7 +320,7 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            yield Runner(segments, tensors, threads, library, constants, progress, lean)
+            yield Runner(segments, tensors, threads, library, constants, progress, lean, level)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -459,7 +464,7 @@ def pool(ratios: Sequence[Ratio]) -> Ratio:
     """Measurements that were made independently of each other as one: the median of their medians, and the interval of
     it. Those that were not quiet are left out if three others are there."""
     quiet = [found for found in ratios if found.quiet]
-    if len(quiet) >= _FEWEST_STARTS:
+    if len(quiet) >= FEWEST_STARTS:
         ratios = quiet
     medians = [found.median for found in ratios]
     return Ratio(
@@ -499,7 +504,7 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         ratios.append(measure())
         if sum(found.quiet for found in ratios) >= STARTS and not pool(ratios).close_to(threshold):
             break
-        if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
+        if len(ratios) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
 

@@ -93,7 +93,9 @@ class Shapes:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(model_io.skeleton(self._model)[0])
         if self._inputs is not None:
             _declare(proto.graph, self._inputs)
-        forget_unknown(proto.graph)  # inference would spread what stands for any size as if it were one symbol
+        forget_unknown(
+            proto.graph
+        )  # inference would spread what stands for any size as if it were one symbol
         with contextlib.suppress(
             Exception
         ):  # of whatever kind: the runtime will tell what is wrong with the model

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +22,9 @@ ROWS = 64  # 64 x 64 floats are large enough to be cut
 
 
 def weight(name: str, seed: int = 0, kind: type = np.float32) -> TensorProto:
-    return numpy_helper.from_array(np.random.default_rng(seed).standard_normal((ROWS, ROWS)).astype(kind), name)
+    return numpy_helper.from_array(
+        np.random.default_rng(seed).standard_normal((ROWS, ROWS)).astype(kind), name
+    )
 
 
 def as_floats(tensor: TensorProto) -> TensorProto:
@@ -183,7 +184,9 @@ def restored(data: bytes) -> bytes:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=3), st.integers(0, 200))
+@given(
+    st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=3), st.integers(0, 200)
+)
 @example([], 0)
 def test_damaged_bytes_mean_the_same_as_to_the_parser(edits: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(WHOLE)
@@ -263,7 +266,9 @@ def test_memory_for_weights_inside_the_file(tmp_path: Path, command: str, consta
     )
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    options = {"optimize": ["-o", str(tmp_path / "out"), "--no-benchmark"], "inspect": [], "analyze": []}[command]
+    options = {"optimize": ["-o", str(tmp_path / "out"), "--no-benchmark"], "inspect": [], "analyze": []}[
+        command
+    ]
     shapes = [] if command == "inspect" else ["--input-shape", f"x0:4,{size}", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, command, str(path), *options, *shapes],

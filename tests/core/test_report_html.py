@@ -221,8 +221,34 @@ def test_within_the_noise(report: Report) -> None:
     report["summary"].update(speedup=1.01, speedup_low=0.98, speedup_high=1.05)
     kind, text = verdict_of(report)
     assert kind == "check"
-    assert "as fast as before, 1.01× (0.98 to 1.05)" in text
-    assert "faster" not in text
+    assert "bert.onnx is not proven faster, 1.01× (0.98 to 1.05); it is now 4.00× smaller" in text
+    assert "within the noise" in text
+
+
+def test_an_interval_that_ends_at_1_proves_nothing(report: Report) -> None:
+    report["summary"].update(speedup=1.01, speedup_low=1.0, speedup_high=1.05)
+    kind, text = verdict_of(report)
+    assert (kind, "is not proven faster" in text) == ("check", True)
+
+
+def test_slower_is_said(report: Report) -> None:
+    report["summary"].update(speedup=0.9, speedup_low=0.88, speedup_high=0.93)
+    kind, text = verdict_of(report)
+    assert (kind, "bert.onnx is slower, 0.90× (0.88 to 0.93)" in text) == ("check", True)
+    assert "within the noise" not in text
+
+
+def test_the_dense_model_was_written_only_if_it_was(report: Report) -> None:
+    all_dense(report)
+    for written, said in (
+        ("original", "so the dense model was written"),
+        ("pruned", "the pruned model was written, dense"),
+        ("compiled", "is now 2.50× faster"),  # structures were removed
+    ):
+        report["summary"]["written"] = written
+        text = verdict_of(report)[1]
+        assert said in text
+        assert ("dense model was written" in text) == (written == "original")
 
 
 def all_dense(report: Report) -> None:
