@@ -68,6 +68,7 @@ class FuseSkipLayerNorm(Pass):
         fused: list[Signature] = []
         declined: list[Declined] = []
         for graph in model.graphs():
+            zeros: dict[int, ir.Value] = {}
             for node in tuple(graph):
                 match = _match(node)
                 if match is None:
@@ -77,7 +78,7 @@ class FuseSkipLayerNorm(Pass):
                 if isinstance(match, str):
                     declined.append(self.declined(name_of(node), match))
                 else:
-                    fused.append(_fuse(model, graph, match))
+                    fused.append(_fuse(model, graph, match, zeros))
         for signature in sorted(set(fused), key=_OP_TYPES.__getitem__):
             body = skip_layer_norm.function_body(_OP_TYPES[signature], opset)
             add_function(model, body, skip_layer_norm.VERSION)
@@ -175,7 +176,8 @@ def _may_repeat(part: ir.Shape, whole: ir.Shape) -> bool:
     )
 
 
-def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
+def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual, zeros: dict[int, ir.Value]) -> Signature:
+    """``zeros`` are those of the graph by their width, which all its normalizations without a beta share."""
     norm = residual.norm
     signature = Signature(norm.rms, residual.total is not None)
     new_nodes = []
@@ -186,9 +188,14 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
         new_nodes.append(ir.node("Add", [b, residual.bias], outputs=[biased], name=name))
         b = biased
     inputs = [residual.a, b, _initializer(model, norm.gamma)]
-    if not norm.rms:
-        beta = norm.beta
-        inputs.append(_zeros(model, graph, norm.gamma) if beta is None else _initializer(model, beta))
+    if not norm.rms and norm.beta is not None:
+        inputs.append(_initializer(model, norm.beta))
+    elif not norm.rms:
+        size = _size(norm.gamma)
+        if size not in zeros:
+            name = new_name(model, f"{DOMAIN}.zeros.{size}")
+            zeros[size] = add_initializer(graph, name, ir.tensor(np.zeros(size, np.float32), name=name))
+        inputs.append(zeros[size])
     old = [norm.output] + ([residual.total] if residual.total is not None else [])
     node = ir.node(
         _OP_TYPES[signature],
@@ -221,13 +228,3 @@ def _initializer(model: ir.Model, value: ir.Value) -> ir.Value:
     if value.is_initializer() or not isinstance(graph, ir.Graph) or tensor is None:
         return value
     return add_initializer(graph, new_name(model, f"{value.name}.value"), tensor)
-
-
-def _zeros(model: ir.Model, graph: ir.Graph, gamma: ir.Value) -> ir.Value:
-    """An initializer of zeros like ``gamma``, which all normalizations of this width in the graph share."""
-    size = _size(gamma)
-    name = f"{DOMAIN}.zeros.{size}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    name = new_name(model, name)
-    return add_initializer(graph, name, ir.tensor(np.zeros(size, np.float32), name=name))
