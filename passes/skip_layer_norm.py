@@ -25,7 +25,14 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.constants import constant_tensor
-from sparse_onnx.graph import add_function, add_initializer, is_standard, name_of, new_name
+from sparse_onnx.graph import (
+    add_function,
+    add_initializer,
+    drop_if_unused,
+    is_standard,
+    name_of,
+    new_name,
+)
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
@@ -210,9 +217,12 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual, zeros: dict[int
         after.metadata_props.update(before.metadata_props)
     if module := norm.nodes[-1].metadata_props.get(MODULE_KEY):
         node.metadata_props[MODULE_KEY] = module
+    before = [value for replaced in residual.nodes for value in replaced.inputs if value is not None]
     ir.convenience.replace_nodes_and_values(
         graph, residual.anchor, residual.nodes, [*new_nodes, node], old, node.outputs
     )
+    for value in dict.fromkeys(before):
+        drop_if_unused(value)
     return signature
 
 
