@@ -36,6 +36,7 @@ from sparse_onnx.graph import (
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
+from sparse_onnx.shapes import Dims, Shapes
 from sparse_onnx.sparse_ops import skip_layer_norm
 from sparse_onnx.sparse_ops.skip_layer_norm import DOMAIN, Signature
 
@@ -74,10 +75,11 @@ class FuseSkipLayerNorm(Pass):
         opset = model.opset_imports.get("", 0)
         fused: list[Signature] = []
         declined: list[Declined] = []
+        shapes = Shapes(model)
         for graph in model.graphs():
             zeros: dict[int, ir.Value] = {}
             for node in tuple(graph):
-                match = _match(node)
+                match = _match(node, shapes)
                 if match is None:
                     continue
                 if not isinstance(match, str) and opset not in _OPSETS:
@@ -93,20 +95,20 @@ class FuseSkipLayerNorm(Pass):
         return PassResult(model, bool(fused), statistics, tuple(declined))
 
 
-def _match(node: ir.Node) -> _Residual | str | None:
+def _match(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
     """What to fuse at ``node``, or why not, or None if there is no addition and normalization at all."""
     if node.graph is None:
         return None  # part of what was fused before
-    match = _match_contrib(node) if node.domain == _CONTRIB else _match_standard(node)
+    match = _match_contrib(node) if node.domain == _CONTRIB else _match_standard(node, shapes)
     if not isinstance(match, _Residual):
         return match
-    if (problem := _type_problem(match) or _shape_problem(match)) is not None:
+    if (problem := _type_problem(match) or _shape_problem(match, shapes)) is not None:
         return problem
     return match
 
 
-def _match_standard(node: ir.Node) -> _Residual | str | None:
-    norm = match_normalization(node)
+def _match_standard(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
+    norm = match_normalization(node, shapes)
     if norm is None:
         return None
     source = norm.source if isinstance(norm, Normalization) else node.inputs[0]
@@ -116,7 +118,7 @@ def _match_standard(node: ir.Node) -> _Residual | str | None:
     if isinstance(norm, str) or add.graph is not node.graph:
         return norm if isinstance(norm, str) else "adds in another graph"
     a, b = add.inputs
-    if a is None or b is None or any(_is_constant(value) and len(value.shape or ()) < 2 for value in (a, b)):
+    if a is None or b is None or any(_is_constant(value) and len(shapes.dims(value)) < 2 for value in (a, b)):
         return None  # a bias
     outside = source.is_graph_output() or any(use.node not in norm.nodes for use in source.uses())
     return _Residual(norm, a, b, None, source if outside else None, add, (add, *norm.nodes))
@@ -153,31 +155,35 @@ def _type_problem(residual: _Residual) -> str | None:
     return None
 
 
-def _shape_problem(residual: _Residual) -> str | None:
+def _shape_problem(residual: _Residual, shapes: Shapes) -> str | None:
     """Why the operands may have, or have, shapes that the operator is not for."""
-    a, b, channels = residual.a.shape, residual.b.shape, _size(residual.norm.gamma)
-    for shape in (a, b):
-        last = shape[-1] if shape is not None and shape.rank() > 0 else None
+    channels = _size(residual.norm.gamma)
+    a, b = (shapes.dims(value) if shapes.rank(value) else None for value in (residual.a, residual.b))
+    known = [dims[-1] for dims in (a, b) if dims is not None]
+    for last in known:
         if isinstance(last, int) and last != channels:
             return f"has channels {last}, gamma {channels}"
-    known = [shape[-1] for shape in (a, b) if shape is not None and shape.rank() > 0]
     if channels == 1 and 1 not in known:
         return "has one gamma for channels whose number is unknown"
     if residual.norm.beta is not None and _size(residual.norm.beta) != channels:
         return "has gamma and beta of different sizes"
     if a is None or b is None or _may_repeat(a, b) or _may_repeat(b, a):
         return None
-    return f"adds shapes {a} and {b}, which broadcast"
+    return f"adds shapes {_text(a)} and {_text(b)}, which broadcast"
 
 
-def _may_repeat(part: ir.Shape, whole: ir.Shape) -> bool:
+def _text(dims: Dims) -> str:
+    return f"[{','.join('?' if dim is None else str(dim) for dim in dims)}]"
+
+
+def _may_repeat(part: Dims, whole: Dims) -> bool:
     """Whether, as far as known, ``part`` is as ``whole`` but for leading axes, which it lacks or has with size 1."""
     axes = list(part)
     while len(axes) > 1 and axes[0] == 1:
         axes.pop(0)
-    if len(axes) > whole.rank():
+    if len(axes) > len(whole):
         return False
-    pairs = zip(reversed(axes), reversed(tuple(whole)), strict=False)
+    pairs = zip(reversed(axes), reversed(whole), strict=False)
     return all(
         m == n or (1 not in (m, n) and not (isinstance(m, int) and isinstance(n, int))) for m, n in pairs
     )
@@ -217,11 +223,11 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual, zeros: dict[int
         after.metadata_props.update(before.metadata_props)
     if module := norm.nodes[-1].metadata_props.get(MODULE_KEY):
         node.metadata_props[MODULE_KEY] = module
-    before = [value for replaced in residual.nodes for value in replaced.inputs if value is not None]
+    read = [value for replaced in residual.nodes for value in replaced.inputs if value is not None]
     ir.convenience.replace_nodes_and_values(
         graph, residual.anchor, residual.nodes, [*new_nodes, node], old, node.outputs
     )
-    for value in dict.fromkeys(before):
+    for value in dict.fromkeys(read):
         drop_if_unused(value)
     return signature
 

@@ -308,7 +308,7 @@ def test_what_is_no_residual_normalization_is_left_alone(case):
 DECLINED = {
     "another axis": ("s = Add(X, R) Y = LayerNormalization<axis = 1>(s, wide)", "over the last axis"),
     "an axis of unknown meaning": (
-        "a = Neg(X) s = Add(a, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)",
+        "a = com.microsoft.Whatever(X) s = Add(a, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)",
         "over the last axis",
     ),
     "another type inside": (
@@ -413,3 +413,8 @@ def test_steps_with_a_number_that_adds_an_axis_stay(kind, name):
     old = next(part for part in SCALARS.replace("\n", " ").split(")") if f"{name} =" in part).strip() + ")"
     model = build(body.replace(old, high), outputs=f"float[O, B, S, {C}] Y")
     assert not FuseSkipLayerNorm()(model).modified
+
+
+def test_an_axis_is_the_last_where_inference_knows_the_rank(run):
+    model = build("a = Neg(X) c = Neg(a) s = Add(c, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)")
+    assert_fused(model, run, "Neg", "Neg", LAYER)
