@@ -8,6 +8,7 @@ from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.foreign_functions import ForeignFunctions
 from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.oneshot_methods import ONE_SHOT_PASSES
@@ -25,6 +26,7 @@ PASSES: tuple[type[Pass], ...] = tuple(
             Constants,
             Duplicates,
             FoldWeights,
+            ForeignFunctions,
             Identities,
             Unused,
             FuseAttention,
