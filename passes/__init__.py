@@ -7,6 +7,7 @@ from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
 from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.magnitude import Magnitude
@@ -24,6 +25,7 @@ PASSES: tuple[type[Pass], ...] = tuple(
         (
             Constants,
             Duplicates,
+            FoldConstants,
             FoldWeights,
             Identities,
             Unused,

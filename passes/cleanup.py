@@ -27,6 +27,7 @@ from onnx_ir.passes import common
 from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard, subgraphs
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
 
 __all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
@@ -118,7 +119,14 @@ class Unused(Pass):
         return PassResult(model, any(removed.values()), dict(removed))
 
 
-CLEAN_PASSES: tuple[Pass, ...] = (Constants(), Identities(), FoldWeights(), Duplicates(), Unused())
+CLEAN_PASSES: tuple[Pass, ...] = (
+    Constants(),
+    Identities(),
+    FoldWeights(),
+    FoldConstants(),
+    Duplicates(),
+    Unused(),
+)
 """What every model goes through first, in this order."""
 
 
