@@ -43,8 +43,9 @@ from sparse_onnx.graph import (
     name_of,
     value_names,
 )
-from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
+from sparse_onnx.passes.attention_pattern import Attention, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.shapes import Run, Shapes
 from sparse_onnx.sparse_ops import attention
 from sparse_onnx.sparse_ops.attention import DOMAIN, Signature
 
@@ -56,15 +57,21 @@ _OPSETS = range(13, 27)  # those that the operators' bodies can be written in
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """See the module's docstring. Attentions in subgraphs and functions are left alone."""
+    """See the module's docstring. Attentions in subgraphs and functions are left alone.
+
+    Attributes:
+        runs: Shapes that runs of the model have shown, for where inference knows none; see :class:`Shapes`.
+    """
 
     name: ClassVar[str] = "fuse.attention"
     stage: ClassVar[Stage] = Stage.FUSE
 
+    runs: tuple[Run, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         found, declined = list[Attention](), list[Declined]()
         opset = model.opset_imports.get("", 1)
-        facts: Facts | None = None  # a model without attentions needs no shape inference
+        shapes: Shapes | None = None  # a model without attentions needs no shape inference
         for graph in all_graphs(model):
             for node in graph:
                 match: Attention | str
@@ -77,8 +84,8 @@ class FuseAttention(Pass):
                 elif opset not in _OPSETS:
                     match = f"opset {opset} is none of {_OPSETS[0]} to {_OPSETS[-1]}"
                 else:
-                    facts = facts or Facts(model)
-                    match = match_attention(node, facts)
+                    shapes = shapes or Shapes(model, runs=self.runs)
+                    match = match_attention(node, shapes)
                 if isinstance(match, str):
                     declined.append(self.declined(name_of(node), match))
                 else:
