@@ -10,6 +10,7 @@ from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
 from sparse_onnx.passes.gradient import Gradient
+from sparse_onnx.passes.idle_nodes import IdleNodes
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.oneshot_methods import ONE_SHOT_PASSES
 from sparse_onnx.passes.options import unknown
@@ -28,6 +29,7 @@ PASSES: tuple[type[Pass], ...] = tuple(
             FoldConstants,
             FoldWeights,
             Identities,
+            IdleNodes,
             Unused,
             FuseAttention,
             FuseBatchNorm,

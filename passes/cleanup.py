@@ -29,6 +29,7 @@ from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.idle_nodes import IdleNodes
 
 __all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
 
@@ -124,6 +125,7 @@ CLEAN_PASSES: tuple[Pass, ...] = (
     Identities(),
     FoldWeights(),
     FoldConstants(),
+    IdleNodes(),
     Duplicates(),
     Unused(),
 )

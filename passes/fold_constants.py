@@ -30,11 +30,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import helper
-from onnx_ir.passes import common
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.graph import add_initializer, drop_if_unused, is_standard
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.shapes import Dims, Shapes
 
 __all__ = ["FoldConstants"]
 
@@ -70,7 +71,7 @@ _MAX_SIZES = 64  # elements of a tensor that may be a shape
 _IN_MEMORY = 1024  # bytes: what is smaller is no weight
 
 _Constants = dict[ir.Value, np.ndarray]
-_Dims = tuple[int | None, ...]
+_Sizes = tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +95,18 @@ class FoldConstants(Pass):
 
 def _find(model: ir.Model, budget: int) -> _Constants:
     """What nodes of the main graph compute from constants, in its order, as long as ``budget`` bytes suffice."""
-    sizes = _proven_sizes(model)
+    # What the file declares for values in between is left out, as if other inputs were given.
+    proven = Shapes(model, inputs={})
     evaluator = _Evaluator(model.opset_imports.get("", 1))
     found: _Constants = {}
-    shapes: dict[ir.Value, _Dims] = {}
+    sizes: dict[ir.Value, _Sizes] = {}
     for node in model.graph:
-        if is_standard(node, "Shape") and node.inputs[0] is not None:
-            dims = _part_of_shape(node, sizes.get(node.inputs[0].name))
-            if dims is not None:
-                shapes[node.outputs[0]] = dims
-            results = _as_constant(dims)
-        elif is_standard(node, "Gather", "Slice") and node.inputs[0] in shapes:
-            results = _as_constant(_taken(node, shapes[node.inputs[0]]))
+        first = node.inputs[0] if node.inputs else None
+        if is_standard(node, "Shape") and proven.rank(first) is not None:
+            sizes[node.outputs[0]] = _part_of_shape(node, proven.dims(first))
+            results = _as_constant(sizes[node.outputs[0]])
+        elif first in sizes and is_standard(node, "Gather", "Slice"):
+            results = _as_constant(_taken(node, sizes[first]))
         elif is_standard(node, *_FOLDED):
             inputs = [None if value is None else _constant(value, found) for value in node.inputs]
             absent = [value is None for value in node.inputs]
@@ -122,40 +123,23 @@ def _find(model: ir.Model, budget: int) -> _Constants:
     return found
 
 
-def _proven_sizes(model: ir.Model) -> Mapping[str | None, _Dims]:
-    """The dimensions of all values of the main graph, None where inference does not prove a number."""
-    inferred = model.clone()
-    for node in inferred.graph:
-        for value in node.outputs:
-            value.shape = None
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(inferred)
-    values = [*inferred.graph.inputs, *inferred.graph.initializers.values()]
-    values += [value for node in inferred.graph for value in node.outputs]
-    return {
-        value.name: tuple(dim if isinstance(dim, int) else None for dim in value.shape)
-        for value in values
-        if value.shape is not None
-    }
-
-
-def _part_of_shape(node: ir.Node, dims: _Dims | None) -> _Dims | None:
+def _part_of_shape(node: ir.Node, dims: Dims) -> _Sizes:
     """What a Shape gives of ``dims``."""
-    if dims is None:
-        return None
-    return dims[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(dims))]
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(dims))
+    return tuple(dim if isinstance(dim, int) else None for dim in dims[start:end])
 
 
-def _as_constant(dims: _Dims | int | None) -> list[np.ndarray] | None:
+def _as_constant(sizes: _Sizes | int | None) -> list[np.ndarray] | None:
     """The result of a node that gives these numbers, if all are known."""
-    if dims is None or (isinstance(dims, tuple) and None in dims):
+    if sizes is None or (isinstance(sizes, tuple) and None in sizes):
         return None
-    return [np.array(dims, np.int64)]
+    return [np.array(sizes, np.int64)]
 
 
-def _taken(node: ir.Node, dims: _Dims) -> _Dims | int | None:
-    """What a Gather or Slice takes of ``dims``, if all of it is known: others of them need not be."""
+def _taken(node: ir.Node, sizes: _Sizes) -> _Sizes | int | None:
+    """What a Gather or Slice takes of ``sizes``."""
     numbers = [_integers(value) for value in node.inputs[1:]]
-    places = np.arange(len(dims))
+    places = np.arange(len(sizes))
     if any(
         number is None and value is not None for number, value in zip(numbers, node.inputs[1:], strict=True)
     ):
@@ -172,18 +156,18 @@ def _taken(node: ir.Node, dims: _Dims) -> _Dims | int | None:
         return None
     if chosen.ndim > 1:
         return None
-    return dims[int(chosen)] if chosen.ndim == 0 else tuple(dims[i] for i in chosen)
+    return sizes[int(chosen)] if chosen.ndim == 0 else tuple(sizes[i] for i in chosen)
 
 
 def _integers(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    tensor = constant_tensor(value)
     return tensor.numpy() if tensor is not None and tensor.dtype.is_integer() else None
 
 
 def _constant(value: ir.Value, found: _Constants) -> np.ndarray | None:
     if value in found:
         return found[value]
-    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    tensor = constant_tensor(value)
     if tensor is None or tensor.size > _MAX_READ or not _is_plain(tensor.dtype):
         return None
     array = tensor.numpy()
