@@ -8,7 +8,7 @@ After, H being the number of heads::
 
     Y = sparse_onnx.AttentionMasked<num_heads = H, scale>(q, k, v, mask)
 
-or ``Attention`` without a mask. The operator broadcasts the mask, so that an Expand in front of it goes. Several
+or ``Attention`` without a mask. The operator broadcasts, so that an Expand in front of a mask goes. Several
 masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
 them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
 
@@ -17,7 +17,8 @@ they are; attentions whose queries do are declined.
 
 The model still runs without our library, since the operators' bodies come along as functions.
 
-A dimension that was symbolic stays so. Masks are taken not to be larger than the scores (else the operator fails).
+A dimension that was symbolic stays so, and what broadcasts still does: an Expand goes, and a mask that keeps
+everything is dropped, only where that is known to change no shape.
 Fully masked rows keep their result: a fill of at most -1e30 absorbs every score below 1e22, and the
 operator and Softmax agree on rows of -Inf (NaN) and of equal scores (the mean).
 
@@ -150,7 +151,7 @@ class _Rewriter:
             return self._biases[key]
         bias: ir.Value | None = None
         for mask in match.masks:
-            value = self._now(mask.unexpanded)
+            value = self._now(mask.value)
             if mask.fill is not None:
                 kept = bias if bias is not None else self._constant(0.0)
                 choices = [kept, mask.fill] if mask.keep else [mask.fill, kept]

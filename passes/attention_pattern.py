@@ -20,13 +20,14 @@ finite. The graph is only read.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.constants import constant_array, constant_number
 from sparse_onnx.graph import is_standard
-from sparse_onnx.shapes import Dims, Shapes
+from sparse_onnx.shapes import Dim, Dims, Shapes, keeps
 
 __all__ = ["Attention", "Mask", "is_attention", "match_attention"]
 
@@ -37,28 +38,22 @@ _MAX_CHAIN = 12  # nodes between a product and the Softmax; exporters write up t
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """One step from scores to Softmax: ``Add(scores, value)``, or ``Where``, which puts ``fill`` at the places
-    where ``value`` is not ``keep``."""
+    where ``value`` is not ``keep``. Both repeat the scores where ``value`` is larger."""
 
     value: ir.Value
     fill: ir.Value | None = None
     keep: bool = True
 
     @property
-    def unexpanded(self) -> ir.Value:
-        """``value`` before it was expanded to a shape that it broadcasts to anyway."""
-        value = self.value
-        while (node := _producer(value, "Expand")) is not None and node.inputs[0] is not None:
-            value = node.inputs[0]
-        return value
-
-    @property
     def key(self) -> object:
         """Equal for masks that are equal; exporters write ``Where(condition, 0, fill)`` anew for each layer."""
+        if self.fill is not None:
+            return "where", self.value, constant_number(self.fill), self.keep
         where = _producer(self.value, "Where")
         numbers = [constant_number(value) for value in where.inputs[1:]] if where is not None else [None]
-        if where is not None and self.fill is None and None not in numbers:
-            return where.inputs[0], *numbers
-        return self.value, constant_number(self.fill), self.keep
+        if where is not None and None not in numbers:
+            return "add where", where.inputs[0], *numbers
+        return "add", self.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +184,8 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     scale, masks = _chain(softmax.inputs[0], scores, shapes)
     query, q_scale = _unscaled(scores.inputs[0], shapes)
     key, k_scale = _unscaled(scores.inputs[1], shapes)
-    q, v = _heads(query, shapes), _heads(weighted.inputs[1], shapes)
+    value = weighted.inputs[1]
+    q, v = _heads(query, shapes), _heads(value, shapes)
     k, inner_scale = _key_heads(key, shapes)
     scale *= q_scale * k_scale * inner_scale
     if not np.isfinite(np.float32(scale)) or np.float32(scale) == 0:
@@ -208,20 +204,31 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
         keys, values, split = k.split, v.split, True
     else:
         raise _Declined("keys and values are neither both merged nor both per head")
-    masks = tuple(mask for mask in masks if not _keeps_all(mask))
+    batch = _names(shapes.dims(q.merged)[0], shapes.dims(query)[0])
+    rows = _names(q.length, shapes.dims(query)[2])
+    k_batch = _axis(keys, -len(shapes.dims(keys)), shapes) | _axis(key, -4, shapes)
+    v_batch = _axis(values, -len(shapes.dims(values)), shapes) | _axis(value, -4, shapes)
+    # What masks may not change: every name is right. As many keys as values are as many whatever the mask.
+    product = scores.outputs[0]
+    target = (
+        (batch if _stays(batch, k_batch) else _names()) | _axis(product, -4, shapes),
+        _names(q.count),
+        rows | _axis(product, -2, shapes),
+        None if _names(k.length) & _names(v.length) else _names(k.length) | _axis(product, -1, shapes),
+    )
+    masks = tuple(needed for mask in masks if (needed := _needed(mask, target, shapes)) is not None)
+    if q.count == 1 and not all(_axis(mask.value, -3, shapes) == {1} for mask in masks):
+        raise _Declined("its only head may be repeated for a mask with more of them")
     # Two finite masks may add up to -Inf.
     may_be_nan = len(masks) > 1 or not all(map(_is_finite, masks))
     tested = _turns_nan_to_zero(weighted.inputs[0], softmax, shapes)
-    batch = shapes.dims(q.merged)[0]
-    shape, product = (batch, q.count, q.length, k.length), (batch, q.count, q.length, v.size)
-    operands: list[tuple[Dims, Dims]] = [
-        (shapes.dims(keys)[:1], (batch,)),
-        (shapes.dims(values)[:1], (batch,)),
-    ]
-    operands += [(shapes.dims(mask.value), shape) for mask in masks]
-    if not all(_fits(dims, target) for dims, target in operands):
-        raise _Declined("queries are repeated for larger keys, values or masks")
-    output, merged = _output(weighted.outputs[0], product, shapes.dims(query), shapes)
+    others = [k_batch, v_batch, *(_axis(mask.value, -4, shapes) for mask in masks)]
+    if not all(_stays(batch, other) for other in others):
+        batch = _names()
+    if not all(_stays(rows, _axis(mask.value, -2, shapes)) for mask in masks):
+        rows = _names()
+    made = [(b, q.count, r, v.size) for b in batch or (None,) for r in rows or (None,)]
+    output, merged = _output(weighted.outputs[0], made, shapes)
     if not _only_for(scores, output):
         raise _Declined("scores or weights are used elsewhere too")
     return Attention(
@@ -239,13 +246,41 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     )
 
 
-def _fits(dims: Dims, target: Dims) -> bool:
-    """Whether a tensor does not enlarge a ``target`` that it is broadcast with; different symbols may be equal,
-    but a 1 there must be a 1 here."""
-    if not dims and 1 in target:
-        return False
-    pairs = zip(reversed(dims), reversed(target), strict=False)
-    return all(there != 1 or here == 1 for here, there in pairs)
+_Names = frozenset[int | str]
+"""What one dimension is known as; shape inference may have given it several symbols, and all of them are right."""
+
+
+def _names(*dims: Dim) -> _Names:
+    return frozenset(dim for dim in dims if dim is not None)
+
+
+def _axis(value: ir.Value | None, axis: int, shapes: Shapes) -> _Names:
+    """The dimension of ``value`` at a negative ``axis``, 1 where it has fewer."""
+    rank = shapes.rank(value)
+    if rank is None:
+        return _names()
+    return _names(shapes.dims(value)[axis] if rank >= -axis else 1)
+
+
+def _stays(dim: _Names, other: _Names) -> bool:
+    """Whether a dimension is known to stay what it is when another one is broadcast with it."""
+    return any(keeps((name,), (size,)) for name in dim for size in (other or (None,)))
+
+
+def _needed(mask: Mask, target: Sequence[_Names | None], shapes: Shapes) -> Mask | None:
+    """``mask`` before it was expanded to a shape that it broadcasts to anyway; None if it changes nothing at all.
+
+    It stays as it is unless it is known not to enlarge scores with the dimensions ``target`` (None: any).
+    """
+    value = mask.value
+    axes = enumerate(reversed(target), 1)
+    if not all(dim is None or _stays(dim, _axis(value, -place, shapes)) for place, dim in axes):
+        return mask
+    if _keeps_all(mask):
+        return None
+    while (node := _producer(value, "Expand")) is not None and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return dataclasses.replace(mask, value=value)
 
 
 def _chain(value: ir.Value | None, scores: ir.Node, shapes: Shapes) -> tuple[float, tuple[Mask, ...]]:
@@ -285,7 +320,8 @@ def _factor(node: ir.Node, index: int, shapes: Shapes) -> float | None:
     """What a Mul or Div multiplies its input ``index`` with, if that is one known number."""
     if not is_standard(node, "Mul", "Div") or (node.op_type == "Div" and index == 1):
         return None
-    number = shapes.number(node.inputs[1 - index])
+    rank = shapes.rank(node.inputs[index])
+    number = shapes.number(node.inputs[1 - index], rank=1 if rank is None else rank)
     if number is None or number == 0:
         return None
     return number if node.op_type == "Mul" else 1 / number
@@ -394,7 +430,7 @@ def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, shapes: Shape
         if not cleaned and is_standard(node, "Where"):
             condition, zero, weights = node.inputs
             test = _producer(condition, "IsNaN")
-            cleaned = test is not None and test.inputs[0] is weights and constant_number(zero) == 0
+            cleaned = test is not None and test.inputs[0] is weights and constant_number(zero, rank=4) == 0
             if cleaned:
                 continue
         elif _does_nothing(node, shapes):
@@ -435,12 +471,11 @@ def _is_finite(mask: Mask) -> bool:
     return all(part is not None and bool(np.isfinite(part).all()) for part in parts)
 
 
-def _output(value: ir.Value, product: Dims, query: Dims, shapes: Shapes) -> tuple[ir.Value, bool]:
+def _output(value: ir.Value, made: Sequence[Dims], shapes: Shapes) -> tuple[ir.Value, bool]:
     """What is made of the product ``value`` by merging the heads: [B, Sq, H·D] and True, or [B, Sq, H, D] and
-    False. The shape of the product is ``product`` = [B, H, Sq, D]."""
-    # Shape inference may have given the same dimension several symbols; all of them are right.
-    found = shapes.dims(value) if len(shapes.dims(value)) == 4 else product
-    known = (product, (*query[:3], product[3]), found)
+    False. The shape of the product, [B, H, Sq, D], is all of ``made``."""
+    found = shapes.dims(value)
+    known = [*made, *([found] if len(found) == 4 else [])]
     node = _only_reader(value)
     if node is not None and is_standard(node, "Identity", "Reshape"):
         copied = shapes.dims(node.outputs[0])
@@ -452,7 +487,7 @@ def _output(value: ir.Value, product: Dims, query: Dims, shapes: Shapes) -> tupl
     rows = node.outputs[0]
     node = _only_reader(rows)
     if node is not None and is_standard(node, "Reshape"):
-        merged, heads, size = shapes.dims(node.outputs[0]), product[1], product[3]
+        merged, heads, size = shapes.dims(node.outputs[0]), made[0][1], made[0][3]
         assert isinstance(heads, int)
         assert isinstance(size, int)
         rows_known = [(dims[0], dims[2], heads * size) for dims in known]
