@@ -36,13 +36,13 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.graph import (
+    Names,
     add_function,
     add_initializer,
     all_graphs,
     drop_if_unused,
     is_standard,
     name_of,
-    value_names,
 )
 from sparse_onnx.passes.attention_pattern import Attention, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -104,7 +104,7 @@ class _Rewriter:
 
     def __init__(self, model: ir.Model, opset: int) -> None:
         self._model, self._graph, self._opset = model, model.graph, opset
-        self._names = value_names(model)
+        self._names = Names(model)
         self._biases: dict[object, ir.Value] = {}
         self._constants: dict[tuple[int, ...] | float, ir.Value] = {}
         self._replaced: dict[ir.Value, ir.Value] = {}
@@ -130,7 +130,7 @@ class _Rewriter:
         for node in nodes:
             node.metadata_props.update(softmax.metadata_props)
         for node in nodes[:-1]:
-            node.outputs[0].name = self._name(f"{old.name}.{node.op_type}")
+            node.outputs[0].name = self._names.new(f"{old.name}.{node.op_type}")
         new = nodes[-1].outputs[0]
         new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
         new.metadata_props.update(old.metadata_props)
@@ -164,7 +164,7 @@ class _Rewriter:
 
     def _insert(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value]) -> ir.Value:
         node = ir.node(op_type, inputs)
-        node.outputs[0].name = self._name(f"{before.outputs[0].name}.{op_type}")
+        node.outputs[0].name = self._names.new(f"{before.outputs[0].name}.{op_type}")
         self._graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -172,16 +172,9 @@ class _Rewriter:
         if content not in self._constants:
             array = np.array(content, np.int64 if isinstance(content, tuple) else np.float32)
             label = "_".join(map(str, content)) if isinstance(content, tuple) else f"{content:g}"
-            name = self._name(f"{FuseAttention.name}.{label}")
+            name = self._names.new(f"{FuseAttention.name}.{label}")
             self._constants[content] = add_initializer(self._graph, name, ir.tensor(array, name=name))
         return self._constants[content]
-
-    def _name(self, wanted: str) -> str:
-        name, count = wanted, 1
-        while name in self._names:
-            name, count = f"{wanted}.{count}", count + 1
-        self._names.add(name)
-        return name
 
 
 def _remove_unused(node: ir.Node) -> None:

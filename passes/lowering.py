@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from sparse_onnx.constants import constant_tensor
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, name_of
+from sparse_onnx.graph import Names, add_function, add_initializer, drop_if_unused, name_of
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
@@ -270,8 +270,9 @@ class Lowering(Pass):
                 f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a {self.kind}"
             )
         packing = Progress(context.progress, f"packing for {self.name}", len(lowered))
+        lowerer = _Lowerer(model, context)
         for candidate in lowered:
-            _lower(model, candidate, packer(candidate), context)
+            lowerer.lower(candidate, packer(candidate))
             packing.step()
         if lowered:
             for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):
@@ -281,59 +282,67 @@ class Lowering(Pass):
         return PassResult(model, bool(lowered), statistics, tuple(declined))
 
 
-def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context: PassContext) -> None:
-    name = candidate.weight.name
-    stored = [_initializer(model.graph, f"{name}.{key}", tensor) for key, tensor in packed.tensors.items()]
-    for layer in candidate.layers:
-        bias = _bias(model.graph, layer, context)
-        x, *others = layer.inputs
-        for key, array in layer.constants.items():
-            others.append(_initializer(model.graph, key, context.store(array, key)))
-        output = ir.Value(
-            name=layer.output.name,
-            type=layer.output.type,
-            shape=layer.output.shape,
-            doc_string=layer.output.doc_string,
-        )
-        output.metadata_props.update(layer.output.metadata_props)
-        node = ir.node(
-            layer.op_type,
-            [x, *stored, bias, *others],
-            {**layer.attributes, **packed.attributes},
-            domain=DOMAIN,
-            outputs=[output],
-            name=layer.nodes[0].name,
-        )
-        if module := layer.nodes[0].metadata_props.get(MODULE_KEY):
-            node.metadata_props[MODULE_KEY] = module
-        # Not before the first node: a residual may be computed between the two.
-        model.graph.insert_before(layer.nodes[-1], node)
-        layer.output.replace_all_uses_with(output, replace_graph_outputs=True)
-        layer.output.name = None
-        output.name = node.outputs[0].name
-        model.graph.remove(layer.nodes, safe=False)
-        unused = [value for old in layer.nodes for value in old.inputs if value is not None]
-        for old in layer.nodes:
-            for index in range(len(old.inputs)):
-                old.replace_input_with(index, None)
-        for value in dict.fromkeys(unused):
-            drop_if_unused(value)
+class _Lowerer:
+    """Puts operators into the main graph; what several of them need is made once."""
 
+    def __init__(self, model: ir.Model, context: PassContext) -> None:
+        self._graph, self._context, self._names = model.graph, context, Names(model)
+        self._zeros: dict[int, ir.Value] = {}
+        self._biases: dict[ir.Value, ir.Value] = {}
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer ``name``, which layers may share: a new one if there is none."""
-    return graph.initializers[name] if name in graph.initializers else add_initializer(graph, name, tensor)
+    def lower(self, candidate: Candidate, packed: PackedTensors) -> None:
+        graph = self._graph
+        name = self._names.stem(candidate.weight.name, [f".{key}" for key in packed.tensors])
+        stored = [add_initializer(graph, f"{name}.{key}", tensor) for key, tensor in packed.tensors.items()]
+        for layer in candidate.layers:
+            bias = self._bias(layer)
+            x, *others = layer.inputs
+            for key, array in layer.constants.items():
+                others.append(self._add(self._names.new(key), array))
+            output = ir.Value(
+                name=layer.output.name,
+                type=layer.output.type,
+                shape=layer.output.shape,
+                doc_string=layer.output.doc_string,
+            )
+            output.metadata_props.update(layer.output.metadata_props)
+            node = ir.node(
+                layer.op_type,
+                [x, *stored, bias, *others],
+                {**layer.attributes, **packed.attributes},
+                domain=DOMAIN,
+                outputs=[output],
+                name=layer.nodes[0].name,
+            )
+            if module := layer.nodes[0].metadata_props.get(MODULE_KEY):
+                node.metadata_props[MODULE_KEY] = module
+            # Not before the first node: a residual may be computed between the two.
+            graph.insert_before(layer.nodes[-1], node)
+            layer.output.replace_all_uses_with(output, replace_graph_outputs=True)
+            layer.output.name = None
+            output.name = node.outputs[0].name
+            graph.remove(layer.nodes, safe=False)
+            unused = [value for old in layer.nodes for value in old.inputs if value is not None]
+            for old in layer.nodes:
+                for index in range(len(old.inputs)):
+                    old.replace_input_with(index, None)
+            for value in dict.fromkeys(unused):
+                drop_if_unused(value)
 
+    def _add(self, name: str, array: np.ndarray) -> ir.Value:
+        return add_initializer(self._graph, name, self._context.store(array, name))
 
-def _bias(graph: ir.Graph, layer: Layer, context: PassContext) -> ir.Value:
-    """The operator's bias [N]: the layer's own, or zeros that all layers of this width share."""
-    n = layer.weight.shape[1]
-    if layer.bias is None:
-        name = f"{DOMAIN}.zeros.{n}"
-        return _initializer(graph, name, ir.tensor(np.zeros(n, np.float32), name=name))
-    tensor = constant_tensor(layer.bias)
-    assert tensor is not None
-    if len(tensor.shape) == 1 and layer.bias.is_initializer():
-        return layer.bias
-    name = f"{layer.bias.name}.{n}"
-    return _initializer(graph, name, context.store(tensor.numpy().reshape(n), name))
+    def _bias(self, layer: Layer) -> ir.Value:
+        """The operator's bias [N]: the layer's own, or zeros that all layers of this width share."""
+        n, bias = layer.weight.shape[1], layer.bias
+        if bias is None:
+            if n not in self._zeros:
+                self._zeros[n] = self._add(self._names.new(f"{DOMAIN}.zeros.{n}"), np.zeros(n, np.float32))
+            return self._zeros[n]
+        tensor = constant_tensor(bias)
+        assert tensor is not None
+        if len(tensor.shape) == 1 and bias.is_initializer():
+            return bias
+        if bias not in self._biases:
+            self._biases[bias] = self._add(self._names.new(f"{bias.name}.{n}"), tensor.numpy().reshape(n))
+        return self._biases[bias]

@@ -29,7 +29,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_initializer, is_standard, name_of
+from sparse_onnx.graph import Names, add_initializer, is_standard, name_of
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, joined, put_in_place
@@ -188,7 +188,9 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
         for index in range(1, 6):
             release_mapping(_tensor(linear, index))
     stored = []
-    for key, array in {**packed.arrays(), "bias": bias}.items():
+    parts = {**packed.arrays(), "bias": bias}
+    name = Names(model).stem(name, [f".{key}" for key in parts])
+    for key, array in parts.items():
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
     attributes: dict[str, int | str | list[int]] = {
         **packed.attributes(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx
 import onnx_ir as ir
 
 __all__ = [
+    "Names",
     "add_function",
     "add_initializer",
     "all_graphs",
@@ -39,9 +40,9 @@ def all_graphs(model: ir.Model) -> list[ir.Graph]:
 
 
 def value_names(model: ir.Model) -> set[str]:
-    """All names of values in the main graph and its subgraphs; a new value needs another one."""
+    """All names of values, in functions and subgraphs as well; a new value needs another one."""
     names: set[str | None] = set()
-    for graph in model.graphs():
+    for graph in all_graphs(model):
         names.update(value.name for value in graph.inputs)
         names.update(graph.initializers)
         names.update(value.name for node in graph for value in node.outputs)
@@ -50,10 +51,26 @@ def value_names(model: ir.Model) -> set[str]:
 
 def new_name(model: ir.Model, wanted: str) -> str:
     """``wanted``, or with a number behind it where the model has a value of that name already."""
-    taken, name, count = value_names(model), wanted, 1
-    while name in taken:
-        name, count = f"{wanted}.{count}", count + 1
-    return name
+    return Names(model).new(wanted)
+
+
+class Names:
+    """Names for many new values of ``model``, which is looked through once; nothing else may add values meanwhile."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken = value_names(model)
+
+    def new(self, wanted: str) -> str:
+        """``wanted``, or with a number behind it where that is taken."""
+        return self.stem(wanted, ("",))
+
+    def stem(self, wanted: str, endings: Collection[str]) -> str:
+        """``wanted``, or with a number behind it where that is taken with one of the ``endings``."""
+        name, count = wanted, 1
+        while not self._taken.isdisjoint(names := {name + ending for ending in endings}):
+            name, count = f"{wanted}.{count}", count + 1
+        self._taken |= names
+        return name
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
