@@ -29,7 +29,9 @@ from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.gemm_rows import GemmRows
 from sparse_onnx.passes.idle_nodes import IdleNodes
+from sparse_onnx.passes.reshapes import Reshapes
 
 __all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
 
@@ -125,7 +127,9 @@ CLEAN_PASSES: tuple[Pass, ...] = (
     Identities(),
     FoldWeights(),
     FoldConstants(),
+    Reshapes(),
     IdleNodes(),
+    GemmRows(),
     Duplicates(),
     Unused(),
 )
