@@ -12,8 +12,8 @@ or ``Attention`` without a mask. The operator broadcasts, so that an Expand in f
 masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
 them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
 
-Keys and values that exist only per head, [B, H, Sk, D], go into ``AttentionSplit`` and ``AttentionSplitMasked`` as
-they are; attentions whose queries do are declined.
+Keys and values that exist only per head, [B, H, Sk, D], go into ``AttentionSplit`` as they are, and queries, too,
+into ``AttentionHeads``, each with and without ``Masked``.
 
 The model still runs without our library, since the operators' bodies come along as functions.
 
@@ -116,7 +116,7 @@ class _Rewriter:
         inputs = [self._now(x) for x in (match.q, match.k, match.v)]
         if match.masks:
             inputs.append(self._bias(match))
-        op_type = _OP_TYPES[Signature(split=match.split, masked=bool(match.masks))]
+        op_type = _OP_TYPES[Signature(match.split, bool(match.masks), match.heads_apart)]
         attributes = {"num_heads": match.heads, "scale": match.scale}
         fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
         add_function(self._model, attention.function_body(op_type, self._opset), attention.VERSION)

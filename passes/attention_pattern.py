@@ -11,7 +11,7 @@ D being the head size, H the number of heads and E = H·D; scale and mask in any
     Y = Reshape(Transpose[0,2,1,3](MatMul(P, V)))
 
 Keys and values may exist only per head, [B, H, Sk, D]: after a Concat with a cache, the repetition of heads for
-grouped queries, rotary embeddings. Queries may not: to merge them again gains nothing.
+grouped queries, rotary embeddings. So may queries, together with them.
 
 What must hold is read from the shapes that ONNX shape inference finds, symbols included. Scores are taken to be
 finite. The graph is only read.
@@ -61,7 +61,7 @@ class Mask:
 class Attention:
     """What a fused operator is made of: ``output`` from ``q``, ``k`` and ``v``, whose ``softmax`` this is.
 
-    ``q`` is merged; ``k`` and ``v`` are both merged or, if ``split``, both per head.
+    ``q`` is merged, or per head if ``heads_apart``; ``k`` and ``v`` are both merged or, if ``split``, both per head.
     ``output`` is [B, Sq, E], or [B, Sq, H, D] if ``split_to`` says H and D. ``nan_to_zero``: a NaN
     among the weights becomes zero, and there may be one even if all scores are finite.
     """
@@ -71,6 +71,7 @@ class Attention:
     k: ir.Value
     v: ir.Value
     split: bool
+    heads_apart: bool
     heads: int
     scale: float
     masks: tuple[Mask, ...]
@@ -191,21 +192,20 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     scale *= q_scale * k_scale * inner_scale
     if not np.isfinite(np.float32(scale)) or np.float32(scale) == 0:
         raise _Declined(f"has scale {scale}")
-    if q.merged is None:
-        raise _Declined(
-            "queries exist only per head (rotary embedding, packed projections or unknown shapes)"
-        )
+    queries = q.merged if q.merged is not None else q.split
+    if queries is None:
+        raise _Declined("queries are not known to be [batch, heads, queries, channels]")
     if q.count is None or q.count != k.count or q.count != v.count:
         raise _Declined("queries, keys and values are not known to have the same number of heads")
     if q.size is None or q.size != k.size or v.size is None:
         raise _Declined("head sizes are not known to fit")
-    if k.merged is not None and v.merged is not None:
+    if k.merged is not None and v.merged is not None and q.merged is not None:
         keys, values, split = k.merged, v.merged, False
     elif k.split is not None and v.split is not None:
         keys, values, split = k.split, v.split, True
     else:
-        raise _Declined("keys and values are neither both merged nor both per head")
-    batch = _names(shapes.dims(q.merged)[0], shapes.dims(query)[0])
+        raise _Declined("queries, keys and values are neither all merged nor all per head")
+    batch = _names(shapes.dims(queries)[0], shapes.dims(query)[0])
     rows = _names(q.length, shapes.dims(query)[2])
     k_batch = _axis(keys, -len(shapes.dims(keys)), shapes) | _axis(key, -4, shapes)
     v_batch = _axis(values, -len(shapes.dims(values)), shapes) | _axis(value, -4, shapes)
@@ -234,10 +234,11 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
         raise _Declined("scores or weights are used elsewhere too")
     return Attention(
         softmax=softmax,
-        q=q.merged,
+        q=queries,
         k=keys,
         v=values,
         split=split,
+        heads_apart=q.merged is None,
         heads=q.count,
         scale=scale,
         masks=masks,

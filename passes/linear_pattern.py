@@ -4,7 +4,8 @@ Patterns, h being the linear's result and every value in between having a single
 
     MatMul(X, W)                         Add(MatMul(X, W), bias [N])        Gemm(X, W, bias [N] or [1, N])
     Relu(h)                              Gelu(h), approximate none or tanh (opset 20, or com.microsoft)
-    Mul(h, Sigmoid(h))                   Mul(Mul(h, Add(Erf(Div(h, √2)), 1)), 0.5), and its other associations
+    Mul(h, Sigmoid(h))                   Mul(h, Sigmoid(Mul(h, 1.702))), the GELU of CLIP
+                                         Mul(Mul(h, Add(Erf(Div(h, √2)), 1)), 0.5), and its other associations
     Mul(Mul(h, Add(Tanh(√(2/π) · (h + 0.044715 h³)), 1)), 0.5), and its other associations
 
 An Add whose other operand is no constant [N], or [1, ..., 1, N] with no more axes than h, is not a bias and stays
@@ -155,6 +156,18 @@ def match_silu(h: ir.Value) -> list[ir.Node] | None:
     return [sigmoid, mul]
 
 
+def _quick_gelu(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
+    for scale in users_of(h):
+        if scale.op_type != "Mul" or not is_scalar(other_operand(scale, h), 1.702, h, shapes):
+            continue
+        sigmoid = only_user(scale.outputs[0], "Sigmoid")
+        product = only_user(sigmoid.outputs[0], "Mul") if sigmoid is not None else None
+        if sigmoid is not None and product is not None:
+            if other_operand(product, sigmoid.outputs[0]) is h:
+                return _covered(h, [scale, sigmoid, product])
+    return None
+
+
 def _gate(h: ir.Value, inner: list[ir.Node], gate: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
     """``0.5 · h · (1 + gate)`` in any association; ``inner`` are the nodes that make ``gate`` from h."""
     shift = only_user(gate, "Add")
@@ -241,6 +254,7 @@ def _gelu_tanh(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
 _ACTIVATIONS: dict[str, Callable[[ir.Value, Shapes], list[ir.Node] | None]] = {
     "relu": lambda h, _: match_relu(h),
     "silu": lambda h, _: match_silu(h),
+    "quick_gelu": _quick_gelu,
     "gelu": lambda h, shapes: _gelu_node(h, "none") or _gelu_erf(h, shapes),
     "gelu_tanh": lambda h, shapes: _gelu_node(h, "tanh") or _gelu_tanh(h, shapes),
 }

@@ -4,6 +4,7 @@ Signatures (domain ``sparse_onnx``, version 1; one op type per signature)::
 
     Attention<num_heads, scale>(q, k, v) -> Y          AttentionMasked<num_heads, scale>(q, k, v, mask) -> Y
     AttentionSplit<num_heads, scale>(q, k, v) -> Y     AttentionSplitMasked<num_heads, scale>(q, k, v, mask) -> Y
+    AttentionHeads<num_heads, scale>(q, k, v) -> Y     AttentionHeadsMasked<num_heads, scale>(q, k, v, mask) -> Y
 
 For each batch and head, with the Q, K and V of that head::
 
@@ -12,9 +13,9 @@ For each batch and head, with the Q, K and V of that head::
 ===========  =========  =================  ==================================================================
 name         dtype      shape              meaning
 ===========  =========  =================  ==================================================================
-q            float32    [B, Sq, H·D]       queries, head by head
-k            float32    [B, Sk, H·D]       keys; [B, H, Sk, D] where the op type says ``Split`` (a cache)
-v            float32    [B, Sk, H·Dv]      values; [B, H, Sk, Dv] where the op type says ``Split``
+q            float32    [B, Sq, H·D]       queries, head by head; [B, H, Sq, D] where it says ``Heads`` (rotary)
+k            float32    [B, Sk, H·D]       keys; [B, H, Sk, D] where it says ``Split`` (a cache) or ``Heads``
+v            float32    [B, Sk, H·Dv]      values; [B, H, Sk, Dv] where it says ``Split`` or ``Heads``
 mask         float32    up to 4 axes       added to the scores; broadcasts with [B, H, Sq, Sk]
 num_heads    int        attribute          H, at least 1
 scale        float      attribute          finite
@@ -42,10 +43,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Signature:
-    """What sets the op types apart: ``split`` has keys and values per head, ``masked`` a fourth input."""
+    """What sets the op types apart: ``split`` has keys and values per head, ``heads`` queries, too, ``masked`` a fourth
+    input."""
 
     split: bool
     masked: bool
+    heads: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -57,13 +60,15 @@ OP_TYPES = {
     "AttentionMasked": Signature(split=False, masked=True),
     "AttentionSplit": Signature(split=True, masked=False),
     "AttentionSplitMasked": Signature(split=True, masked=True),
+    "AttentionHeads": Signature(split=True, masked=False, heads=True),
+    "AttentionHeadsMasked": Signature(split=True, masked=True, heads=True),
 }
 
 
 def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, *, num_heads: int, scale: float
 ) -> np.ndarray:
-    """Y float64 from the operator's inputs, k and v of either form. The tests' oracle."""
+    """Y float64 from the operator's inputs, q, k and v of either form. The tests' oracle."""
 
     def heads(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)
@@ -91,12 +96,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     flat = Constant<value = int64[1] {{-1}}>()
     number = Constant<value_int: int = @num_heads>()
     heads = Reshape(number, flat)
-    {_dimension("q", 2, opset)}
-    q_size = Div(q_channels, heads)
-    q_shape = Concat<axis = 0>(same, heads, q_size)
     factor = Constant<value_float: float = @scale>()
-    q_split = Reshape(q, q_shape)
-    q_heads = Transpose<perm = [0, 2, 1, 3]>(q_split)
+    {"q_heads = Identity(q)" if signature.heads else _merged_queries(opset)}
     {_dimension("v", 3 if signature.split else 2, opset)}
     {_SPLIT_KEYS if signature.split else _MERGED_KEYS}
     product = MatMul(q_heads, k_heads)
@@ -111,6 +112,14 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
 """
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto
+
+
+def _merged_queries(opset: int) -> str:
+    return f"""{_dimension("q", 2, opset)}
+    q_size = Div(q_channels, heads)
+    q_shape = Concat<axis = 0>(same, heads, q_size)
+    q_split = Reshape(q, q_shape)
+    q_heads = Transpose<perm = [0, 2, 1, 3]>(q_split)"""
 
 
 def _dimension(name: str, axis: int, opset: int) -> str:

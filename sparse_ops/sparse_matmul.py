@@ -80,6 +80,7 @@ OP_TYPES = {
     "gelu": "SparseMatMulGelu",
     "gelu_tanh": "SparseMatMulGeluTanh",
     "silu": "SparseMatMulSilu",
+    "quick_gelu": "SparseMatMulQuickGelu",
 }
 ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
 
@@ -301,6 +302,7 @@ _FLOAT64: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": lambda y: 0.5 * y * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2))),
     "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
     "silu": lambda y: y / (1 + np.exp(-y)),
+    "quick_gelu": lambda y: y / (1 + np.exp(-1.702 * y)),
 }
 
 
@@ -343,6 +345,11 @@ _ACTIVATION_BODIES = {
         Y = Mul(product, half)""",
     "silu": """
         gate = Sigmoid(h)
+        Y = Mul(h, gate)""",
+    "quick_gelu": """
+        slope = Constant<value = float {1.702}>()
+        steep = Mul(h, slope)
+        gate = Sigmoid(steep)
         Y = Mul(h, gate)""",
 }
 

@@ -56,7 +56,7 @@ class ThisThread final : public Workers {
 // The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: a session's choice).
 std::string prepare(const SparseOnnxWeight& stored, int activation, const char* name, size_t tokens,
                     spmm::CheckedWeight& checked, spmm::Plan& plan) {
-  if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_SILU) return "unknown activation";
+  if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_QUICK_GELU) return "unknown activation";
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
   if (!problem.empty()) return problem;
   if (name == nullptr) {

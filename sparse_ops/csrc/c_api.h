@@ -30,7 +30,14 @@ typedef struct SparseOnnxWeight {
 } SparseOnnxWeight;
 
 /* Values of `activation`. */
-enum { SPARSE_ONNX_NONE, SPARSE_ONNX_RELU, SPARSE_ONNX_GELU, SPARSE_ONNX_GELU_TANH, SPARSE_ONNX_SILU };
+enum {
+  SPARSE_ONNX_NONE,
+  SPARSE_ONNX_RELU,
+  SPARSE_ONNX_GELU,
+  SPARSE_ONNX_GELU_TANH,
+  SPARSE_ONNX_SILU,
+  SPARSE_ONNX_QUICK_GELU
+};
 
 /* Version of the package that the library was built from. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_version(void);

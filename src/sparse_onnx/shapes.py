@@ -167,9 +167,15 @@ class Shapes:
         axes = self.rank(other)
         return axes is None or (axes > 1 and axes > (self.rank(value) or 1))
 
+    def element_type(self, value: ir.Value) -> int:
+        """As ONNX numbers them; 0 if it is not known."""
+        if (tensor := constant_tensor(value)) is not None:
+            return int(tensor.dtype)
+        return self._known.get(value.name or "", (None, 0))[1]
+
     def is_float32(self, value: ir.Value) -> bool:
         """Whether ``value`` is known to be FLOAT."""
-        return self._known.get(value.name or "", (None, 0))[1] == onnx.TensorProto.FLOAT
+        return self.element_type(value) == onnx.TensorProto.FLOAT
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all values whose sizes are all known."""

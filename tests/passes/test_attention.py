@@ -596,9 +596,41 @@ def test_repeated_heads(from_text, run):
     assert [value.name for value in fused(model).inputs] == ["q", "k8", "v8"]
 
 
+PER_HEAD_KEYS = "k4 = Reshape(k, split) K4 = Transpose<perm = [0, 2, 1, 3]>(k4)"
+ROTATED = f"""{SPLIT_Q} {PER_HEAD_KEYS} {SPLIT_V} R = Mul(Q, turn) RK = Mul(K4, turn)
+              K = Transpose<perm = [0, 1, 3, 2]>(RK) {SCORES.replace("(Q, K)", "(R, K)")} {SOFTMAX} {MERGE}"""
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_per_head(from_text, run, masked):
+    """As rotary embeddings leave them; the values are merged, too, and need not be."""
+    body = ROTATED.replace(SOFTMAX, "M = Add(S, mask) P = Softmax(M)") if masked else ROTATED
+    inputs = INPUTS + (", float[B, 1, S, T] mask" if masked else "")
+    turn = np.random.default_rng(0).random((1, 1, 1, D)).astype(np.float32)
+    model = build(from_text, body, inputs=inputs, turn=turn)
+    ops = check_fused(model, run, special={"mask": padding(MIN, whole_rows=False)})
+    assert fused(model).op_type == ("AttentionHeadsMasked" if masked else "AttentionHeads")
+    assert [value.name for value in fused(model).inputs[:3]] == ["R", "RK", "V"]
+    assert ops["Transpose"] == 3
+
+
+def test_queries_whose_rows_are_not_known(from_text, run):
+    """The width of q has a name only, so that nothing says what its rows are; per head all is known."""
+    body = f"""{SPLIT_Q} {PER_HEAD_KEYS} {SPLIT_V} K = Transpose<perm = [0, 1, 3, 2]>(K4) {SCORES} {SOFTMAX} {MERGE}"""
+    model = build(from_text, body, inputs=INPUTS.replace(f"S, {E}] q", "S, W] q"))
+    sizes = [{x: (b, s, E) for x in "qkv"} for b, s in SIZES]
+    rng = np.random.default_rng(1)
+    given = [{x: rng.standard_normal(s).astype(np.float32) for x, s in size.items()} for size in sizes]
+    expected = [run(model, feed) for feed in given]
+    assert FUSE(model).statistics == {"found": 1, "fused": 1}
+    assert fused(model).op_type == "AttentionHeads"
+    for feed, outputs in zip(given, expected, strict=True):
+        assert_same(outputs, run(model, feed))
+
+
 # -- what must stay ----------------------------------------------------------------------------------------
 
-PER_HEAD = "queries exist only per head (rotary embedding, packed projections or unknown shapes)"
+PER_HEAD = "queries, keys and values are neither all merged nor all per head"
 HEADS = "queries, keys and values are not known to have the same number of heads"
 ELSEWHERE = "scores or weights are used elsewhere too"
 LEFT = {
@@ -710,7 +742,7 @@ def test_values_of_another_size_per_head(from_text, run):
 def test_merged_keys_with_values_per_head(from_text):
     body = f"{SPLIT_Q} {SPLIT_K} {SCORES} {SOFTMAX} {MERGE}"
     model = build(from_text, body, inputs=f"{INPUTS}, float[B, {H}, T, {D}] V")
-    check_left(model, "keys and values are neither both merged nor both per head")
+    check_left(model, PER_HEAD)
 
 
 @pytest.mark.parametrize("opset", [12, 27])

@@ -30,7 +30,7 @@ def vector(n, seed=9):
 def weights(**more):
     """Up, gate and down projection, and biases."""
     up_and_down = {"U": sparse(K, HIDDEN), "G": sparse(K, HIDDEN, 2), "D": sparse(HIDDEN, K, 1)}
-    return {**up_and_down, "bu": vector(HIDDEN), "bd": vector(K), **more}
+    return {**up_and_down, "bu": vector(HIDDEN), "bd": vector(K), "slope": np.float32(1.702), **more}
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ PAIRS = {
     "SparseFeedForwardGelu": "a = Gelu(h)",
     "SparseFeedForwardGeluTanh": GELU_TANH,
     "SparseFeedForwardSilu": "t = Sigmoid(h) a = Mul(h, t)",
+    "SparseFeedForwardQuickGelu": "m = Mul(h, slope) t = Sigmoid(m) a = Mul(h, t)",
     "SparseFeedForwardSiluGate": f"{SILU_GATE} a = Mul(w, h)",
     "SparseFeedForwardGeluTanhGate": f"{GELU_GATE} a = Mul(h, w)",
 }

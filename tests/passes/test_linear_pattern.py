@@ -22,7 +22,8 @@ def build(body, *, opset=20, outputs="float[B, 4] Y", extra="", opsets=""):
         g (float[B, {K}] X) => ({outputs})
         <float[{K}, {N}] W, float[{N}, {K}] Wt, float[{N}] b, float[1, {N}] b_row, float[1] b_one,
          float one = {{1}}, float half = {{0.5}}, float root = {{1.41421356}}, float inv_root = {{0.70710678}},
-         float three = {{3}}, float cubic = {{0.044715}}, float tanh_scale = {{0.79788456}}, float two = {{2}} {extra}>
+         float three = {{3}}, float cubic = {{0.044715}}, float tanh_scale = {{0.79788456}}, float two = {{2}},
+         float slope = {{1.702}} {extra}>
         {{ {body} }}"""
     proto = onnx.parser.parse_model(text)
     given = {tensor.name for tensor in proto.graph.initializer}
@@ -74,6 +75,8 @@ GELU_TANH = {
         ('h = MatMul(X, W) Y = Gelu<approximate = "tanh">(h)', None, "gelu_tanh", 2),
         ("h = MatMul(X, W) s = Sigmoid(h) Y = Mul(h, s)", None, "silu", 3),
         ("h = MatMul(X, W) s = Sigmoid(h) Y = Mul(s, h)", None, "silu", 3),
+        ("h = MatMul(X, W) t = Mul(h, slope) s = Sigmoid(t) Y = Mul(h, s)", None, "quick_gelu", 4),
+        ("h = MatMul(X, W) t = Mul(slope, h) s = Sigmoid(t) Y = Mul(s, h)", None, "quick_gelu", 4),
         *(("h = MatMul(X, W) " + body, None, "gelu", 6) for body in GELU_ERF.values()),
         *(("h = MatMul(X, W) " + body, None, "gelu_tanh", len(body.split("= ")) ) for body in GELU_TANH.values()),
     ],
@@ -214,6 +217,9 @@ def test_a_bias_that_is_a_constant_node(from_text, run):
         ("h = MatMul(X, W) Y = Add(h, h)", "float[B, 4] Y"),
         ("h = MatMul(X, W) s = Sigmoid(h) Y = Mul(s, s)", "float[B, 4] Y"),
         ("h = MatMul(X, W) s = Sigmoid(h) p = Mul(h, s) Y = Add(p, s)", "float[B, 4] Y"),
+        ("h = MatMul(X, W) t = Mul(h, two) s = Sigmoid(t) Y = Mul(h, s)", "float[B, 4] Y"),
+        ("h = MatMul(X, W) t = Mul(h, slope) s = Sigmoid(t) Y = Mul(t, s)", "float[B, 4] Y"),
+        ("h = MatMul(X, W) t = Mul(h, slope) s = Sigmoid(t) p = Mul(h, s) Y = Add(p, t)", "float[B, 4] Y"),
         ("h = MatMul(X, W) s = Div(h, two) e = Erf(s) a = Add(e, one) m = Mul(h, a) Y = Mul(m, half)", "float[B, 4] Y"),
         ("h = MatMul(X, W) s = Div(h, root) e = Erf(s) a = Add(e, one) m = Mul(h, a) Y = Mul(m, two)", "float[B, 4] Y"),
         ("h = MatMul(X, W) s = Div(h, root) e = Erf(s) a = Add(e, one) m = Mul(h, a) q = Mul(m, half) Y = Add(q, h)",

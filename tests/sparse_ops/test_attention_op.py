@@ -16,7 +16,9 @@ SCALE = 0.3
 NODE = "encoder/layer.3/attention"
 LOWEST = np.finfo(np.float32).min
 every_op = pytest.mark.parametrize("op_type", attention.OP_TYPES)
-masked_ops = pytest.mark.parametrize("op_type", ["AttentionMasked", "AttentionSplitMasked"])
+masked_ops = pytest.mark.parametrize(
+    "op_type", ["AttentionMasked", "AttentionSplitMasked", "AttentionHeadsMasked"]
+)
 both_ways = pytest.mark.parametrize("library", [True, False])
 
 
@@ -27,9 +29,10 @@ def floats(*shape, seed=3):
 def feeds(op_type, sq, sk, *, batch=B, mask=None):
     """Inputs; ``mask`` is one, or its shape, by default [B, 1, Sq, Sk]."""
     signature = attention.OP_TYPES[op_type]
+    q = (batch, H, sq, D) if signature.heads else (batch, sq, H * D)
     k = (batch, H, sk, D) if signature.split else (batch, sk, H * D)
     v = (batch, H, sk, DV) if signature.split else (batch, sk, H * DV)
-    given = {"q": floats(batch, sq, H * D), "k": floats(*k, seed=4), "v": floats(*v, seed=5)}
+    given = {"q": floats(*q), "k": floats(*k, seed=4), "v": floats(*v, seed=5)}
     if signature.masked:
         mask = (batch, 1, sq, sk) if mask is None else mask
         given["mask"] = floats(*mask, seed=6) if isinstance(mask, tuple) else mask
@@ -158,7 +161,7 @@ def test_rows_without_a_key(op_type, library, fill, open_session):
 def test_not_a_number_stays_in_its_head(op_type, library, open_session):
     given = feeds(op_type, SQ, SK)
     clean = expected(given)
-    given["q"][1, 2, 0] = np.nan
+    given["q"][(1, 0, 2, 0) if attention.OP_TYPES[op_type].heads else (1, 2, 0)] = np.nan
     got = open_session(model(op_type), library=library).run(None, given)[0]
     assert np.isnan(got[1, 2, :DV]).all()
     got[1, 2, :DV] = clean[1, 2, :DV]
@@ -205,9 +208,7 @@ def test_the_runtime_fuses_the_body(op_type, open_session, tmp_path):
     """The scale goes into the product, as in a graph that was never fused."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    split = attention.OP_TYPES[op_type].split
-    key, value = ([B, H, SK, D], [B, H, SK, DV]) if split else ([B, SK, H * D], [B, SK, H * DV])
-    shapes = {"q": [B, SQ, H * D], "k": key, "v": value, "mask": [B, 1, SQ, SK]}
+    shapes = {name: array.shape for name, array in feeds(op_type, SQ, SK).items()}
     open_session(model(op_type, shapes=shapes), library=False, options=options)
     op_types = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
     assert "FusedMatMul" in op_types
@@ -223,9 +224,9 @@ def test_output_shape_is_inferred(op_type, open_session):
 
 def known_shapes(op_type, *, q="batch", k="batch", v="batch", mask=("batch", 1, 1, "keys"), tokens="tokens"):
     """Of all inputs, with these batches."""
-    split = attention.OP_TYPES[op_type].split
+    split, heads = attention.OP_TYPES[op_type].split, attention.OP_TYPES[op_type].heads
     return {
-        "q": [q, tokens, H * D],
+        "q": [q, H, tokens, D] if heads else [q, tokens, H * D],
         "k": [k, H, "keys", D] if split else [k, "keys", H * D],
         "v": [v, H, "keys", DV] if split else [v, "keys", H * DV],
         "mask": list(mask),
@@ -282,7 +283,8 @@ def test_one_query_and_batch_that_a_mask_repeats_are_inferred(op_type, open_sess
 
 @every_op
 def test_unknown_channels_stay_unknown(op_type, open_session):
-    shapes = known_shapes(op_type, tokens=7) | {"q": ["batch", 7, "channels"]}
+    shapes = known_shapes(op_type, tokens=7)
+    shapes["q"][-1] = "channels"
     shapes["v"][-1] = "others"
     (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
     assert output.shape[:2] == ["batch", 7]
@@ -330,6 +332,7 @@ WRONG = [
         (B, SK, H * D),
         r"input k has shape \[2, 10, 60\], expected \[batch, 3, sequence",
     ),
+    ("AttentionHeads", "q", (B, SQ, H * D), r"input q has shape \[2, 6, 60\], expected \[batch, 3, sequence"),
     ("AttentionSplit", "v", (B, H + 1, SK, DV), r"input v has shape \[2, 4, 10, 24\], expected \[batch, 3"),
 ]
 

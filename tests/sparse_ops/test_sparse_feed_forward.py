@@ -210,6 +210,6 @@ def test_every_linear_has_a_pair():
     assert set(ff.PAIRS) == {*sm.ACTIVATIONS, *split.GATES.values()}
     assert set(ff.OP_TYPES) == {
         "SparseFeedForward",
-        *(f"SparseFeedForward{name}" for name in ("Relu", "Gelu", "GeluTanh", "Silu")),
+        *(f"SparseFeedForward{name}" for name in ("Relu", "Gelu", "GeluTanh", "Silu", "QuickGelu")),
         *(f"SparseFeedForward{name}Gate" for name in ("Silu", "GeluTanh")),
     }

@@ -16,7 +16,7 @@ enum Input : size_t { kQ, kK, kV, kMask };
 // What the name of an operator says.
 struct AttentionVariant {
   const char* name;
-  bool split, masked;  // k and v are [B, H, Sk, D]; there is a mask
+  bool split, masked, heads;  // k and v are [B, H, Sk, D]; there is a mask; q is [B, H, Sq, D], too
 };
 
 using Dims = std::vector<int64_t>;
@@ -24,10 +24,12 @@ using Dims = std::vector<int64_t>;
 class Kernel {
  public:
   using Variant = AttentionVariant;
-  static constexpr Variant kVariants[] = {{"Attention", false, false},
-                                          {"AttentionMasked", false, true},
-                                          {"AttentionSplit", true, false},
-                                          {"AttentionSplitMasked", true, true}};
+  static constexpr Variant kVariants[] = {{"Attention", false, false, false},
+                                          {"AttentionMasked", false, true, false},
+                                          {"AttentionSplit", true, false, false},
+                                          {"AttentionSplitMasked", true, true, false},
+                                          {"AttentionHeads", true, false, true},
+                                          {"AttentionHeadsMasked", true, true, true}};
   static OrtElementType input_type(size_t) { return ORT_FLOAT; }
   static size_t input_count(const Variant& variant) { return size_t{kV} + 1 + variant.masked; }
   static size_t output_count(const Variant&) { return 1; }
@@ -136,7 +138,7 @@ attention::Mask Kernel::mask(const MaskInput& input, const attention::Arguments&
 void Kernel::compute(OrtKernelContext* context) const {
   const InputTensor query = float_input(api_, context, kQ), key = float_input(api_, context, kK),
                     value = float_input(api_, context, kV);
-  Heads q = merged(query, "q"), k = variant_.split ? split(key, "k") : merged(key, "k");
+  Heads q = variant_.heads ? split(query, "q") : merged(query, "q"), k = variant_.split ? split(key, "k") : merged(key, "k");
   const Heads v = variant_.split ? split(value, "v") : merged(value, "v");
   const MaskInput given = mask_input(context);
   // Queries or keys that are one are repeated where the mask has more of them.
@@ -200,7 +202,11 @@ void widen(SymbolicShape& shape, size_t axis, const OrtApi& api, const OrtShapeI
 // [B, Sq, H * Dv]: B and Sq as in q, unless it is repeated; the channels are those of v.
 void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
   SymbolicShape y, v;
-  if (!input_shape(api, context, kQ, y) || y.dims.size() != 3) return;
+  if (!input_shape(api, context, kQ, y) || y.dims.size() != (variant.heads ? 4 : 3)) return;
+  if (variant.heads) {
+    y.dims.erase(y.dims.begin() + 1);
+    y.names.erase(y.names.begin() + 1);
+  }
   const size_t rank = variant.split ? 4 : 3;
   widen(y, 0, api, context, kK, rank);
   widen(y, 0, api, context, kV, rank);

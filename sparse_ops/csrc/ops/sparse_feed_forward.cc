@@ -32,6 +32,7 @@ class Kernel {
                                           {"SparseFeedForwardGelu", Activation::gelu},
                                           {"SparseFeedForwardGeluTanh", Activation::gelu_tanh},
                                           {"SparseFeedForwardSilu", Activation::silu},
+                                          {"SparseFeedForwardQuickGelu", Activation::quick_gelu},
                                           {"SparseFeedForwardGeluTanhGate", Activation::gelu_tanh, true},
                                           {"SparseFeedForwardSiluGate", Activation::silu, true}};
   static OrtElementType input_type(size_t i) {

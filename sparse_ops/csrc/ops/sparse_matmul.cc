@@ -33,6 +33,7 @@ class Kernel {
                                           {"SparseMatMulGelu", Activation::gelu},
                                           {"SparseMatMulGeluTanh", Activation::gelu_tanh},
                                           {"SparseMatMulSilu", Activation::silu},
+                                          {"SparseMatMulQuickGelu", Activation::quick_gelu},
                                           {"SparseMatMulSplit2", Activation::none, 2},
                                           {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
                                           {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},

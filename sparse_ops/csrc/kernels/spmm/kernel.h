@@ -15,7 +15,7 @@
 
 namespace sparse_ops::spmm {
 
-enum class Activation { none, relu, gelu, gelu_tanh, silu };
+enum class Activation { none, relu, gelu, gelu_tanh, silu, quick_gelu };
 
 // A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any
 // alignment.
