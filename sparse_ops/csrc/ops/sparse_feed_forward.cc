@@ -64,7 +64,8 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     read_weight(node, variant.activation, first_);
     hidden = static_cast<int64_t>(first_.weight.N);
   }
-  read_tensors(node, Activation::none, second_, {}, kPrefix, kSecond);  // one linear: the same in every format
+  // One linear: the same in every format.
+  read_tensors(node, Activation::none, second_, {}, kPrefix, kSecond);
   if (static_cast<int64_t>(second_.weight.K) != hidden) {
     node.fail("attribute down_K is " + std::to_string(second_.weight.K) + ", expected the " +
               std::to_string(hidden) + " outputs of the first weight");

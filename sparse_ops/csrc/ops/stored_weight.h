@@ -21,8 +21,8 @@ constexpr WeightInput kWeightInputs[] = {{"values", ORT_FLOAT},
                                          {"rows", ORT_UINT8},
                                          {"bias", ORT_FLOAT}};
 
-// How they lie: as one weight, of which several linears may have whole blocks each, or with outputs of zeros that
-// fill the last block of each linear.
+// How they lie: as one weight, of which several linears may have whole blocks each, or with outputs of zeros
+// that fill the last block of each linear.
 constexpr const char* kFormat = "chunked_csc";
 constexpr const char* kPartsFormat = "chunked_csc_parts";
 
@@ -52,8 +52,8 @@ inline void read_weight(const NodeReader& node, spmm::Activation activation, spm
   read_tensors(node, activation, weight, {});
 }
 
-// A weight of several linears side by side, `split` outputs each; `name` is what says so. Each begins with a block
-// of its own: in kFormat because those before it have whole blocks.
+// A weight of several linears side by side, `split` outputs each; `name` is what says so. Each begins with a
+// block of its own: in kFormat because those before it have whole blocks.
 inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
                         const std::string& name, std::span<const int64_t> split) {
   if (node.one_of("format", {kFormat, kPartsFormat}) == 1) {
@@ -68,8 +68,9 @@ inline void read_weight(const NodeReader& node, spmm::Activation activation, spm
     if (good) left -= outputs;
   }
   if (!good || left != 0) {
-    node.fail("attribute " + name + ", expected " + std::to_string(split.size()) + " sizes that add up to N = " +
-              std::to_string(N) + ", all but the last multiples of block " + std::to_string(block));
+    node.fail("attribute " + name + ", expected " + std::to_string(split.size()) +
+              " sizes that add up to N = " + std::to_string(N) + ", all but the last multiples of block " +
+              std::to_string(block));
   }
 }
 
@@ -80,8 +81,8 @@ inline std::array<int64_t, 2> read_halves(const NodeReader& node) {
   return {N / 2, N / 2};
 }
 
-inline void read_gated_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
-                              const std::array<int64_t, 2>& halves) {
+inline void read_gated_weight(const NodeReader& node, spmm::Activation activation,
+                              spmm::CheckedWeight& weight, const std::array<int64_t, 2>& halves) {
   read_weight(node, activation, weight, "N is " + std::to_string(2 * halves[0]), halves);
   weight.weight.gated = true;
 }

@@ -55,7 +55,8 @@ std::string check_parts(std::span<const int64_t> parts, int64_t N) {
     if (good) left -= outputs;
   }
   if (good && left == 0) return {};
-  return text({"the linears have ", sizes, " outputs, expected sizes that add up to N = ", std::to_string(N)});
+  return text({"the linears have ", sizes, " outputs, expected sizes that add up to N = ",
+               std::to_string(N)});
 }
 
 // The bias of all stored outputs, of which some lie behind each part: zeros there.

@@ -22,8 +22,8 @@ struct StoredWeight {
   size_t row_count;
   const void* bias;  // float32, any alignment
   size_t bias_count;
-  // Outputs of each of several linears, of which every one begins a block of its own, behind outputs of zeros;
-  // they add up to N. Empty: one linear, or whole blocks of all but the last.
+  // Outputs of each of several linears, of which every one begins a block of its own, behind outputs of
+  // zeros; they add up to N. Empty: one linear, or whole blocks of all but the last.
   std::span<const int64_t> parts = {};
 };
 

@@ -20,7 +20,7 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu };
 // A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any
 // alignment.
 struct Weight {
-  size_t K, N;  // N with the outputs of zeros that fill the last block of each of several linears but the last
+  size_t K, N;  // N with the zeros that fill the last block of each of several linears but the last
   size_t chunk, block, width;
   size_t chunks, blocks;        // K / chunk and N / block, rounded up
   const unsigned char* values;  // float32, `width` of each entry

@@ -41,8 +41,8 @@ struct Output {
   size_t channels;
 };
 
-// `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order, each from a
-// block of its own on. Together they have all blocks (half of them if the weight is gated). False only if
+// `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order, each from
+// a block of its own on. Together they have all blocks (half of them if the weight is gated). False only if
 // `workers` failed.
 bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
          void* scratch, Workers& workers);
