@@ -75,8 +75,8 @@ class Convolution(Layer):
         return block_size(self.weight.shape[1], self.window.group)
 
     def products(self, x_shape: tuple[int, ...]) -> int:
-        batch, _, height, width = x_shape
-        return batch * math.prod(self.window.output_size(height, width))
+        batch, _, *sizes = x_shape
+        return batch * math.prod(self.window.output_size(*sizes))
 
 
 def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Convolution | str:
@@ -87,8 +87,8 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
         return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
     if weight.tensor.size > MAX_ELEMENTS:
         return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
-    if len(weight.tensor.shape) != 4:
-        return f"has rank {len(weight.tensor.shape)}; the sparse kernels take images: rank 4"
+    if len(weight.tensor.shape) not in (3, 4):
+        return f"has rank {len(weight.tensor.shape)}; the sparse kernels take one axis or images: rank 3 or 4"
     x, output = node.inputs[0], node.outputs[0]
     if x is None or constant_tensor(x) is not None:
         return "has a constant activation"
@@ -125,30 +125,26 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
 def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
     """The attributes of a Conv with its padding made explicit, or why that cannot be done."""
     kernel = tuple(int(size) for size in weight.tensor.shape.numpy()[2:])
-    strides = tuple(node.attributes.get_ints("strides", (1, 1)))
-    dilations = tuple(node.attributes.get_ints("dilations", (1, 1)))
-    pads = tuple(node.attributes.get_ints("pads", (0, 0, 0, 0)))
+    axes = len(kernel)
+    strides = tuple(node.attributes.get_ints("strides", (1,) * axes))
+    dilations = tuple(node.attributes.get_ints("dilations", (1,) * axes))
+    pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * axes)))
     group = node.attributes.get_int("group", 1)
     auto = node.attributes.get_string("auto_pad", "NOTSET")
     if auto == "VALID":
-        pads = (0, 0, 0, 0)
+        pads = (0,) * (2 * axes)
     elif auto != "NOTSET":
         x = node.inputs[0]
         dims = shapes.dims(x)
         sizes = [size for size in dims[2:] if isinstance(size, int)]
-        if len(dims) != 4 or len(sizes) != 2:
+        if len(dims) != 2 + axes or len(sizes) != axes:
             return f"is a Conv with auto_pad {auto} whose input has no fixed size"
         pads = same_pads(sizes, kernel, strides, dilations, auto == "SAME_UPPER")
-    if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(pads) < 0 or weight.shape[1] % group:
+    if (len(strides), len(dilations), len(pads)) != (axes, axes, 2 * axes):
         return "is a Conv with attributes that do not fit its weight"
-    (top, left, bottom, right), (rows, columns) = pads, kernel
-    return Window(
-        (rows, columns),
-        (strides[0], strides[1]),
-        (top, left, bottom, right),
-        (dilations[0], dilations[1]),
-        group,
-    )
+    if min(pads) < 0 or weight.shape[1] % group:
+        return "is a Conv with attributes that do not fit its weight"
+    return Window(kernel, strides, pads, dilations, group)
 
 
 def same_pads(

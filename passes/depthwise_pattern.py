@@ -113,7 +113,7 @@ def _make_a_pair(first: Convolution, second: Convolution) -> bool:
         return False
     if (first.activation, first.limits) != (second.activation, second.limits):
         return False
-    if first.window.kernel_shape != (1, 1) and first.weight.shape[0] > _FEW_INPUTS:
+    if any(size > 1 for size in first.window.kernel_shape) and first.weight.shape[0] > _FEW_INPUTS:
         return False
     if first.output.is_graph_output() or len(users_of(first.output)) != 1:
         return False

@@ -8,8 +8,8 @@ set; one that is unknown or not supported by the processor is an error, here and
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
-from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class _Weight(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LibraryInfo:
     """What the library is and would use here.
 
@@ -173,6 +173,9 @@ def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
 
 def check(packed: PackedWeight) -> None:
     """Raise FormatError unless the library accepts the stored arrays. The same code checks every session."""
+    if packed.split:  # the library is told one linear: what its blocks hold, with the padding between them
+        columns = (packed.blocks - 1) * packed.block + (packed.parts[-1] - 1) % packed.block + 1
+        packed = dataclasses.replace(packed, N=columns, split=())
     bias = np.zeros(max(packed.N, 0), np.float32)
     weight = _weight(packed, bias)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)

@@ -215,7 +215,8 @@ def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
     if node.op_type not in (*sparse_conv.OP_TYPES, *sparse_conv_depthwise.OP_TYPES):
         return math.prod(x_shape[:-1])
     names = ("kernel_shape", "strides", "pads", "dilations")
-    window = sparse_conv.Window(*(tuple(node.attributes[name].as_ints()) for name in names))  # type: ignore[arg-type]
+    kernel, strides, pads, dilations = (tuple(node.attributes[name].as_ints()) for name in names)
+    window = sparse_conv.Window(kernel, strides, pads, dilations)
     return x_shape[0] * math.prod(window.output_size(*x_shape[2:]))
 
 

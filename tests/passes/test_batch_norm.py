@@ -52,6 +52,19 @@ def test_folded(case, from_text, run):
     assert not FuseBatchNorm()(model).modified
 
 
+@pytest.mark.parametrize("sizes", [(9,), (5, 4, 3)])
+def test_any_number_of_axes(sizes, from_text, run):
+    arrays = {**tensors(), "W": RNG.standard_normal((8, 4, *[2] * len(sizes))).astype(np.float32)}
+    x, y = (
+        ", ".join(map(str, [f"float[B, {c}", *axes])) for c, axes in ((4, sizes), (8, "UVW"[: len(sizes)]))
+    )
+    model = from_text(f"{HEAD} g ({x}] X) => ({y}] Y) {{ h = Conv(X, W, b) Y = {NORM} }}", **arrays)
+    feeds = {"X": RNG.standard_normal((2, 4, *sizes)).astype(np.float32)}
+    before = run(model, feeds)
+    assert FuseBatchNorm()(model).statistics == {"folded": 1}
+    np.testing.assert_allclose(run(model, feeds)["Y"], before["Y"], rtol=1e-4, atol=1e-5)
+
+
 def test_double_stays_double(from_text):
     model = build(
         from_text, f"h = Conv(X, W) Y = {NORM}", "double[B, 4, 6, 7] X", "double[B, 8, 4, 5] Y", np.float64

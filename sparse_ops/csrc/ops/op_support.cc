@@ -59,16 +59,21 @@ float NodeReader::number(const char* name) const {
   return value;
 }
 
-void NodeReader::expect(const char* name, const char* value) const {
+size_t NodeReader::one_of(const char* name, std::initializer_list<const char*> values) const {
+  std::string known;
+  for (const char* value : values) known += (known.empty() ? "" : " and ") + std::string(value);
   char found[64] = {};
   size_t size = sizeof(found);
   if (OrtStatus* status = api_.KernelInfoGetAttribute_string(info_, name, found, &size)) {
     api_.ReleaseStatus(status);
-    fail(std::string("attribute ") + name + " is missing or unknown; this library reads " + value);
+    fail(std::string("attribute ") + name + " is missing or unknown; this library reads " + known);
   }
-  if (std::string(found) != value) {
-    fail(std::string("attribute ") + name + " is '" + found + "'; this library reads " + value);
+  size_t index = 0;
+  for (const char* value : values) {
+    if (std::string(found) == value) return index;
+    ++index;
   }
+  fail(std::string("attribute ") + name + " is '" + found + "'; this library reads " + known);
 }
 
 NodeReader::Constant NodeReader::constant(size_t index, const char* name, OrtElementType type) const {

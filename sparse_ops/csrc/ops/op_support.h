@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,9 @@ class NodeReader {
   std::vector<int64_t> integers(const char* name) const;
   float number(const char* name) const;
   // An attribute of which this library knows one value only.
-  void expect(const char* name, const char* value) const;
+  void expect(const char* name, const char* value) const { one_of(name, {value}); }
+  // The place among `values` of an attribute of which this library knows these.
+  size_t one_of(const char* name, std::initializer_list<const char*> values) const;
 
   // A constant input of rank 1; valid as long as the kernel.
   struct Constant {

@@ -56,17 +56,22 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
-  read_weight(node, variant.activation, first_);
-  read_weight(node, Activation::none, second_, kPrefix, kSecond);
-  spmm::Weight& first = first_.weight;
-  first.gated = variant.gated;
-  if (first.gated) check_gate(node, first);
-  const size_t hidden = first.gated ? first.N / 2 : first.N;
-  if (second_.weight.K != hidden) {
+  int64_t hidden;
+  if (variant.gated) {
+    const auto halves = read_halves(node);
+    read_gated_weight(node, variant.activation, first_, halves);
+    hidden = halves[0];
+  } else {
+    read_weight(node, variant.activation, first_);
+    hidden = static_cast<int64_t>(first_.weight.N);
+  }
+  // One linear: the same in every format.
+  read_tensors(node, Activation::none, second_, {}, kPrefix, kSecond);
+  if (static_cast<int64_t>(second_.weight.K) != hidden) {
     node.fail("attribute down_K is " + std::to_string(second_.weight.K) + ", expected the " +
               std::to_string(hidden) + " outputs of the first weight");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first, second_.weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first_.weight, second_.weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
