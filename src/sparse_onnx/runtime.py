@@ -6,6 +6,7 @@ amount of weights, one session at a time; the values between them pass through n
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
@@ -43,6 +44,7 @@ __all__ = [
     "Ratio",
     "Runner",
     "evict_caches",
+    "give_back_memory",
     "interleave",
     "median_interval",
     "open_runner",
@@ -177,6 +179,7 @@ class Runner:
         if len(segments) == 1 and not self._constants:
             segments[0].write({})
             self._session = self._at_best_level(segments[0], lambda session: None)[0]
+            give_back_memory()
 
     def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
         return open_session(
@@ -214,6 +217,11 @@ class Runner:
     def whole(self) -> bool:
         """True if one session holds the whole model, so that its time is that of a deployed model."""
         return self._session is not None
+
+    def close(self) -> None:
+        """Give back the session's memory; the runner is of no more use."""
+        self._session = None
+        give_back_memory()
 
     def run(self, feeds: Feeds) -> Feeds:
         results = {k: v for k, v in self._walk(feeds, run_session).items() if k in self.outputs}
@@ -253,6 +261,7 @@ class Runner:
             segment.write(values)
             given = {name: values[name] for name in segment.inputs}
             values |= self._at_best_level(segment, functools.partial(step, feeds=given))[1]
+            give_back_memory()
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
             parts.step()
@@ -298,6 +307,7 @@ def open_runner(
     several sessions, and where ORT's optimizations fail. ``lean`` as for :func:`open_session`.
     """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    runner = None
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
         tensors = tensor_outputs(model)
@@ -307,7 +317,7 @@ def open_runner(
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            yield Runner([whole], tensors, threads, library, None, progress, lean)
+            runner = Runner([whole], tensors, threads, library, None, progress, lean)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -315,8 +325,11 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            yield Runner(segments, tensors, threads, library, constants, progress, lean)
+            runner = Runner(segments, tensors, threads, library, constants, progress, lean)
+        yield runner
     finally:
+        if runner is not None:
+            runner.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -502,6 +515,14 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed, where the C library keeps it otherwise: glibc does with a session's weights,
+    and the next session's come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def peak_rss_bytes() -> int:
