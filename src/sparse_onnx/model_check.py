@@ -27,13 +27,16 @@ __all__ = [
     "MAX_IR_VERSION",
     "MAX_OPSET",
     "MIN_OPSET",
+    "OLDEST_OPSET",
     "PROTOBUF_LIMIT",
     "attributes",
     "check_model",
+    "describe_node",
     "is_constant",
     "quote",
     "scopes",
     "sparse_tensors",
+    "subgraphs",
     "tensors",
 ]
 
@@ -41,6 +44,7 @@ __all__ = [
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 13
+OLDEST_OPSET = 7  # what is older than MIN_OPSET is converted; ONNX Runtime itself reads nothing older than this
 PROTOBUF_LIMIT = 2**31 - 1  # bytes of one serialized message
 
 _DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -79,7 +83,7 @@ def scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
         scope = pending.pop()
         yield scope
         for _, _, attribute in attributes(scope):
-            pending.extend(_subgraphs(attribute))
+            pending.extend(subgraphs(attribute))
 
 
 def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto]]:
@@ -90,7 +94,7 @@ def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto
     for node in scope.node:
         for attribute in node.attribute:
             if not attribute.ref_attr_name:
-                yield f"attribute {quote(attribute.name)} of {_describe(node)}", node, attribute
+                yield f"attribute {quote(attribute.name)} of {describe_node(node)}", node, attribute
     if isinstance(scope, onnx.FunctionProto):
         for attribute in scope.attribute_proto:
             yield f"attribute {quote(attribute.name)} of function {quote(scope.name)}", scope, attribute
@@ -204,10 +208,10 @@ class _ModelCheck:
         uses_default = any(node.domain in _DEFAULT_DOMAINS for node in model.graph.node)
         if opset is None and uses_default:
             self._fail("header", "imports no version of the standard operators; export it again")
-        if opset is not None and opset < MIN_OPSET:
+        if opset is not None and opset < OLDEST_OPSET:
             self._fail(
                 "header",
-                f"opset {opset} is too old: {MIN_OPSET} to {MAX_OPSET} are supported; convert the model with "
+                f"opset {opset} is too old: {OLDEST_OPSET} to {MAX_OPSET} are supported; convert the model with "
                 "onnx.version_converter.convert_version(model, 21)",
             )
         for function in model.functions:
@@ -246,7 +250,7 @@ class _ModelCheck:
             for name in filter(None, node.output):
                 if name in defined:
                     self._fail(
-                        _describe(node), f"writes {quote(name)}, which is already defined; export it again"
+                        describe_node(node), f"writes {quote(name)}, which is already defined; export it again"
                     )
                 defined.add(name)
         known = (defined, *outer)
@@ -254,10 +258,10 @@ class _ModelCheck:
             for name in filter(None, node.input):
                 if not any(name in names for names in known):
                     self._fail(
-                        _describe(node), f"reads {quote(name)}, which nothing defines; export it again"
+                        describe_node(node), f"reads {quote(name)}, which nothing defines; export it again"
                     )
             for attribute in node.attribute:
-                for graph in _subgraphs(attribute):
+                for graph in subgraphs(attribute):
                     self._check_names(graph, known)
         for name in map(_name, scope.output):
             if name not in defined:
@@ -284,10 +288,10 @@ class _ModelCheck:
         for node in scope.node:
             for attribute in node.attribute:
                 if attribute.ref_attr_name and attribute.type in (_Attribute.GRAPH, _Attribute.GRAPHS):
-                    self._fail(_describe(node), "takes a graph from its function; inline the function")
+                    self._fail(describe_node(node), "takes a graph from its function; inline the function")
             for device in node.device_configurations:
                 if not device.configuration_id or not all(spec.tensor_name for spec in device.sharding_spec):
-                    self._fail(_describe(node), "has a device configuration without names; export it again")
+                    self._fail(describe_node(node), "has a device configuration without names; export it again")
 
     def _check_type(self, type_proto: onnx.TypeProto, place: str) -> None:
         kind = type_proto.WhichOneof("value")
@@ -461,7 +465,8 @@ def _listed(value: Any) -> Iterable[Any]:
     return (value,) if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
 
 
-def _subgraphs(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
+def subgraphs(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
+    """The graphs that ``attribute`` holds."""
     if attribute.type == _Attribute.GRAPH:
         return (attribute.g,)
     return attribute.graphs if attribute.type == _Attribute.GRAPHS else ()
@@ -471,7 +476,8 @@ def _name(value: str | onnx.ValueInfoProto) -> str:
     return value if isinstance(value, str) else value.name
 
 
-def _describe(node: onnx.NodeProto) -> str:
+def describe_node(node: onnx.NodeProto) -> str:
+    """What to call ``node`` in a message."""
     return f"node {quote(node.name)} ({quote(node.op_type)[1:-1]})"
 
 

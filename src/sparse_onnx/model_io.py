@@ -29,6 +29,7 @@ from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
     MAX_IR_VERSION,
+    MIN_OPSET,
     PROTOBUF_LIMIT,
     attributes,
     check_model,
@@ -36,6 +37,8 @@ from sparse_onnx.model_check import (
     scopes,
     tensors,
 )
+from sparse_onnx.node_order import sort_nodes
+from sparse_onnx.opset_conversion import convert_opset, default_opset
 from sparse_onnx.storage import (
     OutputFolder,
     PathLike,
@@ -46,6 +49,7 @@ from sparse_onnx.storage import (
 from sparse_onnx.units import format_bytes
 
 __all__ = [
+    "CONVERTED_FROM",
     "OutputFolder",
     "Spool",
     "load_model",
@@ -54,6 +58,9 @@ __all__ = [
     "skeleton",
     "weight_bytes",
 ]
+
+CONVERTED_FROM = "sparse_onnx.converted_from"
+"""Key of a model's metadata in memory: the opset of its file, if it had to be converted."""
 
 _EXTERNAL_BYTES = 256  # tensors of this size and above leave the model file
 _PAGE_BYTES = 64 * 1024  # tensors of this size and above start on a page, smaller ones on a cache line
@@ -71,7 +78,8 @@ def load_model(path: PathLike) -> ir.Model:
     Every rule of :func:`sparse_onnx.model_check.check_model` is checked. Sparse initializers, and Constant
     nodes with a sparse value, become dense ones of the same name that are unpacked when used. In files of IR
     version 3 and older, initializers stop being graph inputs: there they were constants all the same.
-    Training information is dropped.
+    Training information is dropped. Nodes are sorted, and models of opset 7 to 12 converted to 13: then
+    ``model.meta[CONVERTED_FROM]`` is the opset of the file.
 
     Raises:
         ModelFileError: the file is missing, damaged, unsafe, too old or too new.
@@ -82,6 +90,10 @@ def load_model(path: PathLike) -> ir.Model:
     check_model(proto, path, {location: region.length for location, region in embedded.items()})
     _normalize(proto)
     sparse = _replace_sparse(proto, path, embedded)
+    sort_nodes(proto, path)
+    opset = default_opset(proto)
+    if opset < MIN_OPSET:
+        proto = convert_opset(proto, path)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises what it meets, wrapped once for every level of the graph
@@ -96,6 +108,8 @@ def load_model(path: PathLike) -> ir.Model:
                 slot.put(dense)
             else:
                 slot.put(_on_disk(slot.tensor, path, embedded))
+    if opset < MIN_OPSET:
+        model.meta[CONVERTED_FROM] = opset
     return model
 
 
