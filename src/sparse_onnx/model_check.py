@@ -134,28 +134,34 @@ def sparse_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.SparseTen
                 yield from ((place, sparse) for sparse in attribute.sparse_tensors)
 
 
-def check_model(model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})) -> None:
+def check_model(
+    model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Path]:
     """Raise unless ``model``, parsed from the file ``path`` without external data, is sound. ``embedded`` has the sizes
-    in bytes of the tensors that were cut out of it, by location, see :func:`.embedded.cut_tensors`.
+    in bytes of the tensors that were cut out of it, by location, see :func:`.embedded.cut_tensors`. Returns the data
+    files by location, all links resolved: to be opened by that path, so that no link is followed twice.
 
     Checked: text is UTF-8; versions; every name that is used is defined, once; types; the size of each tensor
-    against its shape; and external data: a regular file in the model's folder or below, reached without
-    symbolic links and holding the whole region. The order of sparse indices is checked where they are read.
+    against its shape; and external data: a regular file that holds the whole region, in the model's folder or
+    below, or where symbolic links are in the way, in or below the folder that the model's own link leads to. The order of sparse indices is checked where they are read.
 
     Raises:
         ModelFileError: the file breaks a rule; the message names file, place and remedy.
         HostError: a data file may not be read.
     """
-    _ModelCheck(path, embedded).run(model)
+    check = _ModelCheck(path, embedded)
+    check.run(model)
+    return check.data_files
 
 
 class _ModelCheck:
-    """One run of the checks; keeps the sizes of the data files it has met."""
+    """One run of the checks; keeps the data files it has met, and their sizes."""
 
     def __init__(self, path: Path, embedded: Mapping[str, int]) -> None:
         self._path = path
         self._embedded = embedded
         self._file_sizes: dict[str, int] = {}
+        self.data_files: dict[str, Path] = {}
 
     def run(self, model: onnx.ModelProto) -> None:
         self._check_text(model)
@@ -405,7 +411,7 @@ class _ModelCheck:
                 f"{_shape(tensor.dims)}; export it again",
             )
         if location not in self._file_sizes:
-            self._file_sizes[location] = self._data_file_size(location, place)
+            self.data_files[location], self._file_sizes[location] = self._data_file(location, place)
         size = self._file_sizes[location]
         if offset + length > size:
             self._fail(
@@ -419,8 +425,12 @@ class _ModelCheck:
             self._fail(place, f"external data {key} {quote(text)} is no byte count; export it again")
         return int(text)
 
-    def _data_file_size(self, location: str, place: str) -> int:
-        """Bytes of the data file, after proving that reading it stays inside the model's folder."""
+    def _data_file(self, location: str, place: str) -> tuple[Path, int]:
+        """The data file and its bytes, after proving that reading it stays inside the model's folder.
+
+        The Hugging Face cache keeps all files of a model in one folder, under the hash of their content, and links to
+        them: so a link may lead to where the model's own link leads.
+        """
         relative = PurePosixPath(location)
         windows = PureWindowsPath(location)
         where = f"data file {quote(location)}"
@@ -432,33 +442,38 @@ class _ModelCheck:
                 f"{where} lies outside the model's folder, where nothing is read; move it beside the model "
                 "and export again with a relative name",
             )
-        file = self._path.parent
+        file = self._path.parent / relative
         try:
-            for part in relative.parts:
-                file /= part
-                status = os.lstat(file)
-                if stat.S_ISLNK(status.st_mode):
-                    self._fail(
-                        place,
-                        f"{where} is reached through the symbolic link {quote(file)}, which is not followed; "
-                        "copy the model with its links resolved (cp -rL)",
-                    )
-            if not stat.S_ISREG(status.st_mode):
+            real = Path(os.path.realpath(file, strict=True))
+            folders = (os.path.realpath(self._path.parent), os.path.dirname(os.path.realpath(self._path)))
+            if not any(real.is_relative_to(folder) for folder in folders):
+                self._fail(
+                    place,
+                    f"{where} is reached through a symbolic link that leads out of the model's folder, to "
+                    f"{quote(real)}, where nothing is read; copy the model with its links resolved (cp -rL)",
+                )
+            if not stat.S_ISREG(os.lstat(real).st_mode):
                 self._fail(place, f"{where} is not a regular file; put the data file there")
+            with open(real, "rb", opener=_open_itself) as data:
+                status = os.fstat(data.fileno())
             if status.st_nlink > 1:
                 self._fail(
                     place,
                     f"{where} has other names (hard links), which may lead outside the model's folder; "
                     "copy the model folder (cp -r) and use the copy",
                 )
-            with open(file, "rb"):
-                return status.st_size
+            return real, status.st_size
         except (FileNotFoundError, NotADirectoryError):
             self._fail(place, f"{where} does not exist; copy it beside the model, or export the model again")
         except PermissionError as error:
             raise HostError(f"{file}: no permission to read it; change its mode or owner") from error
         except OSError as error:
             self._fail(place, f"{where} cannot be read: {error.strerror}")
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """A file that has become a link meanwhile is not opened, one that has become a pipe not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -87,9 +87,10 @@ def load_model(path: PathLike) -> ir.Model:
     """
     path = Path(os.path.abspath(path))
     proto, embedded = _read_proto(path)
-    check_model(proto, path, {location: region.length for location, region in embedded.items()})
+    data_files = check_model(proto, path, {key: region.length for key, region in embedded.items()})
+    places = _Places(path, embedded, data_files)
     _normalize(proto)
-    sparse = _replace_sparse(proto, path, embedded)
+    sparse = _replace_sparse(proto, places)
     sort_nodes(proto, path)
     opset = default_opset(proto)
     if opset < MIN_OPSET:
@@ -107,18 +108,37 @@ def load_model(path: PathLike) -> ir.Model:
             if (dense := sparse.get(str(slot.tensor.location))) is not None:
                 slot.put(dense)
             else:
-                slot.put(_on_disk(slot.tensor, path, embedded))
+                slot.put(places.find(slot.tensor))
     if opset < MIN_OPSET:
         model.meta[CONVERTED_FROM] = opset
     return model
 
 
-def _on_disk(tensor: ir.ExternalTensor, path: Path, embedded: Mapping[str, Region]) -> ir.ExternalTensor:
-    """``tensor`` of the model file ``path``, told where its bytes are."""
-    if (region := embedded.get(str(tensor.location))) is not None:
-        return EmbeddedTensor(path, region, tensor)
-    tensor.base_dir = path.parent
-    return tensor
+@dataclass(frozen=True)
+class _Places:
+    """Where the bytes of a model's tensors are: regions of the file ``path`` and data files, by location."""
+
+    path: Path
+    embedded: Mapping[str, Region]
+    data_files: Mapping[str, Path]
+
+    def find(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        """``tensor``, to be read from its place."""
+        location = str(tensor.location)
+        if (region := self.embedded.get(location)) is not None:
+            return EmbeddedTensor(self.path, region, tensor)
+        real = self.data_files[location]
+        return ir.ExternalTensor(
+            real.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name,
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+            base_dir=real.parent,
+        )
 
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
@@ -188,9 +208,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             tensor.external_data.extend(known)
 
 
-def _replace_sparse(
-    proto: onnx.ModelProto, path: Path, embedded: Mapping[str, Region]
-) -> dict[str, ir.LazyTensor]:
+def _replace_sparse(proto: onnx.ModelProto, places: _Places) -> dict[str, ir.LazyTensor]:
     """Put an external dense tensor in the place of each sparse one, as onnx_ir knows no sparse tensors.
 
     Returns the lazy dense tensors by the location of what stands for them. A location begins with a null
@@ -201,10 +219,10 @@ def _replace_sparse(
     def stand_in(sparse: onnx.SparseTensorProto, place: str, into: onnx.TensorProto) -> None:
         location = f"\0sparse:{len(lazy)}"
         values, indices = (
-            _on_disk(tensor, path, embedded) if isinstance(tensor, ir.ExternalTensor) else tensor
+            places.find(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
             for tensor in map(ir.serde.deserialize_tensor, (sparse.values, sparse.indices))
         )
-        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{path}: {place}")
+        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{places.path}: {place}")
         into.name = sparse.values.name
         into.data_type = sparse.values.data_type
         into.dims.extend(sparse.dims)

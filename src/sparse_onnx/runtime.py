@@ -265,7 +265,7 @@ class Runner:
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
             parts.step()
-        return {name: value for name, value in values.items() if name in self.outputs}
+        return {name: values[name] for name in self.outputs}
 
 
 def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:
