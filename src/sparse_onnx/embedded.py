@@ -28,7 +28,14 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
     "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+    "attribute": {
+        5: "tensor",
+        6: "graph",
+        10: "tensor",
+        11: "graph",
+        22: "sparse tensor",
+        23: "sparse tensor",
+    },
     "sparse tensor": {1: "tensor", 2: "tensor"},
 }
 _DATA_TYPE, _RAW_DATA, _LOCATION = 2, 9, 14
@@ -124,7 +131,9 @@ class _Cutter:
             number, wire, content, position = self._field(position, end)
             if number in children and wire == _BYTES and position - content >= _MIN_BYTES:
                 child = self.message(content, position, children[number], depth + 1)
-                size = sum(piece.stop - piece.start if isinstance(piece, slice) else len(piece) for piece in child)
+                size = sum(
+                    piece.stop - piece.start if isinstance(piece, slice) else len(piece) for piece in child
+                )
                 if size != position - content:  # smaller: something was cut
                     pieces += [slice(copied, begin), _header(number, size), *child]
                     copied = position

@@ -44,7 +44,9 @@ __all__ = [
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 13
-OLDEST_OPSET = 7  # what is older than MIN_OPSET is converted; ONNX Runtime itself reads nothing older than this
+OLDEST_OPSET = (
+    7  # what is older than MIN_OPSET is converted; ONNX Runtime itself reads nothing older than this
+)
 PROTOBUF_LIMIT = 2**31 - 1  # bytes of one serialized message
 
 _DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -143,7 +145,8 @@ def check_model(
 
     Checked: text is UTF-8; versions; every name that is used is defined, once; types; the size of each tensor
     against its shape; and external data: a regular file that holds the whole region, in the model's folder or
-    below, or where symbolic links are in the way, in or below the folder that the model's own link leads to. The order of sparse indices is checked where they are read.
+    below, or where symbolic links are in the way, in or below the folder that the model's own link leads to.
+    The order of sparse indices is checked where they are read.
 
     Raises:
         ModelFileError: the file breaks a rule; the message names file, place and remedy.
@@ -256,7 +259,8 @@ class _ModelCheck:
             for name in filter(None, node.output):
                 if name in defined:
                     self._fail(
-                        describe_node(node), f"writes {quote(name)}, which is already defined; export it again"
+                        describe_node(node),
+                        f"writes {quote(name)}, which is already defined; export it again",
                     )
                 defined.add(name)
         known = (defined, *outer)
@@ -297,7 +301,9 @@ class _ModelCheck:
                     self._fail(describe_node(node), "takes a graph from its function; inline the function")
             for device in node.device_configurations:
                 if not device.configuration_id or not all(spec.tensor_name for spec in device.sharding_spec):
-                    self._fail(describe_node(node), "has a device configuration without names; export it again")
+                    self._fail(
+                        describe_node(node), "has a device configuration without names; export it again"
+                    )
 
     def _check_type(self, type_proto: onnx.TypeProto, place: str) -> None:
         kind = type_proto.WhichOneof("value")

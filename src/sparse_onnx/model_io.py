@@ -1,7 +1,8 @@
 """Reading and writing model files: safely, without loss, one weight in memory at a time.
 
 Weights stay on disk as memory-mapped :class:`onnx_ir.ExternalTensor` from :func:`load_model` to
-:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones puts them into a :class:`Spool`.
+:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones
+puts them into a :class:`Spool`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sparse_onnx.model_check import (
     tensors,
 )
 from sparse_onnx.node_order import sort_nodes
-from sparse_onnx.opset_conversion import convert_opset, default_opset
+from sparse_onnx.opset_conversion import CONVERTED_FROM, convert_opset, default_opset
 from sparse_onnx.storage import (
     OutputFolder,
     PathLike,
@@ -49,7 +50,6 @@ from sparse_onnx.storage import (
 from sparse_onnx.units import format_bytes
 
 __all__ = [
-    "CONVERTED_FROM",
     "OutputFolder",
     "Spool",
     "load_model",
@@ -58,9 +58,6 @@ __all__ = [
     "skeleton",
     "weight_bytes",
 ]
-
-CONVERTED_FROM = "sparse_onnx.converted_from"
-"""Key of a model's metadata in memory: the opset of its file, if it had to be converted."""
 
 _EXTERNAL_BYTES = 256  # tensors of this size and above leave the model file
 _PAGE_BYTES = 64 * 1024  # tensors of this size and above start on a page, smaller ones on a cache line

@@ -11,7 +11,10 @@ import onnx.version_converter
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model_check import MAX_OPSET, MIN_OPSET, OLDEST_OPSET, is_constant, scopes, tensors
 
-__all__ = ["convert_opset", "default_opset", "refusal"]
+__all__ = ["CONVERTED_FROM", "conversion_note", "convert_opset", "default_opset", "refusal"]
+
+CONVERTED_FROM = "sparse_onnx.converted_from"
+"""Key of a model's metadata in memory: the opset of its file, if it had to be converted."""
 
 _RESIZE_11 = 11
 """The opset in which Resize learned where a pixel lies; before, and in Upsample, its left edge counted."""
@@ -20,6 +23,13 @@ _RESIZE_11 = 11
 def default_opset(model: onnx.ModelProto) -> int:
     """The version of the standard operators that ``model`` imports; MIN_OPSET if it uses none."""
     return next((entry.version for entry in model.opset_import if entry.domain == ""), MIN_OPSET)
+
+
+def conversion_note(opset: int) -> str:
+    """What to say of a model of ``opset`` that was converted."""
+    return (
+        f"note: the model of opset {opset} was converted to {MIN_OPSET} inside; the file stays the original"
+    )
 
 
 def refusal(path: Path, opset: int, reason: str = "") -> ModelFileError:
@@ -74,7 +84,11 @@ def _restore(converted: onnx.ModelProto, model: onnx.ModelProto) -> None:
     converted.ClearField("metadata_props")
     converted.metadata_props.extend(model.metadata_props)
     known = {
-        name: node.metadata_props for scope in scopes(model) for node in scope.node for name in node.output if name
+        name: node.metadata_props
+        for scope in scopes(model)
+        for node in scope.node
+        for name in node.output
+        if name
     }
     for scope in scopes(converted):
         for node in scope.node:
@@ -89,14 +103,18 @@ def _place_pixels(model: onnx.ModelProto) -> None:
     for scope in scopes(model):
         for node in scope.node:
             if is_constant(node):
-                constants |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+                values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+                constants.update(zip(node.output, values, strict=False))
     for scope in scopes(model):
         for node in scope.node:
             if node.op_type != "Resize" or node.domain != "":
                 continue
             scales = constants.get(node.input[2]) if len(node.input) > 2 else None
             smaller = scales is not None and (onnx.numpy_helper.to_array(scales) < 1).any()
-            placed = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "ceil" if smaller else "floor"}
+            placed = {
+                "coordinate_transformation_mode": "asymmetric",
+                "nearest_mode": "ceil" if smaller else "floor",
+            }
             kept = [attribute for attribute in node.attribute if attribute.name not in placed]
             node.ClearField("attribute")
             node.attribute.extend(kept)

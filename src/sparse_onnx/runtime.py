@@ -147,7 +147,7 @@ class _Segment:
 
 
 def _type_of(value: np.ndarray | list[np.ndarray]) -> ir.TypeProtocol:
-    """Of what a session has returned; a sequence, which need not hold an element to tell from, is one of floats then."""
+    """Of what a session has returned. A sequence without an element to tell from is taken as one of floats."""
     if isinstance(value, list):
         return ir.SequenceType(_type_of(value[0]) if value else ir.TensorType(ir.DataType.FLOAT))
     return ir.TensorType(ir.DataType.from_numpy(value.dtype))
@@ -178,7 +178,7 @@ class Runner:
         self._session: onnxruntime.InferenceSession | None = None
         if len(segments) == 1 and not self._constants:
             segments[0].write({})
-            self._session = self._at_best_level(segments[0], lambda session: None)[0]
+            self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
             give_back_memory()
 
     def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
@@ -189,7 +189,8 @@ class Runner:
     def _at_best_level(
         self,
         segment: _Segment,
-        step: Callable[[onnxruntime.InferenceSession], _T],
+        step: Callable[[onnxruntime.InferenceSession, Feeds], _T],
+        feeds: Feeds,
         session: onnxruntime.InferenceSession | None = None,
     ) -> tuple[onnxruntime.InferenceSession, _T]:
         """``step`` on the first session of ``segment`` that can do it, which is returned as well; ``session`` is the
@@ -199,7 +200,7 @@ class Runner:
             try:
                 if session is None:
                     session = self._open(segment, level)
-                result = step(session)
+                result = step(session, feeds)
             except UsageError as error:
                 first, session = first or error, None
                 continue
@@ -227,7 +228,9 @@ class Runner:
         results = {k: v for k, v in self._walk(feeds, run_session).items() if k in self.outputs}
         for name, value in results.items():
             if not isinstance(value, np.ndarray):
-                raise UsageError(f"output {name!r} is no tensor, though the model does not say so; declare its type")
+                raise UsageError(
+                    f"output {name!r} is no tensor, though the model does not say so; declare its type"
+                )
         return results
 
     def milliseconds(self, feeds: Feeds, repeat: int = 3) -> float:
@@ -247,9 +250,7 @@ class Runner:
 
     def _step(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], _T]) -> _T:
         """One step of a model that one session holds."""
-        self._session, result = self._at_best_level(
-            self._segments[0], lambda session: step(session, feeds), self._session
-        )
+        self._session, result = self._at_best_level(self._segments[0], step, feeds, self._session)
         return result
 
     def _walk(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], Feeds]) -> Feeds:
@@ -259,8 +260,8 @@ class Runner:
         parts = Progress(self._say, "too large for one session: part", len(self._segments))
         for index, segment in enumerate(self._segments):
             segment.write(values)
-            given = {name: values[name] for name in segment.inputs}
-            values |= self._at_best_level(segment, functools.partial(step, feeds=given))[1]
+            given = {name: values[name] for name in segment.inputs if name in values}
+            values |= self._at_best_level(segment, step, given)[1]
             give_back_memory()
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -23,7 +23,9 @@ ROWS = 64  # 64 x 64 floats are large enough to be cut
 
 
 def weight(name: str, seed: int = 0, kind: type = np.float32) -> TensorProto:
-    return numpy_helper.from_array(np.random.default_rng(seed).standard_normal((ROWS, ROWS)).astype(kind), name)
+    return numpy_helper.from_array(
+        np.random.default_rng(seed).standard_normal((ROWS, ROWS)).astype(kind), name
+    )
 
 
 def as_floats(tensor: TensorProto) -> TensorProto:
@@ -183,7 +185,9 @@ def restored(data: bytes) -> bytes:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=3), st.integers(0, 200))
+@given(
+    st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=3), st.integers(0, 200)
+)
 @example([], 0)
 def test_damaged_bytes_mean_the_same_as_to_the_parser(edits: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(WHOLE)
@@ -192,8 +196,8 @@ def test_damaged_bytes_mean_the_same_as_to_the_parser(edits: list[tuple[int, int
     damaged = bytes(data[: len(data) - cut])
     try:
         wanted = onnx.ModelProto.FromString(damaged).SerializeToString(deterministic=True)
-    except Exception:  # what the parser refuses, it refuses without its tensors, too
-        with pytest.raises(Exception, match=".*"):
+    except DecodeError:  # what the parser refuses, it refuses without its tensors, too
+        with pytest.raises(DecodeError):
             onnx.ModelProto.FromString(cut_tensors(damaged)[0])
         return
     assert restored(damaged) == wanted
@@ -263,7 +267,9 @@ def test_memory_for_weights_inside_the_file(tmp_path: Path, command: str, consta
     )
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    options = {"optimize": ["-o", str(tmp_path / "out"), "--no-benchmark"], "inspect": [], "analyze": []}[command]
+    options = {"optimize": ["-o", str(tmp_path / "out"), "--no-benchmark"], "inspect": [], "analyze": []}[
+        command
+    ]
     shapes = [] if command == "inspect" else ["--input-shape", f"x0:4,{size}", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, command, str(path), *options, *shapes],
