@@ -111,8 +111,8 @@ def input_specs(
     values: Mapping[str, Value] | None = None,
     fixed: Mapping[str, Value] | None = None,
 ) -> tuple[InputSpec, ...]:
-    """The inputs that a caller must give (initializers listed as inputs have a value already), with the ``values`` that
-    the user gives some of them, and those that become constants, ``fixed``.
+    """The inputs that a caller must give (initializers listed as inputs have a value already, optional
+    inputs need none), with the ``values`` that the user gives some of them, and those that become constants, ``fixed``.
 
     Raises UsageError for an input that is no tensor of numbers, and for a value of no input or that does not fit.
     """
@@ -120,6 +120,8 @@ def input_specs(
     for value in model.graph.inputs:
         if value.name in model.graph.initializers:
             continue
+        if isinstance(value.type, ir.OptionalType):
+            continue  # nothing is given for it
         if (
             value.dtype is None
             or not isinstance(value.type, ir.TensorType)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ def record(
     threads: int,
     library: bool,
     required: int | None = None,
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 
@@ -35,6 +36,7 @@ def record(
         library: Whether the kernel library is registered.
         required: So many batches at the beginning must run, others may be refused; their indices come back with the
             reason. None: all must run.
+        progress: Called with one line of text now and then.
 
     Raises:
         UsageError: ONNX Runtime refuses the model or a batch that must run, or an output is no tensor of numbers.
@@ -44,7 +46,7 @@ def record(
     refused: dict[int, str] = {}
     budget = session_budget(model_io.weight_bytes(model))
     with open_runner(
-        model, threads=threads, library=library, budget=budget, work=folder, path=path
+        model, threads=threads, library=library, budget=budget, work=folder, path=path, progress=progress
     ) as runner:
         for index, feeds in enumerate(batches):
             try:

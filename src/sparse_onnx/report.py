@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_onnx.printable import printable
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.runtime import peak_rss_bytes
+from sparse_onnx.runtime import give_back_memory, peak_rss_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -107,6 +107,7 @@ class StageClock:
             yield
         finally:
             self._stage = ""
+            give_back_memory()
             seconds = round(perf_counter() - start, 3)
             self.stages.append(
                 {"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)}
