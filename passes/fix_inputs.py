@@ -183,6 +183,9 @@ def _inline(model: ir.Model, node: ir.Node, branch: ir.Graph) -> None:
     new = [copy.outputs[0] for copy in copies]
     ir.convenience.replace_all_uses_with(node.outputs, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    for inner in (inner for other in subgraphs(node) for inner in other.all_nodes()):
+        for index in range(len(inner.inputs)):  # or weights would seem to be used
+            inner.replace_input_with(index, None)
 
 
 def _rename_doubles(model: ir.Model, branch: ir.Graph) -> None:

@@ -131,13 +131,23 @@ def _entries(
     for option, asked in (("--input-shape", given), ("--input", values)):
         if strange := [name for name in asked if name not in known]:
             raise UsageError(f"{option} names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
-    constants = {name: value for _, _, model in loaded for name, value in fixed_values(model).items()}
+    constants: dict[str, Any] = {}
+    for label, _, model in loaded:
+        for name, value in fixed_values(model).items():
+            if constants.setdefault(name, value) != value and name not in values:
+                raise UsageError(
+                    f"{label} has {name} fixed to {value}, another model to {constants[name]}: time them apart"
+                )
+    shared = {name: tuple(shape) for name, shape in given.items()}
     entries = []
     for (label, path, model), group in zip(loaded, plain, strict=True):
         names = {spec.name for spec in group}
         steering = {name: value for name, value in {**constants, **values}.items() if name in names}
         specs = inputs.input_specs(model, steering)
-        choice = choose_inputs(model, specs, {k: v for k, v in given.items() if k in names})
+        asked = {s.name: shared[s.name] for s in specs if s.name in shared}
+        fitting = {s.name for s in specs if s.name in given or s.takes(asked.get(s.name, ()))}
+        choice = choose_inputs(model, specs, {name: asked[name] for name in asked if name in fitting})
+        shared = choice.shapes | shared
         for line in choice.notes("for another"):
             say(f"note: {label}: {line}")
         feeds = choice.feeds(seed)

@@ -363,7 +363,7 @@ class _Job:
                 cleaned = steered.clone()
                 Pipeline(PREPARATION_PASSES)(cleaned, context)
                 fused = cleaned.clone()
-                changed = Pipeline(FUSION_PASSES)(fused, context).modified
+                changed = Pipeline(FUSION_PASSES)(fused, context).modified or bool(fixed)
                 candidates, declined = find_candidates(fused)
                 _, left = choose_weights(fused, self.selection, MaskStructure())
                 self.reasons = {candidate.weight.name: "" for candidate in candidates} | dict(left)

@@ -73,6 +73,8 @@ def test_branches_that_are_not_taken_go(tmp_path, rate, left):
     expected = run(original, tmp_path / "a", feeds)
     assert np.array_equal(run(model, tmp_path / "b", feeds), expected)
     assert [value.name for value in model.graph.outputs] == ["y"]
+    used = [name for name, value in model.graph.initializers.items() if value.uses()]
+    assert len(used) == 1  # nothing of the branches that went
 
 
 def test_nothing_to_fix_changes_nothing():

@@ -1,12 +1,18 @@
-"""Small decoders with caches, written as exporters write them, random weights with zeros."""
-
-from __future__ import annotations
+"""Decoders with a cache compile and verify with nothing said about shapes, as exporters write them."""
 
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+import sparse_onnx
+from sparse_onnx.errors import UsageError
+from sparse_onnx.input_choice import choose_inputs
+from sparse_onnx.inputs import input_specs
+from sparse_onnx.model_io import load_model
+from sparse_onnx.runtime import open_session, run_session
 
 VOCABULARY, WIDTH, HEADS, PAIRS, SIZE, LONGEST = 50, 64, 4, 2, 16, 256
 
@@ -17,7 +23,7 @@ class Graph:
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
+        self.constants: list[TensorProto] = []
 
     def constant(self, array: object, name: str = "") -> str:
         name = name or f"c{len(self.constants)}"
@@ -145,4 +151,121 @@ def optimum_decoder(
             ("present.0.key", TensorProto.FLOAT, None),
             ("present.0.value", TensorProto.FLOAT, None),
         ],
+    )
+
+
+KINDS = {
+    "builder": lambda path: builder_decoder(path),
+    "builder, cache named": lambda path: builder_decoder(path, cache_dims=("kv_heads", "kv_cache_dim")),
+    "builder, apart": lambda path: builder_decoder(path, cache_dims=("kv_heads", "head_size"), packed=False),
+    "optimum": lambda path: optimum_decoder(path),
+    "optimum, cache named": lambda path: optimum_decoder(path, cache_dims=("num_heads", "kv_cache_dim")),
+    "optimum, one more": lambda path: optimum_decoder(path, mask_length="past_sequence_length + 1"),
+    "optimum, total": lambda path: optimum_decoder(path, mask_length="total_sequence_length"),
+}
+
+
+def feeds(heads, batch, past, new):
+    rng = np.random.default_rng(past)
+    cache = (batch, heads, past, SIZE)
+    return {
+        "input_ids": rng.integers(0, VOCABULARY, (batch, new)),
+        "attention_mask": np.ones((batch, past + new), np.int64),
+        "past_key_values.0.key": rng.standard_normal(cache).astype(np.float32),
+        "past_key_values.0.value": rng.standard_normal(cache).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoders_compile_with_nothing_said(tmp_path, kind):
+    path = KINDS[kind](tmp_path / "decoder.onnx")
+    said = []
+    result = sparse_onnx.optimize(path, tmp_path / "out", benchmark=False, threads=1, progress=said.append)
+    heads = PAIRS if kind.startswith("builder") else HEADS
+    assert result.report["input_shapes"] == {
+        "input_ids": [1, 128],
+        "attention_mask": [1, 128],
+        "past_key_values.0.key": [1, heads, 0, SIZE],
+        "past_key_values.0.value": [1, heads, 0, SIZE],
+    }
+    assert any(row["decision"] == "sparse" for row in result.report["layers"])
+    assert any("note: the target is a prefill: 128 tokens, nothing in the cache" in line for line in said)
+    assert any("note: dimension past_sequence_length is taken as 0" in line for line in said)
+    written = tmp_path / "out" / "model.onnx"
+    for batch, past, new in ((2, 0, 5), (2, 7, 1), (1, 4, 3)):
+        given = feeds(heads, batch, past, new)
+        expected = run_session(open_session(path, threads=1, library=False), given)
+        for library in (True, False):
+            got = run_session(open_session(written, threads=1, library=library), given)
+            for name, value in expected.items():
+                np.testing.assert_allclose(got[name], value, atol=1e-4 * np.abs(value).max())
+    verified = sparse_onnx.verify(path, written, threads=1)
+    assert verified.passed
+    assert len(verified.inputs) == 2  # at other sizes, which agree, too
+    assert not verified.skipped
+
+
+def test_one_shape_gives_the_others(tmp_path):
+    model = load_model(optimum_decoder(tmp_path / "decoder.onnx"))
+    choice = choose_inputs(
+        model, input_specs(model), {"past_key_values.0.key": (3, HEADS, 9, SIZE), "input_ids": (3, 2)}
+    )
+    assert choice.shapes["attention_mask"] == (3, 11)
+    assert choice.notes("for another") == []
+    assert choice.guesses() == ""
+
+
+def steered(path, **inputs):
+    """A decoder step whose lengths are inputs: names and ranks of integers by name."""
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "sequence_length"])
+    past = helper.make_tensor_value_info(
+        "past_key_values.0.key", TensorProto.FLOAT, ["b", 2, "past_sequence_length", 4]
+    )
+    others = [helper.make_tensor_value_info(n, kind, dims) for n, (kind, dims) in inputs.items()]
+    nodes = [
+        helper.make_node("Identity", [value.name], [f"{value.name}.out"]) for value in (ids, past, *others)
+    ]
+    outputs = [helper.make_tensor_value_info(f"{v.name}.out", v.type.tensor_type.elem_type, None)
+               for v in (ids, past, *others)]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", [ids, past, *others], outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return load_model(path)
+
+
+@pytest.mark.parametrize("past", [0, 6])
+def test_lengths_that_are_values_agree_with_the_shapes(tmp_path, past):
+    integer, boolean = TensorProto.INT64, TensorProto.BOOL
+    model = steered(
+        tmp_path / "m.onnx",
+        total_sequence_length=(integer, []),
+        seqlens_k=(TensorProto.INT32, ["b"]),
+        past_seq_len=(integer, [1]),
+        position_ids=(integer, ["b", "sequence_length"]),
+        cache_position=(integer, ["sequence_length"]),
+        use_cache_branch=(boolean, [1]),
+    )
+    given = {"past_key_values.0.key": (2, 2, past, 4), "input_ids": (2, 3)}
+    values = choose_inputs(model, input_specs(model), given).feeds(0)
+    assert values["total_sequence_length"] == past + 3
+    assert values["seqlens_k"].tolist() == [past + 2] * 2
+    assert values["past_seq_len"].tolist() == [past]
+    assert values["position_ids"].tolist() == [[past, past + 1, past + 2]] * 2
+    assert values["cache_position"].tolist() == [past, past + 1, past + 2]
+    assert values["use_cache_branch"].tolist() == [past > 0]
+
+
+def test_a_guess_that_fails_is_told(tmp_path):
+    text = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    g (float[n, k] x, int64 level) => (float[n, m] y) <int64 low = {3}, int64[2] form = {-1, 5}> {
+      c = Equal(level, low) d = Cast<to = 1>(c) z = Reshape(x, form) y = Mul(z, d)
+    }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    with pytest.raises(
+        UsageError, match=r"Guessed were n = 1, k = 128, level = 3: give .* --input-shape .* --input NAME"
+    ):
+        sparse_onnx.optimize(tmp_path / "m.onnx", tmp_path / "out", benchmark=False, threads=1)
+    sparse_onnx.optimize(
+        tmp_path / "m.onnx", tmp_path / "out", benchmark=False, threads=1, input_shapes={"x": (1, 10)}
     )
