@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
-from sparse_onnx.compile_report import layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compile_report import kernel_names, layer_rows, summary, target_rows, untouched_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.goals import Gate, gates, goal_document
+from sparse_onnx.host import available_cores
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
@@ -42,7 +43,6 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     SCHEMA_VERSION,
     StageClock,
-    available_cores,
     environment,
 )
 from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
@@ -164,7 +164,7 @@ class Compilation:
             self.node_work = Work(model, shapes).count()
             candidates = self.fuse(model, context)
             decisions = guard.decide_by_table(candidates)
-            layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors)
+            layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors, {})
         found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
         return self.report(None, [], layers, {}, found)
 
@@ -213,7 +213,13 @@ class Compilation:
                 verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
             with self.clock("compare weights"):
                 layers = layer_rows(
-                    decisions, shapes[0], self.before, self.errors, self.held_out_errors, self.say
+                    decisions,
+                    shapes[0],
+                    self.before,
+                    self.errors,
+                    self.held_out_errors,
+                    kernel_names(optimized, decisions, shapes[0]),
+                    self.say,
                 )
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation, model_timing
+from sparse_onnx import compilation, model_timing, sparse_ops
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.passes import guard
 
@@ -275,6 +275,8 @@ def test_decisions_carry_the_measurement(tmp_path):
     assert row["dense_ms"] > row["sparse_ms"] > 0
     assert row["speedup_low"] <= row["dense_ms"] / row["sparse_ms"] * 1.5
     assert row["sparsity"] > guard.MIN_SPARSITY
+    assert row["kernel"] in sparse_ops.info().kernels
+    assert row["rows"] == 128
     assert result.report["summary"]["bytes_before"] == source.stat().st_size
     written = sum((result.folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert result.report["summary"]["bytes_after"] == written

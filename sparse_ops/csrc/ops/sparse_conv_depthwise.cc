@@ -47,6 +47,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   MapEpilogue epilogue_;
   spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
   spmm::CheckedWeight weight_;
@@ -103,9 +104,10 @@ void Kernel::compute(OrtKernelContext* context) const {
                            static_cast<int64_t>(out_height), static_cast<int64_t>(out_width)});
   if (x.dims[0] == 0) return;
 
-  const spconv::FusedPlan plan = spconv::make_plan(fused, size(0), size(2), size(3), isa_);
+  const spconv::FusedPlan plan =
+      spconv::make_plan(fused, size(0), size(2), size(3), isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());
 }
 
