@@ -10,10 +10,8 @@ import dataclasses
 import functools
 import math
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +43,6 @@ __all__ = [
     "median_interval",
     "open_runner",
     "open_session",
-    "peak_rss_bytes",
     "pool",
     "ratio",
     "repeat",
@@ -420,12 +417,6 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def evict_caches() -> None:
