@@ -381,7 +381,9 @@ class _Job:
             profile,
             tuple(anchors),
             tuple((place.place, place.reason) for place in declined),
-            tuple(untouched(self.node_work, self.reasons, {place.place: place.reason for place in declined})),
+            tuple(
+                untouched(self.node_work, forecast.by_name, {place.place: place.reason for place in declined})
+            ),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,

@@ -242,7 +242,8 @@ def _label(node: ir.Node) -> str:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    if value is None or value.is_graph_input():
+    """Whether the model has a value for it, even if a caller may give another."""
+    if value is None:
         return False
     producer = value.producer()
     return value.const_value is not None or (producer is not None and is_standard(producer, "Constant"))
@@ -274,6 +275,8 @@ def _reason(node: ir.Node, product: Product) -> str:
     value, maker = _weight(node, product)
     if value is None:
         return _NO_WEIGHT
+    if value.is_graph_input():
+        return "is also a graph input, so a caller may replace it"
     if maker is not None:
         return f"its weight is computed in every run, by {maker.op_type}"
     if is_standard(node, "MatMul", "Gemm") and value is _input(node, 0):
