@@ -115,7 +115,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
         "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
         "sparse_onnx_run": (ctypes.c_int, (weight, ctypes.c_int, text, floats, size, floats, *message)),
-        "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, size)),
+        "sparse_onnx_select": (text, (*(ctypes.c_int64,) * 4, size)),
         "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_load_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_time": (ctypes.c_double, (weight, text, size, ctypes.c_double, *message)),
@@ -148,12 +148,12 @@ def info() -> LibraryInfo:
 
 def select(packed: PackedWeight, tokens: int) -> str:
     """Name of the kernel that a session here uses for ``tokens`` tokens."""
-    return select_for(packed.chunk, packed.block, packed.width, tokens)
+    return select_for(packed.chunk, packed.block, packed.width, tokens, packed.K)
 
 
-def select_for(chunk: int, block: int, width: int, tokens: int) -> str:
-    """As :func:`select`, for a weight stored with that chunk, block and width."""
-    name = _library().sparse_onnx_select(chunk, block, width, tokens)
+def select_for(chunk: int, block: int, width: int, tokens: int, inputs: int = 1) -> str:
+    """As :func:`select`, for a weight of so many inputs (K) that is stored with that chunk, block and width."""
+    name = _library().sparse_onnx_select(inputs, chunk, block, width, tokens)
     if name is None:
         info()  # raises if the forced instruction set is what is wrong
         raise FormatError(f"no kernel takes chunk {chunk}, block {block} and width {width}")

@@ -82,8 +82,9 @@ def command(
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
     95 % confidence interval.
     """
+    from sparse_onnx.host import available_cores
     from sparse_onnx.input_choice import explaining_guesses
-    from sparse_onnx.report import available_cores, environment
+    from sparse_onnx.report import environment
 
     count = threads or available_cores()
     with progress(quiet) as say:

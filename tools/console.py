@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ __all__ = [
     "table",
 ]
 
-_OPERATORS = 4  # whose work one line tells
+_WIDTH = 60  # characters of operators in one line
 
 format_option = click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
@@ -138,13 +139,14 @@ def other_work(untouched: Sequence[Mapping[str, Any]]) -> str:
         before = shares.get(row["op_type"], 0.0)
         shares[row["op_type"]] = None if before is None or row["share"] is None else before + row["share"]
     ordered = sorted(shares.items(), key=lambda item: (item[1] is None, -(item[1] or 0)))
-    shown = [
-        op_type if share is None else f"{op_type} {format_rounded(share)}"
-        for op_type, share in ordered[:_OPERATORS]
-    ]
-    more = len(ordered) - len(shown)
-    text = ", ".join(shown) + (f" and {more} other operators" if more else "")
-    return f"no sparse kernel for (share of work): {text}" if shown else ""
+    named = [op_type if share is None else f"{op_type} {format_rounded(share)}" for op_type, share in ordered]
+    shown = list(
+        itertools.takewhile(lambda text: len(text) <= _WIDTH, itertools.accumulate(named, "{}, {}".format))
+    )
+    if not shown:
+        return ""
+    more = f" and {len(named) - len(shown)} other operators" if len(shown) < len(named) else ""
+    return f"no sparse kernel for (share of work): {shown[-1]}{more}"
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:

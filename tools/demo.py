@@ -51,7 +51,7 @@ def _run(
     import numpy as np
 
     import sparse_onnx
-    from sparse_onnx.report import available_cores
+    from sparse_onnx.host import available_cores
 
     threads = threads or available_cores()
     assets = resources.files("sparse_onnx.tools") / "demo_model"

@@ -210,6 +210,7 @@ def summary_table(report: dict[str, Any]) -> str:
     """The closing table: at most 15 lines."""
     summary, layers = report["summary"], report["layers"]
     sparse = [row for row in layers if row["decision"] == "sparse"]
+    uncounted = any(row["share"] is None for row in report.get("untouched", ()))
     rows = [["", "before", "after", "change"]]
     if summary["speedup"] is not None:
         interval = f"{summary['speedup']:.2f}x ({summary['speedup_low']:.2f}-{summary['speedup_high']:.2f})"
@@ -223,7 +224,7 @@ def summary_table(report: dict[str, Any]) -> str:
             "layers sparse",
             "",
             f"{len(sparse)} of {len(layers)}",
-            f"{format_rounded(summary['sparse_flops_fraction'])} of work",
+            f"{format_rounded(summary['sparse_flops_fraction'])} of {'counted ' if uncounted else ''}work",
         ]
     )
     checks = report["verification"]

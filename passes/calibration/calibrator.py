@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
+from sparse_onnx.host import available_cores, available_memory
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.blocks import Block, Cutter
 from sparse_onnx.passes.calibration.captures import Capture, View, find_captures
@@ -27,7 +28,6 @@ from sparse_onnx.passes.calibration.memory import (
     Demand,
     Pass,
     activation_bytes,
-    available_memory,
     divide,
     fitting,
 )
@@ -41,7 +41,6 @@ from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.two_streams import Plan, Step, TwoStreams
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import session_budget
 from sparse_onnx.shapes import Shapes
 from sparse_onnx.units import format_bytes

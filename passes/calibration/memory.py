@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from sparse_onnx.errors import HostError
 from sparse_onnx.inputs import Feeds
@@ -14,7 +12,7 @@ from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.units import format_bytes
 
-__all__ = ["Demand", "Pass", "activation_bytes", "available_memory", "divide", "fitting"]
+__all__ = ["Demand", "Pass", "activation_bytes", "divide", "fitting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +53,6 @@ class Pass:
     @property
     def activations(self) -> int:
         return sum(demand.activation for demand in self.demands)
-
-
-def available_memory() -> int:
-    """Bytes that a new process could take without swapping, as far as the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def activation_bytes(

@@ -172,12 +172,13 @@ int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* 
   return guarded(message, message_size, [&] { return run(*weight, activation, kernel, x, tokens, y); });
 }
 
-const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width, size_t tokens) {
+const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width, size_t tokens) {
   const IsaChoice choice = active_isa();
-  if (choice.error != nullptr || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
+  if (choice.error != nullptr || K < 1 || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
     return nullptr;
   }
   spmm::Weight weight{};
+  weight.K = static_cast<size_t>(K);
   weight.chunk = static_cast<size_t>(chunk);
   weight.block = static_cast<size_t>(block);
   weight.width = static_cast<size_t>(width);

@@ -63,9 +63,9 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
                                        const float* x, size_t tokens, float* y, char* message,
                                        size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight with that chunk, block and width and
- * `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
-SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width,
+/* Name of the kernel that a session would use for a full tile of a weight of K inputs with that chunk, block and
+ * width and `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
+SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width,
                                                   size_t tokens);
 
 /* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as

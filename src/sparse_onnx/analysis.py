@@ -23,6 +23,7 @@ import onnx_ir as ir
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.compilation import FUSION_PASSES, PREPARATION_PASSES, lower_layers, source_file
 from sparse_onnx.forecast import Forecast, LayerForecast, Outlook, Plan
+from sparse_onnx.host import available_cores
 from sparse_onnx.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.inputs import InputSpec, Value, plain_values
 from sparse_onnx.layer_curves import (
@@ -50,7 +51,7 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.progress import Progress, format_duration
-from sparse_onnx.report import StageClock, available_cores, environment
+from sparse_onnx.report import StageClock, environment
 from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
 from sparse_onnx.time_model import ROUGH, Anchor, Sums, TimeModel, fit
@@ -68,8 +69,8 @@ ANCHORS = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
 
 DISTURBED = (
-    "other programs took processors in the meantime, so predictions are rough: run again when the machine is idle, or "
-    "with fewer --threads"
+    "other programs took processors, so predictions are rough: run again when the machine is idle, or with fewer "
+    "--threads"
 )
 
 _WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
@@ -394,7 +395,9 @@ class _Job:
             profile,
             tuple(anchors),
             tuple((place.place, place.reason) for place in declined),
-            tuple(untouched(self.node_work, self.reasons, {place.place: place.reason for place in declined})),
+            tuple(
+                untouched(self.node_work, forecast.by_name, {place.place: place.reason for place in declined})
+            ),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,

@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
-from sparse_onnx.compile_report import layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compile_report import kernel_names, layer_rows, summary, target_rows, untouched_rows
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
+from sparse_onnx.host import available_cores
 from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
@@ -47,7 +48,6 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     SCHEMA_VERSION,
     StageClock,
-    available_cores,
     environment,
 )
 from sparse_onnx.runtime import LEVELS, Ratio, Runner, open_runner, session_budget
@@ -245,7 +245,7 @@ class Compilation:
             self.node_work = Work(model, shapes).count()
             candidates = self.fuse(model, context)
             # What stays dense is not known before it is timed: nothing is given back.
-            layers = self.rows(guard.decide_by_table(candidates), None, prepared)
+            layers = self.rows(guard.decide_by_table(candidates), None, prepared, {})
         found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
         return self.report(None, [], layers, {}, found)
 
@@ -306,7 +306,8 @@ class Compilation:
                 changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
                 verification = self.verify(optimized, samples, reference, changed)
             with self.clock("compare weights"):
-                layers = self.rows(decisions, shapes[0], prepared)
+                kernels = kernel_names(optimized, decisions, shapes[0])
+                layers = self.rows(decisions, shapes[0], prepared, kernels)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
         if metric is not None:
@@ -528,12 +529,13 @@ class Compilation:
         decisions: Sequence[Decision],
         shapes: Mapping[str, tuple[int, ...]] | None,
         prepared: Prepared,
+        kernels: Mapping[str, str],
     ) -> list[dict[str, Any]]:
         """The layers of the report."""
         errors = {name: error for name, error in self.errors.items() if name not in self.given_back}
         held_out = {n: error for n, error in self.held_out_errors.items() if n not in self.given_back}
         say = self.say if shapes is not None else lambda _line: None
-        rows = layer_rows(decisions, shapes, self.before, errors, held_out, say)
+        rows = layer_rows(decisions, shapes, self.before, errors, held_out, kernels, say)
         return with_pruning(rows, prepared.pruned.layers, self.given_back, self.declined)
 
     def overall(self, timings: Sequence[Ratio]) -> Ratio:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io, sparse_ops
+from sparse_onnx import model_io
+from sparse_onnx.layer_timing import kernel_of
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.passes.base import Declined
@@ -21,9 +22,10 @@ from sparse_onnx.report import (
     write_json,
 )
 from sparse_onnx.runtime import Ratio
+from sparse_onnx.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.work import NodeWork, sparse_share, untouched
 
-__all__ = ["layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
+__all__ = ["kernel_names", "layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
 
 
 def summary(
@@ -67,12 +69,13 @@ def layer_rows(
     before: Mapping[str, ir.TensorProtocol | None],
     errors: Mapping[str, float | None],
     held_out_errors: Mapping[str, float],
+    kernels: Mapping[str, str],
     progress: Callable[[str], None] = lambda _line: None,
 ) -> list[dict[str, Any]]:
     """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
-    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs."""
+    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs, ``kernels``
+    see :func:`kernel_names`."""
     rows = []
-    isa = sparse_ops.info().isa
     steps = Progress(progress, "layer", len(decisions))
     for decision in decisions:
         candidate = decision.candidate
@@ -93,7 +96,7 @@ def layer_rows(
                 "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
                 "decision": "sparse" if decision.sparse else "dense",
                 "reason": decision.reason,
-                "kernel": f"spmm_{isa}" if decision.sparse else "dense",
+                "kernel": kernels.get(weight.name, "sparse") if decision.sparse else "dense",
                 "dense_ms": decision.dense_ms,
                 "sparse_ms": decision.sparse_ms,
                 "speedup_low": decision.low,
@@ -110,6 +113,30 @@ def layer_rows(
         )
         steps.step()
     return rows
+
+
+def kernel_names(
+    model: ir.Model, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The kernels that a session here computes the sparse layers of ``model`` with, by the name of the layer's weight;
+    ``shapes`` are those of the layers' inputs."""
+    known = [decision.candidate.weight.name for decision in decisions if decision.sparse]
+    found: dict[str, str] = {}
+    for node in sparse_nodes(model):
+        x = node.inputs[0]
+        if x is not None and x.name and x.name in shapes:
+            kernel = kernel_of(node, shapes[x.name])
+            found |= {name: kernel for weight in stored_weights(node) for name in _parts(weight.name, known)}
+    return found
+
+
+def _parts(name: str, known: Sequence[str]) -> list[str]:
+    """The weights in ``known`` that a stored weight of that name was made of, see :func:`.own_operators.joined`."""
+    if name in known:
+        return [name]
+    first, *others = name.split("+")
+    start = max(first.rfind("."), first.rfind("/")) + 1
+    return [part for part in known if part == first or any(part == first[:start] + other for other in others)]
 
 
 def times(timing: Ratio | None) -> dict[str, float | None]:

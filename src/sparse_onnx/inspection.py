@@ -23,7 +23,7 @@ from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.model_check import MIN_OPSET
 from sparse_onnx.opset_conversion import CONVERTED_FROM
 from sparse_onnx.passes.base import PassContext, Pipeline
-from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.cleanup import CLEAN_PASSES, Constants
 from sparse_onnx.passes.guard import find_candidates
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, unpack
@@ -63,14 +63,15 @@ def inspect_model(
         ModelFileError: The file is missing or cannot be read as a model.
     """
     model = model_io.load_model(path)
+    operators = Counter(f"{_domain(node.domain)}::{node.op_type}" for node in model.graph.all_nodes())
+    weight_bytes, file_bytes = model_io.weight_bytes(model), model_io.file_bytes(path, model)
+    Constants()(model)  # so that weights are found where they are nodes, too
     data = sorted({tensor.path for tensor in _external(model)})
     files = {str(file): Path(str(file)).stat().st_size for file in (path, *data)}
-    operators = Counter(f"{_domain(node.domain)}::{node.op_type}" for node in model.graph.all_nodes())
-    weight_bytes = model_io.weight_bytes(model)
     document: dict[str, Any] = {
         "file": str(path),
         "files": files,
-        "file_bytes": model_io.file_bytes(path, model),
+        "file_bytes": file_bytes,
         "weight_bytes": weight_bytes,
         "large": weight_bytes > LARGE,
         "ir_version": model.ir_version,
@@ -312,6 +313,8 @@ def _states(
         layers = {candidate.weight.name for candidate in candidates}
         work = Work(model, known_shapes(model)).count()
         left_over = untouched(work, layers, {place.place: place.reason for place in declined})
+        if any(part.products is None for part in work):  # shares of the rest would say nothing
+            left_over = [dataclasses.replace(row, share=None) for row in left_over]
         places = [(place.place, place.reason) for place in declined]
         states = {place: ("stays", reason) for place, reason in places}
         measuring = Progress(progress, "measuring metrics: layer", len(candidates))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LayerTiming",
     "cut_layer",
+    "kernel_of",
     "shapes_in",
     "time_pair",
     "time_sparse_layers",
@@ -191,9 +192,6 @@ def time_sparse_layers(
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
-        rows = _rows_of(node, inputs[0])
-        # One kernel computes all weights of a node.
-        chunk, block, width = (max(w.sizes[size] for w in weights) for size in ("chunk", "block", "width"))
         timings.append(
             LayerTiming(
                 name=name,
@@ -201,13 +199,26 @@ def time_sparse_layers(
                 op_type=node.op_type,
                 x_shape=inputs[0],
                 weight_shapes=tuple(weight.shape for weight in weights),
-                rows=rows,
+                rows=_rows_of(node, inputs[0]),
                 sparsity=sparsity_of(node),
-                kernel=select_for(chunk, block, width, rows),
+                kernel=kernel_of(node, inputs[0]),
                 times=measured[key],
             )
         )
     return timings
+
+
+def kernel_of(node: ir.Node, x_shape: tuple[int, ...]) -> str:
+    """The name of the kernel that full tiles of a sparse operator are computed with, here, for X of that shape: one for
+    all weights of the node."""
+    weights = stored_weights(node)
+    chunk, block, width, inputs = (
+        max(w.sizes[size] for w in weights) for size in ("chunk", "block", "width", "K")
+    )
+    rows = _rows_of(node, x_shape)
+    if node.op_type in sparse_conv_depthwise.OP_TYPES:  # image by image
+        rows //= max(1, x_shape[0])
+    return select_for(chunk, block, width, rows, inputs)
 
 
 def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:

@@ -46,6 +46,7 @@ import onnx_ir as ir
 from sparse_onnx import model_io, quality
 from sparse_onnx.comparison import compare
 from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.host import available_cores
 from sparse_onnx.inputs import Feeds, input_specs, sample_count
 from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.passes.calibration.data import import_function, is_function
@@ -59,7 +60,6 @@ from sparse_onnx.predictions import (
     make_probe,
     named_head,
 )
-from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import open_runner, session_budget
 
 __all__ = ["BUILT_IN", "Measure", "Metric", "MetricResult", "Run", "check_metric_name", "open_metric"]

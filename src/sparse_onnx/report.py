@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import platform
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,9 +14,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.host import available_cores, cpu_name, peak_rss_bytes
 from sparse_onnx.printable import printable
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.runtime import give_back_memory, peak_rss_bytes
+from sparse_onnx.runtime import give_back_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA_VERSION",
     "StageClock",
-    "available_cores",
-    "cpu_name",
     "describe_call",
     "environment",
     "write_json",
@@ -36,26 +34,11 @@ SCHEMA_VERSION = 1
 _MAX_ARGUMENT = 300  # characters of one argument in the description of a call
 
 
-def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:

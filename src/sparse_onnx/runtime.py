@@ -11,10 +11,8 @@ import dataclasses
 import functools
 import math
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +48,6 @@ __all__ = [
     "median_interval",
     "open_runner",
     "open_session",
-    "peak_rss_bytes",
     "pool",
     "ratio",
     "repeat",
@@ -527,12 +524,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def evict_caches() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.comparison import compare
+from sparse_onnx.host import available_cores
 from sparse_onnx.inputs import Feeds, InputSpec, input_specs, sample_count
 from sparse_onnx.outputs import tensor_outputs
 from sparse_onnx.passes.allocation import error_curve
@@ -28,7 +29,6 @@ from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity,
 from sparse_onnx.passes.solvers import InputStatistics, wanda_score
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.report import available_cores
 
 __all__ = ["Loss", "measure_losses"]
 

@@ -24,6 +24,7 @@ from sparse_onnx import model_io
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, Difference, compare
 from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import UsageError, VerificationError
+from sparse_onnx.host import available_cores
 from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.inputs import Feeds, InputSpec, Value, generate, input_specs, plain_values, typed_value
 from sparse_onnx.layer_timing import uses_library
@@ -35,7 +36,6 @@ from sparse_onnx.passes.fix_inputs import fixed_values
 from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.recording import record
-from sparse_onnx.report import available_cores
 from sparse_onnx.units import format_number
 
 __all__ = ["Miss", "Thresholds", "VerifyResult", "verify"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -40,6 +41,7 @@ _FUNCTION = "sparse_onnx.from_function"
 # From a constant to a weight that the model computes anew in every run.
 _CONVERSIONS = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", _MICROSOFT, DOMAIN)
+_MATRIX_LIKE = re.compile("MatMul|Gemm|Conv|Attention|LSTM|MoE")  # of ONNX Runtime's, which become more
 _BODIES = ("If", "Loop", "Scan")
 _NO_WEIGHT = "multiplies computed values: there is no weight"
 
@@ -240,7 +242,8 @@ def _label(node: ir.Node) -> str:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    if value is None or value.is_graph_input():
+    """Whether the model has a value for it, even if a caller may give another."""
+    if value is None:
         return False
     producer = value.producer()
     return value.const_value is not None or (producer is not None and is_standard(producer, "Constant"))
@@ -272,6 +275,8 @@ def _reason(node: ir.Node, product: Product) -> str:
     value, maker = _weight(node, product)
     if value is None:
         return _NO_WEIGHT
+    if value.is_graph_input():
+        return "is also a graph input, so a caller may replace it"
     if maker is not None:
         return f"its weight is computed in every run, by {maker.op_type}"
     if is_standard(node, "MatMul", "Gemm") and value is _input(node, 0):
@@ -284,10 +289,11 @@ def _reason(node: ir.Node, product: Product) -> str:
 
 
 def _products(node: ir.Node) -> tuple[Product, ...]:
-    """Of an operator that is not known, each constant matrix among its inputs is taken for a weight."""
+    """Of an operator that is not in the table, each constant matrix among its inputs is taken for a weight, unless it
+    is known to do little work."""
     if (key := (_domain(node), node.op_type)) in OPERATORS:
         return OPERATORS[key]
-    if node.domain in _KNOWN_DOMAINS:
+    if node.domain in _KNOWN_DOMAINS and (node.domain != _MICROSOFT or not _MATRIX_LIKE.search(node.op_type)):
         return ()
     constants = [index for index, value in enumerate(node.inputs) if _is_constant(value)]
     tensors = {index: _tensor(node.inputs[index]) for index in constants}  # type: ignore[arg-type]

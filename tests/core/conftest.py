@@ -349,11 +349,25 @@ class Browser:
         os.close(self._read)
 
 
+def _browser_program() -> str | None:
+    return next(filter(None, map(shutil.which, _NAMES)), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say once for all tests of a file what they need, instead of once for each."""
+    if _browser_program() is None:
+        needs = pytest.mark.skip(
+            f"needs a browser: install one of {', '.join(_NAMES)} (apt-get install chromium)"
+        )
+        for item in items:
+            if isinstance(item, pytest.Function) and "browser" in item.fixturenames:
+                item.add_marker(needs)
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
+    program = _browser_program()
+    assert program is not None, "without one the tests are skipped"
     started = Browser(program, tmp_path_factory.mktemp("profile"))
     yield started
     started.close()

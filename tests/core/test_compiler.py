@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation
+from sparse_onnx import compilation, sparse_ops
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.passes import guard
 from sparse_onnx.runtime import Ratio
@@ -291,6 +291,8 @@ def test_decisions_carry_the_measurement(tmp_path):
     assert row["dense_ms"] > row["sparse_ms"] > 0
     assert row["speedup_low"] <= row["dense_ms"] / row["sparse_ms"] * 1.5
     assert row["sparsity"] > guard.MIN_SPARSITY
+    assert row["kernel"] in sparse_ops.info().kernels
+    assert row["rows"] == 128
     assert result.report["summary"]["bytes_before"] == source.stat().st_size
     written = sum((result.folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert result.report["summary"]["bytes_after"] == written

@@ -161,6 +161,10 @@ def test_errors_add_up_in_squares():
 def test_no_error_is_made_up():
     model = forecast(layer("a", FAST))
     assert model.outlook(model.uniform(0.5)).error is None
+    assert model.outlook({}).error is None
+    left_alone = forecast(layer("a", FAST, reason="listed in ignore"))
+    assert left_alone.outlook(left_alone.uniform(0.5)).error is None
+    assert forecast().outlook({}).error is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation, layer_timing, model_io, model_timing
+from sparse_onnx import compilation, layer_timing, model_io, model_timing, sparse_ops
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
@@ -104,7 +104,12 @@ def test_report_has_every_linear_and_inspection_every_operator(compiled):
         "Wu",
         "Wd",
     }
-    assert compiled.report["summary"]["sparse_flops_fraction"] == 1.0
+    kernels = {row["kernel"] for row in rows if row["decision"] == "sparse"}
+    assert kernels <= set(sparse_ops.info().kernels), "merged or not, the kernel is known"
+    (attention,) = compiled.report["untouched"]  # queries by keys, and probabilities by values
+    assert (attention["op_type"], attention["count"]) == ("MatMul", 2)
+    rest = 1 - compiled.report["summary"]["sparse_flops_fraction"]
+    assert 0 < attention["share"] == pytest.approx(rest)
     document = inspect_model(compiled.folder / "model.onnx")
     stored = {row["name"]: row for row in document["weights"] if row["state"] == "sparse"}
     assert stored["Wq+Wk+Wv"]["shape"] == [WIDTH, 3 * WIDTH]

@@ -166,7 +166,17 @@ Scratch::~Scratch() {
 }
 
 bool SessionWorkers::run(size_t total, void (*task)(void*, size_t), void* context) {
-  status_ = api_.KernelContext_ParallelFor(context_, task, total, 0, context);
+  struct Counted {
+    void (*task)(void*, size_t);
+    void* context;
+    Attendance& attendance;
+  } counted{task, context, attendance_};
+  const auto counted_task = [](void* c, size_t index) {
+    const Counted& work = *static_cast<const Counted*>(c);
+    work.attendance.here();
+    work.task(work.context, index);
+  };
+  status_ = api_.KernelContext_ParallelFor(context_, counted_task, total, 0, &counted);
   return status_ == nullptr;
 }
 

@@ -10,6 +10,7 @@
 
 #include "cpu_features.h"
 #include "kernels/workers.h"
+#include "ops/thread_count.h"
 #include "ort_abi.h"
 #include "ort_status.h"
 
@@ -87,16 +88,24 @@ class Scratch {
   void* memory_ = nullptr;
 };
 
-// The session's own threads.
+// The session's own threads, which `count` learns to know; nullptr where nothing is planned for them.
 class SessionWorkers final : public Workers {
  public:
-  SessionWorkers(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+  SessionWorkers(const OrtApi& api, const OrtKernelContext* context, ThreadCount* count = nullptr)
+      : api_(api), context_(context), count_(count) {}
+  SessionWorkers(const SessionWorkers&) = delete;
+  SessionWorkers& operator=(const SessionWorkers&) = delete;
+  ~SessionWorkers() {
+    if (count_ != nullptr) count_->saw(attendance_.threads());
+  }
   bool run(size_t total, void (*task)(void*, size_t), void* context) override;
   OrtStatus* status() const { return status_; }
 
  private:
   const OrtApi& api_;
   const OrtKernelContext* context_;
+  ThreadCount* count_;
+  Attendance attendance_;
   OrtStatus* status_ = nullptr;
 };
 

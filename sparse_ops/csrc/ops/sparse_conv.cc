@@ -57,6 +57,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   bool residual_;
   MapEpilogue epilogue_;
   size_t axes_;
@@ -116,9 +117,9 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (batch == 0) return;
 
-  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, isa_);
+  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());
 }
 

@@ -47,6 +47,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   MapEpilogue epilogue_;
   size_t axes_;
   spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
@@ -104,9 +105,10 @@ void Kernel::compute(OrtKernelContext* context) const {
                           images_dims(axes_, batch, weight_.weight.N, out_height, out_width));
   if (batch == 0) return;
 
-  const spconv::FusedPlan plan = spconv::make_plan(fused, batch, height, width, isa_);
+  const spconv::FusedPlan plan =
+      spconv::make_plan(fused, batch, height, width, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());
 }
 

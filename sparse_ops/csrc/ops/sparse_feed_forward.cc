@@ -49,6 +49,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   spmm::CheckedWeight first_, second_;
 };
 
@@ -82,9 +83,9 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_);
+  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spmm::run(plan, first, second, x.data, y, scratch.get(), workers)) check_status(workers.status());
 }
 

@@ -50,6 +50,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   spmm::CheckedWeight weight_;
   std::vector<int64_t> split_;  // channels of each output
 };
@@ -87,9 +88,9 @@ void Kernel::compute(OrtKernelContext* context) const {
   }
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, isa_);
+  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   const std::span<const spmm::Output> used(outputs, split_.size());
   if (!spmm::run(plan, weight, x.data, used, scratch.get(), workers)) check_status(workers.status());
 }

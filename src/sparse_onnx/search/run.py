@@ -21,6 +21,7 @@ from sparse_onnx.compiler import OptimizeResult, compile_into
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.goals import gates, goal_document
+from sparse_onnx.host import available_cores
 from sparse_onnx.input_choice import choose_inputs
 from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.metrics import MetricResult
@@ -38,7 +39,6 @@ from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.recipe import Goal, Recipe, RecipeStage, recipe_document
 from sparse_onnx.passes.weights import Selection, Weight
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.report import available_cores
 from sparse_onnx.report_schema import read_report
 from sparse_onnx.runtime import Ratio, session_budget
 from sparse_onnx.search.driver import Search, Trial

@@ -31,9 +31,10 @@ struct Plan {
   size_t tokens;
   size_t strip;          // tokens whose panels are in memory at a time, a multiple of full->tile
   size_t scratch_bytes;  // memory that run() needs, any alignment
+  size_t threads;        // that the tasks are cut for; any number may run them
 };
-Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
-Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
+Plan make_plan(const Weight& weight, size_t tokens, Isa isa, size_t threads = 1);
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads = 1);
 
 // Part of Y: `channels` of its columns as a matrix of their own, `y` [tokens, channels], row-major.
 struct Output {
