@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
-from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
+from sparse_onnx.comparison import compare
 from sparse_onnx.compile_report import layer_rows, summary, target_rows
+from sparse_onnx.compiler_error import judge
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
@@ -268,7 +270,7 @@ class Compilation:
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 changed = zeros or prepared.removed.modified or prepared.cleaned.modified
-                verification = self.verify(optimized, samples, reference, changed)
+                verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
                 layers = self.rows(decisions, shapes[0], prepared)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
@@ -540,9 +542,15 @@ class Compilation:
         )
 
     def verify(
-        self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
+        self,
+        optimized: ir.Model,
+        dense: ir.Model,
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
+        changed: bool,
     ) -> dict[str, Any]:
-        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up.
+        ``reference`` are the outputs of ``dense`` on the samples."""
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
         with self.open(optimized, self.written) as runner:
@@ -552,11 +560,31 @@ class Compilation:
         self.say("on standard operators only")
         with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
-        for what, difference in (("with the library", compiled), ("without it", portable)):
-            if not difference.relative_error <= MAX_COMPILER_ERROR:
+        rounding: dict[str, float] = {}
+        for what, difference, batches in (
+            ("with the library", compiled, samples),
+            ("without it", portable, samples[:1]),
+        ):
+            judged = judge(
+                dense,
+                optimized,
+                batches,
+                difference,
+                threshold=self.recipe.goal.max_compiler_error,
+                library=what == "with the library",
+                threads=self.threads,
+                work=self.work,
+                progress=self.say,
+            )
+            if judged.at_fault:
                 raise VerificationError(
-                    f"the compiled model, run {what}, differs from the pruned dense one: relative error "
-                    f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
+                    f"the compiled model, run {what}, differs from the pruned dense one: {judged.describe()}"
+                )
+            for name, own in judged.rounding.items():
+                rounding[name] = max(own.relative, rounding.get(name, 0.0))
+            if judged.rounding:
+                self.say(
+                    f"note: run {what}, the compiled model differs by what rounding explains: {judged.describe()}"
                 )
         loss = compare(self.original_outputs(samples), ours, heads, samples) if changed else compiled
         return {
@@ -565,6 +593,7 @@ class Compilation:
             "against_pruned_dense": compiled.to_dict(),
             "without_library": portable.to_dict(),
             "against_original": loss.to_dict(),
+            **({"rounding": {k: v for k, v in rounding.items() if math.isfinite(v)}} if rounding else {}),
         }
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
