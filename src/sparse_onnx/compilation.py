@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -560,7 +559,7 @@ class Compilation:
         self.say("on standard operators only")
         with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
-        rounding: dict[str, float] = {}
+        rounding: dict[str, float | None] = {}
         for what, difference, batches in (
             ("with the library", compiled, samples),
             ("without it", portable, samples[:1]),
@@ -580,8 +579,7 @@ class Compilation:
                 raise VerificationError(
                     f"the compiled model, run {what}, differs from the pruned dense one: {judged.describe()}"
                 )
-            for name, own in judged.rounding.items():
-                rounding[name] = max(own.relative, rounding.get(name, 0.0))
+            rounding |= judged.rounding_document()
             if judged.rounding:
                 self.say(
                     f"note: run {what}, the compiled model differs by what rounding explains: {judged.describe()}"
@@ -593,7 +591,7 @@ class Compilation:
             "against_pruned_dense": compiled.to_dict(),
             "without_library": portable.to_dict(),
             "against_original": loss.to_dict(),
-            **({"rounding": {k: v for k, v in rounding.items() if math.isfinite(v)}} if rounding else {}),
+            **({"rounding": rounding} if rounding else {}),
         }
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:

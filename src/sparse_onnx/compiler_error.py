@@ -9,6 +9,7 @@ where the outputs are too small or too noisy to tell.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,9 +53,20 @@ class CompilerError:
         """Whether an output or a single layer is farther off than rounding explains."""
         return bool(self.exceeding) or (self.trace is not None and self.trace.jump is not None)
 
+    @property
+    def worst(self) -> Difference:
+        """The output with the largest error that rounding does not explain, or with the largest of all."""
+        return next(iter(self.exceeding), None) or max(self.found.outputs, key=lambda x: x.relative_error)
+
+    def rounding_document(self) -> dict[str, float | None]:
+        """For JSON: the relative error of the dense model against itself by output; None where it has no number."""
+        return {
+            name: own.relative if math.isfinite(own.relative) else None for name, own in self.rounding.items()
+        }
+
     def describe(self) -> str:
         """The worst output, what is allowed, what rounding does, and where it begins."""
-        worst = next(iter(self.exceeding), None) or max(self.found.outputs, key=lambda x: x.relative_error)
+        worst = self.worst
         name = worst.worst_output
         text = (
             f"relative error {worst.relative_error:.2e} at output {name}, allowed {self.threshold:g} "
@@ -98,7 +110,7 @@ def judge(
     try:
         with model_io.Spool(work) as spool:
             trace = trace_layers(
-                plain,
+                dense,
                 compiled,
                 batches,
                 threshold=threshold,
