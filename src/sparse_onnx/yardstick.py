@@ -58,12 +58,11 @@ class Rounding:
     def allows(self, found: Difference, threshold: float) -> bool:
         """Whether ``found`` is at most ``threshold`` or explained by rounding. Of a reference that is zero, where no
         error is relative to anything, by the largest difference."""
-        if found.relative_error <= max(threshold, MARGIN * self.relative):
-            return bool(np.isfinite(found.relative_error))
-        return bool(np.isfinite(found.max_abs)) and np.isinf(self.relative) and self._explains(found.max_abs)
-
-    def _explains(self, difference: float) -> bool:
-        return difference <= MARGIN * self.absolute
+        if not np.isfinite(found.max_abs):
+            return False
+        if np.isinf(self.relative):
+            return found.relative_error <= threshold or found.max_abs <= MARGIN * self.absolute
+        return found.relative_error <= max(threshold, MARGIN * self.relative)
 
 
 _NONE = Rounding(0.0, 0.0)
