@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import reprlib
 import typing
@@ -30,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from sparse_onnx.comparison import MAX_COMPILER_ERROR
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.inputs import holds_numbers
 from sparse_onnx.passes import PASSES, pass_by_name
@@ -168,6 +170,8 @@ class Goal(_Section):
         labels: The array of that data with the labels.
         metric_output: The output that the metric is of.
         min_speedup: What one layer must gain to become sparse, at least.
+        max_compiler_error: What the compiled model's outputs may differ by from the pruned dense model's, as a relative
+            error; more passes only where rounding explains it, see :mod:`sparse_onnx.yardstick`.
         keep_pruned: Prune also what gains nothing from it, and let layers that stay dense keep their zeros.
         target_speedup: How many times faster the whole model must become, as timed.
         target_size: What its files may take: a share of the original files (0.5 or 50%), or a size (120MB).
@@ -175,6 +179,7 @@ class Goal(_Section):
 
     max_drop: float | None = None
     min_speedup: float = 1.02
+    max_compiler_error: float = MAX_COMPILER_ERROR
     keep_pruned: bool = False
     target_speedup: float | None = None
     target_size: float | str | None = None
@@ -190,6 +195,8 @@ class Goal(_Section):
             require(
                 given is None or self.metric is not None, option, given, "left out, or given with a metric"
             )
+        error = self.max_compiler_error
+        require(0 <= error < math.inf, "max_compiler_error", error, "0 or more")
         require(self.min_speedup > 0, "min_speedup", self.min_speedup, "above 0")
         speedup, size = self.target_speedup, self.target_size
         require(speedup is None or speedup > 0, "target_speedup", speedup, "above 0")

@@ -113,6 +113,11 @@ def _numbers(
     "original weights]",
 )
 @click.option(
+    "--max-compiler-error",
+    type=float,
+    help="Relative error against the pruned dense model, at most, unless rounding explains more.  [default: 0.0001]",
+)
+@click.option(
     "--metric",
     help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
 )

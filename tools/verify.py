@@ -50,7 +50,7 @@ _SHOWN_LAYERS = 8
     type=float,
     default=1e-4,
     show_default=True,
-    help="Relative error against the pruned dense model, at most.",
+    help="Relative error against the pruned dense model, at most, unless rounding explains more.",
 )
 @click.option(
     "--max-relative-error",

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.compile_report import kernel_names, layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compiler_error import judge
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
@@ -304,7 +305,7 @@ class Compilation:
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
                 changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
-                verification = self.verify(optimized, samples, reference, changed)
+                verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
                 kernels = kernel_names(optimized, decisions, shapes[0])
                 layers = self.rows(decisions, shapes[0], prepared, kernels)
@@ -589,9 +590,15 @@ class Compilation:
         )
 
     def verify(
-        self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
+        self,
+        optimized: ir.Model,
+        dense: ir.Model,
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
+        changed: bool,
     ) -> dict[str, Any]:
-        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up.
+        ``reference`` are the outputs of ``dense`` on the samples."""
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
         with self.open(optimized, self.written) as runner:
@@ -603,11 +610,30 @@ class Compilation:
         with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
             self.levels["without_library"] = runner.level
-        for what, difference in (("with the library", compiled), ("without it", portable)):
-            if not difference.relative_error <= MAX_COMPILER_ERROR:
+        rounding: dict[str, float | None] = {}
+        for what, difference, batches in (
+            ("with the library", compiled, samples),
+            ("without it", portable, samples[:1]),
+        ):
+            judged = judge(
+                dense,
+                optimized,
+                batches,
+                difference,
+                threshold=self.recipe.goal.max_compiler_error,
+                library=what == "with the library",
+                threads=self.threads,
+                work=self.work,
+                progress=self.say,
+            )
+            if judged.at_fault:
                 raise VerificationError(
-                    f"the compiled model, run {what}, differs from the pruned dense one: relative error "
-                    f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
+                    f"the compiled model, run {what}, differs from the pruned dense one: {judged.describe()}"
+                )
+            rounding |= judged.rounding_document()
+            if judged.rounding:
+                self.say(
+                    f"note: run {what}, the compiled model differs by what rounding explains: {judged.describe()}"
                 )
         loss = compare(self.original_outputs(samples), ours, heads, samples) if changed else compiled
         return {
@@ -618,6 +644,7 @@ class Compilation:
             "against_original": loss.to_dict(),
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
             **({} if {*self.levels.values()} == {LEVELS[0]} else {"optimization_levels": self.levels}),
+            **({"rounding": rounding} if rounding else {}),
         }
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:

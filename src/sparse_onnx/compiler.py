@@ -83,6 +83,7 @@ def optimize(
     threads: int | None = None,
     min_speedup: float | None = None,
     keep_pruned: bool | None = None,
+    max_compiler_error: float | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
     metric_data: str | Path | None = None,
@@ -129,6 +130,8 @@ def optimize(
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
         keep_pruned: True: prune also what no kernel takes or what would be slower, and let layers that stay dense keep
             their zeros, for whoever wants them elsewhere. Else such layers keep or get back their original weights.
+        max_compiler_error: What the outputs may differ by from the pruned dense model's (relative error, 1e-4), unless
+            rounding explains more, see :mod:`sparse_onnx.yardstick`; else VerificationError.
         max_drop: Goal: what the metric may lose, see :func:`.quality.drop`; without one 1 − cosine between the outputs
             of the original and the result.
         metric: A metric of the original and the result, see :mod:`.metrics`: ``module:function`` or built in.
@@ -192,6 +195,7 @@ def optimize(
         threads=threads,
         min_speedup=min_speedup,
         keep_pruned=keep_pruned,
+        max_compiler_error=max_compiler_error,
         max_drop=max_drop,
         metric=metric,
         metric_data=None if metric_data is None else str(metric_data),

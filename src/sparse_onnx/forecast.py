@@ -187,13 +187,12 @@ class Forecast:
             dropped = least_gainful(gains)
             given_up += [name for index, name in enumerate(sparse) if index in dropped]
             sparse = [name for index, name in enumerate(sparse) if index not in dropped]
-        changed = any(choices[layer.name][0] > layer.sparsity for layer in self.layers)
-        # Without a change the source is written as it is, not even fused.
-        ms = self._milliseconds(choices, sparse) if sparse or changed else self.dense_ms
-        error = self._error(choices, sparse, ms) if sparse or changed else 0.0
+        # Layers that stay dense keep their weights; without sparse ones the source is written as it is, not even fused.
+        ms = self._milliseconds(choices, sparse) if sparse else self.dense_ms
+        error = self._error(choices, sparse, ms) if sparse else 0.0
         speedup = self.dense_ms / ms
         nbytes = float(self.dense_bytes)
-        if sparse or changed:
+        if sparse:
             nbytes = self.rest_bytes + sum(
                 layer.sparse_bytes(choices[layer.name]) if layer.name in sparse else layer.nbytes
                 for layer in self.layers
@@ -207,7 +206,7 @@ class Forecast:
             self.dense_bytes / nbytes if nbytes else 1.0,
             tuple(sparse),
             tuple(given_up),
-            self.error(plan),
+            self.error({name: plan[name] for name in sparse if name in plan}),
         )
 
     def error(self, plan: Plan) -> float | None:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, Difference, compare
+from sparse_onnx.compiler_error import CompilerError, judge
 from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.host import available_cores
@@ -37,6 +38,7 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.recording import record
 from sparse_onnx.units import format_number
+from sparse_onnx.yardstick import exceeding
 
 __all__ = ["Miss", "Thresholds", "VerifyResult", "verify"]
 
@@ -49,7 +51,8 @@ class Thresholds:
     """What passes; None is not judged.
 
     Attributes:
-        max_compiler_error: ‖optimized − pruned dense‖ / ‖pruned dense‖ of an output, at most.
+        max_compiler_error: ‖optimized − pruned dense‖ / ‖pruned dense‖ of an output, at most, unless rounding explains
+            more, see :mod:`.compiler_error`.
         max_relative_error: ‖optimized − original‖ / ‖original‖ of an output, at most. If no loss is judged at all it is
             1e-4, too: models that should agree.
         max_abs_error: The largest absolute difference from the original, at most.
@@ -57,6 +60,7 @@ class Thresholds:
         min_top1_agreement: The share of rows with the same largest element as in the original, at least.
         max_kl: The mean KL divergence (in nats) from the original at an output with logits, at most.
         max_drop: What the metric may lose, see :func:`.quality.drop`; without a metric of 1 − cosine.
+        by_default: Whether ``max_relative_error`` is the default, which allows what rounding explains, too.
     """
 
     max_compiler_error: float = MAX_COMPILER_ERROR
@@ -66,22 +70,27 @@ class Thresholds:
     min_top1_agreement: float | None = None
     max_kl: float | None = None
     max_drop: float | None = None
+    by_default: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in self.to_dict().items():
             if value is None:
                 continue
             low, high = {"min_cosine": (-1, 1), "min_top1_agreement": (0, 1)}.get(name, (0, math.inf))
             allowed = "0 or more" if high == math.inf else f"in [{low}, {high}]"
             require(low <= value <= high and math.isfinite(value), name, value, allowed)
 
+    def to_dict(self) -> dict[str, float | None]:
+        """By name, without ``by_default``."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "by_default"}
+
     def with_default(self) -> Thresholds:
         """With the default for the loss if none is judged."""
-        judged = dataclasses.asdict(self)
+        judged = self.to_dict()
         del judged["max_compiler_error"]
         if any(value is not None for value in judged.values()):
             return self
-        return dataclasses.replace(self, max_relative_error=MAX_COMPILER_ERROR)
+        return dataclasses.replace(self, max_relative_error=MAX_COMPILER_ERROR, by_default=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +144,7 @@ class VerifyResult:
         inputs: One line for each set of inputs that was run.
         skipped: Shapes that the original refuses, each with the reason.
         batches: How many times each model was run.
+        compiler: :attr:`against_pruned_dense` as it was judged.
         left_out: Outputs that are no tensors and were not compared: what they are by their name.
     """
 
@@ -147,11 +157,12 @@ class VerifyResult:
     skipped: tuple[str, ...]
     batches: int
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compiler: Mapping[str, CompilerError] = dataclasses.field(default_factory=dict)
 
     @property
     def misses(self) -> tuple[Miss, ...]:
         """The thresholds that were missed; NaN misses every one."""
-        return tuple(_misses(self.against_original, self.against_pruned_dense, self.metric, self.thresholds))
+        return tuple(_misses(self.against_original, self.compiler, self.metric, self.thresholds))
 
     @property
     def passed(self) -> bool:
@@ -163,13 +174,14 @@ class VerifyResult:
         return {
             "passed": self.passed,
             "misses": [miss.to_dict() for miss in self.misses],
-            "thresholds": dataclasses.asdict(self.thresholds),
+            "thresholds": self.thresholds.to_dict(),
             "batches": self.batches,
             "left_out": dict(self.left_out),
             "inputs": list(self.inputs),
             "skipped": list(self.skipped),
             "against_pruned_dense": {k: found.to_dict() for k, found in self.against_pruned_dense.items()},
             "against_original": {k: found.to_dict() for k, found in self.against_original.items()},
+            "rounding": {way: error.rounding_document() for way, error in self.compiler.items()},
             "metric": None if self.metric is None else self.metric.to_dict(),
             "trace": None if self.trace is None else self.trace.to_dict(),
         }
@@ -310,23 +322,42 @@ def verify(
         if opened is not None:
             say("measuring the metric of the optimized model")
             measured = opened.compare(models[1], threads=threads)
-        misses = list(_misses(against_original, against_dense, measured, thresholds))
+        compiler = {
+            way: judge(
+                dense,
+                models[1],
+                batches,
+                found,
+                threshold=max_compiler_error,
+                library=way == "with_library",
+                threads=count,
+                work=work,
+                progress=say,
+            )
+            for way, found in against_dense.items()
+            if dense is not None
+        }
+        misses = list(_misses(against_original, compiler, measured, thresholds))
         trace = None
         if layers or (layers is None and misses):
             # A fault of the compiler is looked for first: it may be all of the loss.
             fault = next((miss for miss in misses if miss.threshold == "max_compiler_error"), None)
-            way = (fault or misses[0]).way if misses else ""
+            way = misses[0].way if misses else ""
             try:
-                trace = trace_layers(
-                    dense if dense is not None and fault is not None else models[0],
-                    models[1],
-                    batches,
-                    threshold=max_compiler_error,
-                    threads=count,
-                    library=dense is not None and way != "without_library",
-                    work=work,
-                    title="original" if fault is None else "pruned dense model",
-                    progress=say,
+                trace = (
+                    compiler[fault.way].trace
+                    if fault is not None
+                    else trace_layers(
+                        models[0],
+                        models[1],
+                        batches,
+                        threshold=max_compiler_error,
+                        threads=count,
+                        library=dense is not None and way != "without_library",
+                        work=work,
+                        title="original",
+                        progress=say,
+                    )
                 )
             except UsageError as error:  # of a model that runs as it is, but not with its values given out
                 if layers:
@@ -344,19 +375,39 @@ def verify(
         refused,
         len(batches),
         left_out(models[0]),
+        compiler,
     )
 
 
 def _misses(
     against_original: Mapping[str, Difference],
-    against_dense: Mapping[str, Difference],
+    compiler: Mapping[str, CompilerError],
     metric: MetricResult | None,
     thresholds: Thresholds,
 ) -> Iterator[Miss]:
-    """Of every threshold that is missed the place where it is missed by most."""
-    found = _figures(against_dense)["max_relative_error"]
-    yield from _worst("max_compiler_error", "pruned dense model", found, thresholds.max_compiler_error)
+    """Of every threshold that is missed the place where it is missed by most. What rounding explains misses neither
+    that of the compiler nor the default for models that should agree."""
+    faults = {way: error for way, error in compiler.items() if error.at_fault}
+    if faults:
+        way = max(faults, key=lambda way: _rank(faults[way].worst.relative_error))
+        worst = faults[way].worst
+        yield Miss(
+            "max_compiler_error",
+            "pruned dense model",
+            way,
+            worst.worst_output,
+            worst.relative_error,
+            thresholds.max_compiler_error,
+        )
     figures = _figures(against_original)
+    if thresholds.by_default:
+        figures["max_relative_error"] = [
+            (at.relative_error, way, at.worst_output)
+            for way, difference in against_original.items()
+            for at in exceeding(
+                difference, MAX_COMPILER_ERROR, compiler[way].rounding if way in compiler else {}
+            )
+        ]
     if metric is not None:
         figures["max_drop"] = [(metric.drop, "", "")]
     for name, places in figures.items():
@@ -368,7 +419,7 @@ _Place = tuple[float, str, str]  # a figure, the way and the output
 
 def _figures(differences: Mapping[str, Difference]) -> dict[str, list[_Place]]:
     """What each threshold of the loss is about, in all ways and at all outputs."""
-    figures: dict[str, list[_Place]] = {field.name: [] for field in dataclasses.fields(Thresholds)[1:]}
+    figures: dict[str, list[_Place]] = {field.name: [] for field in dataclasses.fields(Thresholds)[1:-1]}
     for way, difference in differences.items():
         predictions = {found.output: found for found in difference.predictions}
         for at in difference.outputs:
@@ -388,9 +439,13 @@ def _worst(name: str, reference: str, places: Sequence[_Place], allowed: float |
     if allowed is None or not places:
         return
     sign = -1 if name.startswith("min_") else 1
-    found, way, output = max(places, key=lambda place: math.inf if math.isnan(place[0]) else sign * place[0])
+    found, way, output = max(places, key=lambda place: _rank(sign * place[0]))
     if not sign * found <= sign * allowed:
         yield Miss(name, reference, way, output, found, allowed)
+
+
+def _rank(figure: float) -> float:
+    return math.inf if math.isnan(figure) else figure
 
 
 def _generated(choices: Sequence[Choice], seed: int, say: Callable[[str], None]) -> tuple[list[Feeds], int]:
