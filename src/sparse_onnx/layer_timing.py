@@ -11,10 +11,11 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
@@ -23,7 +24,7 @@ from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_recurrent
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 from sparse_onnx.stored_weights import sparse_nodes, sparsity_of, stored_weights
@@ -49,7 +50,8 @@ _SHAPE_OUTPUT = "sparse_onnx.shape."
 class LayerTiming:
     """One sparse operator. ``x_shape`` is the shape of its activations, ``weight_shapes`` has [K, N] of each of its
     weights, ``rows`` is how many vectors of activations they multiply, ``sparsity`` the share of weights that are not
-    stored, ``kernel`` what full tiles are computed with, ``times`` dense against sparse."""
+    stored, ``kernel`` what full tiles are computed with (of an LSTM or GRU those of the input and of the recurrence),
+    ``times`` dense against sparse."""
 
     name: str
     module: str
@@ -121,7 +123,7 @@ def uses_library(model: ir.Model) -> bool:
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    """The inputs of a sparse operator that are not constant: X, and a residual if it has one."""
+    """The inputs of a sparse operator that are not constant: X, and a residual or a state if it has one."""
     return [value for value in node.inputs if value is not None and value.const_value is None]
 
 
@@ -182,8 +184,6 @@ def time_sparse_layers(
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
         rows = _rows_of(node, inputs[0])
-        # One kernel computes all weights of a node.
-        chunk, block, width = (max(w.sizes[size] for w in weights) for size in ("chunk", "block", "width"))
         timings.append(
             LayerTiming(
                 name=name,
@@ -193,7 +193,7 @@ def time_sparse_layers(
                 weight_shapes=tuple(weight.shape for weight in weights),
                 rows=rows,
                 sparsity=sparsity_of(node),
-                kernel=select_for(chunk, block, width, rows),
+                kernel=_kernel_of(node, rows, inputs[0]),
                 times=measured[key],
             )
         )
@@ -209,6 +209,20 @@ def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
     return x_shape[0] * math.prod(window.output_size(*x_shape[2:]))
 
 
+def _kernel_of(node: ir.Node, rows: int, x_shape: tuple[int, ...]) -> str:
+    weights = stored_weights(node)
+    if node.op_type in sparse_recurrent.OP_TYPES:  # each step multiplies the batch
+        of_input, recurrent = (weight.sizes for weight in weights)
+        return f"{_select([of_input], rows)}, {_select([recurrent], x_shape[1])}"
+    return _select([weight.sizes for weight in weights], rows)
+
+
+def _select(sizes: Sequence[Mapping[str, int]], rows: int) -> str:
+    """The kernel that computes weights stored with all these sizes."""
+    chunk, block, width = (max(one[name] for one in sizes) for name in ("chunk", "block", "width"))
+    return select_for(chunk, block, width, rows)
+
+
 def cut_layer(
     model: ir.Model,
     inputs: Sequence[ir.Value],
@@ -217,7 +231,8 @@ def cut_layer(
 ) -> tuple[ir.Model, Feeds]:
     """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
 
-    ``shapes`` are those of the inputs, which may contain a value twice.
+    ``shapes`` are those of the inputs, which may contain a value twice. An input of int32 has the lengths of sequences,
+    whose steps are the first axis of the first input: they are all of full length.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
@@ -232,13 +247,15 @@ def cut_layer(
     specs = []
     for source, shape in zip(part.graph.inputs, distinct.values(), strict=True):
         source.shape = ir.Shape(shape)
-        source.type = ir.TensorType(ir.DataType.FLOAT)
-        specs.append(InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None))
+        dtype = ir.DataType.INT32 if source.dtype == ir.DataType.INT32 else ir.DataType.FLOAT
+        source.type = ir.TensorType(dtype)
+        specs.append(InputSpec(source.name or "", dtype.numpy(), shape, None))
     for output in part.graph.outputs:
         output.type = ir.TensorType(ir.DataType.FLOAT)
-    return part, generate(
-        specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
-    )
+    sizes = {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
+    feeds = generate(specs, sizes)
+    lengths = [spec.name for spec in specs if spec.dtype == np.int32]
+    return part, feeds | {name: np.full(sizes[name], shapes[0][0], np.int32) for name in lengths}
 
 
 def _time_node(
