@@ -31,6 +31,7 @@ from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Lowering, Packer, layer_kind
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.sparse_recurrent import LowerSparseRecurrent
 from sparse_onnx.runtime import Ratio, repeat, together
 from sparse_onnx.timing_cache import TimingCache, environment_key
 from sparse_onnx.timing_table import TimingTable
@@ -51,7 +52,7 @@ __all__ = [
     "overall",
 ]
 
-LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv)
+LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv, LowerSparseRecurrent)
 """Whose candidates the guard decides on."""
 
 TABLE_SPARSITY = 0.65
@@ -304,7 +305,7 @@ def measure(
     key = layer_key(candidate, layer, shapes, packer) | bench.environment
     if (known := bench.cache.get(key)) is not None:
         return known
-    dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
+    dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
     sparse = dense.clone()
     candidate.lowering(layers=(candidate.weight.name,), packer=packer)(sparse)
 

@@ -1,7 +1,8 @@
 """What lowerings share: the layers that an operator with a compressed weight can replace, and replacing them.
 
 A *layer* is a node with a constant weight together with what its operator can compute along: bias, residual,
-activation. A *candidate* is a weight and all layers that use it; it is lowered for all of them or for none. Which
+activation. A *candidate* is a weight and all layers that use it; it is lowered for all of them or for none. An LSTM or
+GRU has two weights, the *parts* of its layer, which are lowered together; the candidate is that of the first. Which
 candidates to lower is the guard's decision (:mod:`sparse_onnx.passes.guard`); on its own a lowering takes every one
 with at least ``min_sparsity`` zeros. With the nodes comes the operator's body as a model-local function, so that the
 model still runs without our library.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -28,7 +30,7 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION, PackedWeight
 
 __all__ = [
     "MIN_SPARSITY",
@@ -37,6 +39,7 @@ __all__ = [
     "Lowering",
     "PackedTensors",
     "Packer",
+    "Part",
     "count_zeros",
     "layer_kind",
     "match_layers",
@@ -44,6 +47,21 @@ __all__ = [
 
 MIN_SPARSITY = 0.3
 """Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One weight of a layer. ``prefix`` is before the names of the inputs and attributes that it has in the operator,
+    ``block`` are the outputs in a block of its stored form. ``bias`` [N] comes with it; None: what the layer has."""
+
+    weight: Weight
+    block: int
+    prefix: str = ""
+    bias: np.ndarray | None = None
+
+    def pack(self) -> PackedWeight:
+        """The weight as the operator stores it."""
+        return sparse_matmul.pack(self.weight.matrix(), block=self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +90,27 @@ class Layer(abc.ABC):
         """What the layer computes from, as the graph has it now: X, and R where the operator has one."""
 
     @property
-    def attributes(self) -> Mapping[str, int | float | Sequence[int]]:
+    def operands(self) -> tuple[ir.Value, ...]:
+        """Inputs of the operator that are no stored weights: those of the layer, and what else is no weight."""
+        return self.inputs
+
+    @property
+    def outputs(self) -> tuple[ir.Value | None, ...]:
+        """What the operator's outputs take over from; None: nothing reads that one."""
+        return (self.output,)
+
+    @property
+    def results(self) -> list[ir.Value]:
+        """The outputs that something reads."""
+        return [value for value in self.outputs if value is not None]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The weights of the operator in its order, ``weight`` first."""
+        return (Part(self.weight, self.block),)
+
+    @property
+    def attributes(self) -> Mapping[str, int | float | str | Sequence[int]]:
         """Those of the operator that do not describe the stored weight."""
         return {}
 
@@ -91,10 +129,6 @@ class Layer(abc.ABC):
     def block(self) -> int:
         """Outputs in a block of the stored weight."""
 
-    def pack(self) -> PackedWeight:
-        """The weight as the operator stores it."""
-        return sparse_matmul.pack(self.weight.matrix(), block=self.block)
-
     @abc.abstractmethod
     def products(self, x_shape: tuple[int, ...]) -> int:
         """How many vectors of K elements the weight multiplies if X has that shape."""
@@ -102,35 +136,41 @@ class Layer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A weight that can be lowered, with all its layers. Its elements are read once, when first asked for."""
+    """A weight that can be lowered, with all its layers. Elements are read once, when first asked for."""
 
     weight: Weight
     layers: tuple[Layer, ...]
     lowering: type[Lowering]
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The weights that are lowered together, ``weight`` first: all its layers have the same."""
+        return self.layers[0].parts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N) of all parts as one matrix, which multiplies what each of them does side by side."""
+        return sum(part.weight.shape[0] for part in self.parts), self.weight.shape[1]
+
     @functools.cached_property
-    def _counts(self) -> tuple[int, int]:
-        return count_zeros(self.weight)
+    def counts(self) -> tuple[tuple[int, int], ...]:
+        """Zeros, and elements that are NaN or Inf, of every part; the latter are kept."""
+        return tuple(count_zeros(part.weight) for part in self.parts)
 
     @property
     def sparsity(self) -> float:
         """The share of zeros."""
-        return self._counts[0] / self.weight.tensor.size
+        return sum(zeros for zeros, _ in self.counts) / math.prod(self.shape)
 
     @property
     def companion(self) -> bool:
         """Lowered if it is faster and others are, whatever its sparsity."""
         return all(layer.companion for layer in self.layers)
 
-    @property
-    def non_finite(self) -> int:
-        """How many elements are NaN or Inf; they are kept."""
-        return self._counts[1]
-
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensors:
-    """A packed weight as stored tensors: what the nodes of all its layers share."""
+    """Packed weights as stored tensors, by the names of the inputs: what the nodes of all layers share."""
 
     tensors: Mapping[str, ir.TensorProtocol]
     attributes: Mapping[str, int | str]
@@ -148,19 +188,26 @@ class Packer:
         self._packed: dict[str, PackedTensors] = {}
 
     def __call__(self, candidate: Candidate) -> PackedTensors:
-        weight = candidate.weight
-        if weight.name not in self._packed:
-            packed = candidate.layers[0].pack()
-            weight.release()
-            structure = weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured")
-            self._packed[weight.name] = PackedTensors(
-                {
-                    name: self._context.store(array, f"{weight.name}.{name}")
-                    for name, array in packed.arrays().items()
-                },
-                {**packed.attributes(), "mask_structure": structure},
-            )
-        return self._packed[weight.name]
+        name = candidate.weight.name
+        if name not in self._packed:
+            tensors: dict[str, ir.TensorProtocol] = {}
+            attributes: dict[str, int | str] = {}
+            for part in candidate.parts:
+                self._pack(part, tensors, attributes)
+            self._packed[name] = PackedTensors(tensors, attributes)
+        return self._packed[name]
+
+    def _pack(
+        self, part: Part, tensors: dict[str, ir.TensorProtocol], attributes: dict[str, int | str]
+    ) -> None:
+        weight, packed = part.weight, part.pack()
+        weight.release()
+        for name, array in packed.arrays().items():
+            tensors[part.prefix + name] = self._context.store(array, f"{weight.name}.{name}")
+        own = packed.attributes()
+        attributes["format"] = own.pop("format")
+        own["mask_structure"] = weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured")
+        attributes.update((part.prefix + name, value) for name, value in own.items())
 
 
 def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -173,12 +220,12 @@ def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any
         ],
         "sparse": layer.op_type,
         "attributes": {
-            name: list(value) if isinstance(value, Sequence) else value
+            name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
             for name, value in layer.attributes.items()
         },
         "bias": layer.bias is not None,
         "constants": [list(array.shape) for array in layer.constants.values()],
-        "weight": list(layer.weight.shape),
+        **{part.prefix + "weight": list(part.weight.shape) for part in layer.parts},
         "inputs": [list(shape) for shape in shapes],
     }
 
@@ -292,57 +339,72 @@ class _Lowerer:
 
     def lower(self, candidate: Candidate, packed: PackedTensors) -> None:
         graph = self._graph
-        name = self._names.stem(candidate.weight.name, [f".{key}" for key in packed.tensors])
-        stored = [add_initializer(graph, f"{name}.{key}", tensor) for key, tensor in packed.tensors.items()]
+        stored = {part.prefix: self._stored(part, packed) for part in candidate.parts}
         for layer in candidate.layers:
-            bias = self._bias(layer)
-            x, *others = layer.inputs
+            x, *others = layer.operands
+            weights = [
+                value for part in layer.parts for value in (*stored[part.prefix], self._bias(layer, part))
+            ]
             for key, array in layer.constants.items():
-                others.append(self._add(self._names.new(key), array))
-            output = ir.Value(
-                name=layer.output.name,
-                type=layer.output.type,
-                shape=layer.output.shape,
-                doc_string=layer.output.doc_string,
-            )
-            output.metadata_props.update(layer.output.metadata_props)
+                others.append(self._add(key, array))
             node = ir.node(
                 layer.op_type,
-                [x, *stored, bias, *others],
+                [x, *weights, *others],
                 {**layer.attributes, **packed.attributes},
                 domain=DOMAIN,
-                outputs=[output],
+                outputs=[self._output(layer, index) for index in range(len(layer.outputs))],
                 name=layer.nodes[0].name,
             )
             if module := layer.nodes[0].metadata_props.get(MODULE_KEY):
                 node.metadata_props[MODULE_KEY] = module
             # Not before the first node: a residual may be computed between the two.
             graph.insert_before(layer.nodes[-1], node)
-            layer.output.replace_all_uses_with(output, replace_graph_outputs=True)
-            layer.output.name = None
-            output.name = node.outputs[0].name
+            for old, new in zip(layer.outputs, node.outputs, strict=True):
+                if old is not None:
+                    old.replace_all_uses_with(new, replace_graph_outputs=True)
+                    new.name, old.name = old.name, None
             graph.remove(layer.nodes, safe=False)
-            unused = [value for old in layer.nodes for value in old.inputs if value is not None]
-            for old in layer.nodes:
-                for index in range(len(old.inputs)):
-                    old.replace_input_with(index, None)
+            unused = [value for gone in layer.nodes for value in gone.inputs if value is not None]
+            for gone in layer.nodes:
+                for index in range(len(gone.inputs)):
+                    gone.replace_input_with(index, None)
             for value in dict.fromkeys(unused):
                 drop_if_unused(value)
 
-    def _add(self, name: str, array: np.ndarray) -> ir.Value:
+    def _add(self, wanted: str, array: np.ndarray) -> ir.Value:
+        name = self._names.new(wanted)
         return add_initializer(self._graph, name, self._context.store(array, name))
 
-    def _bias(self, layer: Layer) -> ir.Value:
-        """The operator's bias [N]: the layer's own, or zeros that all layers of this width share."""
+    def _stored(self, part: Part, packed: PackedTensors) -> list[ir.Value]:
+        """What holds the weight, which all layers of a candidate share."""
+        name = self._names.stem(part.weight.name, [f".{key}" for key in STORED])
+        return [
+            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key]) for key in STORED
+        ]
+
+    def _output(self, layer: Layer, index: int) -> ir.Value:
+        """A value for an output of the operator, like the one that it takes over from if there is one."""
+        old = layer.outputs[index]
+        if old is None:
+            float32 = ir.TensorType(ir.DataType.FLOAT)
+            return ir.Value(name=self._names.new(f"{layer.name}.output{index}"), type=float32)
+        new = ir.Value(name=old.name, type=old.type, shape=old.shape, doc_string=old.doc_string)
+        new.metadata_props.update(old.metadata_props)
+        return new
+
+    def _bias(self, layer: Layer, part: Part) -> ir.Value:
+        """The bias [N] of a part: its own, the layer's, or zeros that all layers of this width share."""
+        if part.bias is not None:
+            return self._add(f"{part.weight.name}.bias", part.bias)
         n, bias = layer.weight.shape[1], layer.bias
         if bias is None:
             if n not in self._zeros:
-                self._zeros[n] = self._add(self._names.new(f"{DOMAIN}.zeros.{n}"), np.zeros(n, np.float32))
+                self._zeros[n] = self._add(f"{DOMAIN}.zeros.{n}", np.zeros(n, np.float32))
             return self._zeros[n]
         tensor = constant_tensor(bias)
         assert tensor is not None
         if len(tensor.shape) == 1 and bias.is_initializer():
             return bias
         if bias not in self._biases:
-            self._biases[bias] = self._add(self._names.new(f"{bias.name}.{n}"), tensor.numpy().reshape(n))
+            self._biases[bias] = self._add(f"{bias.name}.{n}", tensor.numpy().reshape(n))
         return self._biases[bias]

@@ -6,7 +6,7 @@
 - ``sequential``: its output on the inputs that it has behind the layers pruned so far; two passes.
 - ``asymmetric``: the *dense* model's output, from the inputs that it has behind the layers pruned so far. Where a
   residual is added to the output, the sum is what is aimed at, so that the layer makes up for what the residual
-  carries of earlier errors. Two passes.
+  carries of earlier errors. Two passes. LSTM and GRU are solved as by ``oneshot``, before all others.
 
 With ``bias_correction`` the bias of a layer, if it has one, takes up the shift of the mean, and the weights only have
 to fit what varies. Weights that cannot be calibrated are pruned by magnitude, and named.
@@ -43,7 +43,7 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
-from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight
+from sparse_onnx.passes.weights import DEFAULT_IGNORE, RECURRENT, Selection, Weight
 from sparse_onnx.progress import done_of
 
 __all__ = ["OneShot"]
@@ -231,6 +231,13 @@ class _Job:
             if weight.name in names:
                 yield _Layer(weight, ())
         if steps is not None:
+            recurrent = [weight for weight in self.weights if weight.nodes[0].op_type in RECURRENT]
+            if recurrent:
+                apart = calibrator.oneshot(weights=recurrent)
+                yield from (
+                    self._plain(weight, apart[weight.name]) for weight in recurrent if weight.name in apart
+                )
+                del apart
             for step in steps:
                 for weight in step.weights:
                     aim = step.aims.get(weight.name)

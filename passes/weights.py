@@ -1,8 +1,10 @@
-"""Find the weights of linear layers and convolutions, and the places that must be left alone, with the reason.
+"""Find the weights of linears, convolutions and recurrent layers, and the places to leave alone, with the reason.
 
 A *linear* is a ``MatMul(X, W)`` or ``Gemm(X, W, ...)`` whose second operand is a constant matrix. Passes see
 its weight as W [K, N]: K input channels (the axis that is summed over), N output channels. A *convolution* is a
 ``Conv(X, W, ...)`` with a constant weight [N, C / group, window...]; W is then [K, N] with K = C / group · window.
+An ``LSTM(X, W, R, ...)`` or ``GRU`` has two weights [directions, gates · hidden, K]; both are seen as [K, N] with all
+gates of all directions side by side.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
-__all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "Selection", "Weight", "find_weights"]
+__all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "RECURRENT", "Selection", "Weight", "find_weights"]
 
 LINEARS = ("MatMul", "Gemm")
 CONVOLUTIONS = ("Conv",)
+RECURRENT = ("LSTM", "GRU")
 
 DEFAULT_IGNORE = ("re:.*lm_head.*",)
 """The output head of a language model reacts badly to pruning and is left out by default, as the field does."""
@@ -34,15 +37,17 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight matrix and all linears or all convolutions that use it.
+    """One weight matrix and all linears, all convolutions or all recurrent layers that use it.
 
-    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB) or as [N, ...],
-    K being the product of all axes but the first (Conv).
+    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB), as [N, ...], K
+    being the product of all axes but the first (Conv), or as [..., K], N being that of the first ``leading`` axes (LSTM
+    and GRU).
     """
 
     value: ir.Value
     nodes: tuple[ir.Node, ...]
     transposed: bool
+    leading: int = 1
 
     @property
     def name(self) -> str:
@@ -61,14 +66,14 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        rows, *rest = (int(dim) for dim in self.tensor.shape)  # type: ignore[arg-type]  # constants are static
-        columns = math.prod(rest)
+        dims = self.tensor.shape.numpy()
+        rows, columns = math.prod(dims[: self.leading]), math.prod(dims[self.leading :])
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> np.ndarray:
         """W [K, N], a view of the stored tensor."""
         stored = self.tensor.numpy()
-        return stored.reshape(stored.shape[0], -1).T if self.transposed else stored
+        return stored.reshape(self.shape[::-1]).T if self.transposed else stored
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or Inf in float32."""
@@ -140,11 +145,16 @@ def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
         if node.attributes.get_int("transA", 0):
             return None, "Gemm with transA"
         return bool(node.attributes.get_int("transB", 0)), ""
-    if node.op_type == "Conv" and index == 1:
+    if (node.op_type == "Conv" and index == 1) or (node.op_type in RECURRENT and index in (1, 2)):
         return True, ""
     if node.op_type == "MatMul":
         return None, "the constant is the left operand of MatMul"
     return None, f"also used by {node.op_type}"
+
+
+def _is_weight(node: ir.Node, index: int) -> bool:
+    """Whether a node of that kind may have a weight there."""
+    return index == 1 or (index == 2 and node.op_type in RECURRENT)
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -159,7 +169,12 @@ def _is_depthwise(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> bool:
 
 def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise: bool) -> str | None:
     """Why a weight of that shape must stay as it is, or None."""
-    if any(node.op_type == "Conv" for node in nodes):
+    if any(node.op_type in RECURRENT for node in nodes):
+        if len(nodes) > 1:
+            return "shared by a recurrent layer and others"
+        if len(tensor.shape) != 3:
+            return f"has rank {len(tensor.shape)}, not 3"
+    elif any(node.op_type == "Conv" for node in nodes):
         if any(node.op_type != "Conv" for node in nodes):
             return "shared by convolutions and linears"
         if len(tensor.shape) < 3:
@@ -172,7 +187,10 @@ def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise
 
 
 def find_weights(
-    model: ir.Model, op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS), *, depthwise: bool = False
+    model: ir.Model,
+    op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS, *RECURRENT),
+    *,
+    depthwise: bool = False,
 ) -> tuple[list[Weight], list[tuple[str, str]]]:
     """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
 
@@ -185,7 +203,7 @@ def find_weights(
     declined: list[tuple[str, str]] = []
     for value in _initializers(model):
         uses = value.uses()
-        if not any(use.node.op_type in op_types and use.idx == 1 for use in uses):
+        if not any(use.node.op_type in op_types and _is_weight(use.node, use.idx) for use in uses):
             continue
         name = value.name or "?"
         tensor = value.const_value
@@ -197,7 +215,9 @@ def find_weights(
             declined.append(
                 (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
             )
-        elif reason := _shape_reason(tensor, [use.node for use in uses if use.idx == 1], depthwise):
+        elif reason := _shape_reason(
+            tensor, [use.node for use in uses if _is_weight(use.node, use.idx)], depthwise
+        ):
             declined.append((name, reason))
         else:
             kinds = [_weight_input(use.node, use.idx) for use in uses]
@@ -208,7 +228,8 @@ def find_weights(
                 declined.append((name, "shared by linears that see it transposed and not"))
             else:
                 nodes = tuple(use.node for use in uses)
-                found.append(Weight(value, nodes, bool(kinds[0][0])))
+                leading = 2 if nodes[0].op_type in RECURRENT else 1
+                found.append(Weight(value, nodes, bool(kinds[0][0]), leading))
     for function in model.functions.values():
         layers = Counter(node.op_type for node in function.all_nodes() if node.op_type in op_types)
         if layers and function.domain != DOMAIN:  # the bodies of our own operators are no layers

@@ -39,7 +39,7 @@ from sparse_onnx.passes.calibration.spill import Loader, Spill, Statistics, at_h
 from sparse_onnx.passes.calibration.statistics_file import Header
 from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.two_streams import Plan, Step, TwoStreams
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.passes.weights import RECURRENT, Weight
 from sparse_onnx.progress import Progress
 from sparse_onnx.runtime import session_budget
 from sparse_onnx.shapes import Shapes
@@ -115,14 +115,18 @@ class Calibrator:
 
     # -- one shot ---------------------------------------------------------------------------------------------
 
-    def oneshot(self, file: Path | None = None) -> Statistics:
-        """The statistics of all weights in the model as it is now.
+    def oneshot(self, file: Path | None = None, weights: Sequence[Weight] | None = None) -> Statistics:
+        """The statistics of all weights, or of those given, in the model as it is now.
 
         Where not all Grams fit into memory, they lie in files in ``work`` and are read when they are asked for.
         With ``file``, finished statistics of the same model and data are read from it, unfinished ones continued, and
         the result is written to it.
         """
-        captures = self._distinct(self._weights)
+        known = {weight.name for weight in self._weights}
+        chosen = [
+            weight for weight in (self._weights if weights is None else weights) if weight.name in known
+        ]
+        captures = self._distinct(chosen)
         if not captures:
             return Statistics({})
         record = None
@@ -131,7 +135,7 @@ class Calibrator:
                 model_digest(self._model), (self._samples.digest(),), len(self._samples), self._mask, ()
             )
             record = Record(file, header, self._options.checkpoint_batches)
-        stages = self._stages()
+        stages = self._stages(chosen)
         results: dict[Capture, Loader] = {}
         streams = Streams(self._work)
         spill = Spill(self._work)
@@ -149,9 +153,9 @@ class Calibrator:
             streams.close()
         if record is not None:
             record.finish(captures)
-        return Statistics({weight.name: results[self.captures[weight.name]] for weight in self._weights})
+        return Statistics({weight.name: results[self.captures[weight.name]] for weight in chosen})
 
-    def _stages(self) -> list[Block]:
+    def _stages(self, weights: Sequence[Weight]) -> list[Block]:
         """The whole model as one block if its weights and Grams fit into memory, else as few blocks as do."""
         limit = min(session_budget(model_io.weight_bytes(self._model)), self._budget // 2)
 
@@ -160,7 +164,7 @@ class Calibrator:
             needed = sum(demand.nbytes for demand in demands)
             return block.weight_bytes <= limit and needed + block.weight_bytes <= self._budget
 
-        return Cutter(self._model, self._weights).blocks(fits)
+        return Cutter(self._model, weights).blocks(fits)
 
     def _distinct(self, weights: Sequence[Weight]) -> list[Capture]:
         return list(dict.fromkeys(self.captures[weight.name] for weight in weights))
@@ -214,14 +218,16 @@ class Calibrator:
 
         The dense model is the model as it is when this method is called. The caller puts new tensors into
         ``weight.value.const_value`` before it asks for the next step, and keeps of a step what it needs: the sums of
-        two steps may not fit into memory together. Weights are in the order of the graph.
+        two steps may not fit into memory together. Weights are in the order of the graph; those of recurrent layers are
+        left out: what they see is made by the weight itself, and nothing aims at it.
         """
-        if not self._weights:
+        weights = [weight for weight in self._weights if weight.nodes[0].op_type not in RECURRENT]
+        if not weights:
             return iter(())
         streams = TwoStreams(
             self._model,
             self.captures,
-            self._weights,
+            weights,
             self._samples,
             mask=self._mask,
             threads=self._threads,
@@ -339,7 +345,7 @@ class Calibrator:
             restored = record.restore(capture, layout) if record is not None else None
             empty = [Moments(capture.size, layout) for _ in range(capture.groups)]
             sums[capture], done[capture] = restored or (empty, 0)
-        tensors = {view.tensor for capture in sums for view in capture.views}
+        tensors = {name for capture in sums for view in capture.views for name in view.tensors}
         wanted = list(dict.fromkeys((*sorted(tensors - set(block.inputs)), *outputs)))
         total = len(self._samples)
         start = 0 if outputs else min(done.values())
@@ -378,6 +384,10 @@ def _add(sums: Sequence[Moments], capture: Capture, values: Feeds, mask: np.ndar
     """Add the rows of one batch that ``capture`` sees of ``values``."""
     for view in capture.views:
         x = values[view.tensor]
+        if view.recurrence is not None:
+            for moments, rows in zip(sums, view.recurrence.rows(x, values, mask), strict=True):
+                moments.add(rows)
+            continue
         if view.window is None:
             sums[0].add(linear_rows(x, mask))
             continue

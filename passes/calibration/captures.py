@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.passes.calibration.rows import Window
-from sparse_onnx.passes.weights import CONVOLUTIONS, Weight
+from sparse_onnx.graph import name_of, new_name
+from sparse_onnx.passes.calibration.rows import Recurrence, Window
+from sparse_onnx.passes.weights import CONVOLUTIONS, RECURRENT, Weight
 
 __all__ = ["Capture", "View", "find_captures"]
 
@@ -17,19 +18,28 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The rows that one node multiplies: those of the value ``tensor``, or what ``window`` sees of it."""
+    """The rows that one node multiplies: those of the value ``tensor``, what ``window`` sees of it, or those of a
+    ``recurrence``."""
 
     tensor: str
     window: Window | None = None
+    recurrence: Recurrence | None = None
 
     def __str__(self) -> str:
+        if self.recurrence is not None:
+            return f"{self.tensor} {self.recurrence}"
         return self.tensor if self.window is None else f"{self.tensor} through {self.window}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All values that the rows are made of."""
+        return (self.tensor, *(self.recurrence.tensors if self.recurrence is not None else ()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
     """One X: the views whose rows are summed (several where a weight is shared), ``size`` = K channels each, for
-    every one of ``groups`` groups."""
+    every one of ``groups`` groups: those of a convolution, or the directions of a recurrent weight."""
 
     views: tuple[View, ...]
     size: int
@@ -47,6 +57,10 @@ def find_captures(
 
     Weights with the same input, such as those of query, key and value, have equal captures. A weight that several
     nodes use has one view for each distinct input.
+
+    The recurrent weight of an LSTM or GRU sees the states that the node makes; if it does not give all of them yet, it
+    does from now on. (A GRU whose reset gate goes before its product multiplies a part of the weight with them times
+    that gate; the states stand for that.)
     """
     captures: dict[str, Capture] = {}
     declined: list[tuple[str, str]] = []
@@ -54,6 +68,10 @@ def find_captures(
         reason = next((found for node in weight.nodes if (found := _reason_against(model, node))), None)
         if reason is not None:
             declined.append((weight.name, f"{reason}: no calibration, only a method without data fits"))
+            continue
+        if weight.nodes[0].op_type in RECURRENT:
+            view, directions = _recurrent_view(model, weight, weight.nodes[0])
+            captures[weight.name] = Capture((view,), weight.shape[0], directions)
             continue
         views = tuple(sorted({_view(weight, node) for node in weight.nodes}, key=str))
         groups = {view.window.groups if view.window else 1 for view in views}
@@ -73,6 +91,32 @@ def _reason_against(model: ir.Model, node: ir.Node) -> str | None:
     if value.dtype is not None and value.dtype not in _FLOATS:
         return f"its input has dtype {value.dtype}, which NumPy does not know"
     return None
+
+
+def _recurrent_view(model: ir.Model, weight: Weight, node: ir.Node) -> tuple[View, int]:
+    """What the weight of an LSTM or GRU sees, and in how many directions."""
+    states = node.inputs[2] is weight.value
+    if states and not node.outputs[0].name:
+        node.outputs[0].name = new_name(model, f"{name_of(node)}.states")
+    seen = node.outputs[0] if states else node.inputs[0]
+    assert seen is not None
+    assert seen.name is not None
+    others = dict(zip(("lengths", "initial"), (*node.inputs[4:6], None, None), strict=False))
+    if not states:
+        others["initial"] = None
+    given = {key: value for key, value in others.items() if value is not None}
+    constants = {
+        value.name or "": value.const_value.numpy()
+        for value in given.values()
+        if value.const_value is not None and not value.is_graph_input()
+    }
+    recurrence = Recurrence(
+        states,
+        node.attributes.get_string("direction", "forward") == "reverse",
+        **{key: value.name for key, value in given.items()},
+        constants=constants,
+    )
+    return View(seen.name, None, recurrence), weight.tensor.shape.numpy()[0] if states else 1
 
 
 def _view(weight: Weight, node: ir.Node) -> View:

@@ -1,17 +1,18 @@
-"""From an activation tensor to the rows that a weight W [K, N] multiplies: flattened, unfolded, padding left out."""
+"""From an activation tensor to the rows that a weight W [K, N] multiplies: flattened, unfolded or shifted by one step,
+padding left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.passes.conv_pattern import same_pads
 
-__all__ = ["Window", "linear_rows", "unfolded_rows"]
+__all__ = ["Recurrence", "Window", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
 
@@ -82,6 +83,65 @@ class Window:
                 sizes, self.padding(sizes), self.kernel, self.strides, self.dilations, strict=True
             )
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What a weight of an LSTM or GRU multiplies: the input at every step, or with ``states`` the state before it.
+
+    ``reverse`` says that the first direction goes backwards in time; a second one always does. ``lengths`` [B] and
+    ``initial`` [D, B, H] are the values with the steps of each sequence and the first state, if there are such;
+    ``constants`` has those that are constant.
+    """
+
+    states: bool
+    reverse: bool
+    lengths: str | None = None
+    initial: str | None = None
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The values beside the activations that :meth:`rows` needs."""
+        names = (self.lengths, self.initial)
+        return tuple(name for name in names if name is not None and name not in self.constants)
+
+    def __str__(self) -> str:
+        parts = ["before each step" if self.states else "at each step"]
+        if self.reverse:
+            parts.append("backwards")
+        if self.lengths is not None:
+            parts.append(f"lengths {self.lengths}")
+        if self.initial is not None:
+            parts.append(f"from {self.initial}")
+        return ", ".join(parts)
+
+    def rows(
+        self, x: np.ndarray, values: Mapping[str, np.ndarray], mask: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The rows [n, K] of ``x``, the input [S, B, K]; with ``states`` those of every direction, and ``x`` is what
+        the node makes, [S, D, B, K]. ``mask`` [B, S] leaves out the rows where it is 0, if it fits."""
+        given = {**values, **self.constants}
+        steps, batch = x.shape[0], x.shape[-2]
+        lengths = np.full(batch, steps) if self.lengths is None else given[self.lengths]
+        keep = np.arange(steps)[:, None] < lengths
+        if mask is not None and mask.shape == (batch, steps):
+            keep &= mask.T != 0
+        if not self.states:
+            return [x[keep]]
+        first = np.zeros(x.shape[1:], x.dtype) if self.initial is None else given[self.initial]
+        parts = []
+        for direction, start in enumerate(first):
+            before = np.zeros_like(x[:, direction])
+            if direction == 1 or self.reverse:
+                before[:-1] = x[1:, direction]
+                some = lengths > 0
+                before[lengths[some] - 1, np.flatnonzero(some)] = start[some]
+            elif steps:
+                before[1:] = x[:-1, direction]
+                before[0] = start
+            parts.append(before[keep])
+        return parts
 
 
 def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

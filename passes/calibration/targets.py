@@ -15,7 +15,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from sparse_onnx.passes.linear_pattern import is_bias, only_user, other_operand
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.passes.weights import RECURRENT, Weight
 
 __all__ = ["Target", "find_target"]
 
@@ -33,11 +33,12 @@ class Target:
 
 
 def find_target(weight: Weight, usable: Callable[[ir.Value], bool]) -> Target | None:
-    """The target of a weight that a single node uses; None where its product is scaled, or several nodes use it.
+    """The target of a weight that a single node uses; None where its product is scaled or goes on into a recurrence, or
+    several nodes use it.
 
     A residual counts only if it is ``usable``.
     """
-    if len(weight.nodes) != 1:
+    if len(weight.nodes) != 1 or weight.nodes[0].op_type in RECURRENT:
         return None
     (node,) = weight.nodes
     h = node.outputs[0]

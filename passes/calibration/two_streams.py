@@ -96,7 +96,7 @@ class TwoStreams:
         self._schedule = Schedule(model, solved)
         targets = [self._targets(index, *step) for index, step in enumerate(steps)]
         wanted = [
-            {view.tensor for view in capture.views}
+            {name for view in capture.views for name in view.tensors}
             | {_name(target.residual) for target in own.values() if target.residual is not None}
             for (capture, _), own in zip(steps, targets, strict=True)
         ]

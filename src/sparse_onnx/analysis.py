@@ -505,7 +505,7 @@ class _Job:
                     module=weight.module,
                     op_type=weight.nodes[0].op_type,
                     kind=candidate.lowering.kind,
-                    shape=weight.shape,
+                    shape=candidate.shape,
                     rows=sum(
                         layer.products(given[0])
                         for layer, given in zip(candidate.layers, shapes, strict=True)
@@ -514,14 +514,17 @@ class _Job:
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
                     block=candidate.layers[0].block,
-                    packed_bytes=candidate.layers[0].pack().nbytes if _has_zeros(candidate) else 0,
+                    packed_bytes=sum(part.pack().nbytes for part in candidate.parts)
+                    if _has_zeros(candidate)
+                    else 0,
                     key=places[kinds[0]],
                     dense_ms=measured.dense_ms,
                     share=None if profile is None else profile.share(weight.name),
                     curves=measured.curves,
                 )
             )
-            weight.release()
+            for part in candidate.parts:
+                part.weight.release()
         rest = self.nbytes - sum(layer.nbytes for layer in layers)
         sums = sum(layer.dense_ms for layer in layers)
         times = TimeModel(0.0, 1.0, 1.0, (0.0,), (1.0,), 0.0)

@@ -79,10 +79,11 @@ def layer_rows(
     steps = Progress(progress, "layer", len(decisions))
     for decision in decisions:
         candidate = decision.candidate
-        weight = candidate.weight
-        original = before.get(weight.name)
-        rows.append(
-            {
+        for part, (zeros, non_finite) in zip(candidate.parts, candidate.counts, strict=True):
+            weight = part.weight
+            original = before.get(weight.name)
+            first = weight is candidate.weight  # the node is timed as a whole
+            row = {
                 "name": weight.name,
                 "module": weight.module,
                 "op_type": weight.nodes[0].op_type,
@@ -91,16 +92,16 @@ def layer_rows(
                 if shapes is None
                 else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
                 "activations": sorted({layer.activation for layer in candidate.layers}),
-                "sparsity": candidate.sparsity,
-                "non_finite": candidate.non_finite,
+                "sparsity": zeros / weight.tensor.size,
+                "non_finite": non_finite,
                 "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
                 "decision": "sparse" if decision.sparse else "dense",
                 "reason": decision.reason,
                 "kernel": kernels.get(weight.name, "sparse") if decision.sparse else "dense",
-                "dense_ms": decision.dense_ms,
-                "sparse_ms": decision.sparse_ms,
-                "speedup_low": decision.low,
-                "speedup_high": decision.high,
+                "dense_ms": decision.dense_ms if first else None,
+                "sparse_ms": decision.sparse_ms if first else None,
+                "speedup_low": decision.low if first else None,
+                "speedup_high": decision.high if first else None,
                 "close": decision.close,
                 "cached": decision.cached,
                 "quiet": decision.quiet,
@@ -110,7 +111,7 @@ def layer_rows(
                 if original is weight.tensor
                 else _weight_error(original, weight.tensor),
             }
-        )
+            rows.append(row)
         steps.step()
     return rows
 

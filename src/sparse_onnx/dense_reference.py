@@ -29,6 +29,7 @@ from sparse_onnx.sparse_ops import (
     sparse_feed_forward,
     sparse_matmul,
     sparse_matmul_split,
+    sparse_recurrent,
 )
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION, FormatError
 from sparse_onnx.stored_weights import StoredWeight, stored_weights, weight_prefixes
@@ -45,6 +46,7 @@ CONTRACTS: Mapping[str, Callable[[str, int], onnx.FunctionProto]] = {
         sparse_feed_forward,
         sparse_conv,
         sparse_conv_depthwise,
+        sparse_recurrent,
         attention,
         skip_layer_norm,
     )

@@ -319,15 +319,16 @@ def _states(
         states = {place: ("stays", reason) for place, reason in places}
         measuring = Progress(progress, "measuring metrics: layer", len(candidates))
         for candidate in candidates:
-            states[candidate.weight.name] = (
-                ("stays", "belongs to a depthwise convolution")
-                if candidate.companion
-                else ("can be sparse", "")
-            )
-            if measured is not None and not candidate.companion:
-                weight = candidate.weight
-                nbytes = candidate.layers[0].pack().nbytes
-                measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
-                weight.release()
+            for part in candidate.parts:
+                weight = part.weight
+                states[weight.name] = (
+                    ("stays", "belongs to a depthwise convolution")
+                    if candidate.companion
+                    else ("can be sparse", "")
+                )
+                if measured is not None and not candidate.companion:
+                    nbytes = part.pack().nbytes
+                    measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
+                    weight.release()
             measuring.step()
     return states, places, left_over

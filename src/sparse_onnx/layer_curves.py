@@ -156,8 +156,9 @@ def measure_curves(
     What can be lowered with the zeros that it has, has a point with these: a companion, and a layer that is not
     ``prunable``, which has no other.
     """
-    dense, feeds = cut_layer(model, layer.inputs, [layer.output], shapes)
+    dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
     weight = candidate.weight
+    names = tuple(part.weight.name for part in candidate.parts)
     models: dict[tuple[str, float], ir.Model] = {}
     if candidate.companion or (not prunable and candidate.sparsity >= MIN_SPARSITY):
         models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
@@ -165,7 +166,7 @@ def measure_curves(
         for structure, sparsity in _points(weight, sparsities, structures):
             pruned = dense.clone()
             options = {"sparsity": sparsity, "mask_structure": structure}
-            done = Magnitude(**options, targets=(weight.name,), ignore=())(pruned)  # type: ignore[arg-type]
+            done = Magnitude(**options, targets=names, ignore=())(pruned)  # type: ignore[arg-type]
             # Zeros that were there before may make two points one.
             models.setdefault((structure, float(done.statistics["sparsity"])), pruned)
     for sparse in models.values():

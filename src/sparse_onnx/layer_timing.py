@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.runtime import Ratio, evict_caches, interleave, open_runner, open_session, ratio
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_recurrent
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 from sparse_onnx.stored_weights import sparse_nodes, sparsity_of, stored_weights
@@ -53,7 +53,8 @@ _OWN_OUTPUT = "sparse_onnx.shape.own"
 class LayerTiming:
     """One sparse operator. ``x_shape`` is the shape of its activations, ``weight_shapes`` has [K, N] of each of its
     weights, ``rows`` is how many vectors of activations they multiply, ``sparsity`` the share of weights that are not
-    stored, ``kernel`` what full tiles are computed with, ``times`` dense against sparse."""
+    stored, ``kernel`` what full tiles are computed with (of an LSTM or GRU those of the input and of the recurrence),
+    ``times`` dense against sparse."""
 
     name: str
     module: str
@@ -125,7 +126,7 @@ def uses_library(model: ir.Model) -> bool:
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    """The inputs of a sparse operator that are not constant: X, and a residual if it has one."""
+    """The inputs of a sparse operator that are not constant: X, and a residual or a state if it has one."""
     return [value for value in node.inputs if value is not None and value.const_value is None]
 
 
@@ -210,14 +211,21 @@ def time_sparse_layers(
 
 def kernel_of(node: ir.Node, x_shape: tuple[int, ...]) -> str:
     """The name of the kernel that full tiles of a sparse operator are computed with, here, for X of that shape: one for
-    all weights of the node."""
-    weights = stored_weights(node)
-    chunk, block, width, inputs = (
-        max(w.sizes[size] for w in weights) for size in ("chunk", "block", "width", "K")
-    )
-    rows = _rows_of(node, x_shape)
+    all weights of the node, but for an LSTM or GRU those of the input and of the recurrence."""
+    sizes, rows = [weight.sizes for weight in stored_weights(node)], _rows_of(node, x_shape)
+    if node.op_type in sparse_recurrent.OP_TYPES:  # each step multiplies the batch
+        of_input, recurrent = sizes
+        return f"{_select([of_input], rows)}, {_select([recurrent], x_shape[1])}"
     if node.op_type in sparse_conv_depthwise.OP_TYPES:  # image by image
         rows //= max(1, x_shape[0])
+    return _select(sizes, rows)
+
+
+def _select(sizes: Sequence[Mapping[str, int]], rows: int) -> str:
+    """The kernel that computes weights stored with all these sizes."""
+    chunk, block, width, inputs = (
+        max(one[name] for one in sizes) for name in ("chunk", "block", "width", "K")
+    )
     return select_for(chunk, block, width, rows, inputs)
 
 
@@ -239,7 +247,8 @@ def cut_layer(
 ) -> tuple[ir.Model, Feeds]:
     """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
 
-    ``shapes`` are those of the inputs, which may contain a value twice.
+    ``shapes`` are those of the inputs, which may contain a value twice. An input of int32 has the lengths of sequences,
+    whose steps are the first axis of the first input: they are all of full length.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
@@ -254,13 +263,15 @@ def cut_layer(
     specs = []
     for source, shape in zip(part.graph.inputs, distinct.values(), strict=True):
         source.shape = ir.Shape(shape)
-        source.type = ir.TensorType(ir.DataType.FLOAT)
-        specs.append(InputSpec(source.name or "", ir.DataType.FLOAT.numpy(), shape, None))
+        dtype = ir.DataType.INT32 if source.dtype == ir.DataType.INT32 else ir.DataType.FLOAT
+        source.type = ir.TensorType(dtype)
+        specs.append(InputSpec(source.name or "", dtype.numpy(), shape, None))
     for output in part.graph.outputs:
         output.type = ir.TensorType(ir.DataType.FLOAT)
-    return part, generate(
-        specs, {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
-    )
+    sizes = {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
+    feeds = generate(specs, sizes)
+    lengths = [spec.name for spec in specs if spec.dtype == np.int32]
+    return part, feeds | {name: np.full(sizes[name], shapes[0][0], np.int32) for name in lengths}
 
 
 def _time_node(

@@ -17,6 +17,7 @@ from sparse_onnx.sparse_ops import (
     sparse_feed_forward,
     sparse_matmul,
     sparse_matmul_split,
+    sparse_recurrent,
 )
 from sparse_onnx.sparse_ops.sparse_matmul import (
     DOMAIN,
@@ -43,6 +44,7 @@ SPARSE_OP_TYPES = (
     *sparse_feed_forward.OP_TYPES,
     *sparse_conv.OP_TYPES,
     *sparse_conv_depthwise.OP_TYPES,
+    *sparse_recurrent.OP_TYPES,
 )
 """The operators with compressed weights."""
 
@@ -51,6 +53,8 @@ def weight_prefixes(op_type: str) -> tuple[str, ...]:
     """What is before the names of inputs and attributes, for each stored weight of the operator."""
     if op_type in sparse_feed_forward.OP_TYPES:
         return ("", sparse_feed_forward.PREFIX)
+    if op_type in sparse_recurrent.OP_TYPES:
+        return ("", sparse_recurrent.PREFIX)
     return ("",) if op_type in SPARSE_OP_TYPES else ()
 
 

@@ -16,6 +16,7 @@ from sparse_onnx.passes.merge_linears import MergeLinears
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.passes.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.sparse_recurrent import LowerSparseRecurrent
 
 RNG = np.random.default_rng(0)
 
@@ -74,12 +75,25 @@ def shared():
     )
 
 
+def recurrent():
+    """Both directions of an LSTM, and a GRU behind it; of the outputs some are used."""
+    return model_of(
+        "(float[4, 3, 32] X) => (float[1, 3, 16] Y)",
+        """A = LSTM<hidden_size = 16, direction = "bidirectional">(X, W, R, B)
+        t = Transpose<perm = [0, 2, 1, 3]>(A) P = Reshape(t, flat)
+        unused, Y = GRU<hidden_size = 16, linear_before_reset = 1>(P, V, S)""",
+        W=sparse(2, 64, 32), R=sparse(2, 64, 16), B=small(2, 128), V=sparse(1, 48, 32), S=sparse(1, 48, 16),
+        flat=np.array([0, 0, -1]),
+    )  # fmt: skip
+
+
 LOWER = Pipeline(
     (
         FuseAttention(),
         FuseSkipLayerNorm(),
         LowerSparseMatMul(min_sparsity=0.3),
         LowerSparseConv(min_sparsity=0.3),
+        LowerSparseRecurrent(min_sparsity=0.3),
         MergeLinears(),
         FuseFeedForward(),
     )
@@ -103,7 +117,7 @@ def put(array, name):
     return ir.tensor(array, name=name)
 
 
-@pytest.mark.parametrize("make", [gated, projections, block, shared])
+@pytest.mark.parametrize("make", [gated, projections, block, shared, recurrent])
 def test_is_what_was_compiled(make):
     model = make()
     expected = run(model)

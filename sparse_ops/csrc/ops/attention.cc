@@ -30,7 +30,7 @@ class Kernel {
                                           {"AttentionSplitMasked", true, true, false},
                                           {"AttentionHeads", true, false, true},
                                           {"AttentionHeadsMasked", true, true, true}};
-  static OrtElementType input_type(size_t) { return ORT_FLOAT; }
+  static OrtElementType input_type(const Variant&, size_t) { return ORT_FLOAT; }
   static size_t input_count(const Variant& variant) { return size_t{kV} + 1 + variant.masked; }
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);

@@ -14,7 +14,7 @@ namespace sparse_ops {
 // the runtime that `api` belongs to. They live as long as the library is loaded. A variant has a `name`;
 // `Kernel` has, beside a constructor from (variant, api, info) and compute(context),
 //
-//   static OrtElementType input_type(size_t index);         all outputs are float32
+//   static OrtElementType input_type(const Variant&, size_t index);         all outputs are float32
 //   static size_t input_count(const Variant&);
 //   static size_t output_count(const Variant&);
 //   static void infer_shape(const OrtApi&, const Variant&, OrtShapeInferContext*);
@@ -33,15 +33,16 @@ std::vector<const OrtCustomOp*> make_ops(const OrtApi& api) {
   const auto make = [&api](const Variant& variant) {
     Op op{cpu_op(), &api, &variant};
     op.GetName = [](const OrtCustomOp* o) { return Op::self(o).variant->name; };
-    op.GetInputType = [](const OrtCustomOp*, size_t index) { return Kernel::input_type(index); };
+    op.GetInputType = [](const OrtCustomOp* o, size_t index) {
+      return Kernel::input_type(*Op::self(o).variant, index);
+    };
     op.GetInputTypeCount = [](const OrtCustomOp* o) { return Kernel::input_count(*Op::self(o).variant); };
     op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
     op.GetOutputTypeCount = [](const OrtCustomOp* o) { return Kernel::output_count(*Op::self(o).variant); };
     op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
                            void** kernel) {
-      return guarded(*runtime, [&] {
-        *kernel = new Instance{*runtime, Kernel(*Op::self(o).variant, *runtime, info)};
-      });
+      return guarded(*runtime,
+                     [&] { *kernel = new Instance{*runtime, Kernel(*Op::self(o).variant, *runtime, info)}; });
     };
     op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       const Instance& instance = *static_cast<Instance*>(kernel);

@@ -59,6 +59,16 @@ float NodeReader::number(const char* name) const {
   return value;
 }
 
+std::string NodeReader::text(const char* name) const {
+  char found[64] = {};
+  size_t size = sizeof(found);
+  if (OrtStatus* status = api_.KernelInfoGetAttribute_string(info_, name, found, &size)) {
+    api_.ReleaseStatus(status);
+    fail(std::string("attribute ") + name + " is missing or no short text");
+  }
+  return found;
+}
+
 size_t NodeReader::one_of(const char* name, std::initializer_list<const char*> values) const {
   std::string known;
   for (const char* value : values) known += (known.empty() ? "" : " and ") + std::string(value);
@@ -112,19 +122,38 @@ void NodeReader::log(const std::string& message) const {
       api_.Logger_LogMessage(logger, ORT_LOG_INFO, line.c_str(), "op_support.cc", __LINE__, "Kernel"));
 }
 
-InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
-  InputTensor tensor{};
-  check_status(api.KernelContext_GetInput(context, index, &tensor.value));
+namespace {
+
+// Its shape goes to `dims` and the number of its elements to `elements`.
+const void* input(const OrtApi& api, const OrtKernelContext* context, size_t index, const OrtValue*& value,
+                  std::vector<int64_t>& dims, size_t& elements) {
+  check_status(api.KernelContext_GetInput(context, index, &value));
   Owned<OrtTensorTypeAndShapeInfo> info(api.ReleaseTensorTypeAndShapeInfo);
-  check_status(api.GetTensorTypeAndShape(tensor.value, info.out()));
+  check_status(api.GetTensorTypeAndShape(value, info.out()));
   size_t rank = 0;
   check_status(api.GetDimensionsCount(info.get(), &rank));
-  check_status(api.GetTensorShapeElementCount(info.get(), &tensor.elements));
-  tensor.dims.resize(rank);
-  check_status(api.GetDimensions(info.get(), tensor.dims.data(), rank));
+  check_status(api.GetTensorShapeElementCount(info.get(), &elements));
+  dims.resize(rank);
+  check_status(api.GetDimensions(info.get(), dims.data(), rank));
   void* data = nullptr;
-  check_status(api.GetTensorMutableData(const_cast<OrtValue*>(tensor.value), &data));
-  tensor.data = static_cast<const float*>(data);
+  check_status(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  return data;
+}
+
+}  // namespace
+
+InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+  InputTensor tensor{};
+  tensor.data =
+      static_cast<const float*>(input(api, context, index, tensor.value, tensor.dims, tensor.elements));
+  return tensor;
+}
+
+IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+  IntegerTensor tensor{};
+  const OrtValue* value = nullptr;
+  size_t elements = 0;
+  tensor.data = static_cast<const int32_t*>(input(api, context, index, value, tensor.dims, elements));
   return tensor;
 }
 

@@ -33,6 +33,8 @@ class NodeReader {
   int64_t integer(const char* name) const;
   std::vector<int64_t> integers(const char* name) const;
   float number(const char* name) const;
+  // A text of at most 63 characters.
+  std::string text(const char* name) const;
   // An attribute of which this library knows one value only.
   void expect(const char* name, const char* value) const { one_of(name, {value}); }
   // The place among `values` of an attribute of which this library knows these.
@@ -64,6 +66,12 @@ struct InputTensor {
   const float* data;
 };
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
+// The same of int32.
+struct IntegerTensor {
+  std::vector<int64_t> dims;
+  const int32_t* data;
+};
+IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 // Input X [..., K]; `where` names the node in the error.
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
                        size_t K);

@@ -84,7 +84,7 @@ class Kernel {
                                           {"SkipLayerNormalizationSum", true, true},
                                           {"SkipRMSNormalization", false, false},
                                           {"SkipRMSNormalizationSum", false, true}};
-  static OrtElementType input_type(size_t) { return ORT_FLOAT; }
+  static OrtElementType input_type(const Variant&, size_t) { return ORT_FLOAT; }
   static size_t input_count(const Variant& variant) { return size_t{kGamma} + 1 + variant.has_beta; }
   static size_t output_count(const Variant& variant) { return size_t{kY} + 1 + variant.has_sum; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);

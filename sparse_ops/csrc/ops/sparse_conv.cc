@@ -43,7 +43,7 @@ class Kernel {
       {"SparseConvAddSilu", true, silu, false},
       {"SparseConvAddHardSwish", true, hard_swish, false},
   };
-  static OrtElementType input_type(size_t i) {
+  static OrtElementType input_type(const Variant&, size_t i) {
     return i == 0 || i == kResidual ? ORT_FLOAT : kWeightInputs[i - 1].type;
   }
   static size_t input_count(const Variant& variant) { return kResidual + variant.residual; }

@@ -33,7 +33,7 @@ class Kernel {
       {"SparseConvDepthwiseSilu", silu, false},
       {"SparseConvDepthwiseHardSwish", hard_swish, false},
   };
-  static OrtElementType input_type(size_t i) {
+  static OrtElementType input_type(const Variant&, size_t i) {
     return i == 0 || i >= kFilters ? ORT_FLOAT : kWeightInputs[i - 1].type;
   }
   static size_t input_count(const Variant&) { return kFilterBias + 1; }

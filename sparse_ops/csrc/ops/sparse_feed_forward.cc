@@ -35,7 +35,7 @@ class Kernel {
                                           {"SparseFeedForwardQuickGelu", Activation::quick_gelu},
                                           {"SparseFeedForwardGeluTanhGate", Activation::gelu_tanh, true},
                                           {"SparseFeedForwardSiluGate", Activation::silu, true}};
-  static OrtElementType input_type(size_t i) {
+  static OrtElementType input_type(const Variant&, size_t i) {
     return i == 0 ? ORT_FLOAT : kWeightInputs[(i - 1) % std::size(kWeightInputs)].type;
   }
   static size_t input_count(const Variant&) { return kSecond + std::size(kWeightInputs); }

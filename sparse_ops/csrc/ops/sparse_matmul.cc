@@ -38,7 +38,9 @@ class Kernel {
                                           {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
                                           {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
                                           {"SparseMatMulSiluGate", Activation::silu, 1, true}};
-  static OrtElementType input_type(size_t i) { return i == 0 ? ORT_FLOAT : kWeightInputs[i - 1].type; }
+  static OrtElementType input_type(const Variant&, size_t i) {
+    return i == 0 ? ORT_FLOAT : kWeightInputs[i - 1].type;
+  }
   static size_t input_count(const Variant&) { return 1 + std::size(kWeightInputs); }
   static size_t output_count(const Variant& variant) { return variant.outputs; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);

@@ -1,0 +1,8 @@
+#include "kernels/recurrent/generic.h"
+#include "kernels/recurrent/table.h"
+
+namespace sparse_ops::recurrent {
+
+constexpr Kernel neon = make_kernel<4>("neon", Isa::neon);
+
+}  // namespace sparse_ops::recurrent

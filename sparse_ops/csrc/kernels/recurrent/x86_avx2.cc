@@ -1,0 +1,8 @@
+#include "kernels/recurrent/generic.h"
+#include "kernels/recurrent/table.h"
+
+namespace sparse_ops::recurrent {
+
+constexpr Kernel avx2 = make_kernel<8>("avx2", Isa::avx2);
+
+}  // namespace sparse_ops::recurrent

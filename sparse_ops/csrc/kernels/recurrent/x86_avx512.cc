@@ -1,0 +1,8 @@
+#include "kernels/recurrent/generic.h"
+#include "kernels/recurrent/table.h"
+
+namespace sparse_ops::recurrent {
+
+constexpr Kernel avx512 = make_kernel<16>("avx512", Isa::avx512);
+
+}  // namespace sparse_ops::recurrent
