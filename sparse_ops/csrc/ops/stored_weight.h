@@ -47,9 +47,10 @@ inline void read_tensors(const NodeReader& node, spmm::Activation activation, sp
 }
 
 // A weight of one linear.
-inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight) {
+inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
+                        const std::string& prefix = "", size_t first = 1) {
   node.expect("format", kFormat);
-  read_tensors(node, activation, weight, {});
+  read_tensors(node, activation, weight, {}, prefix, first);
 }
 
 // A weight of several linears side by side, `split` outputs each; `name` is what says so. Each begins with a
