@@ -76,10 +76,15 @@ class StageClock:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
         self._stage = ""
+        self._told: set[str] = set()
         self.stages: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
-        """Tell where the work is."""
+        """Tell where the work is; what lasts, once."""
+        if is_lasting(line):
+            if line in self._told:
+                return
+            self._told.add(line)
         self._progress(f"{self._stage}: {line}" if self._stage and not is_lasting(line) else line)
 
     @contextmanager

@@ -42,6 +42,7 @@ __all__ = [
     "STARTS",
     "Ratio",
     "Runner",
+    "at_best_level",
     "evict_caches",
     "give_back_memory",
     "interleave",
@@ -77,8 +78,9 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOptions:
-    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run.
+def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> onnxruntime.SessionOptions:
+    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
+    is one of :data:`LEVELS`.
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
@@ -88,6 +90,11 @@ def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOption
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.graph_optimization_level = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }[level]
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
@@ -105,13 +112,8 @@ def open_session(
 
     Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
     """
-    options = session_options(threads=threads, library=library)
+    options = session_options(threads=threads, library=library, level=level)
     ort = import_onnxruntime()
-    options.graph_optimization_level = {
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    }[level]
     if lean:
         options.add_session_config_entry(
             "optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED_BYTES)
@@ -194,24 +196,15 @@ class Runner:
     ) -> tuple[onnxruntime.InferenceSession, _T]:
         """``step`` on the first session of ``segment`` that can do it, which is returned as well; ``session`` is the
         one of the present level, if there is one."""
-        first: UsageError | None = None
-        for level in LEVELS[LEVELS.index(self.level) :]:
-            try:
-                if session is None:
-                    session = self._open(segment, level)
-                result = step(session, feeds)
-            except UsageError as error:
-                first, session = first or error, None
-                continue
-            if first is not None:
-                self.level = level
-                self._say(
-                    f"warning: with its default optimizations ONNX Runtime cannot run this model, with "
-                    f"{_LEVEL_NAMES[level]} it can, and so it is run here: {first}"
-                )
-            return session, result
-        assert first is not None
-        raise UsageError(f"{first}. It is the same with fewer or no graph optimizations") from first
+        usable = [session]
+
+        def attempt(level: str) -> tuple[onnxruntime.InferenceSession, _T]:
+            found = usable.pop() if usable else None
+            found = found or self._open(segment, level)
+            return found, step(found, feeds)
+
+        self.level, result = at_best_level(attempt, self._say, self.level)
+        return result
 
     @property
     def whole(self) -> bool:
@@ -266,6 +259,34 @@ class Runner:
             values = {name: value for name, value in values.items() if name in later}
             parts.step()
         return {name: values[name] for name in self.outputs}
+
+
+def at_best_level(
+    attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
+) -> tuple[str, _T]:
+    """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no UsageError, and what it returns.
+
+    ``progress`` is told if it is not the first. Raises UsageError, the first one, if there is none.
+    """
+    first: UsageError | None = None
+    for lower in LEVELS[LEVELS.index(level) :]:
+        try:
+            result = attempt(lower)
+        except UsageError as error:
+            first = first or error
+            continue
+        if first is not None:
+            progress(
+                "warning: ONNX Runtime cannot run this model with its default optimizations; here it runs with "
+                f"{_LEVEL_NAMES[lower]}: {_one_line(first)}"
+            )
+        return lower, result
+    assert first is not None
+    raise UsageError(f"{_one_line(first)}. With fewer or no graph optimizations it is the same") from first
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:
