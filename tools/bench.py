@@ -145,6 +145,7 @@ def _time(
                 budget=session_budget(model_io.weight_bytes(entry.model)),
                 work=work,
                 path=entry.path,
+                progress=say,
             )
             runners.append(stack.enter_context(opening))
         say(f"timing {len(entries)} models")

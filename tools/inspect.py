@@ -57,13 +57,14 @@ def _head(document: dict[str, Any], show_all: bool) -> str:
     if document["large"]:
         size += " (more than 2 GB: needs its external data file)"
     opsets = ", ".join(f"{domain} {version}" for domain, version in document["opsets"].items())
+    read_as = f", read as {document['read_as_opset']}" if document["read_as_opset"] else ""
     operators = [f"{count} {name.removeprefix('ai.onnx::')}" for name, count in document["operators"].items()]
     shown = operators if show_all else operators[:_OPERATORS]
     more = f" and {len(operators) - len(shown)} other kinds" if len(shown) < len(operators) else ""
     lines = [
         ["file", document["file"]],
         ["size", size],
-        ["format", f"IR {document['ir_version']}, opset {opsets}"],
+        ["format", f"IR {document['ir_version']}, opset {opsets}{read_as}"],
         *([["producer", document["producer"]]] if document["producer"] else []),
         *(["input", text] for text in document["inputs"]),
         *(["output", text] for text in document["outputs"]),

@@ -36,6 +36,7 @@ from sparse_onnx.layer_curves import (
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import NodeProfile, profile_model
+from sparse_onnx.opset_conversion import CONVERTED_FROM, conversion_note
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
@@ -328,6 +329,8 @@ class _Job:
         with self.clock("load"):
             self.path = source_file(self.source, self.work)
             original = model_io.load_model(self.path)
+            if (opset := original.meta.get(CONVERTED_FROM)) is not None:
+                self.say(conversion_note(opset))
             self.nbytes = model_io.weight_bytes(original)
             self.budget = session_budget(self.nbytes)
             specs = inputs.input_specs(original)
@@ -380,7 +383,13 @@ class _Job:
 
     def open(self, model: ir.Model, path: Path | None, *, library: bool) -> AbstractContextManager[Runner]:
         return open_runner(
-            model, threads=self.threads, library=library, budget=self.budget, work=self.work, path=path
+            model,
+            threads=self.threads,
+            library=library,
+            budget=self.budget,
+            work=self.work,
+            path=path,
+            progress=self.say,
         )
 
     def run_dense(

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
-from sparse_onnx.comparison import compare
+from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
 from sparse_onnx.compile_report import layer_rows, summary, target_rows
 from sparse_onnx.compiler_error import judge
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
@@ -24,6 +24,7 @@ from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import time_shares
+from sparse_onnx.opset_conversion import CONVERTED_FROM, conversion_note, refusal
 from sparse_onnx.outputs import check_outputs, left_out
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
@@ -48,7 +49,7 @@ from sparse_onnx.report import (
     available_cores,
     environment,
 )
-from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
+from sparse_onnx.runtime import LEVELS, Ratio, Runner, open_runner, session_budget
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.timing_cache import TimingCache, file_digest
 from sparse_onnx.timing_table import TimingTable
@@ -118,6 +119,9 @@ class Compilation:
         self.calibration: CalibrationData | None = None
         self.held_out: Samples | None = None
         self.metric_samples: Samples | None = None
+        self.converted_from: int | None = None
+        self.left_out: Mapping[str, str] = {}
+        self.levels: dict[str, str] = {}
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
         self.given_back: Collection[str] = ()
@@ -129,8 +133,28 @@ class Compilation:
     def load(self) -> ir.Model:
         self.path = source_file(self.source, self.work, self.say)
         model = model_io.load_model(self.path)
+        self.converted_from = model.meta.get(CONVERTED_FROM)
+        if self.converted_from is not None:
+            self.say(conversion_note(self.converted_from))
         check_outputs(model, self.say)
+        self.left_out = left_out(model)
         return model
+
+    def prove_conversion(self, model: ir.Model, feeds: Feeds) -> None:
+        """That ``model``, if it was converted, computes what its file does. Raises ModelFileError if not."""
+        if self.converted_from is None:
+            return
+        with self.clock("prove the conversion"):
+            with self.open(model, self.path, library=False) as runner:
+                expected = runner.run(feeds)
+            try:
+                with self.open(model, None, library=False) as runner:
+                    found = compare([expected], [runner.run(feeds)])
+            except UsageError as error:
+                raise refusal(self.path, self.converted_from, str(error)) from error
+        if not found.relative_error <= MAX_COMPILER_ERROR:
+            reason = f"converted, it computes another {found.worst_output}: relative error {found.relative_error:.2e}"
+            raise refusal(self.path, self.converted_from, reason)
 
     def prepare(
         self, model: ir.Model, pipeline: Pipeline, context: PassContext, bench: guard.Bench | None = None
@@ -225,6 +249,7 @@ class Compilation:
         self.nbytes = model_io.weight_bytes(model)
         self.budget = session_budget(self.nbytes)
         samples, self.feeds = self.inputs(model, pipeline)
+        self.prove_conversion(model, samples[0])
         metric = self.metric(model)
         bench = self.bench()
         with model_io.Spool(self.work) as spool:
@@ -396,6 +421,7 @@ class Compilation:
             timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
             outputs = [] if self.generated else self.run_all(runner, samples, "batch")
             outputs = [shapes_in(output)[0] for output in outputs]
+            self.levels["pruned_dense"] = runner.level
         return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
 
     def lower(
@@ -476,6 +502,7 @@ class Compilation:
             original = model_io.load_model(self.path)
             with self.open(original, self.path, library=False) as runner:
                 self._original_outputs = self.run_all(runner, samples, "the original")
+                self.levels["original"] = runner.level
         return self._original_outputs
 
     def rows(
@@ -555,10 +582,12 @@ class Compilation:
         with self.open(optimized, self.written) as runner:
             ours = self.run_all(runner, samples, "with the library")
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
+            self.levels["with_library"] = runner.level
         compiled = compare(reference, ours, () if changed else heads, samples)
         self.say("on standard operators only")
         with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
+            self.levels["without_library"] = runner.level
         rounding: dict[str, float | None] = {}
         for what, difference, batches in (
             ("with the library", compiled, samples),
@@ -592,6 +621,8 @@ class Compilation:
             "without_library": portable.to_dict(),
             "against_original": loss.to_dict(),
             **({"rounding": rounding} if rounding else {}),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
+            **({} if {*self.levels.values()} == {LEVELS[0]} else {"optimization_levels": self.levels}),
         }
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
@@ -626,6 +657,7 @@ class Compilation:
             "command": self.command,
             "recipe": recipe_document(self.recipe),
             "source": self.source.name,
+            **({} if self.converted_from is None else {"converted_from_opset": self.converted_from}),
             "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
             "targets": target_rows(self.targets, self.recipe.target.weights, timings),
             "summary": summary(layers, timing, self.nbytes, size, loss, metric),

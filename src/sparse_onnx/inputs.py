@@ -51,11 +51,14 @@ class InputSpec:
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
-    """The inputs that a caller must give (initializers listed as inputs have a value already)."""
+    """The inputs that a caller must give (initializers listed as inputs have a value already, optional inputs need
+    none)."""
     specs = []
     for value in model.graph.inputs:
         if value.name in model.graph.initializers:
             continue
+        if isinstance(value.type, ir.OptionalType):
+            continue  # nothing is given for it
         if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
             raise UsageError(
                 f"input {value.name!r} is no tensor with a known rank and numeric type: cannot be run"

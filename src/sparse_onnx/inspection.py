@@ -19,6 +19,8 @@ import onnx_ir as ir
 from sparse_onnx import model_io
 from sparse_onnx.embedded import EmbeddedTensor
 from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.model_check import MIN_OPSET
+from sparse_onnx.opset_conversion import CONVERTED_FROM
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.guard import find_candidates
@@ -67,7 +69,8 @@ def inspect_model(
         "weight_bytes": weight_bytes,
         "large": weight_bytes > LARGE,
         "ir_version": model.ir_version,
-        "opsets": {_domain(domain): version for domain, version in sorted(model.opset_imports.items())},
+        "opsets": _opsets(model),
+        "read_as_opset": MIN_OPSET if CONVERTED_FROM in model.meta else None,
         "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
         "inputs": [
             _describe(value) for value in model.graph.inputs if value.name not in model.graph.initializers
@@ -125,6 +128,13 @@ def count_values(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
     del flat
     model_io.release_mapping(tensor)
     return zeros, nan, inf
+
+
+def _opsets(model: ir.Model) -> dict[str, int]:
+    """Those of the file."""
+    imports = {_domain(domain): version for domain, version in sorted(model.opset_imports.items())}
+    old = model.meta.get(CONVERTED_FROM)
+    return imports if old is None else imports | {_domain(""): old}
 
 
 def _domain(domain: str) -> str:

@@ -50,8 +50,8 @@ _MAYBE_NO_TENSOR = ("If", "Loop", "Scan", "Optional", "SplitToSequence", "Sequen
 @dataclasses.dataclass(frozen=True)
 class TracedLayer:
     """A node of the candidate and the value of both models that it computes, of several the one with the largest error
-    of its own; the errors as in the module's docstring. ``rounding`` is the relative error of the reference against itself, if that
-    was measured, see :mod:`.yardstick`."""
+    of its own; the errors as in the module's docstring. ``rounding`` is the relative error of the reference against
+    itself, if that was measured, see :mod:`.yardstick`."""
 
     name: str
     node: str

@@ -1,7 +1,8 @@
 """Reading and writing model files: safely, without loss, one weight in memory at a time.
 
 Weights stay on disk as memory-mapped :class:`onnx_ir.ExternalTensor` from :func:`load_model` to
-:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones puts them into a :class:`Spool`.
+:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones
+puts them into a :class:`Spool`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
     MAX_IR_VERSION,
+    MIN_OPSET,
     PROTOBUF_LIMIT,
     attributes,
     check_model,
@@ -36,6 +38,8 @@ from sparse_onnx.model_check import (
     scopes,
     tensors,
 )
+from sparse_onnx.node_order import sort_nodes
+from sparse_onnx.opset_conversion import CONVERTED_FROM, convert_opset, default_opset
 from sparse_onnx.storage import (
     OutputFolder,
     PathLike,
@@ -71,7 +75,8 @@ def load_model(path: PathLike) -> ir.Model:
     Every rule of :func:`sparse_onnx.model_check.check_model` is checked. Sparse initializers, and Constant
     nodes with a sparse value, become dense ones of the same name that are unpacked when used. In files of IR
     version 3 and older, initializers stop being graph inputs: there they were constants all the same.
-    Training information is dropped.
+    Training information is dropped. Nodes are sorted, and models of opset 7 to 12 converted to 13: then
+    ``model.meta[CONVERTED_FROM]`` is the opset of the file.
 
     Raises:
         ModelFileError: the file is missing, damaged, unsafe, too old or too new.
@@ -79,9 +84,14 @@ def load_model(path: PathLike) -> ir.Model:
     """
     path = Path(os.path.abspath(path))
     proto, embedded = _read_proto(path)
-    check_model(proto, path, {location: region.length for location, region in embedded.items()})
+    data_files = check_model(proto, path, {key: region.length for key, region in embedded.items()})
+    places = _Places(path, embedded, data_files)
     _normalize(proto)
-    sparse = _replace_sparse(proto, path, embedded)
+    sparse = _replace_sparse(proto, places)
+    sort_nodes(proto, path)
+    opset = default_opset(proto)
+    if opset < MIN_OPSET:
+        proto = convert_opset(proto, path)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises what it meets, wrapped once for every level of the graph
@@ -95,16 +105,37 @@ def load_model(path: PathLike) -> ir.Model:
             if (dense := sparse.get(str(slot.tensor.location))) is not None:
                 slot.put(dense)
             else:
-                slot.put(_on_disk(slot.tensor, path, embedded))
+                slot.put(places.find(slot.tensor))
+    if opset < MIN_OPSET:
+        model.meta[CONVERTED_FROM] = opset
     return model
 
 
-def _on_disk(tensor: ir.ExternalTensor, path: Path, embedded: Mapping[str, Region]) -> ir.ExternalTensor:
-    """``tensor`` of the model file ``path``, told where its bytes are."""
-    if (region := embedded.get(str(tensor.location))) is not None:
-        return EmbeddedTensor(path, region, tensor)
-    tensor.base_dir = path.parent
-    return tensor
+@dataclass(frozen=True)
+class _Places:
+    """Where the bytes of a model's tensors are: regions of the file ``path`` and data files, by location."""
+
+    path: Path
+    embedded: Mapping[str, Region]
+    data_files: Mapping[str, Path]
+
+    def find(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        """``tensor``, to be read from its place."""
+        location = str(tensor.location)
+        if (region := self.embedded.get(location)) is not None:
+            return EmbeddedTensor(self.path, region, tensor)
+        real = self.data_files[location]
+        return ir.ExternalTensor(
+            real.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name,
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+            base_dir=real.parent,
+        )
 
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
@@ -174,9 +205,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             tensor.external_data.extend(known)
 
 
-def _replace_sparse(
-    proto: onnx.ModelProto, path: Path, embedded: Mapping[str, Region]
-) -> dict[str, ir.LazyTensor]:
+def _replace_sparse(proto: onnx.ModelProto, places: _Places) -> dict[str, ir.LazyTensor]:
     """Put an external dense tensor in the place of each sparse one, as onnx_ir knows no sparse tensors.
 
     Returns the lazy dense tensors by the location of what stands for them. A location begins with a null
@@ -187,10 +216,10 @@ def _replace_sparse(
     def stand_in(sparse: onnx.SparseTensorProto, place: str, into: onnx.TensorProto) -> None:
         location = f"\0sparse:{len(lazy)}"
         values, indices = (
-            _on_disk(tensor, path, embedded) if isinstance(tensor, ir.ExternalTensor) else tensor
+            places.find(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
             for tensor in map(ir.serde.deserialize_tensor, (sparse.values, sparse.indices))
         )
-        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{path}: {place}")
+        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{places.path}: {place}")
         into.name = sparse.values.name
         into.data_type = sparse.values.data_type
         into.dims.extend(sparse.dims)

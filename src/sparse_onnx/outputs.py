@@ -10,6 +10,12 @@ from sparse_onnx.errors import UsageError
 
 __all__ = ["check_outputs", "left_out", "tensor_outputs"]
 
+_OTHERS = (
+    (ir.SequenceType, "a sequence"),
+    (ir.OptionalType, "optional"),
+    (ir.SparseTensorType, "a sparse tensor"),
+)
+
 
 def tensor_outputs(model: ir.Model) -> tuple[str, ...]:
     """The names of the outputs that are tensors, and of those whose type the model does not tell."""
@@ -19,15 +25,11 @@ def tensor_outputs(model: ir.Model) -> tuple[str, ...]:
 
 def left_out(model: ir.Model) -> Mapping[str, str]:
     """The outputs that are no tensors: their kind by their name."""
-    kinds = {
-        ir.SequenceType: "a sequence",
-        ir.OptionalType: "optional",
-        ir.SparseTensorType: "a sparse tensor",
-    }
     return {
-        value.name or "": kinds[type(value.type)]
+        value.name or "": kind
         for value in model.graph.outputs
-        if type(value.type) in kinds
+        for type_, kind in _OTHERS
+        if isinstance(value.type, type_)
     }
 
 

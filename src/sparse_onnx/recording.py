@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ def record(
     library: bool,
     required: int | None = None,
     level: str = LEVELS[0],
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 
@@ -37,6 +38,7 @@ def record(
         required: So many batches at the beginning must run, others may be refused; their indices come back with the
             reason. None: all must run.
         level: ONNX Runtime's graph optimizations, one of :data:`.runtime.LEVELS`.
+        progress: Called with one line of text now and then.
 
     Raises:
         UsageError: ONNX Runtime refuses the model or a batch that must run, or an output is no tensor of numbers.
@@ -46,7 +48,14 @@ def record(
     refused: dict[int, str] = {}
     budget = session_budget(model_io.weight_bytes(model))
     with open_runner(
-        model, threads=threads, library=library, budget=budget, work=folder, path=path, level=level
+        model,
+        threads=threads,
+        library=library,
+        budget=budget,
+        work=folder,
+        path=path,
+        level=level,
+        progress=progress,
     ) as runner:
         for index, feeds in enumerate(batches):
             try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_onnx.printable import printable
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.runtime import peak_rss_bytes
+from sparse_onnx.runtime import give_back_memory, peak_rss_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -93,10 +93,15 @@ class StageClock:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
         self._stage = ""
+        self._told: set[str] = set()
         self.stages: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
-        """Tell where the work is."""
+        """Tell where the work is; what lasts, once."""
+        if is_lasting(line):
+            if line in self._told:
+                return
+            self._told.add(line)
         self._progress(f"{self._stage}: {line}" if self._stage and not is_lasting(line) else line)
 
     @contextmanager
@@ -107,6 +112,7 @@ class StageClock:
             yield
         finally:
             self._stage = ""
+            give_back_memory()
             seconds = round(perf_counter() - start, 3)
             self.stages.append(
                 {"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)}

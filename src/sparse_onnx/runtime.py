@@ -6,6 +6,7 @@ amount of weights, one session at a time; the values between them pass through n
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
@@ -43,7 +44,9 @@ __all__ = [
     "STARTS",
     "Ratio",
     "Runner",
+    "at_best_level",
     "evict_caches",
+    "give_back_memory",
     "interleave",
     "median_interval",
     "open_runner",
@@ -78,8 +81,9 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOptions:
-    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run.
+def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> onnxruntime.SessionOptions:
+    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
+    is one of :data:`LEVELS`.
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
@@ -89,6 +93,11 @@ def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOption
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.graph_optimization_level = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }[level]
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
@@ -106,13 +115,8 @@ def open_session(
 
     Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
     """
-    options = session_options(threads=threads, library=library)
+    options = session_options(threads=threads, library=library, level=level)
     ort = import_onnxruntime()
-    options.graph_optimization_level = {
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    }[level]
     if lean:
         options.add_session_config_entry(
             "optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED_BYTES)
@@ -146,7 +150,7 @@ class _Segment:
 
 
 def _type_of(value: np.ndarray | list[np.ndarray]) -> ir.TypeProtocol:
-    """Of what a session has returned; a sequence, which need not hold an element to tell from, is one of floats then."""
+    """Of what a session has returned. A sequence without an element to tell from is taken as one of floats."""
     if isinstance(value, list):
         return ir.SequenceType(_type_of(value[0]) if value else ir.TensorType(ir.DataType.FLOAT))
     return ir.TensorType(ir.DataType.from_numpy(value.dtype))
@@ -178,7 +182,8 @@ class Runner:
         self._session: onnxruntime.InferenceSession | None = None
         if len(segments) == 1 and not self._constants:
             segments[0].write({})
-            self._session = self._at_best_level(segments[0], lambda session: None)[0]
+            self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
+            give_back_memory()
 
     def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
         return open_session(
@@ -188,34 +193,31 @@ class Runner:
     def _at_best_level(
         self,
         segment: _Segment,
-        step: Callable[[onnxruntime.InferenceSession], _T],
+        step: Callable[[onnxruntime.InferenceSession, Feeds], _T],
+        feeds: Feeds,
         session: onnxruntime.InferenceSession | None = None,
     ) -> tuple[onnxruntime.InferenceSession, _T]:
         """``step`` on the first session of ``segment`` that can do it, which is returned as well; ``session`` is the
         one of the present level, if there is one."""
-        first: UsageError | None = None
-        for level in LEVELS[LEVELS.index(self.level) :]:
-            try:
-                if session is None:
-                    session = self._open(segment, level)
-                result = step(session)
-            except UsageError as error:
-                first, session = first or error, None
-                continue
-            if first is not None:
-                self.level = level
-                self._say(
-                    f"warning: with its default optimizations ONNX Runtime cannot run this model, with "
-                    f"{_LEVEL_NAMES[level]} it can, and so it is run here: {first}"
-                )
-            return session, result
-        assert first is not None
-        raise UsageError(f"{first}. It is the same with fewer or no graph optimizations") from first
+        usable = [session]
+
+        def attempt(level: str) -> tuple[onnxruntime.InferenceSession, _T]:
+            found = usable.pop() if usable else None
+            found = found or self._open(segment, level)
+            return found, step(found, feeds)
+
+        self.level, result = at_best_level(attempt, self._say, self.level)
+        return result
 
     @property
     def whole(self) -> bool:
         """True if one session holds the whole model, so that its time is that of a deployed model."""
         return self._session is not None
+
+    def close(self) -> None:
+        """Give back the session's memory; the runner is of no more use."""
+        self._session = None
+        give_back_memory()
 
     def run(self, feeds: Feeds) -> Feeds:
         results = {k: v for k, v in self._walk(feeds, run_session).items() if k in self.outputs}
@@ -243,9 +245,7 @@ class Runner:
 
     def _step(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], _T]) -> _T:
         """One step of a model that one session holds."""
-        self._session, result = self._at_best_level(
-            self._segments[0], lambda session: step(session, feeds), self._session
-        )
+        self._session, result = self._at_best_level(self._segments[0], step, feeds, self._session)
         return result
 
     def _walk(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], Feeds]) -> Feeds:
@@ -255,12 +255,37 @@ class Runner:
         parts = Progress(self._say, "too large for one session: part", len(self._segments))
         for index, segment in enumerate(self._segments):
             segment.write(values)
-            given = {name: values[name] for name in segment.inputs}
-            values |= self._at_best_level(segment, functools.partial(step, feeds=given))[1]
+            given = {name: values[name] for name in segment.inputs if name in values}
+            values |= self._at_best_level(segment, step, given)[1]
+            give_back_memory()
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
             parts.step()
-        return {name: value for name, value in values.items() if name in self.outputs}
+        return {name: values[name] for name in self.outputs}
+
+
+def at_best_level(
+    attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
+) -> tuple[str, _T]:
+    """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no UsageError, and what it returns.
+
+    ``progress`` is told if it is not the first. Raises UsageError, the first one, if there is none.
+    """
+    first: UsageError | None = None
+    for lower in LEVELS[LEVELS.index(level) :]:
+        try:
+            result = attempt(lower)
+        except UsageError as error:
+            first = first or error
+            continue
+        if first is not None:
+            progress(
+                "warning: ONNX Runtime cannot run this model with its default optimizations; here it runs with "
+                f"{_LEVEL_NAMES[lower]}: {first}"
+            )
+        return lower, result
+    assert first is not None
+    raise UsageError(f"{first}. With fewer or no graph optimizations it is the same") from first
 
 
 def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:
@@ -303,6 +328,7 @@ def open_runner(
     several sessions, and where ORT's optimizations fail. ``lean`` and ``level`` are as for :func:`open_session`.
     """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    runner = None
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
         tensors = tensor_outputs(model)
@@ -312,7 +338,7 @@ def open_runner(
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            yield Runner([whole], tensors, threads, library, None, progress, lean, level)
+            runner = Runner([whole], tensors, threads, library, None, progress, lean, level)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -320,8 +346,11 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            yield Runner(segments, tensors, threads, library, constants, progress, lean, level)
+            runner = Runner(segments, tensors, threads, library, constants, progress, lean, level)
+        yield runner
     finally:
+        if runner is not None:
+            runner.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -507,6 +536,14 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         if len(ratios) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed, where the C library keeps it otherwise: glibc does with a session's weights,
+    and the next session's come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def peak_rss_bytes() -> int:

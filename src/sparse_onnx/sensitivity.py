@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from sparse_onnx.comparison import compare
 from sparse_onnx.inputs import Feeds, sample_count
+from sparse_onnx.outputs import tensor_outputs
 from sparse_onnx.passes.allocation import error_curve
 from sparse_onnx.passes.calibration import Calibrator, Options, Samples
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -118,7 +119,7 @@ class _Swapped:
             value.name or "" for value in copy.graph.inputs if value.name not in copy.graph.initializers
         }
         inputs = [name for name in (*example, *own) if name in wanted]
-        outputs = [value.name or "" for value in copy.graph.outputs]
+        outputs = list(tensor_outputs(copy))
         self._own = own
         self._session = PartSession(copy, inputs, outputs, {**example, **own}, threads=threads)
 

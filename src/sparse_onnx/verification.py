@@ -30,6 +30,7 @@ from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, resolve_
 from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.layer_trace import LayerTrace, trace_layers
 from sparse_onnx.metrics import Measure, MetricResult, open_metric
+from sparse_onnx.outputs import check_outputs, left_out
 from sparse_onnx.passes.calibration.data import open_samples
 from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
@@ -142,6 +143,7 @@ class VerifyResult:
         inputs: One line for each set of inputs that was run.
         skipped: Shapes that the original refuses, each with the reason.
         batches: How many times each model was run.
+        left_out: Outputs that are no tensors and were not compared: what they are by their name.
         compiler: :attr:`against_pruned_dense` as it was judged.
     """
 
@@ -153,6 +155,7 @@ class VerifyResult:
     inputs: tuple[str, ...]
     skipped: tuple[str, ...]
     batches: int
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compiler: Mapping[str, CompilerError] = dataclasses.field(default_factory=dict)
 
     @property
@@ -172,6 +175,7 @@ class VerifyResult:
             "misses": [miss.to_dict() for miss in self.misses],
             "thresholds": self.thresholds.to_dict(),
             "batches": self.batches,
+            "left_out": dict(self.left_out),
             "inputs": list(self.inputs),
             "skipped": list(self.skipped),
             "against_pruned_dense": {k: found.to_dict() for k, found in self.against_pruned_dense.items()},
@@ -243,6 +247,7 @@ def verify(
     say = progress or (lambda _line: None)
     paths = (Path(original), Path(optimized))
     models = (model_io.load_model(paths[0]), model_io.load_model(paths[1]))
+    check_outputs(models[0], say)
     specs = input_specs(models[0])
     _check_interfaces(models, specs)
     heads = find_heads(models[0])
@@ -283,18 +288,23 @@ def verify(
             threads=count,
             library=False,
             required=required,
+            progress=say,
         )
         heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
         dense = dense_reference(models[1], spool.put) if uses_library(models[1]) else None
         if dense is not None:
             say("running the pruned dense model")
-            unpacked, _ = record(dense, None, batches, work / "dense", threads=count, library=False)
+            unpacked, _ = record(
+                dense, None, batches, work / "dense", threads=count, library=False, progress=say
+            )
         against_original, against_dense = {}, {}
         for way in ("with_library", "without_library") if dense is not None else ("without_library",):
             say(f"running the optimized model {way.replace('_', ' ')}")
             library = way == "with_library"
-            outputs, _ = record(models[1], paths[1], batches, work / way, threads=count, library=library)
+            outputs, _ = record(
+                models[1], paths[1], batches, work / way, threads=count, library=library, progress=say
+            )
             against_original[way] = compare(reference, outputs, heads, batches)
             if dense is not None:
                 against_dense[way] = compare(unpacked, outputs)
@@ -347,7 +357,16 @@ def verify(
     ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
     refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
     return VerifyResult(
-        against_original, against_dense, thresholds, measured, trace, ran, refused, len(batches), compiler
+        against_original,
+        against_dense,
+        thresholds,
+        measured,
+        trace,
+        ran,
+        refused,
+        len(batches),
+        left_out(models[0]),
+        compiler,
     )
 
 

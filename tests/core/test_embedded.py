@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -196,8 +196,8 @@ def test_damaged_bytes_mean_the_same_as_to_the_parser(edits: list[tuple[int, int
     damaged = bytes(data[: len(data) - cut])
     try:
         wanted = onnx.ModelProto.FromString(damaged).SerializeToString(deterministic=True)
-    except Exception:  # what the parser refuses, it refuses without its tensors, too
-        with pytest.raises(Exception, match=".*"):
+    except DecodeError:  # what the parser refuses, it refuses without its tensors, too
+        with pytest.raises(DecodeError):
             onnx.ModelProto.FromString(cut_tensors(damaged)[0])
         return
     assert restored(damaged) == wanted

@@ -24,6 +24,7 @@ from sparse_onnx.goals import gates, goal_document
 from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.model_timing import time_models
+from sparse_onnx.outputs import check_outputs
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.base import PassContext, Pipeline, Stage
 from sparse_onnx.passes.calibration.digest import model_digest
@@ -203,6 +204,7 @@ class _Job:
         self.state = self._state_folder()
         self.path = source_file(source, work)
         self.model = model_io.load_model(self.path)
+        check_outputs(self.model, say)
         self.nbytes = model_io.weight_bytes(self.model)
         goal = recipe.goal
         size = None if goal.target_size is None else float(parse_size(goal.target_size, self.nbytes))
