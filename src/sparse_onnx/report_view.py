@@ -96,7 +96,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "check", "Plan only", sentence, ("Decided by a table; nothing was run, timed or written.",)
         )
-    outputs = accuracy_words(summary)
+    rounded = _only_rounded(report["verification"])
+    outputs = "its outputs are the original's but for rounding" if rounded else accuracy_words(summary)
     written = summary.get("written", "compiled" if sparse else "original")
     timed = summary["speedup"] is not None
     if written == "compiled" and not timed and not sparse:
@@ -115,7 +116,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     if goal["met"] is False:
         why = f"{_capital('; '.join(missed))}."
         return Verdict("bad", "Goal not met", sentence, (why, "This is the best so far."))
-    loss = loss_of(summary)
+    loss = 0.0 if rounded else loss_of(summary)
     if loss is None:
         why = "NaN or Inf stand where the original has numbers."
         return Verdict("bad", "Broken outputs", sentence, (why,))
@@ -270,7 +271,13 @@ def _compiler_error(verification: Mapping[str, Any]) -> float:
 def _unchanged(verification: Mapping[str, Any]) -> bool:
     """Whether the result is no farther from the original than the compiler's own error explains."""
     loss = verification["against_original"]["relative_error"]
-    return loss is not None and loss <= 2 * _compiler_error(verification)
+    compiler = _compiler_error(verification)
+    return math.isinf(compiler) if loss is None else loss <= 2 * compiler
+
+
+def _only_rounded(verification: Mapping[str, Any]) -> bool:
+    """Whether outputs differ by more than they should, but by what rounding explains and by nothing else."""
+    return "rounding" in verification and _unchanged(verification)
 
 
 def _accuracy_answer(verification: Mapping[str, Any]) -> str:
@@ -278,7 +285,10 @@ def _accuracy_answer(verification: Mapping[str, Any]) -> str:
         return "Not verified: nothing was run"
     compiler = _compiler_error(verification)
     loss = verification["against_original"]["relative_error"]
-    exact = f"Compiling changed the outputs by {format_error(compiler)}"
+    exact = "Compiling changed the outputs by "
+    exact += "more than they are" if math.isinf(compiler) else format_error(compiler)
+    if "rounding" in verification:
+        exact += ", which rounding explains"
     if _unchanged(verification):
         return f"{exact}; nothing else changed them"
     return f"{exact}, compression by {'an amount that is no number' if loss is None else format_error(loss)}"

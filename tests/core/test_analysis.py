@@ -143,11 +143,20 @@ def test_the_error_is_near_that_of_the_method_auto(found, source, data, tmp_path
         input_shapes=OPTIONS["input_shapes"],
         threads=1,
         benchmark=False,
+        keep_pruned=True,
     ).report
     # Random weights and inputs leave nothing to make up for: only the order of magnitude is that of a real model.
     measured = report["summary"]["relative_error"]
-    assert measured / 2 < found.predict(0.5).error < 2 * measured
-    assert found.predict(0.5).error < found.predict(0.9).error < 1
+    half, most = (found.forecast.error(found.forecast.uniform(share)) for share in (0.5, 0.9))
+    assert measured / 2 < half < 2 * measured
+    assert half < most < 1
+
+
+def test_only_layers_that_become_sparse_lose_anything(found):
+    assert found.predict(0.9).error <= found.forecast.error(found.forecast.uniform(0.9))
+    nothing = dataclasses.replace(found.forecast, min_speedup=1e6)
+    outlook = nothing.outlook(nothing.uniform(0.9))
+    assert (outlook.sparse, outlook.error, outlook.speedup) == ((), 0.0, 1.0)
 
 
 def test_everything_is_json(found):

@@ -1,7 +1,5 @@
 """Sparse linears that are one operator, on the whole road: compiled, run, inspected and timed as what they are."""
 
-import dataclasses
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -14,6 +12,7 @@ from sparse_onnx.errors import ModelFileError
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
 from sparse_onnx.passes.guard import Decision
+from sparse_onnx.runtime import Ratio
 
 WIDTH, HIDDEN, HEADS = 128, 256, 4
 
@@ -169,20 +168,22 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
 
 def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
-    real, calls = model_timing.ratio, []
+    tried = []
 
-    def slower_at_first(first, second, **options):
-        calls.append(1)
-        return dataclasses.replace(real(first, second, **options), median=0.5 if len(calls) == 1 else 1.5)
+    def slower_at_first(_self, optimized):
+        if optimized not in tried:
+            tried.append(optimized)
+        median = 0.5 if len(tried) == 1 else 1.5
+        return [Ratio(1.0, 1 / median, median, median, median)]
 
     def all_sparse(_model, candidates, *_arguments, **_options):
         return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
 
-    monkeypatch.setattr(model_timing, "ratio", slower_at_first)
+    monkeypatch.setattr(compilation.Compilation, "time_whole", slower_at_first)
     monkeypatch.setattr(compilation.guard, "decide", all_sparse)
     source, _ = case
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes={"X": SHAPE}, threads=1)
-    assert len(calls) == 2
+    assert len(tried) == 2
     left = sum(row["decision"] == "sparse" for row in result.report["layers"])
     assert left == len(result.report["layers"]) // 2
     nodes = onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node

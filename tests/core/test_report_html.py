@@ -245,6 +245,23 @@ def test_slower_is_said(report: Report) -> None:
     assert "within the noise" not in text
 
 
+@pytest.mark.parametrize("error", [0.094, None])
+def test_outputs_that_are_rounding_noise_are_no_bad_news(report: Report, error: float | None) -> None:
+    checks = report["verification"]
+    for way in ("against_pruned_dense", "against_original"):
+        checks[way]["relative_error"] = error
+    report["summary"].update(relative_error=error, cosine=0.5)
+    assert verdict_of(report)[0] == "bad"
+    checks["rounding"] = {"logits": None if error is None else 0.1}
+    assert verdict_of(report)[0] == "good"
+    text = text_of(report)
+    assert "its outputs are the original's but for rounding." in text
+    assert "which rounding explains; nothing else changed them" in text
+    checks["against_original"]["relative_error"] = 0.9 if error else 0.0
+    if error:
+        assert verdict_of(report)[0] == "bad", "that is not the compiler's"
+
+
 def test_the_dense_model_was_written_only_if_it_was(report: Report) -> None:
     all_dense(report)
     for written, said in (
