@@ -69,13 +69,13 @@ def batching(specs: Sequence[InputSpec], arrays: Arrays) -> Batching:
     fixed = None if symbol is not None else _fixed(specs)
     counted: dict[str, int] = {}
     others: dict[str, int] = {}
-    unsure: list[str] = []
+    unsure: dict[str, int] = {}
     for name, array in arrays.items():
         if not array.ndim:
             continue
         dims = known[name].shape if name in known else (symbol,)
         if dims is None or (name in known and known[name].value is not None):
-            unsure.append(name)
+            unsure[name] = 0
         elif name not in known:
             counted[name] = 0
         elif symbol in dims and symbol is not None:
@@ -86,14 +86,16 @@ def batching(specs: Sequence[InputSpec], arrays: Arrays) -> Batching:
             counted[name] = 0
         elif isinstance(dims[0], str):
             if not _elsewhere(dims[0], specs, symbol):
-                unsure.append(name)
+                unsure[name] = 0
         elif fixed is not None and (axis := _grown(dims, array)) is not None:
             others[name] = axis
+        elif None in dims:  # a state without names
+            unsure[name] = dims.index(None)
     ours = [name for name in counted if name in known]
     total = next((arrays[name].shape[counted[name]] for name in (*ours, *counted)), None)
-    for name in unsure:
-        if total is None or len(arrays[name]) == total:
-            counted[name], total = 0, len(arrays[name])
+    for name, axis in unsure.items():
+        if arrays[name].ndim > axis and (arrays[name].shape[axis] == total or (total is None and not axis)):
+            counted[name], total = axis, arrays[name].shape[axis]
     ordered = (*ours, *(name for name in counted if name not in ours))
     return Batching(counted | others, ordered, fixed)
 

@@ -21,6 +21,7 @@ __all__ = [
     "Equation",
     "Expression",
     "Unsolvable",
+    "equal",
     "forget_unknown",
     "is_unknown",
     "names_of",
@@ -210,6 +211,13 @@ class Equation:
     expression: Expression
     size: int
     text: str
+
+
+def equal(name: str, other: int | str) -> Equation:
+    """The dimension ``name`` has the size ``other``, or that of the dimension of that name."""
+    if isinstance(other, int):
+        return Equation(parse(name), other, name)
+    return Equation(_add(parse(name), parse(other), -1), 0, name)
 
 
 @dataclasses.dataclass

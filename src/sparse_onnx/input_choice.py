@@ -17,7 +17,7 @@ from sparse_onnx.batches import batching
 from sparse_onnx.dimensions import unnamed
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import is_standard
-from sparse_onnx.input_sizes import Sizes, other_shapes, solve_shapes
+from sparse_onnx.input_sizes import Sizes, is_cache_length, other_shapes, solve_shapes
 from sparse_onnx.inputs import Feeds, InputSpec, Value, generate, plain_values, steers
 from sparse_onnx.operator_sizes import Fact, operator_sizes
 from sparse_onnx.passes.fix_inputs import fix_inputs
@@ -84,10 +84,10 @@ class Choice:
         return [spec for spec in self.specs if steers(spec, self.sizes.shapes[spec.name])]
 
     def _prefill(self) -> int | None:
-        """How many tokens come, where the caches are there and empty."""
-        caches = [self.sizes.shapes[spec.name] for spec in self.specs if "past" in spec.name.lower()]
-        ids = next((self.sizes.shapes[s.name] for s in self.specs if s.name == "input_ids"), ())
-        return ids[-1] if len(ids) > 1 and any(0 in shape for shape in caches) else None
+        """How many tokens come, where caches are taken to be empty."""
+        ids = next((self.sizes.shapes[s.name] for s in self.specs if s.name.endswith("input_ids")), ())
+        empty = any(not size and is_cache_length(name) for name, size in self.sizes.guessed.items())
+        return ids[-1] if len(ids) > 1 and empty else None
 
 
 def choose_inputs(
@@ -118,11 +118,12 @@ def choose_inputs(
     if sizes.guessed:
         sure, likely = operator_sizes(_with_branches_taken(model, ranked))
         sizes = solve_shapes(ranked, shapes, sure)
-        common = _common_sizes(ranked, data) if data else {}
+        common = _common_sizes(ranked, data)
         found = {name: common[name] for name in sizes.guessed if name in common}
         seen |= {f"dimension {name}": size for name, size in found.items()}
-        sizes = solve_shapes(ranked, shapes, (*sure, *found.items(), *likely))
-    return Choice(ranked, sizes, {fact.name for fact in (*sure, *likely)}, seen)
+        facts = (*sure, *_equal_batches(ranked, data), *found.items(), *likely)
+        sizes = solve_shapes(ranked, shapes, facts)
+    return Choice(ranked, sizes, {fact.name for fact in (*sure, *likely) if isinstance(fact.size, int)}, seen)
 
 
 def _with_branches_taken(model: ir.Model, specs: Sequence[InputSpec]) -> ir.Model:
@@ -171,13 +172,33 @@ def _single_values(specs: Sequence[InputSpec], data: Sequence[Feeds]) -> dict[st
 def _common_sizes(specs: Sequence[InputSpec], data: Sequence[Feeds]) -> dict[str, int]:
     """Sizes that all batches share, by the name of the dimension; not of the batch, which is how the data was cut."""
     sizes: dict[str, set[int]] = {}
-    for spec in specs:
-        for axis, dim in enumerate(spec.shape or ()):
-            if axis and not isinstance(dim, int):
+    batches: set[str] = set()
+    for feeds in data:
+        cut = batching(specs, feeds).axes
+        for spec in specs:
+            for axis, dim in enumerate(spec.shape or ()):
+                if isinstance(dim, int):
+                    continue
                 name = dim or unnamed(spec.name, axis)
-                sizes.setdefault(name, set()).update(feeds[spec.name].shape[axis] for feeds in data)
-    batch = {spec.shape[0] for spec in specs if spec.shape}
-    return {name: found.pop() for name, found in sizes.items() if len(found) == 1 and name not in batch}
+                sizes.setdefault(name, set()).add(feeds[spec.name].shape[axis])
+                if axis == cut.get(spec.name):
+                    batches.add(name)
+    return {name: found.pop() for name, found in sizes.items() if len(found) == 1 and name not in batches}
+
+
+def _equal_batches(specs: Sequence[InputSpec], data: Sequence[Feeds]) -> list[tuple[str, str]]:
+    """Dimensions that are the batch of the data are equal, whatever they are called."""
+    if not data:
+        return []
+    cut = batching(specs, data[0])
+    names = {
+        dim or unnamed(spec.name, axis): None
+        for spec in specs
+        for axis, dim in enumerate(spec.shape or ())
+        if not isinstance(dim, int) and spec.name in cut.counted and axis == cut.axes[spec.name]
+    }
+    first, *others = [*names, ""]
+    return [(name, first) for name in others if name]
 
 
 @contextlib.contextmanager

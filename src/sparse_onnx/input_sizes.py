@@ -15,6 +15,7 @@ from sparse_onnx.dimensions import (
     Contradiction,
     Equation,
     Unsolvable,
+    equal,
     names_of,
     parse,
     put,
@@ -42,9 +43,10 @@ class Sizes:
 def solve_shapes(
     specs: Sequence[InputSpec],
     given: Mapping[str, tuple[int, ...]],
-    facts: Iterable[tuple[str, int]] = (),
+    facts: Iterable[tuple[str, int | str]] = (),
 ) -> Sizes:
-    """A shape for every input of known rank; ``facts`` are sizes of dimensions by name, the surest first.
+    """A shape for every input of known rank; ``facts`` are sizes of dimensions by name, or names of which the one has
+    the size of the other, the surest first.
 
     Raises UsageError if given shapes do not fit the inputs or each other, or a size becomes negative.
     """
@@ -61,7 +63,7 @@ def solve_shapes(
     loose = _loose(atoms)
     rules = [Equation(parse(text), 0, text) for text in _conventions(atoms)]
     rules += [Equation(parse(loose[e.text]), e.size, e.text) for e in equations if e.text in loose]
-    rules += [Equation(parse(name), size, name) for name, size in facts]
+    rules += [equal(name, size) for name, size in facts]
     exact = [equation for equation in equations if equation.text not in loose]
     exact.sort(
         key=lambda equation: len(equation.expression)

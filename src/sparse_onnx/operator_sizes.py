@@ -27,10 +27,11 @@ _Dims = tuple[Dim, ...]
 
 
 class Fact(NamedTuple):
-    """The dimension ``name`` of an input has ``size``; see :func:`.dimensions.unnamed` for one without a name."""
+    """The dimension ``name`` of an input has ``size``, or that of the dimension of that name; see
+    :func:`.dimensions.unnamed` for one without a name."""
 
     name: str
-    size: int
+    size: int | str
 
 
 def operator_sizes(model: ir.Model) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
@@ -130,7 +131,7 @@ def _facts(nodes: Sequence[ir.Node], rules: Mapping[str, _Rule], shapes: _Shapes
         if rule is None or not (is_standard(node, node.op_type) or node.domain == "com.microsoft"):
             continue
         for a, b in rule(node, shapes):
-            if isinstance(a, str) and isinstance(b, int):
+            if isinstance(a, str) and b is not None and a != b:
                 yield Fact(a, b)
             elif isinstance(b, str) and isinstance(a, int):
                 yield Fact(b, a)
@@ -194,7 +195,7 @@ def _concat(node: ir.Node, shapes: _Shapes) -> _Pairs:
     axis = _integer(node, "axis") % len(every[0])
     for place in range(len(every[0])):
         sizes = [_at(dims, place) for dims in every]
-        known = next((size for size in sizes if isinstance(size, int)), None)
+        known = next((size for size in sizes if isinstance(size, int)), sizes[0])
         if place != axis:
             yield from ((size, known) for size in sizes)
 

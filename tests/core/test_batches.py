@@ -164,3 +164,13 @@ def test_what_is_fixed_must_agree_with_the_data():
 def test_nothing_to_cut():
     assert batching((), {}).samples({}) == 1
     assert batching((spec("sr"),), {"sr": rows()}).cut({"sr": rows()}, 0, 1)["sr"].shape == ()
+
+
+def test_a_state_without_names():
+    """As silero-vad has it: [?, ?], [2, ?, 128] and a rate."""
+    specs = (spec("x", None, None), spec("state", 2, None, 8), spec("sr", dtype=np.int64))
+    arrays = {"x": rows(5, 64), "state": rows(2, 5, 8), "sr": np.array(16000)}
+    batches = split_batches(check_samples(arrays, specs, "data"), specs, 2, "data")
+    assert [batch["state"].shape for batch in batches] == [(2, 2, 8), (2, 2, 8), (2, 1, 8)]
+    once = check_samples({**arrays, "state": rows(2, 1, 8)}, specs, "data")
+    assert [batch["state"].shape for batch in split_batches(once, specs, 4, "data")] == [(2, 1, 8)] * 2

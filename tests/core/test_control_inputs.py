@@ -126,6 +126,32 @@ def test_the_original_is_compared_with_at_the_fixed_value(voice, tmp_path):
     assert 0.01 < checks["against_original"]["relative_error"] < 1
 
 
+def test_layers_are_traced_through_what_is_fixed(voice, tmp_path):
+    optimize(voice, tmp_path / "out", fixed_inputs={"sr": 8000}, method="magnitude", sparsity=0.95)
+    found = sparse_onnx.verify(voice, tmp_path / "out" / "model.onnx", threads=1)
+    assert [miss.threshold for miss in found.misses] == ["max_relative_error"]
+    assert found.trace is not None
+
+
+def test_a_search_with_a_fixed_input(voice, data, tmp_path):
+    said = []
+    result = sparse_onnx.optimize(
+        voice,
+        tmp_path / "out",
+        method="magnitude",
+        max_drop=0.9,
+        fixed_inputs={"sr": 16000},
+        calibration_data=data,
+        search_trials=1,
+        threads=1,
+        progress=said.append,
+    )
+    assert [row["shape"] for row in result.report["layers"]] == [[256, 128], [128, 128]]
+    assert [v.name for v in load_model(tmp_path / "out" / "model.onnx").graph.inputs] == ["state", "x"]
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").target.fixed_inputs == {"sr": 16000}
+    assert any("note: dimension batch is taken as 1" in line for line in said)
+
+
 def test_nothing_sparse_is_still_fixed(voice, tmp_path):
     result = sparse_onnx.optimize(
         voice, tmp_path / "out", fixed_inputs={"sr": 8000}, min_speedup=1e6, threads=1
@@ -184,7 +210,7 @@ def test_the_data_decides_what_would_be_guessed(voice, tmp_path):
 
 @pytest.mark.parametrize("lengths", [(7, 7), (7, 9)])
 def test_sizes_of_the_data_stand_for_guesses(lengths):
-    """But for the batch, which is how the data was cut."""
+    """But for the batch, which is how the data was cut, and equal in all inputs that have it."""
     text = """
     <ir_version: 9, opset_import: ["" : 17]>
     g (float[n, time] x, float[m, other] z) => (float[1, 1] y) { a = ReduceMax(x) b = ReduceMax(z) y = Add(a, b) }
@@ -194,13 +220,13 @@ def test_sizes_of_the_data_stand_for_guesses(lengths):
     choice = choose_inputs(model, input_specs(model), {"z": (2, 5)}, batches)
     assert choice.shapes["z"] == (2, 5)
     if len(set(lengths)) == 1:
-        assert choice.shapes["x"] == (1, 7)
+        assert choice.shapes["x"] == (2, 7)
         assert (
             "dimension time is taken as 7, as in the data; say --input-shape or --input now"
             in choice.notes("now")
         )
     else:
-        assert choice.shapes["x"] == (1, 128)
+        assert choice.shapes["x"] == (2, 128)
     ranked = input_specs(model)
     unknown = (dataclasses.replace(ranked[0], shape=None), ranked[1])
     assert choose_inputs(model, unknown, {}, batches[:1]).shapes == {"x": (1, 7), "z": (1, 3)}

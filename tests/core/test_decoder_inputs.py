@@ -176,6 +176,49 @@ def feeds(heads, batch, past, new):
     }
 
 
+def merged_decoder(path: Path) -> Path:
+    """As Optimum merges two decoders, with a flag for the branch: without a cache the past is not read."""
+    optimum_decoder(path)
+    proto = onnx.load(path)
+    ends = [node for node in proto.graph.node if node.op_type == "Concat"]
+    for end in ends:
+        past, new = end.input
+        then = helper.make_node("Concat", [past, new], [f"{end.output[0]}.with"], axis=2)
+        other = helper.make_node("Identity", [new], [f"{end.output[0]}.without"])
+        branches = [
+            helper.make_graph(
+                [node], "b", [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)]
+            )
+            for node in (then, other)
+        ]
+        choice = helper.make_node("If", ["use_cache_branch"], list(end.output), name=end.name)
+        for name, graph in zip(("then_branch", "else_branch"), branches, strict=True):
+            choice.attribute.append(helper.make_attribute(name, graph))
+        proto.graph.node.insert(list(proto.graph.node).index(end), choice)
+        proto.graph.node.remove(end)
+    proto.graph.input.append(helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1]))
+    onnx.save(proto, path)
+    return path
+
+
+def test_a_merged_decoder(tmp_path):
+    path = merged_decoder(tmp_path / "merged.onnx")
+    result = sparse_onnx.optimize(path, tmp_path / "out", benchmark=False, threads=1)
+    assert result.report["input_shapes"]["attention_mask"] == [1, 128]
+    assert result.report["input_shapes"]["use_cache_branch"] == [1]
+    for flag, given in ((False, feeds(HEADS, 2, 0, 5)), (True, feeds(HEADS, 2, 4, 2))):
+        out = tmp_path / f"fixed {flag}"
+        sparse_onnx.optimize(path, out, benchmark=False, threads=1, fixed_inputs={"use_cache_branch": flag})
+        written = out / "model.onnx"
+        assert not [node for node in load_model(written).graph if node.op_type == "If"]
+        expected = run_session(
+            open_session(path, threads=1, library=False), {**given, "use_cache_branch": np.array([flag])}
+        )
+        got = run_session(open_session(written, threads=1, library=True), given)
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, atol=1e-4 * np.abs(value).max())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoders_compile_with_nothing_said(tmp_path, kind):
     path = KINDS[kind](tmp_path / "decoder.onnx")

@@ -22,7 +22,7 @@ from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.forecast import Plan
 from sparse_onnx.goals import gates, goal_document
 from sparse_onnx.host import available_cores
-from sparse_onnx.input_choice import choose_inputs
+from sparse_onnx.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.layer_curves import UNSTRUCTURED
 from sparse_onnx.metrics import MetricResult
 from sparse_onnx.model_timing import time_models
@@ -216,9 +216,11 @@ class _Job:
         specs = inputs.input_specs(self.model, target.input_values, target.fixed_inputs)
         fix_inputs(self.model, specs)
         first = self._first_batch(specs)
-        choices = [choose_inputs(self.model, specs, given, first) for given in target.all_shapes]
-        self.targets = [choice.shapes for choice in choices]
-        self.feeds = [choice.feeds(recipe.calibration.seed) for choice in choices]
+        self.choices = [choose_inputs(self.model, specs, given, first) for given in target.all_shapes]
+        for line in dict.fromkeys(line for choice in self.choices for line in choice.notes("for another")):
+            say(f"note: {line}")
+        self.targets = [choice.shapes for choice in self.choices]
+        self.feeds = [choice.feeds(recipe.calibration.seed) for choice in self.choices]
 
     def _first_batch(self, specs: Sequence[inputs.InputSpec]) -> list[inputs.Feeds]:
         """One batch of the data, as trials see it; none without data."""
@@ -293,7 +295,7 @@ class _Job:
         """Measure layers and whole models, and make the families of plans of it; both are kept."""
         calibration = self.recipe.calibration
         selection = Selection(self.template.targets, self.template.ignore)
-        with model_io.Spool(self.work) as spool:
+        with model_io.Spool(self.work) as spool, explaining_guesses(self.choices):
             Pipeline(PREPARATION_PASSES)(self.model, PassContext(spool.put))
             weights, left = choose_weights(self.model, selection, MaskStructure())
             if not weights:
