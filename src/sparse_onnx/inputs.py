@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import is_standard
 
 __all__ = [
     "Feeds",
@@ -38,12 +39,14 @@ Feeds = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
     """One input of a model; a dimension is a number, a symbol, or None. ``rows`` bounds an index input: the
-    rows of the smallest table that it looks up, or None."""
+    rows of the smallest table that it looks up, or None. ``steps`` is the number or symbol of the steps that sequences
+    have at most, of an input that says their lengths to an LSTM or GRU; else None."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]
     rows: int | None
+    steps: int | str | None = None
 
     def describe(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
@@ -61,8 +64,33 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
                 f"input {value.name!r} is no tensor with a known rank and numeric type: cannot be run"
             )
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        specs.append(InputSpec(value.name or "", value.dtype.numpy(), dims, _table_rows(value)))
+        specs.append(
+            InputSpec(value.name or "", value.dtype.numpy(), dims, _table_rows(value), _steps(value))
+        )
     return tuple(specs)
+
+
+def _steps(value: ir.Value) -> int | str | None:
+    """The size of the first axis of what an LSTM or GRU reads, where ``value`` says how long its sequences are."""
+    for use in value.uses():
+        if is_standard(use.node, "LSTM", "GRU") and use.idx == 4:
+            return _size(use.node.inputs[0], 0)
+        if is_standard(use.node, "Cast", "Identity") and (found := _steps(use.node.outputs[0])) is not None:
+            return found
+    return None
+
+
+def _size(value: ir.Value | None, axis: int) -> int | str | None:
+    """A dimension, also of what a Transpose makes."""
+    if value is None:
+        return None
+    if value.shape is not None and axis < len(value.shape):
+        dim = value.shape[axis]
+        return dim if isinstance(dim, int) else dim.value
+    producer = value.producer()
+    if producer is None or not is_standard(producer, "Transpose") or "perm" not in producer.attributes:
+        return None
+    return _size(producer.inputs[0], producer.attributes.get_ints("perm")[axis])
 
 
 def _table_rows(value: ir.Value) -> int | None:
@@ -182,7 +210,8 @@ def resolve_shapes(
 
 def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Feeds:
     """Random values of the given shapes: standard normal floats, indices within their table, masks of ones,
-    positions that count up, zeros for other integers."""
+    positions that count up, lengths of full sequences, zeros for other integers."""
+    symbols = {dim: size for spec in specs for dim, size in zip(spec.shape, shapes[spec.name], strict=False)}
     rng = np.random.default_rng(seed)
     feeds: Feeds = {}
     for spec in specs:
@@ -192,6 +221,9 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
         elif np.issubdtype(spec.dtype, np.integer):
             if "position" in name:
                 values: np.ndarray = np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
+            elif spec.steps is not None:
+                steps = symbols.get(spec.steps, 0) if isinstance(spec.steps, str) else spec.steps
+                values = np.full(shape, steps)
             elif spec.rows is not None and "type" not in name:
                 values = rng.integers(0, spec.rows, shape)
             else:
