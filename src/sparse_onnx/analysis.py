@@ -521,6 +521,7 @@ class _Job:
                     dense_ms=measured.dense_ms,
                     share=None if profile is None else profile.share(weight.name),
                     curves=measured.curves,
+                    others=tuple(part.weight.name for part in candidate.parts[1:]),
                 )
             )
             for part in candidate.parts:

@@ -55,6 +55,8 @@ class LayerForecast:
         share: Of the time of the whole dense model, as profiled; None if that was not possible.
         curves: Time of the sparse form relative to dense by pattern.
         loss: What its zeros do to the model's outputs; None if that was not measured.
+        others: Names of the weights that are pruned and lowered along with it; they are part of all other numbers
+            but the loss.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LayerForecast:
     share: float | None
     curves: Mapping[str, Curve]
     loss: Loss | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from sparse_onnx.batches import batching
 from sparse_onnx.dimensions import Dim, parse, read_dim
 from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import is_standard
 from sparse_onnx.input_sizes import is_cache_length, solve_shapes
 
 __all__ = [
@@ -60,6 +61,8 @@ class InputSpec:
         dtype: The type of its elements.
         shape: Its dimensions, each a number, a name or None; None if not even their number is known.
         rows: The bound of an input of indices: the rows of the smallest table that it looks up, or None.
+        steps: Of an input that says the lengths of sequences to an LSTM or GRU: the number or name of the steps that
+            they have at most; else None.
         compared: The first constant that the graph compares an input of integers with, or None.
         value: What the user gives it, of a type and shape that fit, or None. A number alone fills any shape.
         fixed: Whether the value is to become a constant of the model.
@@ -69,6 +72,7 @@ class InputSpec:
     dtype: np.dtype
     shape: tuple[Dim, ...] | None
     rows: int | None
+    steps: Dim = None
     compared: int | None = None
     value: Value | None = None
     fixed: bool = False
@@ -130,7 +134,7 @@ def input_specs(
             raise UsageError(f"input {value.name!r} is no tensor with a known numeric type: cannot be run")
         dims = None if value.shape is None else tuple(map(read_dim, value.shape))
         name, dtype = value.name or "", value.dtype.numpy()
-        specs.append(InputSpec(name, dtype, dims, _table_rows(value), _compared(value)))
+        specs.append(InputSpec(name, dtype, dims, _table_rows(value), _steps(value), _compared(value)))
     given, constant = values or {}, fixed or {}
     for option, names in (("--input", given), ("--fix-input", constant)):
         if strange := [name for name in names if name not in {spec.name for spec in specs}]:
@@ -194,6 +198,28 @@ def plain_values(values: Mapping[str, Any] | None) -> dict[str, Value] | None:
 
 def _frozen(value: Any) -> Value:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _steps(value: ir.Value) -> Dim:
+    """The size of the first axis of what an LSTM or GRU reads, where ``value`` says how long its sequences are."""
+    for use in value.uses():
+        if is_standard(use.node, "LSTM", "GRU") and use.idx == 4:
+            return _size(use.node.inputs[0], 0)
+        if is_standard(use.node, "Cast", "Identity") and (found := _steps(use.node.outputs[0])) is not None:
+            return found
+    return None
+
+
+def _size(value: ir.Value | None, axis: int) -> Dim:
+    """A dimension, also of what a Transpose makes."""
+    if value is None:
+        return None
+    if value.shape is not None and axis < len(value.shape):
+        return read_dim(value.shape[axis])
+    producer = value.producer()
+    if producer is None or not is_standard(producer, "Transpose") or "perm" not in producer.attributes:
+        return None
+    return _size(producer.inputs[0], producer.attributes.get_ints("perm")[axis])
 
 
 def _table_rows(value: ir.Value) -> int | None:
@@ -329,6 +355,12 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
     """Values of the given shapes: those that the user gives; else standard normal floats, indices within their table,
     masks of ones, positions that count up from what is in the cache, lengths as the shapes have them, the constant that
     a single integer is compared with, zeros for other integers, and true."""
+    sizes = {
+        dim: size
+        for spec in specs
+        for dim, size in zip(spec.shape or (), shapes[spec.name], strict=False)
+        if isinstance(dim, str)
+    }
     rng = np.random.default_rng(seed)
     past, new = _history(specs, shapes)
     feeds: Feeds = {}
@@ -342,7 +374,11 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
         elif spec.dtype == np.bool_ or "mask" in name:
             feeds[spec.name] = np.ones(shape, spec.dtype)
         elif np.issubdtype(spec.dtype, np.integer):
-            feeds[spec.name] = _integers(spec, shape, past, new, rng).astype(spec.dtype)
+            if spec.steps is not None:  # full sequences
+                steps = sizes.get(spec.steps, 0) if isinstance(spec.steps, str) else spec.steps
+                feeds[spec.name] = np.full(shape, steps, spec.dtype)
+            else:
+                feeds[spec.name] = _integers(spec, shape, past, new, rng).astype(spec.dtype)
         else:
             feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
     return feeds

@@ -129,6 +129,64 @@ def write_models(folder: Path) -> None:
     )
     np.save(folder / "x.npy", x)
     np.save(folder / "expected.npy", expected)
+    write_recurrent(folder)
+
+
+def write_recurrent(folder: Path) -> None:
+    """``recurrent.onnx``, an LSTM behind a GRU, for the same ``x.npy``, and ``recurrent.npy``. No part of the chain: on
+    no tokens ONNX Runtime's own break."""
+    import onnx
+
+    from sparse_onnx.sparse_ops import sparse_matmul as sm
+    from sparse_onnx.sparse_ops import sparse_recurrent as sr
+
+    rng = np.random.default_rng(1)
+    hidden, nodes, initializers = WIDTHS[0], [], []
+    expected = np.load(folder / "x.npy")
+    for op_type in ("SparseGRU", "SparseLSTM"):
+        signature = sr.OP_TYPES[op_type]
+        N = sr.CELLS[signature.cell] * hidden
+        options = {"linear_before_reset": 1} if signature.cell == "GRU" else {}
+        attributes: dict[str, int | str] = {"direction": "reverse", "format": sm.FORMAT, **options}
+        arrays, weights = {}, []
+        for prefix in ("", sr.PREFIX):
+            dense = np.where(rng.random((hidden, N)) < 0.3, rng.standard_normal((hidden, N)) / 6, 0)
+            packed, bias = (
+                sm.pack(dense.astype(np.float32), block=32),
+                rng.standard_normal(N).astype(np.float32),
+            )
+            weights += [packed, bias]
+            arrays |= {prefix + name: array for name, array in {**packed.arrays(), "bias": bias}.items()}
+            attributes |= {
+                prefix + name: size for name, size in packed.attributes().items() if name != "format"
+            }
+        # The state behind the last step is a sequence of one step for the next cell.
+        expected = sr.reference(op_type, expected, *weights, direction="reverse", **options)[1]
+        names = [f"{op_type}.{name}" for name in arrays]
+        made = [f"{op_type}.{name}" for name in signature.outputs]
+        read = nodes[-1].output[1] if nodes else "x"
+        node = onnx.helper.make_node(op_type, [read, *names], made, f"{NODE}.{op_type}", domain=sm.DOMAIN)
+        node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
+        nodes.append(node)
+        initializers += [
+            onnx.numpy_helper.from_array(a, n) for n, a in zip(names, arrays.values(), strict=True)
+        ]
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "recurrent",
+        [onnx.helper.make_tensor_value_info("x", float32, ["steps", "batch", hidden])],
+        [onnx.helper.make_tensor_value_info(nodes[-1].output[0], float32, None)],
+        initializers,
+    )
+    model = onnx.helper.make_model(
+        graph,
+        ir_version=9,
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        functions=[sr.function_body(node.op_type, 17) for node in nodes],
+    )
+    onnx.save_model(model, folder / "recurrent.onnx")
+    np.save(folder / "recurrent.npy", expected[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +222,13 @@ def worker(folder: Path, library: str, model: str | None) -> list[Check]:
         check(f"{name}: shape", None if shape == ["batch", "tokens", WIDTHS[-1]] else shape)
         (empty,) = opened.run(None, {"h0": x[:, :0]})
         check(f"{name}: no tokens", None if empty.shape == (2, 0, WIDTHS[-1]) else empty.shape)
+    expected = np.load(folder / "recurrent.npy")
+    for registrations in (0, 1):
+        opened = session(folder / "recurrent.onnx", registrations)
+        (got,) = opened.run(None, {"x": x})
+        error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+        name = ("recurrent, function bodies", "recurrent, library")[registrations]
+        check(name, None if error < 1e-5 else f"relative error {error}")
     try:
         session(folder / "bad.onnx", 1)
         check("damaged weight", "was accepted")

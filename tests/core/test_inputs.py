@@ -199,6 +199,26 @@ def test_generated_values():
     assert abs(float(feeds["x"].std()) - 1) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("inputs", "body"),
+    [
+        ("float[S, B, 3] X, int32[B] lens", "Y = GRU<hidden_size = 2>(X, W, R, , lens)"),
+        (
+            "float[B, S, 3] x, int64[B] lens",
+            "X = Transpose<perm = [1, 0, 2]>(x) l = Cast<to = 6>(lens) Y = GRU<hidden_size = 2>(X, W, R, , l)",
+        ),
+        ("float[9, B, 3] X, int32[B] lens", "Y = GRU<hidden_size = 2>(X, W, R, , lens)"),
+    ],
+)
+def test_generated_sequences_are_of_full_length(inputs, body):
+    weights = {"W": np.ones((1, 6, 3), np.float32), "R": np.ones((1, 6, 2), np.float32)}
+    specs = input_specs(model(inputs, body, "float[S, 1, B, 2] Y", **weights))
+    shapes, _ = resolve_shapes(
+        specs, {specs[0].name: tuple({"S": 9, "B": 4}.get(d, d) for d in specs[0].shape)}
+    )
+    np.testing.assert_array_equal(generate(specs, shapes)["lens"], [9] * 4)
+
+
 def test_generated_values_follow_the_seed():
     specs = [spec("x", np.float32, 8), spec("ids", np.int64, 8, rows=1000)]
     shapes = {"x": (8,), "ids": (8,)}

@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sparse_onnx.model_io import save_model
+from sparse_onnx.passes.sparse_recurrent import LowerSparseRecurrent
 from sparse_onnx.runtime import open_session
 from sparse_onnx.sparse_ops import info
-from sparse_onnx.tools.benchmarks import single_layers, tables, whole_models
+from sparse_onnx.tools.benchmarks import recurrent_layers, single_layers, tables, whole_models
 from sparse_onnx.tools.benchmarks.engines import Engine, EngineError, EngineSpec, compare
 from sparse_onnx.tools.benchmarks.section import Table
 
@@ -136,6 +137,34 @@ def test_few_rows(tmp_path):
     for row in table["rows"]:
         assert list(row) == columns
         assert row["share"] == f"{100 * row['weight GB/s'] / row['memory GB/s']:.0f} %"
+
+
+def test_recurrent(tmp_path):
+    ran = run("--quick", "--section", "recurrent", "--threads", "1", "--json", tmp_path / "out.json")
+    assert ran.exit_code == 0, ran.output
+    (table,) = sections(tmp_path / "out.json")["recurrent"]
+    assert list(table["rows"][0]) == ["layer", "hidden", "batch", "zeros", *TIMES]
+    assert [(row["layer"], row["batch"]) for row in table["rows"]] == [
+        ("LSTM", 1),
+        ("LSTM", 2),
+        ("GRU", 1),
+        ("GRU", 2),
+    ]
+    assert all(row["dense ms"] > 0 and row["sparse ms"] > 0 for row in table["rows"])
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_sparse_recurrent_layer_computes_the_dense_one(cell, tmp_path):
+    dense = recurrent_layers.layer(cell, 64, 0.8)
+    sparse = dense.clone()
+    LowerSparseRecurrent()(sparse)
+    feeds = {"X": np.random.default_rng(1).standard_normal((4, 3, 64), np.float32)}
+    paths = [save_model(model, tmp_path, name=name) for model, name in ((dense, "a"), (sparse, "b"))]
+    want, got = (
+        open_session(path, threads=1, library=library).run(None, feeds)[0]
+        for path, library in zip(paths, (False, True), strict=True)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_kernels(tmp_path):

@@ -8,6 +8,8 @@
     One linear layer, sparse against dense, at many shapes, and the points that stand out.
 ``few-rows``
     Large layers on one to eight rows, weights from memory: speed by the bytes that are read.
+``recurrent``
+    LSTM and GRU, sparse against those of ONNX Runtime.
 ``kernels``
     The kernels alone against the limits of the processor.
 ``convs``
@@ -33,6 +35,7 @@ from sparse_onnx.errors import SparseOnnxError
 from sparse_onnx.report import environment
 from sparse_onnx.sparse_ops import info
 from sparse_onnx.tools.benchmarks.kernel_speed import kernels
+from sparse_onnx.tools.benchmarks.recurrent_layers import recurrent
 from sparse_onnx.tools.benchmarks.section import Settings, Table
 from sparse_onnx.tools.benchmarks.single_layers import few_rows, shapes
 from sparse_onnx.tools.benchmarks.whole_models import bert, convs
@@ -44,6 +47,7 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "bert": bert,
     "shapes": shapes,
     "few-rows": few_rows,
+    "recurrent": recurrent,
     "kernels": kernels,
     "convs": convs,
 }

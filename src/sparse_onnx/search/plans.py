@@ -107,10 +107,18 @@ def _family(name: str, plans: Iterable[Plan], forecast: Forecast, loss: LossOf) 
     for plan in plans:
         outlook = forecast.outlook(plan)
         if not kept or outlook.speedup > expected[-1].speedup or outlook.nbytes < expected[-1].nbytes:
-            kept.append(plan)
+            kept.append(_with_others(plan, forecast))
             lost = math.fsum(loss(layer, choice) or 0.0 for layer, choice in plan.items())
             expected.append(Expected(outlook.speedup, outlook.nbytes, lost))
     return Family(name, tuple(kept), tuple(expected))
+
+
+def _with_others(plan: Plan, forecast: Forecast) -> Plan:
+    """The same for the weights that go along with those of ``plan``."""
+    others = {
+        other: plan[layer.name] for layer in forecast.layers if layer.name in plan for other in layer.others
+    }
+    return {**plan, **others}
 
 
 def modifiers(plan: Plan, template: Magnitude | OneShot, sizes: Mapping[str, int]) -> tuple[Pass, ...]:

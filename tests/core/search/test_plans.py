@@ -77,6 +77,19 @@ def test_the_layer_that_loses_less_becomes_sparser_first(forecast):
 
 
 @pytest.mark.parametrize("make", [_allocated, uniform])
+def test_weights_that_go_along_get_the_same(forecast, make):
+    layers = (dataclasses.replace(forecast.layers[0], others=("recurrent",)), forecast.layers[1])
+    family = make(
+        dataclasses.replace(forecast, layers=layers),
+        ["large", "small"],
+        _loss(large=1.0, small=1.0),
+        Goals(speedup=2),
+    )
+    assert any("large" in plan for plan in family.plans)
+    assert all(plan.get("recurrent") == plan.get("large") for plan in family.plans)
+
+
+@pytest.mark.parametrize("make", [_allocated, uniform])
 def test_a_layer_that_no_sparsity_speeds_up_stays_dense(forecast, make):
     slow = dataclasses.replace(forecast.layers[1], curves={"unstructured": _curve(30)})
     changed = dataclasses.replace(forecast, layers=(forecast.layers[0], slow))
