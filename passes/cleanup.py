@@ -129,6 +129,7 @@ CLEAN_PASSES: tuple[Pass, ...] = (
     Identities(),
     FoldWeights(),
     FoldConstants(),
+    IdleNodes(),
     Reshapes(),
     IdleNodes(),
     GemmRows(),

@@ -162,8 +162,9 @@ def _quick_gelu(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
             continue
         sigmoid = only_user(scale.outputs[0], "Sigmoid")
         product = only_user(sigmoid.outputs[0], "Mul") if sigmoid is not None else None
-        if sigmoid is not None and product is not None and other_operand(product, sigmoid.outputs[0]) is h:
-            return _covered(h, [scale, sigmoid, product])
+        if sigmoid is None or product is None or other_operand(product, sigmoid.outputs[0]) is not h:
+            continue
+        return _covered(h, [scale, sigmoid, product])
     return None
 
 

@@ -16,6 +16,14 @@ keys of an attention like this)::
 
     Y = Reshape(Transpose[0,2,1](x), [B, H, D, S])         Y = Transpose[0,1,3,2](Reshape(x, [B, H, S, D]))
 
+The size -1 of ``torch.expand`` is decided, t being sizes of other values and constants, some of them -1::
+
+    Y = Expand(x, Where(Equal(t, -1), 1, t))               Y = Expand(x, t)               with 1 for -1
+
+A Softmax needs no matrix (opset 12 and older, converted)::
+
+    Y = Reshape(Softmax[-1](Flatten[last axis](x)), t)     Y = Softmax[-1](x)             t being the sizes of x
+
 Everything else stays as it is, and so do subgraphs and functions.
 """
 
@@ -32,7 +40,7 @@ import onnx_ir as ir
 from sparse_onnx.constants import constant_array
 from sparse_onnx.graph import add_initializer, drop_if_unused, is_standard, new_name
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
-from sparse_onnx.shapes import Dims, Shapes, same
+from sparse_onnx.shapes import Dims, Shapes, agree, same
 
 __all__ = ["Reshapes"]
 
@@ -45,13 +53,13 @@ class Reshapes(Pass):
     stage: ClassVar[Stage] = Stage.CLEAN
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        done = {"targets": 0, "transposes": 0}
+        done = {"targets": 0, "transposes": 0, "softmax": 0, "expanded": _decide_expanded(model)}
         while True:
             # What the file declares for values in between is left out, as if other inputs were given.
             shapes = Shapes(model, inputs={})
             found = 0
             for node in [node for node in model.graph if is_standard(node, "Reshape")]:
-                for name, step in (("targets", _write_target), ("transposes", _swap_transpose)):
+                for name, step in _STEPS:
                     applied = step(model, node, shapes)
                     done[name] += applied
                     found += applied
@@ -169,3 +177,90 @@ def _swap_transpose(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     _remove(model, node)
     _remove(model, transpose)
     return True
+
+
+def _unflatten_softmax(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
+    """Let the Softmax in front of ``node`` work on what was made a matrix for it."""
+    softmax = _before(node, "Softmax")
+    flatten = _before(softmax, "Flatten") if softmax is not None else None
+    if softmax is None or flatten is None or node.outputs[0].is_graph_output():
+        return False
+    source, result = flatten.inputs[0], softmax.outputs[0]
+    dims, target = shapes.dims(source), node.inputs[1].producer() if node.inputs[1] is not None else None
+    of_source = target is not None and is_standard(target, "Shape") and not target.attributes
+    back = agree(dims, shapes.dims(node.outputs[0])) if dims else False
+    if not back and not (of_source and target is not None and target.inputs[0] is source):
+        return False
+    rank = shapes.rank(source)
+    if rank is None or flatten.attributes.get_int("axis", 1) % rank != rank - 1:
+        return False
+    if softmax.attributes.get_int("axis", -1) not in (-1, 1) or len(result.uses()) != 1:
+        return False
+    softmax.replace_input_with(0, source)
+    softmax.attributes.add(ir.AttrInt64("axis", -1))
+    result.shape = None if source is None else source.shape
+    node.outputs[0].replace_all_uses_with(result)
+    _remove(model, node)
+    _remove(model, flatten)
+    return True
+
+
+_STEPS = (
+    ("targets", _write_target),
+    ("transposes", _swap_transpose),
+    ("softmax", _unflatten_softmax),
+)
+
+
+# -- torch.expand ------------------------------------------------------------------------------------
+
+
+def _decide_expanded(model: ir.Model) -> int:
+    done = 0
+    for node in [node for node in model.graph if is_standard(node, "Where")]:
+        sizes = _sizes_of_expand(node)
+        if sizes is None or node.outputs[0].is_graph_output():
+            continue
+        parts = [_without_rest(model, part) for part in sizes.inputs if part is not None]
+        decided = ir.node("Concat", parts, {"axis": 0}, name=node.name)
+        decided.outputs[0].name = new_name(model, f"{sizes.outputs[0].name}.decided")
+        model.graph.insert_before(node, decided)
+        node.outputs[0].replace_all_uses_with(decided.outputs[0])
+        _remove(model, node)
+        done += 1
+    return done
+
+
+def _sizes_of_expand(where: ir.Node) -> ir.Node | None:
+    """The Concat t of ``Where(Equal(t, -1), 1, t)``, if all of it is constants and sizes of values."""
+    condition, ones, sizes = where.inputs
+    equal = condition.producer() if condition is not None else None
+    one = constant_array(ones)
+    if equal is None or not is_standard(equal, "Equal") or one is None or (one != 1).any():
+        return None
+    if sizes is None or sizes not in equal.inputs:
+        return None
+    rest = constant_array(equal.inputs[1] if equal.inputs[0] is sizes else equal.inputs[0])
+    concat = sizes.producer()
+    if rest is None or (rest != -1).any() or concat is None or not is_standard(concat, "Concat"):
+        return None
+    known = all(constant_array(part) is not None or _is_size(part) for part in concat.inputs)
+    return concat if known and concat.graph is where.graph else None
+
+
+def _is_size(value: ir.Value | None, depth: int = 8) -> bool:
+    """Whether ``value`` has dimensions of other values: none of them is -1."""
+    node = value.producer() if value is not None else None
+    if node is None or depth == 0:
+        return False
+    if is_standard(node, "Shape"):
+        return True
+    moved = is_standard(node, "Gather", "Slice", "Squeeze", "Unsqueeze", "Identity", "Reshape")
+    return moved and _is_size(node.inputs[0], depth - 1)
+
+
+def _without_rest(model: ir.Model, part: ir.Value) -> ir.Value:
+    array = constant_array(part)
+    if array is None or (array != -1).all():
+        return part
+    return _target(model, np.where(array == -1, 1, array).reshape(-1).tolist())

@@ -10,7 +10,6 @@ holds for all sizes that the symbols may stand for.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from sparse_onnx import model_io
 from sparse_onnx.constants import constant_number, constant_tensor
 from sparse_onnx.dimensions import Dim, forget_unknown, read_dim
 from sparse_onnx.graph import is_standard
+from sparse_onnx.axis_lengths import axis_lengths
 
 __all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
 
@@ -94,14 +94,15 @@ class Shapes:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(model_io.skeleton(self._model)[0])
         if self._inputs is not None:
             _declare(proto.graph, self._inputs)
-        forget_unknown(
-            proto.graph
-        )  # inference would spread what stands for any size as if it were one symbol
-        with contextlib.suppress(
-            Exception
-        ):  # of whatever kind: the runtime will tell what is wrong with the model
-            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        return proto
+        forget_unknown(proto.graph)  # or inference would spread it as one symbol
+        _prefer_newer_reshape(proto)
+        inferred = _inferred(proto)
+        told = set[str]()
+        while lengths := [value for value in axis_lengths(inferred.graph) if value.name not in told]:
+            _tell(proto.graph, lengths)
+            told.update(value.name for value in lengths)
+            inferred = _inferred(proto)
+        return inferred
 
     @functools.cached_property
     def _known(self) -> dict[str, tuple[Dims | None, int]]:
@@ -224,6 +225,28 @@ class Shapes:
         one = node.op_type == "Gather" or self.dims(node.outputs[0]) == (1,)
         dim = dims[int(start)] if one and -len(dims) <= start < len(dims) else None
         return float(dim) if isinstance(dim, int) else None
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # of whatever kind: the runtime will tell what is wrong with the model
+        return proto
+
+
+def _tell(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
+    """Declare these values, whatever is declared of them."""
+    names = {value.name for value in values}
+    others = [value for value in graph.value_info if value.name not in names]
+    del graph.value_info[:]
+    graph.value_info.extend([*others, *values])
+
+
+def _prefer_newer_reshape(proto: onnx.ModelProto) -> None:
+    """Let Reshape of opset 13 be inferred as of 14: only that looks through the nodes that compute its target."""
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version == 13:
+            opset.version = 14
 
 
 def _is_size(dim: Dim) -> bool:

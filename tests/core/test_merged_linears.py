@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation, layer_timing, model_io, model_timing, sparse_ops
+from sparse_onnx import compilation, layer_timing, model_io, sparse_ops
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
