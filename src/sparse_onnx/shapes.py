@@ -19,10 +19,10 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from sparse_onnx import model_io
+from sparse_onnx.axis_lengths import axis_lengths
 from sparse_onnx.constants import constant_number, constant_tensor
 from sparse_onnx.dimensions import Dim, forget_unknown, read_dim
 from sparse_onnx.graph import is_standard
-from sparse_onnx.axis_lengths import axis_lengths
 
 __all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
 
