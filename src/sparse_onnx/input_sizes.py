@@ -210,15 +210,18 @@ def _evaluated(spec: InputSpec, sizes: Mapping[str, int], loose: Mapping[str, st
 
 
 def other_shapes(
-    specs: Sequence[InputSpec], sizes: Sizes, fixed: Iterable[str], short: int
+    specs: Sequence[InputSpec], sizes: Sizes, facts: Sequence[tuple[str, int | str]], short: int
 ) -> dict[str, tuple[int, ...]]:
     """Shapes with a batch of one made two and long dimensions of at most ``short``, where the model leaves them open;
-    ``fixed`` are names whose size is known. What must agree agrees.
+    what ``facts`` say, as for :func:`solve_shapes`, stays true, and what must agree agrees.
 
     Axes after the second stay: what heights and widths a network takes depends on its strides.
     """
     changed = dict(sizes.names)
-    seen = {*fixed, *(name for spec in specs if spec.value is not None for name in _names(spec))}
+    seen = {
+        *(name for name, size in facts if isinstance(size, int)),
+        *(name for spec in specs if spec.value is not None for name in _names(spec)),
+    }
     for name, axis, _ in _places(specs):
         if name in seen or name not in changed:
             continue
@@ -226,6 +229,9 @@ def other_shapes(
         if axis <= 1:
             size = changed[name]
             changed[name] = 2 if size == 1 and axis == 0 else min(size, short)
+    for name, other in facts:
+        if isinstance(other, str) and name in changed and sizes.names[name] == sizes.names.get(other):
+            changed[name] = changed[other]
     atoms = list(changed)
     for text in _conventions(atoms):
         if value_of(parse(text), sizes.names) != 0:

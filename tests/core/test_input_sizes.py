@@ -163,4 +163,15 @@ def test_other_shapes_agree_as_well(mask):
 def test_other_shapes_keep_what_is_known():
     specs = (spec("x", "n", "k"), spec("flags", "f", value=(1, 0)), spec("y", "f", 3))
     sizes = solve_shapes(specs, {}, [("k", 64)])
-    assert other_shapes(specs, sizes, {"k"}, 17) == {"x": (2, 64), "flags": (2,), "y": (2, 3)}
+    assert other_shapes(specs, sizes, [("k", 64)], 17) == {"x": (2, 64), "flags": (2,), "y": (2, 3)}
+
+
+def test_other_shapes_keep_what_is_equal():
+    specs = (spec("x", None, None), spec("state", 2, None, 8))
+    facts = [("state.1", "x.0")]
+    sizes = solve_shapes(specs, {}, facts)
+    assert sizes.shapes == {"x": (1, 128), "state": (2, 1, 8)}
+    assert other_shapes(specs, sizes, facts, 17) == {"x": (2, 17), "state": (2, 2, 8)}
+    given = solve_shapes(specs, {"x": (3, 5), "state": (2, 4, 8)}, facts)  # whoever says so knows better
+    assert given.shapes == {"x": (3, 5), "state": (2, 4, 8)}
+    assert other_shapes(specs, given, facts, 17) == {"x": (3, 5), "state": (2, 4, 8)}
