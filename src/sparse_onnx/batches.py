@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparse_onnx.dimensions import names_of, parse
+from sparse_onnx.dimensions import names_of, parse, unnamed
 
 if TYPE_CHECKING:
     from sparse_onnx.inputs import InputSpec
 
-__all__ = ["Batching", "batching"]
+__all__ = ["Batching", "batching", "equal_batches"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -98,6 +98,37 @@ def batching(specs: Sequence[InputSpec], arrays: Arrays) -> Batching:
             counted[name], total = axis, arrays[name].shape[axis]
     ordered = (*ours, *(name for name in counted if name not in ours))
     return Batching(counted | others, ordered, fixed)
+
+
+def equal_batches(specs: Sequence[InputSpec], arrays: Arrays | None = None) -> list[tuple[str, str]]:
+    """Names of dimensions that are the batch, whatever they are called, each with the first of them: those that are cut
+    in ``arrays``; without, where the batch is free in front of an input, also the first dimension without a name behind
+    a fixed one (a state ``[2, ?, 128]``)."""
+    axes: dict[str, int] = {}
+    if arrays:
+        cut = batching(specs, arrays)
+        axes = {name: cut.axes[name] for name in cut.counted}
+    elif any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs):
+        symbol = _symbol(specs)
+        for spec in specs:
+            dims = spec.shape or ()
+            if dims and (dims[0] is None or dims[0] == symbol):
+                axes[spec.name] = 0
+            elif (
+                len(dims) > 2
+                and isinstance(dims[0], int)
+                and None in dims
+                and (symbol is None or symbol not in dims)
+            ):
+                axes[spec.name] = dims.index(None)
+    found = {
+        dim or unnamed(spec.name, axis): axis
+        for spec in specs
+        for axis, dim in enumerate(spec.shape or ())
+        if axes.get(spec.name) == axis and not isinstance(dim, int)
+    }
+    first, *others = [*sorted(found, key=found.__getitem__), ""]
+    return [(name, first) for name in others if name]
 
 
 def _symbol(specs: Sequence[InputSpec]) -> str | None:

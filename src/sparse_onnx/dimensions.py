@@ -217,7 +217,9 @@ def equal(name: str, other: int | str) -> Equation:
     """The dimension ``name`` has the size ``other``, or that of the dimension of that name."""
     if isinstance(other, int):
         return Equation(parse(name), other, name)
-    return Equation(_add(parse(name), parse(other), -1), 0, name)
+    difference = Counter(dict(parse(name)))
+    difference.subtract(dict(parse(other)))
+    return Equation(dict(difference), 0, name)
 
 
 @dataclasses.dataclass

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 
 import onnx_ir as ir
 
-from sparse_onnx.batches import batching
+from sparse_onnx.batches import batching, equal_batches
 from sparse_onnx.dimensions import unnamed
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import is_standard
 from sparse_onnx.input_sizes import Sizes, is_cache_length, other_shapes, solve_shapes
 from sparse_onnx.inputs import Feeds, InputSpec, Value, generate, plain_values, steers
-from sparse_onnx.operator_sizes import Fact, operator_sizes
+from sparse_onnx.operator_sizes import operator_sizes
 from sparse_onnx.passes.fix_inputs import fix_inputs
 
 __all__ = ["Choice", "choose_inputs", "explaining_guesses"]
@@ -32,13 +31,13 @@ class Choice:
     Attributes:
         specs: The inputs; all have a rank.
         sizes: Their shapes, and the sizes of the names in them.
-        facts: Names of which operators and weights say something.
+        facts: What else is known of the names: sizes, or equal names; see :func:`.input_sizes.solve_shapes`.
         seen: Names whose size is that of the data, and inputs whose single value is.
     """
 
     specs: tuple[InputSpec, ...]
     sizes: Sizes
-    facts: AbstractSet[str]
+    facts: tuple[tuple[str, int | str], ...]
     seen: Mapping[str, Value]
 
     @property
@@ -112,8 +111,7 @@ def choose_inputs(
     single = _single_values(ranked, data)
     ranked = tuple(dataclasses.replace(spec, value=single.get(spec.name, spec.value)) for spec in ranked)
     sizes = solve_shapes(ranked, shapes)
-    sure: tuple[Fact, ...] = ()
-    likely: tuple[Fact, ...] = ()
+    facts: tuple[tuple[str, int | str], ...] = ()
     seen: dict[str, Value] = dict(single)
     if sizes.guessed:
         sure, likely = operator_sizes(_with_branches_taken(model, ranked))
@@ -121,9 +119,9 @@ def choose_inputs(
         common = _common_sizes(ranked, data)
         found = {name: common[name] for name in sizes.guessed if name in common}
         seen |= {f"dimension {name}": size for name, size in found.items()}
-        facts = (*sure, *_equal_batches(ranked, data), *found.items(), *likely)
+        facts = (*sure, *equal_batches(ranked, data[0] if data else None), *found.items(), *likely)
         sizes = solve_shapes(ranked, shapes, facts)
-    return Choice(ranked, sizes, {fact.name for fact in (*sure, *likely) if isinstance(fact.size, int)}, seen)
+    return Choice(ranked, sizes, facts, seen)
 
 
 def _with_branches_taken(model: ir.Model, specs: Sequence[InputSpec]) -> ir.Model:
@@ -184,21 +182,6 @@ def _common_sizes(specs: Sequence[InputSpec], data: Sequence[Feeds]) -> dict[str
                 if axis == cut.get(spec.name):
                     batches.add(name)
     return {name: found.pop() for name, found in sizes.items() if len(found) == 1 and name not in batches}
-
-
-def _equal_batches(specs: Sequence[InputSpec], data: Sequence[Feeds]) -> list[tuple[str, str]]:
-    """Dimensions that are the batch of the data are equal, whatever they are called."""
-    if not data:
-        return []
-    cut = batching(specs, data[0])
-    names = {
-        dim or unnamed(spec.name, axis): None
-        for spec in specs
-        for axis, dim in enumerate(spec.shape or ())
-        if not isinstance(dim, int) and spec.name in cut.counted and axis == cut.axes[spec.name]
-    }
-    first, *others = [*names, ""]
-    return [(name, first) for name in others if name]
 
 
 @contextlib.contextmanager

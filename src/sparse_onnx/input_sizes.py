@@ -8,17 +8,17 @@ one is not guessed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparse_onnx.dimensions import (
     Contradiction,
     Equation,
+    Expression,
     Unsolvable,
     equal,
     names_of,
     parse,
-    put,
     solve,
     unnamed,
     value_of,
@@ -58,23 +58,23 @@ def solve_shapes(
         for name, size in zip(_names(spec), shapes[spec.name], strict=True)
         if name is not None
     ]
-    every = list(_places(specs))
-    atoms = list(dict.fromkeys(atom for name, _, _ in every for atom in names_of(parse(name))))
-    loose = _loose(atoms)
-    rules = [Equation(parse(text), 0, text) for text in _conventions(atoms)]
-    rules += [Equation(parse(loose[e.text]), e.size, e.text) for e in equations if e.text in loose]
+    places: dict[str, _Place] = {}
+    for place in _places(specs):
+        for atom in names_of(parse(place.name)):
+            places.setdefault(atom, dataclasses.replace(place, name=atom))
+    loose = _loose(places)
+    rules = [_sum_rule(*convention) for convention in _conventions(places)]
+    rules += [Equation(loose[e.text], e.size, e.text) for e in equations if e.text in loose]
     rules += [equal(name, size) for name, size in facts]
     exact = [equation for equation in equations if equation.text not in loose]
-    exact.sort(
-        key=lambda equation: len(equation.expression)
-    )  # names first: a message then tells of what is made of them
+    exact.sort(key=_terms)  # names first: a message then tells of what is made of them
     try:
         sizes = solve(exact, {})
         sizes = _add(rules, exact, sizes)
         guessed: dict[str, int] = {}
-        for atom in sorted(atoms, key=_guess_order):
+        for atom, place in sorted(places.items(), key=_guess_order):
             if atom not in sizes:
-                guessed[atom] = _guess(atom, *next((p, r) for n, p, r in every if atom in names_of(parse(n))))
+                guessed[atom] = _guess(place)
                 sizes = _add([*exact, *rules], [], sizes | {atom: guessed[atom]})
         solve(exact, sizes)
     except Contradiction as error:
@@ -125,29 +125,57 @@ def _names(spec: InputSpec) -> list[str | None]:
     ]
 
 
-def _places(specs: Sequence[InputSpec]) -> Iterator[tuple[str, int, int]]:
-    """Every name with its axis and the rank of the input."""
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a ``name`` stands: the axis, the rank of the input, and whether the model says the name."""
+
+    name: str
+    axis: int
+    rank: int
+    said: bool
+
+    @property
+    def is_cache_length(self) -> bool:
+        """Without a name of its own: the last axis but one of an input that is called so."""
+        return is_cache_length(self.name) and (self.said or (self.rank > 2 and self.axis == self.rank - 2))
+
+
+def _places(specs: Sequence[InputSpec]) -> Iterator[_Place]:
+    """Every name, wherever it stands."""
     for spec in specs:
-        names = _names(spec)
-        yield from ((name, axis, len(names)) for axis, name in enumerate(names) if name is not None)
+        for axis, (name, dim) in enumerate(zip(_names(spec), spec.shape or (), strict=True)):
+            if name is not None:
+                yield _Place(name, axis, len(spec.shape or ()), dim is not None)
 
 
-def _conventions(atoms: Sequence[str]) -> Iterator[str]:
-    """What is 0 by the words of exporters: a total is what is past and what comes, and so is the length of a mask."""
+def _terms(equation: Equation) -> int:
+    return len(equation.expression)
+
+
+_Sum = tuple[str, tuple[str, ...]]
+"""A name, and those that it is the sum of."""
+
+
+def _conventions(atoms: Collection[str]) -> Iterator[_Sum]:
+    """By the words of exporters a total is what is past and what comes, and so is the length of a mask."""
     for atom in atoms:
         for prefix in ("total_", "attention_mask_"):
             new = atom.removeprefix(prefix)
             if new != atom and new in atoms and f"past_{new}" in atoms:
-                yield f"{atom} - past_{new} - {new}"
+                yield atom, (f"past_{new}", new)
             elif new != atom and new in atoms and prefix == "attention_mask_":
-                yield f"{atom} - {new}"
+                yield atom, (new,)
 
 
-def _loose(atoms: Sequence[str]) -> Mapping[str, str]:
+def _sum_rule(total: str, parts: Sequence[str]) -> Equation:
+    return Equation({(total,): 1, **{(part,): -1 for part in parts}}, 0, total)
+
+
+def _loose(atoms: Collection[str]) -> Mapping[str, Expression]:
     """Names that are not meant as they are written, with what is meant: older exports say ``past_n + 1`` for what is
     past and what comes, however much comes."""
     return {
-        f"past_{atom}{plus}1": f"past_{atom} + {atom}"
+        f"past_{atom}{plus}1": {(f"past_{atom}",): 1, (atom,): 1}
         for atom in atoms
         if f"past_{atom}" in atoms
         for plus in (" + ", "+")
@@ -156,12 +184,15 @@ def _loose(atoms: Sequence[str]) -> Mapping[str, str]:
 
 def _add(equations: Iterable[Equation], exact: Sequence[Equation], sizes: dict[str, int]) -> dict[str, int]:
     """``sizes`` with what follows from each of ``equations`` that contradicts neither them nor the ``exact`` ones."""
-    waiting = list(equations)
+    waiting, held = (
+        [equation for equation in group if value_of(equation.expression, sizes) is None]
+        for group in (equations, exact)
+    )
     while True:
         before = len(sizes)
         for equation in waiting:
             try:
-                sizes = solve([*exact, equation], sizes)
+                sizes = solve([*held, equation], sizes)
             except (Contradiction, Unsolvable):
                 continue
         if len(sizes) == before:
@@ -174,31 +205,32 @@ def is_cache_length(name: str) -> bool:
     return "past" in word or ("cache" in word and not any(other in word for other in ("dim", "head")))
 
 
-def _guess_order(atom: str) -> int:
+def _guess_order(entry: tuple[str, _Place]) -> int:
     """Lengths of caches first, then batches: what is left of a given total is more likely something else."""
-    return 0 if is_cache_length(atom) else 1 if "batch" in atom.lower() else 2
+    atom, place = entry
+    return 0 if place.is_cache_length else 1 if "batch" in atom.lower() else 2
 
 
-def _guess(name: str, position: int, rank: int) -> int:
-    word = name.lower()
+def _guess(place: _Place) -> int:
+    word = place.name.lower()
     if word.isdecimal():
         return int(word)
-    if is_cache_length(word):
+    if place.is_cache_length:
         return 0
-    if "batch" in word or position == 0:
+    if "batch" in word or place.axis == 0:
         return 1
-    if any(side in word for side in ("height", "width")) or rank == 4:
+    if any(side in word for side in ("height", "width")) or (place.rank == 4 and not is_cache_length(word)):
         return 224
     return 128
 
 
-def _evaluated(spec: InputSpec, sizes: Mapping[str, int], loose: Mapping[str, str]) -> Iterator[int]:
+def _evaluated(spec: InputSpec, sizes: Mapping[str, int], loose: Mapping[str, Expression]) -> Iterator[int]:
     for dim, name in zip(spec.shape or (), _names(spec), strict=True):
         if isinstance(dim, int):
             yield dim
             continue
         assert name is not None
-        expression = parse(loose.get(name, name))
+        expression = loose.get(name) or parse(name)
         size = value_of(expression, sizes)
         assert size is not None
         if size < 0:
@@ -210,31 +242,34 @@ def _evaluated(spec: InputSpec, sizes: Mapping[str, int], loose: Mapping[str, st
 
 
 def other_shapes(
-    specs: Sequence[InputSpec], sizes: Sizes, fixed: Iterable[str], short: int
+    specs: Sequence[InputSpec], sizes: Sizes, facts: Sequence[tuple[str, int | str]], short: int
 ) -> dict[str, tuple[int, ...]]:
     """Shapes with a batch of one made two and long dimensions of at most ``short``, where the model leaves them open;
-    ``fixed`` are names whose size is known. What must agree agrees.
+    what ``facts`` say, as for :func:`solve_shapes`, stays true, and what must agree agrees.
 
     Axes after the second stay: what heights and widths a network takes depends on its strides.
     """
     changed = dict(sizes.names)
-    seen = {*fixed, *(name for spec in specs if spec.value is not None for name in _names(spec))}
-    for name, axis, _ in _places(specs):
-        if name in seen or name not in changed:
+    seen = {
+        *(name for name, size in facts if isinstance(size, int)),
+        *(name for spec in specs if spec.value is not None for name in _names(spec)),
+    }
+    for place in _places(specs):
+        if place.name in seen or place.name not in changed:
             continue
-        seen.add(name)
-        if axis <= 1:
-            size = changed[name]
-            changed[name] = 2 if size == 1 and axis == 0 else min(size, short)
-    atoms = list(changed)
-    for text in _conventions(atoms):
-        if value_of(parse(text), sizes.names) != 0:
-            continue
-        total = text.split(" ", 1)[0]
-        rest = put(parse(text), {name: size for name, size in changed.items() if name != total})
-        changed[total] = -rest.get((), 0)
+        seen.add(place.name)
+        if place.axis <= 1:
+            size = changed[place.name]
+            changed[place.name] = 2 if size == 1 and place.axis == 0 else min(size, short)
+    for name, other in facts:
+        if isinstance(other, str) and name in changed and sizes.names[name] == sizes.names.get(other):
+            changed[name] = changed[other]
+    for total, parts in _conventions(changed):
+        if sizes.names[total] == sum(sizes.names[part] for part in parts):
+            changed[total] = sum(changed[part] for part in parts)
+    loose = _loose(changed)
     return {
-        spec.name: spec.value_shape or tuple(_evaluated(spec, changed, _loose(atoms)))
+        spec.name: spec.value_shape or tuple(_evaluated(spec, changed, loose))
         for spec in specs
         if spec.shape is not None
     }

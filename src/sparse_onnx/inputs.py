@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,18 +243,19 @@ def _compared(value: ir.Value) -> int | None:
     """The first constant that ``value``, an input of integers, is compared with."""
     if value.dtype is None or not value.dtype.is_integer():
         return None
-    return next(_comparisons(value), None)
-
-
-def _comparisons(value: ir.Value) -> Iterator[int]:
-    for use in value.uses():
-        node = use.node
-        if node.op_type == "Equal":
-            constant = ir.convenience.get_const_tensor(node.inputs[1 - use.idx])  # type: ignore[arg-type]
-            if constant is not None and constant.size == 1 and constant.dtype.is_integer():
-                yield int(constant.numpy().item())
-        elif node.op_type in _PASSING and use.idx == 0:
-            yield from _comparisons(node.outputs[0])
+    waiting, seen = [value], {value}
+    for current in waiting:  # grows
+        for use in current.uses():
+            node = use.node
+            if node.op_type == "Equal" and len(node.inputs) == 2:
+                other = node.inputs[1 - use.idx]
+                constant = None if other is None else ir.convenience.get_const_tensor(other)
+                if constant is not None and constant.size == 1 and constant.dtype.is_integer():
+                    return int(constant.numpy().item())
+            elif node.op_type in _PASSING and use.idx == 0 and node.outputs[0] not in seen:
+                waiting.append(node.outputs[0])
+                seen.add(node.outputs[0])
+    return None
 
 
 def parse_value_flags(flags: Sequence[str], option: str = "--input") -> dict[str, Value]:
@@ -402,8 +403,10 @@ def _integers(
 
 
 def steers(spec: InputSpec, shape: tuple[int, ...]) -> bool:
-    """Whether a single integer is generated as the constant that the graph compares it with."""
-    return spec.value is None and spec.compared is not None and all(size == 1 for size in shape)
+    """Whether a single integer is generated as the constant that the graph compares it with; indices into a table steer
+    nothing."""
+    known = spec.value is None and spec.compared is not None and spec.rows is None
+    return known and shape in ((), (1,)) and "mask" not in spec.name.lower()
 
 
 def _history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -437,7 +440,7 @@ def _length(name: str, past: int, new: int) -> int | None:
 def _may_be_empty(spec: InputSpec, array: np.ndarray) -> bool:
     """Whether all dimensions of size 0 are those of a cache, which is empty before the first token."""
     return all(
-        isinstance(dim, str) and is_cache_length(dim)
+        not isinstance(dim, int) and is_cache_length(dim or spec.name)
         for dim, size in zip(spec.shape or (None,) * array.ndim, array.shape, strict=True)
         if size == 0
     )

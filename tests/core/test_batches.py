@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparse_onnx.batches import batching
+from sparse_onnx.batches import batching, equal_batches
 from sparse_onnx.errors import UsageError
 from sparse_onnx.inputs import (
     InputSpec,
@@ -174,3 +174,19 @@ def test_a_state_without_names():
     assert [batch["state"].shape for batch in batches] == [(2, 2, 8), (2, 2, 8), (2, 1, 8)]
     once = check_samples({**arrays, "state": rows(2, 1, 8)}, specs, "data")
     assert [batch["state"].shape for batch in split_batches(once, specs, 4, "data")] == [(2, 1, 8)] * 2
+
+
+def test_batches_are_equal_whatever_they_are_called():
+    x, state = spec("x", None, None), spec("state", 2, None, 8)
+    assert equal_batches((state, x)) == [("state.1", "x.0")]
+    assert equal_batches((spec("x", "n", "t"), state, spec("y", "m"))) == [("state.1", "n")]
+    assert equal_batches((spec("x", "n", "t"), spec("y", "m")), {"x": rows(3, 2), "y": rows(3)}) == [
+        ("m", "n")
+    ]
+    assert equal_batches((spec("x", "n", "t"), spec("y", "m")), {"x": rows(3, 2), "y": rows(4)}) == []
+    for others in (
+        (spec("x", 1, None), state),
+        (x, spec("table", 9, None)),
+        (spec("x", "n"), spec("h", 2, "n", None)),
+    ):
+        assert equal_batches(others) == []

@@ -371,3 +371,42 @@ def test_types_that_numpy_borrows():
     assert array.astype(np.float32).tolist() == [1, 2.5]
     with pytest.raises(UsageError, match="takes a finite number"):
         input_specs(model, {"x": 1e39})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body", "expected"),
+    [
+        ("int64 level", "c = Equal(level, three) y = Not(c)", 3),
+        (
+            "int64[1] level",
+            "a = Squeeze(level) b = Cast<to = 6>(a) d = Cast<to = 7>(b) c = Equal(d, three) y = Not(c)",
+            3,
+        ),
+        ("int64 level", "c = Equal(three, level) y = Not(c)", 3),
+        ("int64[1, 1] level", "c = Equal(level, three) y = Not(c)", 0),  # one token, say
+        ("int64[1] attention_mask", "c = Equal(attention_mask, three) y = Not(c)", 1),
+        ("int64[1] level", "t = Gather(table, level) c = Equal(level, three) y = Not(c)", None),  # an index
+        ("int64 level", "c = Less(level, three) y = Not(c)", 0),
+        ("int64 level, int64 other", "c = Equal(level, other) y = Not(c)", 0),
+    ],
+)
+def test_an_integer_is_what_the_graph_compares_it_with(inputs, body, expected):
+    text = f"""
+    <ir_version: 9, opset_import: ["" : 17]>
+    g ({inputs}) => (bool[k] y) <int64 three = {{3}}, float[2, 1] table = {{1, 2}}> {{ {body} }}
+    """
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    choice = choose_inputs(model, input_specs(model), {})
+    (value,) = list(choice.feeds(0).values())[:1]
+    if expected is None:
+        assert value.item() in (0, 1)
+    else:
+        assert value.reshape(-1).tolist() == [expected]
+    assert any("which the graph compares it with" in line for line in choice.notes("now")) == (expected == 3)
+
+
+def test_a_long_chain_behind_an_input_is_no_trouble():
+    chain = " ".join(f"a{i + 1} = Identity(a{i})" for i in range(3000))
+    text = f'<ir_version: 9, opset_import: ["" : 17]> g (int64 a0) => (int64 a3000) {{ {chain} }}'
+    (spec,) = input_specs(ir.from_proto(onnx.parser.parse_model(text)))
+    assert spec.compared is None

@@ -54,7 +54,7 @@ class Graph:
 
 
 def builder_decoder(
-    path: Path, *, cache_dims: tuple[str | int, str | int] = (PAIRS, SIZE), packed: bool = True
+    path: Path, *, cache_dims: tuple[str | int | None, str | int | None] = (PAIRS, SIZE), packed: bool = True
 ) -> Path:
     """As onnxruntime-genai's model builder writes it: GroupQueryAttention with packed queries, keys and values, rotary
     caches inside, lengths computed from the mask. ``cache_dims`` are heads and head size as the inputs say them."""
@@ -113,7 +113,7 @@ def optimum_decoder(
     path: Path,
     *,
     mask_length: str = "past_sequence_length + sequence_length",
-    cache_dims: tuple[str | int, str | int] = (HEADS, SIZE),
+    cache_dims: tuple[str | int | None, str | int | None] = (HEADS, SIZE),
 ) -> Path:
     """As Optimum exports it, with the names of dimensions that it gives."""
     g = Graph()
@@ -157,6 +157,7 @@ def optimum_decoder(
 KINDS = {
     "builder": lambda path: builder_decoder(path),
     "builder, cache named": lambda path: builder_decoder(path, cache_dims=("kv_heads", "kv_cache_dim")),
+    "builder, cache unnamed": lambda path: builder_decoder(path, cache_dims=(None, "?")),
     "builder, apart": lambda path: builder_decoder(path, cache_dims=("kv_heads", "head_size"), packed=False),
     "optimum": lambda path: optimum_decoder(path),
     "optimum, cache named": lambda path: optimum_decoder(path, cache_dims=("num_heads", "kv_cache_dim")),
