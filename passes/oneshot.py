@@ -42,7 +42,7 @@ from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity
 from sparse_onnx.passes.options import require
 from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
-from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
+from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram, centred_pull
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, RECURRENT, Selection, Weight
 from sparse_onnx.progress import done_of
 
@@ -337,9 +337,12 @@ class _Job:
         if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
             gram, count = np.asarray(statistics.gram, np.float64), statistics.count
             if biased and statistics.mean is not None:
-                gram = centred_gram(gram, statistics.mean, count)
-                if pull is not None and mean is not None:
-                    pull = pull - count * np.outer(statistics.mean, mean)
+                centred = centred_gram(gram, statistics.mean, count)
+                # Where nothing varies, the data does not tell what the weights are for: the bias would do all.
+                if centred.any():
+                    if pull is not None and mean is not None:
+                        pull = centred_pull(pull, statistics.mean, mean, centred, count)
+                    gram = centred
             if pull is not None:
                 gram, target = aimed_target(W, gram, pull, min(_PULL, _NOISE * len(W) / count))
                 damping = 0.0

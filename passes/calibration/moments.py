@@ -11,12 +11,13 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
-__all__ = ["BLOCK", "Layout", "Moments", "chunks"]
+__all__ = ["BLOCK", "CrossMoments", "Layout", "Moments", "chunks"]
 
 BLOCK = 1024
 """Input channels of one block of a block-diagonal Gram."""
 
 _ROWS = 4096  # tokens multiplied at once: float32 keeps about 6 digits over so many
+_STRIP = 256  # rows of a Gram that are moved at a time
 
 
 class Layout(enum.StrEnum):
@@ -35,21 +36,70 @@ class Layout(enum.StrEnum):
         return 8 * (whole * block**2 + rest**2)
 
 
+class _Side:
+    """The rows of one matrix less ``shift``, which is near their mean: ``total`` is the sum of what is left."""
+
+    def __init__(self, size: int) -> None:
+        self.shift, self.total = np.zeros(size), np.zeros(size)
+
+    def near_mean(self, x: np.ndarray, count: int) -> np.ndarray:
+        """A better shift, in the type of ``x``: the mean of the rows so far and of ``x``, which is to be added."""
+        with _not_finite():
+            mean = (count * self.shift + self.total + x.sum(axis=0, dtype=np.float64)) / (count + len(x))
+        return np.where(np.isfinite(mean), mean.astype(x.dtype).astype(np.float64), self.shift)
+
+    def less_shift(self, x: np.ndarray) -> np.ndarray:
+        return np.asarray(x - self.shift.astype(x.dtype))
+
+    def move(self, shift: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Take another shift; returns the step [size], and the total before."""
+        step, before = self.shift - shift, self.total.copy()
+        self.shift[:] = shift
+        self.total += count * step
+        return step, before
+
+
+def _move(
+    products: np.ndarray,
+    left: tuple[np.ndarray, np.ndarray],
+    right: tuple[np.ndarray, np.ndarray],
+    count: int,
+) -> None:
+    """Make of the sums A'B [a, b] those of (A + left step)'(B + right step); each side is (step, sum of its rows)."""
+    (step, total), (other_step, other_total) = left, right
+    moved = total + count * step
+    for start in range(0, len(products), _STRIP):
+        rows = slice(start, start + _STRIP)
+        with _not_finite():
+            products[rows] += np.outer(step[rows], other_total) + np.outer(moved[rows], other_step)
+
+
+def _not_finite() -> np.errstate:
+    """Inf in the sums is told when they are asked for, and is not to be warned of before."""
+    return np.errstate(invalid="ignore")
+
+
+def _is_due(count: int, more: int) -> bool:
+    """Whether the shift is to be chosen anew: as often as the number of tokens has doubled."""
+    return (count + more).bit_length() > count.bit_length()
+
+
 class Moments:
     """Running sums for inputs of ``size`` channels.
 
-    Products are taken in float32 (float64 for float64 rows) over at most 4096 tokens and added up in float64, so the
-    result depends on the order and size of the batches by rounding only, about 1e-7.
+    Products are taken in float32 (float64 for float64 rows) over at most 4096 tokens and added up in float64, of rows
+    less a shift near their mean: what does not vary is not in them, and is added in float64. So the result depends on
+    the order and size of the batches by rounding only, about 1e-7 of what varies, however large the mean is.
     """
 
     def __init__(self, size: int, layout: Layout = Layout.FULL) -> None:
         self.size, self.layout = size, layout
         self.count = 0
-        self.total = np.zeros(size)
+        self._side = _Side(size)
         step = BLOCK if layout is Layout.BLOCKS else size
         self._cuts = [*range(0, size, step), size]
         widths = [end - start for start, end in itertools.pairwise(self._cuts)]
-        self.gram: tuple[np.ndarray, ...] = (
+        self._gram: tuple[np.ndarray, ...] = (
             (np.zeros(size),)
             if layout is Layout.DIAGONAL
             else tuple(np.zeros((width, width)) for width in widths)
@@ -57,23 +107,49 @@ class Moments:
 
     def add(self, rows: np.ndarray) -> None:
         """Add ``rows`` [n, K] of X."""
-        for (x,) in chunks(rows):
-            self.total += x.sum(axis=0, dtype=np.float64)
+        for (given,) in chunks(rows):
+            if _is_due(self.count, len(given)):
+                self._move(self._side.near_mean(given, self.count))
+            x = self._side.less_shift(given)
+            self._side.total += x.sum(axis=0, dtype=np.float64)
+            self.count += len(x)
             if self.layout is Layout.DIAGONAL:
-                np.add(self.gram[0], np.einsum("nk,nk->k", x, x, dtype=np.float64), out=self.gram[0])
+                np.add(self._gram[0], np.einsum("nk,nk->k", x, x, dtype=np.float64), out=self._gram[0])
                 continue
-            for (start, end), block in zip(itertools.pairwise(self._cuts), self.gram, strict=True):
+            for (start, end), block in zip(itertools.pairwise(self._cuts), self._gram, strict=True):
                 part = np.ascontiguousarray(x[:, start:end])
                 np.add(block, part.T @ part, out=block)  # one array twice: NumPy computes one triangle only
-        self.count += len(rows)
+
+    def _move(self, shift: np.ndarray) -> None:
+        step, total = self._side.move(shift, self.count)
+        if self.count == 0 or not step.any():
+            return
+        if self.layout is Layout.DIAGONAL:
+            with _not_finite():
+                self._gram[0][:] += step * total + (total + self.count * step) * step
+            return
+        for (start, end), block in zip(itertools.pairwise(self._cuts), self._gram, strict=True):
+            part = step[start:end], total[start:end]
+            _move(block, part, part, self.count)
+
+    def sums(self) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The sum of X [K], and X'X: its blocks, or its diagonal alone. The arrays are those that are added to."""
+        self._move(np.zeros(self.size))
+        return self._side.total, self._gram
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the state is but for the count, by name: those of another one of the same kind may be put into them."""
+        blocks = {f"gram.{index}": block for index, block in enumerate(self._gram)}
+        return {"shift": self._side.shift, "total": self._side.total, **blocks}
 
     def merge(self, other: Moments) -> None:
         """Add the sums of ``other``, of the same size and layout."""
         if (self.size, self.layout) != (other.size, other.layout):
             raise ValueError("only sums of equal size and layout can be added")
+        other._move(self._side.shift.copy())
         self.count += other.count
-        self.total += other.total
-        for mine, theirs in zip(self.gram, other.gram, strict=True):
+        self._side.total += other._side.total
+        for mine, theirs in zip(self._gram, other._gram, strict=True):
             mine += theirs
 
     def statistics(self, name: str) -> InputStatistics:
@@ -85,12 +161,47 @@ class Moments:
             raise UsageError(
                 f"calibration: no token reached {name}: give more data, or data that is not all padding"
             )
-        if not all(np.isfinite(part.sum()) for part in (*self.gram, self.total)):
+        total, gram = self.sums()
+        if not all(np.isfinite(part.sum()) for part in (*gram, total)):
             raise UsageError(
                 f"calibration: the activations {name} hold NaN or Inf; run the model in float32, or check the data"
             )
-        gram = self.gram if self.layout is Layout.BLOCKS else self.gram[0]
-        return InputStatistics(gram, self.total / self.count, self.count)
+        return InputStatistics(
+            gram if self.layout is Layout.BLOCKS else gram[0], total / self.count, self.count
+        )
+
+
+class CrossMoments:
+    """Running sums of X'Y [``size``, ``width``] and of Y, for rows of X and Y side by side.
+
+    As exact as :class:`Moments`.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        self.count = 0
+        self._left, self._right = _Side(size), _Side(width)
+        self._products = np.zeros((size, width))
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Add rows [n, size] of X and [n, width] of Y."""
+        for some, wanted in chunks(x, y):
+            if _is_due(self.count, len(some)):
+                self._move(self._left.near_mean(some, self.count), self._right.near_mean(wanted, self.count))
+            a, b = self._left.less_shift(some), self._right.less_shift(wanted)
+            self._left.total += a.sum(axis=0, dtype=np.float64)
+            self._right.total += b.sum(axis=0, dtype=np.float64)
+            self._products += np.ascontiguousarray(a.T) @ b
+            self.count += len(a)
+
+    def _move(self, left: np.ndarray, right: np.ndarray) -> None:
+        steps = self._left.move(left, self.count), self._right.move(right, self.count)
+        if self.count:
+            _move(self._products, *steps, self.count)
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """X'Y and the sum of Y, float64; the arrays are those that are added to."""
+        self._move(np.zeros(len(self._left.shift)), np.zeros(len(self._right.shift)))
+        return self._products, self._right.total
 
 
 def chunks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

@@ -1,7 +1,9 @@
 """Statistics in a file: written whole or not at all, read without trust, merged.
 
 A ``.stats`` file is a zip archive without compression: ``header.json`` and float64 arrays as ``.npy``. For capture
-i and group g: ``i.g.gram.b`` (block b), and ``i.g.total``, the sum of X. All are sums, so files add up.
+i and group g: ``i.g.shift`` near the mean of X, ``i.g.total``, the sum of X less the shift, and ``i.g.gram.b`` (block
+b) its second moments. All are sums, so files add up. In version 1 there is no shift: it is 0, and inputs that vary
+little around a large mean are known less well.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sparse_onnx.storage import write_whole
 
 __all__ = ["Entry", "Header", "StatisticsFile", "merge", "write_statistics"]
 
-_FORMAT, _VERSION = "sparse-onnx statistics", 1
+_FORMAT, _VERSION, _WITHOUT_SHIFT = "sparse-onnx statistics", 2, 1
 _HEADER = "header.json"
 _HEADER_LIMIT = 64 << 20
 _NPY_LIMIT = 4096  # bytes before the data of an .npy
@@ -67,18 +69,18 @@ def write_statistics(path: Path, header: Header, parts: Iterator[Sequence[Moment
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for index, groups in enumerate(parts):
-            for name, array in _named_arrays(index, groups):
-                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.ascontiguousarray(array, "<f8"), allow_pickle=False)
+            for group, moments in enumerate(groups):
+                for name, array in moments.arrays().items():
+                    info = zipfile.ZipInfo(_member(index, group, name))
+                    with archive.open(info, "w", force_zip64=True) as member:
+                        stored = np.ascontiguousarray(array, "<f8")
+                        np.lib.format.write_array(member, stored, allow_pickle=False)
         content = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(header)}
         archive.writestr(zipfile.ZipInfo(_HEADER), json.dumps(content, indent=1))
 
 
-def _named_arrays(index: int, groups: Sequence[Moments]) -> Iterator[tuple[str, np.ndarray]]:
-    for group, moments in enumerate(groups):
-        yield f"{index}.{group}.total.npy", moments.total
-        for block, gram in enumerate(moments.gram):
-            yield f"{index}.{group}.gram.{block}.npy", gram
+def _member(index: int, group: int, name: str) -> str:
+    return f"{index}.{group}.{name}.npy"
 
 
 class StatisticsFile:
@@ -104,9 +106,9 @@ class StatisticsFile:
             for group in range(entry.groups):
                 moments = Moments(entry.size, entry.layout)
                 moments.count = entry.count
-                for name, array in _named_arrays(0, [moments]):
-                    member = f"{index}.{group}.{name.split('.', 2)[2]}"
-                    array[...] = self._read_array(archive, member, array.shape)
+                for name, array in moments.arrays().items():
+                    if name != "shift" or self._version != _WITHOUT_SHIFT:
+                        array[...] = self._read_array(archive, _member(index, group, name), array.shape)
                 result.append(moments)
         return result
 
@@ -145,8 +147,11 @@ class StatisticsFile:
         content = json.loads(archive.read(info))
         if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
             raise ValueError("it has another format")
-        if content.get("version") != _VERSION:
-            raise ValueError(f"its version is {content.get('version')!r}, this program reads {_VERSION}")
+        self._version = content.get("version")
+        if self._version not in (_WITHOUT_SHIFT, _VERSION):
+            raise ValueError(
+                f"its version is {self._version!r}, this program reads {_WITHOUT_SHIFT} and {_VERSION}"
+            )
         entries = tuple(_entry(entry) for entry in content["entries"])
         if len({entry.name for entry in entries}) != len(entries):
             raise ValueError("a tensor is listed twice")

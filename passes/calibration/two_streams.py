@@ -18,7 +18,7 @@ import onnx_ir as ir
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.data import Samples
-from sparse_onnx.passes.calibration.moments import Layout, Moments, chunks
+from sparse_onnx.passes.calibration.moments import CrossMoments, Layout, Moments
 from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.schedule import Part, Schedule
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -188,9 +188,12 @@ class _Sums:
         self.plan, self.targets = plan, targets
         size = plan.capture.size
         self._moments = [Moments(size, layout) for _ in range(plan.capture.groups)]
-        widths = {weight.name: weight.shape[1] for weight in plan.weights if weight.name in targets}
-        self._pulls = {name: np.zeros((size, width)) for name, width in widths.items()}
-        self._totals = {name: np.zeros(width) for name, width in widths.items()}
+        groups = plan.capture.groups
+        self._widths = {weight.name: weight.shape[1] for weight in plan.weights if weight.name in targets}
+        self._pulls = {
+            name: [CrossMoments(size, width // groups) for _ in range(groups)]
+            for name, width in self._widths.items()
+        }
 
     def add(self, pruned: Feeds, dense: Feeds, mask: np.ndarray | None) -> None:
         """Add a batch of the values of both models."""
@@ -214,12 +217,16 @@ class _Sums:
 
     def aims(self) -> dict[str, Aim]:
         """The aims that are defined in all batches, and finite."""
-        count = self._moments[0].count
-        return {
-            name: Aim(self.targets[name], pull, self._totals[name] / count)
-            for name, pull in self._pulls.items()
-            if np.isfinite(pull.sum()) and np.isfinite(self._totals[name].sum())
-        }
+        found = {}
+        while self._pulls:
+            name, groups = self._pulls.popitem()
+            count = groups[0].count
+            pulls, totals = zip(*(group.sums() for group in groups), strict=True)
+            pull = pulls[0] if len(pulls) == 1 else np.concatenate(pulls, axis=1)
+            total = np.concatenate(totals)
+            if np.isfinite(pull.sum()) and np.isfinite(total.sum()):
+                found[name] = Aim(self.targets[name], pull, total / count)
+        return found
 
     def _outputs(self, view: View, x: np.ndarray, pruned: Feeds, dense: Feeds) -> dict[str, np.ndarray]:
         """Y of each weight, laid out as its layer's output. Aims where a sum with a larger value repeats that output
@@ -227,7 +234,7 @@ class _Sums:
         outputs = {}
         for name in list(self._pulls):
             y = _aim(self.targets[name], pruned, dense)
-            width = len(self._totals[name])
+            width = self._widths[name]
             if view.window is None:
                 expected = (*x.shape[:-1], width)
             else:
@@ -243,12 +250,9 @@ class _Sums:
         for moments, rows in zip(self._moments, groups, strict=True):
             moments.add(rows)
         for name, rows in outputs.items():
-            self._totals[name] += rows.sum(axis=0, dtype=np.float64)
             width = rows.shape[1] // len(groups)
-            for index, x in enumerate(groups):
-                part = slice(index * width, (index + 1) * width)
-                for some, wanted in chunks(x, rows[:, part]):
-                    self._pulls[name][:, part] += np.ascontiguousarray(some.T) @ wanted
+            for index, (pull, x) in enumerate(zip(self._pulls[name], groups, strict=True)):
+                pull.add(x, rows[:, index * width : (index + 1) * width])
 
 
 def _in_order(

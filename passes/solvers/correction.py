@@ -7,13 +7,40 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.solvers.gram import inverse
 
-__all__ = ["aimed_target", "centred_gram"]
+__all__ = ["aimed_target", "centred_gram", "centred_power", "centred_pull"]
+
+# Share of an input's power that varies, up to which it counts as constant: a deviation of 3e-7 of its size is the
+# rounding of float32 activations. The sums themselves are exact to about 1e-15.
+_CONSTANT = 1e-13
 
 
 def centred_gram(gram: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
-    """G - count · mean mean': the form to solve on where the bias takes up the mean shift; float64 [K, K]."""
+    """G - count · mean mean': the form to solve on where the bias takes up the mean shift; float64 [K, K].
+
+    Rows and columns of inputs that do not vary are 0.
+    """
     mean = mean.astype(np.float64)
-    return np.asarray(gram - count * np.outer(mean, mean))
+    still = centred_power(gram.diagonal(), mean, count) == 0
+    form = np.asarray(gram - count * np.outer(mean, mean))
+    form[still] = 0
+    form[:, still] = 0
+    return form
+
+
+def centred_power(power: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
+    """What varies of the ``power`` [K], the diagonal of G, float64; 0 for inputs that are constant but for rounding."""
+    power = power.astype(np.float64)
+    centred = power - count * mean.astype(np.float64) ** 2
+    return np.where(centred > _CONSTANT * power, centred, 0.0)
+
+
+def centred_pull(
+    pull: np.ndarray, mean: np.ndarray, aim: np.ndarray, form: np.ndarray, count: int
+) -> np.ndarray:
+    """X'Y [K, N] of X and Y less their means, ``aim`` [N] being that of Y; ``form`` is X'X less its mean."""
+    centred = pull - count * np.outer(mean, aim)
+    centred[form.diagonal() == 0] = 0
+    return np.asarray(centred)
 
 
 def aimed_target(

@@ -15,11 +15,12 @@ with the least goes first; W and H⁻¹ are then those of the remaining units:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from sparse_onnx.passes.solvers.correction import centred_gram
+from sparse_onnx.passes.solvers.correction import centred_gram, centred_power
 from sparse_onnx.passes.solvers.gram import damped, inverse
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
@@ -27,7 +28,6 @@ __all__ = ["Fit", "Reader", "choose", "fit", "kept_units", "rows_of"]
 
 _ROUNDS = 32
 _CANDIDATES = 4  # per unit that a round removes
-_CONSTANT = 1e-6  # share of an input's power that varies, below which it counts as constant
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,18 +48,22 @@ class Reader:
         gram, mean = self.statistics.gram, self.statistics.mean
         if isinstance(gram, tuple) or gram.ndim != 2:
             return None
-        if self.biased and mean is not None:
+        if mean is not None and self._varying is not None:
             return centred_gram(gram.astype(np.float64), mean, self.statistics.count)
         return gram.astype(np.float64)
 
     @property
     def power(self) -> np.ndarray:
         """The diagonal of what the weights have to fit, [K]; 0 for inputs that are constant."""
-        power = self.statistics.diagonal
+        return self.statistics.diagonal if self._varying is None else self._varying
+
+    @functools.cached_property
+    def _varying(self) -> np.ndarray | None:
+        """The power of the inputs less their mean, where the bias takes that up and anything is left of it."""
         if not self.biased or self.statistics.mean is None:
-            return power
-        centred = power - self.statistics.count * self.statistics.mean.astype(np.float64) ** 2
-        return np.where(centred > _CONSTANT * power, centred, 0.0)
+            return None
+        power = centred_power(self.statistics.diagonal, self.statistics.mean, self.statistics.count)
+        return power if power.any() else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

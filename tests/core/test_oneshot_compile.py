@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -154,3 +155,48 @@ def test_data_that_does_not_fit_is_refused_and_nothing_written(arrays, message, 
             model, tmp_path / "out", method="auto", sparsity=0.5, calibration_data=path if arrays else None
         )
     assert not (tmp_path / "out").exists()
+
+
+DEGENERATE = {
+    "one sample": lambda x: x[:1, :1],
+    "equal samples": lambda x: np.repeat(x[:1, :1], 64, 0),
+    "mean 10, deviation 1e-3": lambda x: 10 + 1e-3 * x,
+    "mean 1, deviation 1e-6": lambda x: 1 + 1e-6 * np.abs(x),
+    "some inputs constant": lambda x: np.where(np.arange(D) % 2, x, 2.5),
+    "all zero": lambda x: np.zeros_like(x),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration"), [("auto", "oneshot"), ("auto", "asymmetric"), ("sparsegpt", "sequential")]
+)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_activations_that_hardly_vary(model, data, tmp_path, case, method, calibration):
+    with np.load(data) as arrays:
+        x = DEGENERATE[case](arrays["X"]).astype(np.float32)
+    np.savez(tmp_path / "degenerate.npz", X=x)
+    result = optimize(
+        model,
+        tmp_path / "out",
+        method=method,
+        calibration=calibration,
+        sparsity=0.6,
+        calibration_data=tmp_path / "degenerate.npz",
+    )
+    for row in result.report["layers"]:
+        assert row["sparsity"] >= 0.59
+    session = sparse_onnx.InferenceSession(tmp_path / "out" / "model.onnx")
+    before = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    got, want = (s.run(None, {"X": x[:8]})[0].astype(np.float64) for s in (session, before))
+    # What the data says is kept: the outputs on it.
+    assert np.linalg.norm(got - want) <= 0.3 * np.linalg.norm(want)
+
+
+def test_a_single_sample_does_not_make_the_model_constant(model, data, tmp_path):
+    """The bias alone could give its output."""
+    with np.load(data) as arrays:
+        np.savez(tmp_path / "one.npz", X=arrays["X"][:1, :1])
+    optimize(model, tmp_path / "out", method="auto", sparsity=0.6, calibration_data=tmp_path / "one.npz")
+    initializers = onnx.load(tmp_path / "out" / "model.onnx").graph.initializer
+    weights = [numpy_helper.to_array(tensor) for tensor in initializers if tensor.name in ("W1", "W2")]
+    assert [np.count_nonzero(array) / array.size for array in weights] == [pytest.approx(0.4, abs=0.01)] * 2

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sparse_onnx.passes.calibration.moments import Layout, Moments
 from sparse_onnx.passes.solvers import InputStatistics
 from sparse_onnx.passes.structured.groups import Reader, choose, fit, kept_units, rows_of
 
@@ -53,6 +54,32 @@ def test_what_stays_is_the_nearest_multiple(units, sparsity, multiple_of, kept):
 
 def test_rows_of_units_are_consecutive():
     assert rows_of(np.array([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_constant_units_go_first_where_the_bias_takes_them_up(whole):
+    X = inputs(400, 12, mean=2.0)
+    still = np.array([1, 4, 5, 9])
+    X[:, still] = [3.0, -70.0, 1e-3, 0.3]
+    X = X.astype(np.float32)
+    X[:, 7] = np.float32(50) + np.float32(1e-3) * X[:, 7]  # varies little: it stays as long as it matters
+    moments = Moments(12, Layout.FULL if whole else Layout.DIAGONAL)
+    for part in np.split(X, [9, 200]):
+        moments.add(part)
+    W = weights(12, 5)
+    W[7] *= 1000
+    biased = Reader(W, moments.statistics("X"), 1, biased=True)
+    assert choose([biased], 4, 0.01).tolist() == still.tolist()
+    unbiased = Reader(W, biased.statistics, 1)
+    assert choose([unbiased], 4, 0.01).tolist() != still.tolist()
+
+
+def test_of_equal_tokens_all_is_known_but_what_varies():
+    """Then the weights are fitted to the tokens themselves: the bias would do for any."""
+    token = np.random.default_rng(0).standard_normal(8)
+    X = np.repeat(token[None], 50, axis=0)
+    chosen = choose([reader(X, weights(8, 4), biased=True)], 4, 0.01)
+    assert chosen.tolist() == choose([reader(X, weights(8, 4))], 4, 0.01).tolist()
 
 
 @pytest.mark.parametrize("biased", [False, True])
