@@ -177,7 +177,7 @@ class Runner:
         self._threads, self._library, self._lean, self._say = threads, library, lean, progress
         self._constants = constants or {}
         self._session: onnxruntime.InferenceSession | None = None
-        if len(segments) == 1 and not self._constants:
+        if self.whole:
             segments[0].write({})
             self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
             give_back_memory()
@@ -209,7 +209,7 @@ class Runner:
     @property
     def whole(self) -> bool:
         """True if one session holds the whole model, so that its time is that of a deployed model."""
-        return self._session is not None
+        return len(self._segments) == 1 and not self._constants
 
     def close(self) -> None:
         """Give back the session's memory; the runner is of no more use."""
