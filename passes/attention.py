@@ -8,7 +8,7 @@ After, H being the number of heads::
 
     Y = sparse_onnx.AttentionMasked<num_heads = H, scale>(q, k, v, mask)
 
-or ``Attention`` without a mask. The operator broadcasts the mask, so that an Expand in front of it goes. Several
+or ``Attention`` without a mask. The operator broadcasts, so that an Expand in front of a mask goes. Several
 masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
 them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
 
@@ -17,7 +17,8 @@ they are; attentions whose queries do are declined.
 
 The model still runs without our library, since the operators' bodies come along as functions.
 
-A dimension that was symbolic stays so. Masks are taken not to be larger than the scores (else the operator fails).
+A dimension that was symbolic stays so, and what broadcasts still does: an Expand goes, and a mask that keeps
+everything is dropped, only where that is known to change no shape.
 Fully masked rows keep their result: a fill of at most -1e30 absorbs every score below 1e22, and the
 operator and Softmax agree on rows of -Inf (NaN) and of equal scores (the mean).
 
@@ -43,8 +44,9 @@ from sparse_onnx.graph import (
     name_of,
     value_names,
 )
-from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
+from sparse_onnx.passes.attention_pattern import Attention, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.shapes import Run, Shapes
 from sparse_onnx.sparse_ops import attention
 from sparse_onnx.sparse_ops.attention import DOMAIN, Signature
 
@@ -56,15 +58,21 @@ _OPSETS = range(13, 27)  # those that the operators' bodies can be written in
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """See the module's docstring. Attentions in subgraphs and functions are left alone."""
+    """See the module's docstring. Attentions in subgraphs and functions are left alone.
+
+    Attributes:
+        runs: Shapes that runs of the model have shown, for where inference knows none; see :class:`Shapes`.
+    """
 
     name: ClassVar[str] = "fuse.attention"
     stage: ClassVar[Stage] = Stage.FUSE
 
+    runs: tuple[Run, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         found, declined = list[Attention](), list[Declined]()
         opset = model.opset_imports.get("", 1)
-        facts: Facts | None = None  # a model without attentions needs no shape inference
+        shapes: Shapes | None = None  # a model without attentions needs no shape inference
         for graph in all_graphs(model):
             for node in graph:
                 match: Attention | str
@@ -77,8 +85,8 @@ class FuseAttention(Pass):
                 elif opset not in _OPSETS:
                     match = f"opset {opset} is none of {_OPSETS[0]} to {_OPSETS[-1]}"
                 else:
-                    facts = facts or Facts(model)
-                    match = match_attention(node, facts)
+                    shapes = shapes or Shapes(model, runs=self.runs)
+                    match = match_attention(node, shapes)
                 if isinstance(match, str):
                     declined.append(self.declined(name_of(node), match))
                 else:
@@ -143,7 +151,7 @@ class _Rewriter:
             return self._biases[key]
         bias: ir.Value | None = None
         for mask in match.masks:
-            value = self._now(mask.unexpanded)
+            value = self._now(mask.value)
             if mask.fill is not None:
                 kept = bias if bias is not None else self._constant(0.0)
                 choices = [kept, mask.fill] if mask.keep else [mask.fill, kept]

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, name_of
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
@@ -330,7 +331,7 @@ def _bias(graph: ir.Graph, layer: Layer, context: PassContext) -> ir.Value:
     if layer.bias is None:
         name = f"{DOMAIN}.zeros.{n}"
         return _initializer(graph, name, ir.tensor(np.zeros(n, np.float32), name=name))
-    tensor = layer.bias.const_value
+    tensor = constant_tensor(layer.bias)
     assert tensor is not None
     if len(tensor.shape) == 1 and layer.bias.is_initializer():
         return layer.bias

@@ -12,7 +12,7 @@ Steps, every value in between having no other user; m, d and v are [..., 1], [..
     n = Div(d, r)                              or Mul(d, Reciprocal(r)), Mul(d, Div(1, r))
     Y = Add(Mul(n, gamma), beta)               without beta, Y = Mul(n, gamma)
 
-gamma and beta are initializers [C], epsilon is a constant.
+gamma and beta are constants [C]; epsilon, the exponent and 1 are constants of at most one axis.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array, constant_number, constant_tensor
 from sparse_onnx.graph import is_standard
 
 __all__ = ["Normalization", "is_vector", "match_normalization"]
@@ -60,10 +60,9 @@ def match_normalization(node: ir.Node) -> Normalization | str | None:
 
 
 def is_vector(value: ir.Value | None) -> bool:
-    """Whether ``value`` is an initializer float32 [C] that no caller can replace."""
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return False
-    return value.const_value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) == 1
+    """Whether ``value`` is a constant float32 [C]."""
+    tensor = constant_tensor(value)
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1
 
 
 def _match_operator(node: ir.Node) -> Normalization | str:
@@ -76,7 +75,7 @@ def _match_operator(node: ir.Node) -> Normalization | str:
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "gives out its mean or deviation"
     if not is_vector(gamma) or not (beta is None or is_vector(beta)):
-        return "has a gamma or beta that is no initializer float32 [C]"
+        return "has a gamma or beta that is no constant float32 [C]"
     assert gamma is not None
     rms = node.op_type != "LayerNormalization"
     epsilon = node.attributes.get_float("epsilon", 1e-5)
@@ -108,7 +107,7 @@ def _match_result(
     scale = _only_user(normalized[-1].outputs[0], "Mul")
     gamma = _other(scale, normalized[-1].outputs[0]) if scale is not None else None
     if scale is None or gamma is None or not is_vector(gamma):
-        return "has no gamma that is an initializer float32 [C]"
+        return "has no gamma that is a constant float32 [C]"
     nodes = [*steps, *normalized, scale]
     source, rms, beta = deviation, True, None
     subtract = _producer(deviation, "Sub")
@@ -154,12 +153,11 @@ def _both_ways(node: ir.Node) -> tuple[tuple[ir.Value | None, ir.Value | None], 
 
 
 def _scalar(value: ir.Value | None) -> float | None:
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1 or len(tensor.shape) > 1 or tensor.dtype != ir.DataType.FLOAT:
-        return None
-    return float(np.asarray(tensor.numpy()).reshape(()))
+    """A number float32 that adds no axes to [..., 1] or [..., C]."""
+    tensor = constant_tensor(value)
+    return (
+        constant_number(value, rank=1) if tensor is not None and tensor.dtype == ir.DataType.FLOAT else None
+    )
 
 
 def _rank(value: ir.Value) -> int | None:
@@ -182,8 +180,8 @@ def _is_mean_of_last(node: ir.Node) -> bool:
         return False
     axes = list(node.attributes.get_ints("axes", []))
     if len(node.inputs) > 1 and (given := node.inputs[1]) is not None:
-        tensor = None if given.is_graph_input() else ir.convenience.get_const_tensor(given)
-        axes = [] if tensor is None else tensor.numpy().reshape(-1).tolist()
+        array = constant_array(given)
+        axes = [] if array is None else array.reshape(-1).tolist()
     return len(axes) == 1 and _is_last(axes[0], source)
 
 

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array, constant_tensor
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import add_initializer, drop_if_unused, new_name
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
@@ -355,8 +356,8 @@ class _Job:
         old, node = target.bias, target.bias_node
         assert old is not None
         assert node is not None
-        assert old.const_value is not None
-        before = old.const_value
+        before = constant_tensor(old)
+        assert before is not None
         array = bias.reshape(before.shape.numpy())
         self.biases += 1
         if len(old.uses()) == 1 and not old.is_graph_output() and old.is_initializer():
@@ -371,6 +372,6 @@ class _Job:
 
 
 def _bias_of(target: Target) -> np.ndarray:
-    assert target.bias is not None
-    assert target.bias.const_value is not None
-    return target.bias.const_value.numpy().reshape(-1).astype(np.float64)
+    array = constant_array(target.bias)
+    assert array is not None
+    return array.reshape(-1).astype(np.float64)

@@ -24,6 +24,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.graph import add_function, add_initializer, is_standard, name_of, new_name
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -124,7 +125,7 @@ def _match_contrib(node: ir.Node) -> _Residual | str | None:
     if any(value in outputs for value in node.outputs[1:3]):
         return "gives out its mean or deviation"
     if not all(is_vector(value) or value is None for value in (gamma, beta, bias)):
-        return "has a gamma, beta or bias that is no initializer float32 [C]"
+        return "has a gamma, beta or bias that is no constant float32 [C]"
     if a is None or b is None or gamma is None:
         return "lacks an input"
     total = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3] in outputs else None
@@ -134,7 +135,7 @@ def _match_contrib(node: ir.Node) -> _Residual | str | None:
 
 
 def _is_constant(value: ir.Value) -> bool:
-    return ir.convenience.get_const_tensor(value) is not None
+    return constant_tensor(value) is not None
 
 
 def _type_problem(residual: _Residual) -> str | None:
@@ -146,9 +147,7 @@ def _type_problem(residual: _Residual) -> str | None:
 
 def _shape_problem(residual: _Residual) -> str | None:
     """Why the operands may have, or have, shapes that the operator is not for."""
-    a, b, gamma = residual.a.shape, residual.b.shape, residual.norm.gamma.shape
-    assert gamma is not None
-    channels = gamma[0]
+    a, b, channels = residual.a.shape, residual.b.shape, _size(residual.norm.gamma)
     for shape in (a, b):
         last = shape[-1] if shape is not None and shape.rank() > 0 else None
         if isinstance(last, int) and last != channels:
@@ -156,7 +155,7 @@ def _shape_problem(residual: _Residual) -> str | None:
     known = [shape[-1] for shape in (a, b) if shape is not None and shape.rank() > 0]
     if channels == 1 and 1 not in known:
         return "has one gamma for channels whose number is unknown"
-    if residual.norm.beta is not None and residual.norm.beta.shape != gamma:
+    if residual.norm.beta is not None and _size(residual.norm.beta) != channels:
         return "has gamma and beta of different sizes"
     if a is None or b is None or _may_repeat(a, b) or _may_repeat(b, a):
         return None
@@ -186,9 +185,10 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
         biased = ir.Value(name=name, type=b.type, shape=b.shape)
         new_nodes.append(ir.node("Add", [b, residual.bias], outputs=[biased], name=name))
         b = biased
-    inputs = [residual.a, b, norm.gamma]
+    inputs = [residual.a, b, _initializer(model, norm.gamma)]
     if not norm.rms:
-        inputs.append(norm.beta if norm.beta is not None else _zeros(model, graph, norm.gamma))
+        beta = norm.beta
+        inputs.append(_zeros(model, graph, norm.gamma) if beta is None else _initializer(model, beta))
     old = [norm.output] + ([residual.total] if residual.total is not None else [])
     node = ir.node(
         _OP_TYPES[signature],
@@ -209,10 +209,23 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
     return signature
 
 
+def _size(vector: ir.Value) -> int:
+    tensor = constant_tensor(vector)
+    assert tensor is not None
+    return tensor.size
+
+
+def _initializer(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A constant in a form that is known everywhere in its graph; a Constant node may stand behind the fused op."""
+    graph, tensor = value.graph, constant_tensor(value)
+    if value.is_initializer() or not isinstance(graph, ir.Graph) or tensor is None:
+        return value
+    return add_initializer(graph, new_name(model, f"{value.name}.value"), tensor)
+
+
 def _zeros(model: ir.Model, graph: ir.Graph, gamma: ir.Value) -> ir.Value:
     """An initializer of zeros like ``gamma``, which all normalizations of this width in the graph share."""
-    assert gamma.const_value is not None
-    size = gamma.const_value.size
+    size = _size(gamma)
     name = f"{DOMAIN}.zeros.{size}"
     if name in graph.initializers:
         return graph.initializers[name]

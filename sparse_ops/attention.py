@@ -15,14 +15,15 @@ name         dtype      shape              meaning
 q            float32    [B, Sq, H·D]       queries, head by head
 k            float32    [B, Sk, H·D]       keys; [B, H, Sk, D] where the op type says ``Split`` (a cache)
 v            float32    [B, Sk, H·Dv]      values; [B, H, Sk, Dv] where the op type says ``Split``
-mask         float32    up to 4 axes       added to the scores; broadcasts to [B, H, Sq, Sk]
+mask         float32    up to 4 axes       added to the scores; broadcasts with [B, H, Sq, Sk]
 num_heads    int        attribute          H, at least 1
 scale        float      attribute          finite
 Y            float32    [B, Sq, H·Dv]
 ===========  =========  =================  ==================================================================
 
-Keys and values may have one batch, which then serves all queries. A row of scores that are all -Inf gives NaN, as
-``Softmax`` does.
+Everything is broadcast as the formula says: q, k, v or the mask may have one batch, which then serves those of the
+others; so do one query and one key where the mask is for more. A row of scores that are all -Inf gives NaN, as
+``Softmax`` does. Any of B, Sq and Sk may be 0; without keys, Y is 0.
 """
 
 from __future__ import annotations
@@ -77,21 +78,26 @@ def reference(
 
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
+    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes.
+
+    Shapes are written out: Reshape cannot tell the size behind a -1 where another one is 0.
+    """
     signature = OP_TYPES[op_type]
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {opset}]>
 {op_type} <num_heads, scale> ({", ".join(signature.inputs)}) => (Y)
 {{
     same = Constant<value = int64[2] {{0, 0}}>()
-    rest = Constant<value = int64[1] {{-1}}>()
+    flat = Constant<value = int64[1] {{-1}}>()
     number = Constant<value_int: int = @num_heads>()
-    heads = Reshape(number, rest)
-    split = Concat<axis = 0>(same, heads, rest)
-    merged = Concat<axis = 0>(same, rest)
+    heads = Reshape(number, flat)
+    {_dimension("q", 2, opset)}
+    q_size = Div(q_channels, heads)
+    q_shape = Concat<axis = 0>(same, heads, q_size)
     factor = Constant<value_float: float = @scale>()
-    q_split = Reshape(q, split)
+    q_split = Reshape(q, q_shape)
     q_heads = Transpose<perm = [0, 2, 1, 3]>(q_split)
+    {_dimension("v", 3 if signature.split else 2, opset)}
     {_SPLIT_KEYS if signature.split else _MERGED_KEYS}
     product = MatMul(q_heads, k_heads)
     scores = Mul(product, factor)
@@ -99,15 +105,31 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     weights = Softmax<axis = -1>({"masked" if signature.masked else "scores"})
     y_heads = MatMul(weights, {"v" if signature.split else "v_heads"})
     y_split = Transpose<perm = [0, 2, 1, 3]>(y_heads)
-    Y = Reshape(y_split, merged)
+    y_shape = Concat<axis = 0>(same, y_channels)
+    Y = Reshape(y_split, y_shape)
 }}
 """
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto
 
 
-_SPLIT_KEYS = "k_heads = Transpose<perm = [0, 1, 3, 2]>(k)"
-_MERGED_KEYS = """k_split = Reshape(k, split)
+def _dimension(name: str, axis: int, opset: int) -> str:
+    """Lines that make ``{name}_channels`` [1], the dimension of ``name`` at ``axis``; a runtime that knows it from
+    shape inference folds them from opset 15 on."""
+    if opset >= 15:
+        return f"{name}_channels = Shape<start = {axis}, end = {axis + 1}>({name})"
+    return f"""{name}_sizes = Shape({name})
+    {name}_start = Constant<value = int64[1] {{{axis}}}>()
+    {name}_end = Constant<value = int64[1] {{{axis + 1}}}>()
+    {name}_channels = Slice({name}_sizes, {name}_start, {name}_end)"""
+
+
+_SPLIT_KEYS = """k_heads = Transpose<perm = [0, 1, 3, 2]>(k)
+    y_channels = Mul(heads, v_channels)"""
+_MERGED_KEYS = """k_split = Reshape(k, q_shape)
     k_heads = Transpose<perm = [0, 2, 3, 1]>(k_split)
-    v_split = Reshape(v, split)
-    v_heads = Transpose<perm = [0, 2, 1, 3]>(v_split)"""
+    v_size = Div(v_channels, heads)
+    v_shape = Concat<axis = 0>(same, heads, v_size)
+    v_split = Reshape(v, v_shape)
+    v_heads = Transpose<perm = [0, 2, 1, 3]>(v_split)
+    y_channels = Identity(v_channels)"""

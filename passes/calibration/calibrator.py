@@ -30,7 +30,6 @@ from sparse_onnx.passes.calibration.memory import (
     available_memory,
     divide,
     fitting,
-    inferred_shapes,
 )
 from sparse_onnx.passes.calibration.moments import Layout, Moments
 from sparse_onnx.passes.calibration.record import Record
@@ -44,6 +43,7 @@ from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
 from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import session_budget
+from sparse_onnx.shapes import Shapes
 from sparse_onnx.units import format_bytes
 
 __all__ = ["BlockStatistics", "Calibrator", "Options"]
@@ -276,7 +276,8 @@ class Calibrator:
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return inferred_shapes(self._model, self._first)
+        given = {name: array.shape for name, array in self._first.items()}
+        return given | Shapes(self._model, inputs=given).sizes()
 
     def _demands(self, captures: Sequence[Capture]) -> list[Demand]:
         activations = activation_bytes(captures, self._shapes, self._first)

@@ -76,11 +76,14 @@ def add_function(model: ir.Model, body: onnx.FunctionProto, version: int) -> Non
 
 
 def drop_if_unused(value: ir.Value) -> bool:
-    """Remove an initializer that nothing uses and that is no input or output; whether it went."""
-    graph = value.graph
-    if not isinstance(graph, ir.Graph) or not value.is_initializer() or value.uses():
+    """Remove an initializer or Constant node that nothing uses and that is no input or output; whether it went."""
+    graph, node = value.graph, value.producer()
+    if value.uses() or value.is_graph_input() or value.is_graph_output():
         return False
-    if value.is_graph_input() or value.is_graph_output():
+    if node is not None and node.graph is not None and is_standard(node, "Constant"):
+        node.graph.remove(node, safe=True)
+        return True
+    if not isinstance(graph, ir.Graph) or not value.is_initializer():
         return False
     del graph.initializers[value.name or ""]
     return True

@@ -247,6 +247,7 @@ def page(full_report: Report) -> str:
     return render_comparison(compare_reports(full_report, other))
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (768, False), (1280, False)])
 def test_page_in_a_browser(show: Show, page: str, width: int, dark: bool) -> None:
     browser = show(page, width=width, dark=dark)

@@ -7,6 +7,7 @@ import pytest
 
 from sparse_onnx.passes.linear_pattern import match_linear
 from sparse_onnx.passes.weights import find_weights
+from sparse_onnx.shapes import Shapes
 
 K, N = 6, 4
 
@@ -37,7 +38,7 @@ def build(body, *, opset=20, outputs="float[B, 4] Y", extra="", opsets=""):
 def only_match(model):
     weights, declined = find_weights(model)
     assert len(weights) == 1, declined
-    return match_linear(weights[0], weights[0].nodes[0], model.graph)
+    return match_linear(weights[0], weights[0].nodes[0], model.graph, Shapes(model))
 
 
 GELU_ERF = {
@@ -102,7 +103,7 @@ def test_fuses_no_more_than_it_may(body, outputs):
     model = build(body, outputs=outputs, extra=f", float[{K}, {N}] W2 = {{{','.join(['1'] * K * N)}}}")
     weights, _ = find_weights(model)
     weight = next(weight for weight in weights if weight.name == "W")
-    linear = match_linear(weight, weight.nodes[0], model.graph)
+    linear = match_linear(weight, weight.nodes[0], model.graph, Shapes(model))
     assert not isinstance(linear, str)
     assert linear.activation == "none"
     assert linear.bias is None
@@ -125,7 +126,7 @@ def test_declines_with_reason(body, reason):
         body, extra=f", float[{K}, {N}] W2 = {{{ones}}}, float[1, {K}] fixed = {{{','.join(['1'] * K)}}}"
     )
     weight = next(weight for weight in find_weights(model)[0] if weight.name == "W")
-    result = match_linear(weight, weight.nodes[0], model.graph)
+    result = match_linear(weight, weight.nodes[0], model.graph, Shapes(model))
     assert isinstance(result, str)
     assert reason in result
 

@@ -11,6 +11,7 @@ from sparse_onnx import sparse_ops
 from sparse_onnx.sparse_ops import attention
 
 B, H, D, DV = 2, 3, 20, 24
+SQ, SK = 6, 10
 SCALE = 0.3
 NODE = "encoder/layer.3/attention"
 LOWEST = np.finfo(np.float32).min
@@ -88,7 +89,6 @@ def test_body_of_every_opset(op_type, opset, open_session):
     )
 
 
-SQ, SK = 6, 10
 MASK_SHAPES = [
     *itertools.product((B, 1), (H, 1), (SQ, 1), (SK, 1)),
     *itertools.product((H, 1), (SQ, 1), (SK, 1)),
@@ -109,9 +109,33 @@ def test_masks_broadcast(op_type, library, shape, open_session):
 
 @every_op
 @both_ways
+@pytest.mark.parametrize("single", ["q", "k", "v", "qk", "kv", "qv"])
 @pytest.mark.parametrize("sq", [2, 40])
-def test_one_batch_of_keys_serves_all_queries(op_type, library, sq, open_session):
-    given = feeds(op_type, sq, 9) | {name: feeds(op_type, sq, 9, batch=1)[name] for name in ("k", "v")}
+def test_one_batch_serves_those_of_the_others(op_type, library, single, sq, open_session):
+    given = feeds(op_type, sq, 9)
+    for name in single:
+        given[name] = given[name][1:]
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize(
+    ("sq", "shape"),
+    [(SQ, (4, 1, 1, SK)), (1, (4, 1, SQ, SK)), (1, (SQ, SK)), (1, (H, SQ, 1)), (1, (1, 1, 70, SK))],
+)
+def test_a_mask_for_more_batches_or_queries_repeats_them(op_type, library, sq, shape, open_session):
+    given = feeds(op_type, sq, SK, batch=1, mask=shape)
+    want = expected(given)
+    assert want.shape[:2] == np.broadcast_shapes((1, sq), (shape[0] if len(shape) == 4 else 1, shape[-2]))
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], want)
+
+
+@masked_ops
+@both_ways
+def test_a_mask_for_more_keys_than_one_repeats_it(op_type, library, open_session):
+    given = feeds(op_type, SQ, SK)
+    given["k"] = feeds(op_type, SQ, 1)["k"]
     assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
 
 
@@ -142,11 +166,16 @@ def test_not_a_number_stays_in_its_head(op_type, library, open_session):
 
 
 @every_op
+@both_ways
+@pytest.mark.parametrize("opset", [13, 15, 17, 26])
 @pytest.mark.parametrize(
-    ("batch", "sq", "sk"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["batches", "queries", "keys"]
+    ("batch", "sq", "sk"),
+    [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)],
+    ids=["batches", "queries", "keys", "all"],
 )
-def test_empty_inputs(op_type, batch, sq, sk, open_session):
-    got = open_session(model(op_type)).run(None, feeds(op_type, sq, sk, batch=batch))[0]
+def test_empty_inputs(op_type, library, opset, batch, sq, sk, open_session):
+    session = open_session(model(op_type, opset=opset), library=library)
+    got = session.run(None, feeds(op_type, sq, sk, batch=batch))[0]
     np.testing.assert_array_equal(got, np.zeros((batch, sq, H * DV), np.float32))
 
 
@@ -187,16 +216,75 @@ def test_the_runtime_fuses_the_body(op_type, open_session, tmp_path):
 
 @every_op
 def test_output_shape_is_inferred(op_type, open_session):
-    split = attention.OP_TYPES[op_type].split
-    value = ["batch", H, "past", DV] if split else ["batch", "keys", H * DV]
-    shapes = {"q": ["batch", "tokens", H * D], "v": value}
+    shapes = known_shapes(op_type)
     (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
     assert output.shape == ["batch", "tokens", H * DV]
 
 
+def known_shapes(op_type, *, q="batch", k="batch", v="batch", mask=("batch", 1, 1, "keys"), tokens="tokens"):
+    """Of all inputs, with these batches."""
+    split = attention.OP_TYPES[op_type].split
+    return {
+        "q": [q, tokens, H * D],
+        "k": [k, H, "keys", D] if split else [k, "keys", H * D],
+        "v": [v, H, "keys", DV] if split else [v, "keys", H * DV],
+        "mask": list(mask),
+    }
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ({"q": 1}, "batch"),
+        ({"q": 1, "k": 1}, "batch"),
+        ({"k": 1, "v": 1}, "batch"),
+        ({"q": 1, "k": 5}, 5),
+        ({"k": "other"}, None),
+        ({"q": 1, "v": "other"}, None),
+        ({"q": 4, "k": "other"}, 4),
+    ],
+)
+def test_what_a_batch_is_broadcast_to_is_inferred(op_type, batches, expected, open_session):
+    shapes = known_shapes(op_type, **batches, mask=("tokens", "keys"))
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
+    if expected is None:
+        assert output.shape[0] not in ("batch", "other", 1, -1)
+    else:
+        assert output.shape[0] == expected
+    assert output.shape[1:] == ["tokens", H * DV]
+
+
+@masked_ops
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (("tokens", "keys"), ["batch", "tokens"]),
+        (("keys",), ["batch", "tokens"]),
+        (("batch", 1, "tokens", 1), ["batch", "tokens"]),
+        (("others", 1, 1, "keys"), [None, "tokens"]),
+        (("rows", "keys"), ["batch", None]),
+        ((3, 1, 7, "keys"), [3, 7]),
+    ],
+)
+def test_what_a_mask_repeats_is_inferred(op_type, mask, expected, open_session):
+    (output,) = open_session(model(op_type, shapes=known_shapes(op_type, mask=mask))).get_outputs()
+    found = [None if str(dim).startswith("sparse_onnx_unknown") else dim for dim in output.shape[:2]]
+    assert found == expected
+
+
+@masked_ops
+def test_one_query_and_batch_that_a_mask_repeats_are_inferred(op_type, open_session):
+    shapes = known_shapes(op_type, q=1, k=1, v=1, tokens=1, mask=("others", 1, "rows", "keys"))
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
+    assert output.shape[:2] == ["others", "rows"]
+
+
 @every_op
 def test_unknown_channels_stay_unknown(op_type, open_session):
-    (output,) = open_session(model(op_type, shapes={"q": ["batch", 7, "channels"]})).get_outputs()
+    shapes = known_shapes(op_type, tokens=7) | {"q": ["batch", 7, "channels"]}
+    shapes["v"][-1] = "others"
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
     assert output.shape[:2] == ["batch", 7]
     assert not isinstance(output.shape[2], int)
     assert output.shape[2] != "channels"
@@ -234,7 +322,8 @@ WRONG = [
     (MERGED, "v", (B + 1, SK, H * DV), "which do not fit"),
     (MERGED, "mask", (B, 1, SQ, SK + 1), r"mask has shape \[2, 1, 6, 11\], .* broadcast to \[2, 3, 6, 10\]"),
     (MERGED, "mask", (H + 1, SQ, SK), r"mask has shape \[4, 6, 10\], .* broadcast to \[2, 3, 6, 10\]"),
-    (MERGED, "mask", (1, 1, 1, 1, 1), r"mask has shape \[1, 1, 1, 1, 1\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (B + 1, 1, SQ, SK), r"mask has shape \[3, 1, 6, 10\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (1, 1, 1, 1, 1), r"mask has shape \[1, 1, 1, 1, 1\], expected at most 4 axes"),
     (
         "AttentionSplit",
         "k",
