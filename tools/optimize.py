@@ -256,7 +256,9 @@ def summary_table(report: dict[str, Any]) -> str:
         text += f"\n{broken} weights are NaN or Inf and were kept"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
-    return text
+    from sparse_onnx.report_notes import run_notes
+
+    return "\n".join([text, *run_notes(report)])
 
 
 def _short(reason: str) -> str:

@@ -9,15 +9,19 @@ Source: the protocol buffers encoding specification, and ``onnx.proto``.
 from __future__ import annotations
 
 import mmap
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-__all__ = ["EmbeddedTensor", "Region", "cut_tensors"]
+from sparse_onnx.errors import ModelFileError
+
+__all__ = ["EmbeddedTensor", "FileStamp", "Region", "cut_tensors", "file_stamp"]
 
 _MIN_BYTES = 4096  # tensors below this size stay in the message
 _MAX_DEPTH = 100  # of nested messages, as in the protobuf runtimes
@@ -56,12 +60,24 @@ class Region:
     length: int
 
 
+FileStamp = tuple[int, int, int, int]
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """What changes when a file is written or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class EmbeddedTensor(ir.ExternalTensor):
-    """A tensor of a model file, mapped when it is used. Its array is aligned: a copy where the file's bytes are not."""
+    """A tensor of a model file, mapped when it is used. Its array is aligned: a copy where the file's bytes are not.
 
-    __slots__ = ()
+    ``stamp`` is the :func:`file_stamp` of the file that ``region`` was found in: using the tensor when it is another
+    one raises ModelFileError.
+    """
 
-    def __init__(self, path: Path, region: Region, like: ir.ExternalTensor) -> None:
+    __slots__ = ("_stamp",)
+
+    def __init__(self, path: Path, region: Region, like: ir.ExternalTensor, stamp: FileStamp) -> None:
         super().__init__(
             path,
             region.offset,
@@ -72,8 +88,25 @@ class EmbeddedTensor(ir.ExternalTensor):
             doc_string=like.doc_string,
             metadata_props=dict(like.metadata_props),
         )
+        self._stamp = stamp
+
+    def _prove_unchanged(self) -> None:
+        try:
+            unchanged = file_stamp(os.stat(self.path)) == self._stamp
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise ModelFileError(f"{self.path}: has changed or vanished while it was read; start again")
+
+    def __array__(self, dtype: Any = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype)
+
+    def tofile(self, file: Any) -> None:
+        self._prove_unchanged()
+        super().tofile(file)
 
     def numpy(self) -> np.ndarray:
+        self._prove_unchanged()
         if self._array is None:
             array = super().numpy()
             if not array.flags.aligned:
@@ -85,6 +118,7 @@ class EmbeddedTensor(ir.ExternalTensor):
         return super().numpy()
 
     def tobytes(self) -> bytes:
+        self._prove_unchanged()
         if self.raw is None:
             self._array = None  # a copy; it is mapped anew
         return super().tobytes()

@@ -26,7 +26,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
-from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
+from sparse_onnx.embedded import EmbeddedTensor, FileStamp, Region, cut_tensors, file_stamp
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
     MAX_IR_VERSION,
@@ -83,9 +83,9 @@ def load_model(path: PathLike) -> ir.Model:
         HostError: the file or its external data may not be read.
     """
     path = Path(os.path.abspath(path))
-    proto, embedded = _read_proto(path)
+    proto, embedded, stamp = _read_proto(path)
     data_files = check_model(proto, path, {key: region.length for key, region in embedded.items()})
-    places = _Places(path, embedded, data_files)
+    places = _Places(path, stamp, embedded, data_files)
     _normalize(proto)
     sparse = _replace_sparse(proto, places)
     sort_nodes(proto, path)
@@ -116,6 +116,7 @@ class _Places:
     """Where the bytes of a model's tensors are: regions of the file ``path`` and data files, by location."""
 
     path: Path
+    stamp: FileStamp
     embedded: Mapping[str, Region]
     data_files: Mapping[str, Path]
 
@@ -123,7 +124,7 @@ class _Places:
         """``tensor``, to be read from its place."""
         location = str(tensor.location)
         if (region := self.embedded.get(location)) is not None:
-            return EmbeddedTensor(self.path, region, tensor)
+            return EmbeddedTensor(self.path, region, tensor, self.stamp)
         real = self.data_files[location]
         return ir.ExternalTensor(
             real.name,
@@ -138,8 +139,9 @@ class _Places:
         )
 
 
-def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
-    """The model without its large tensors, and where in the file these are, see :func:`.embedded.cut_tensors`."""
+def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region], FileStamp]:
+    """The model without its large tensors, where in the file these are, see :func:`.embedded.cut_tensors`, and which
+    file it is."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -174,7 +176,7 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
         ) from error
     if not proto.HasField("graph"):
         raise ModelFileError(f"{path}: is not an ONNX model: it has no graph; export it again")
-    return proto, embedded
+    return proto, embedded, file_stamp(status)
 
 
 def _normalize(proto: onnx.ModelProto) -> None:

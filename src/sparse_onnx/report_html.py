@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from sparse_onnx.printable import printable
 from sparse_onnx.report_comparison import comparison_rows, comparison_verdict
+from sparse_onnx.report_notes import run_notes
 from sparse_onnx.report_view import report_view
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_number, format_share
 
@@ -34,7 +35,11 @@ def render_html(report: Mapping[str, Any]) -> str:
     from sparse_onnx.passes.recipe import dump_recipe
 
     return _render(
-        "report.html.j2", report=report, recipe=dump_recipe(report["recipe"]), **report_view(report)
+        "report.html.j2",
+        report=report,
+        notes=run_notes(report),
+        recipe=dump_recipe(report["recipe"]),
+        **report_view(report),
     )
 
 

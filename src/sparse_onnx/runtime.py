@@ -281,11 +281,15 @@ def at_best_level(
         if first is not None:
             progress(
                 "warning: ONNX Runtime cannot run this model with its default optimizations; here it runs with "
-                f"{_LEVEL_NAMES[lower]}: {first}"
+                f"{_LEVEL_NAMES[lower]}: {_one_line(first)}"
             )
         return lower, result
     assert first is not None
-    raise UsageError(f"{first}. With fewer or no graph optimizations it is the same") from first
+    raise UsageError(f"{_one_line(first)}. With fewer or no graph optimizations it is the same") from first
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:

@@ -162,6 +162,31 @@ def test_the_file_is_not_overwritten_while_it_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_bytes() == before
 
 
+@pytest.mark.parametrize("how", ["replaced", "written", "deleted"])
+def test_a_file_that_changes_meanwhile_is_said(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(whole_model(), path)
+    model = load_model(path)
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    if how == "replaced":
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").replace(path)
+    elif how == "written":
+        with open(path, "ab") as file:
+            file.write(b"x")
+    else:
+        path.unlink()
+    for use in (
+        tensor.numpy,
+        tensor.tobytes,
+        lambda: np.asarray(tensor),
+        lambda: save_model(model, tmp_path / "o"),
+    ):
+        with pytest.raises(ModelFileError, match=r"m\.onnx: has changed or vanished while it was read"):
+            use()
+
+
 WHOLE = whole_model().SerializeToString()
 
 

@@ -65,6 +65,13 @@ def text_of(report: Report) -> str:
     return Page(source).text
 
 
+def test_what_is_out_of_the_ordinary_is_said(full_report: Report) -> None:
+    text = text_of(full_report)
+    assert "The model's file is of opset 11: it was converted to 13 inside" in text
+    assert "Outputs that are no tensors were not compared: past (a sequence)." in text
+    assert "it ran with fewer (graph_optimization_level; pruned dense: basic). Run it so, too." in text
+
+
 def test_ordinary_report(report: Report) -> None:
     text = text_of(report)
     assert (
