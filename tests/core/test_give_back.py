@@ -259,10 +259,13 @@ def test_a_plan_does_not_prune_what_no_kernel_takes(tmp_path):
 # Given back
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "auto"])
-def test_what_the_guard_turns_down_has_its_weights_and_biases_back(model, data, times, method):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("magnitude", {}), ("sparsegpt", {}), ("sparsegpt", {"bias_correction": True}), ("auto", {})],
+)
+def test_what_the_guard_turns_down_has_its_weights_and_biases_back(model, data, times, method, options):
     times.layer = {(D, D): SLOWER}
-    result = optimize(model, method=method, calibration_data=data)
+    result = optimize(model, method=method, calibration_data=data, **options)
     found = rows(result)
     assert [found[name]["decision"] for name in ("W1", "W2", "W3")] == ["sparse", "sparse", "dense"]
     if found["W3"]["pruning"] == "pruned":  # later layers were solved for the pruned ones before them

@@ -285,7 +285,8 @@ class _Job:
 
     def key(self) -> str:
         """Equal for equal questions."""
-        document = recipe_document(dataclasses.replace(self.recipe, goal=Goal()))
+        kept = Goal(keep_pruned=self.recipe.goal.keep_pruned)
+        document = recipe_document(dataclasses.replace(self.recipe, goal=kept))
         document["calibration"]["checkpoint"] = None
         parts = (document, dataclasses.asdict(self.goals), repr(self.template), self.structures, self.threads)
         text = json.dumps([model_digest(self.model), *map(str, parts)])
