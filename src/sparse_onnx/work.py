@@ -136,9 +136,11 @@ def _einsum(node: ir.Node, shape: ShapeOf) -> int:
     operands = equation.split("->")[0].split(",")
     if len(operands) < 2:
         return 0
+    if len(operands) != len(node.inputs):
+        raise _UnknownShapeError
     sizes: dict[str, int] = {}
     others: list[int] = []  # behind an ellipsis, aligned at the end
-    for text, value in zip(operands, node.inputs, strict=False):
+    for text, value in zip(operands, node.inputs, strict=True):
         before, dots, after = text.partition("...")
         dims = shape(value)
         named = [*before, *after]
@@ -375,7 +377,10 @@ def _with_shapes(model: ir.Model, input_shapes: Mapping[str, Shape]) -> ir.Model
         for node in function.all_nodes():
             node.metadata_props[_FUNCTION] = f"{function.domain}::{function.name}"
     if copy.functions:
-        common.InlinePass()(copy)
+        try:
+            common.InlinePass()(copy)
+        except ir.passes.PreconditionError:  # they call each other in a circle: no runtime takes that
+            copy.functions.clear()
     for graph in all_graphs(copy):
         for value in (value for node in graph for value in node.outputs):
             value.shape = None  # with the symbols of the inputs

@@ -171,6 +171,23 @@ def test_functions_count_at_every_call() -> None:
     assert len(model.functions) == 1, "the model is left as it was"
 
 
+def test_functions_that_call_themselves_are_no_error() -> None:
+    proto = onnx.parser.parse_model(
+        f"{HEADER} g (float[3,8] x) => (float[3,8] y) {{ h = my.again(x) y = MatMul(h, w) }}"
+        '<domain: "my", opset_import: ["my" : 1]> again (x) => (z) { z = my.again(x) }'
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(floats(8, 8), "w"))
+    assert Work(ir.from_proto(proto), {"x": (3, 8)}).count({"h": (3, 8), "y": (3, 8)})[0].products == 3 * 64
+
+
+@pytest.mark.parametrize("equation", ["ij...,->", "ijk,k", "", "ij,jk,kl->il", "->"])
+def test_equations_that_do_not_fit_are_not_counted(equation: str) -> None:
+    model = model_of(
+        f'g (float[3,8] x) => (float[3,3] y) {{ y = Einsum<equation = "{equation}">(x, w) }}', w=floats(8, 3)
+    )
+    assert all(part.products is None for part in Work(model, known_shapes(model)).count())
+
+
 def test_shares_are_of_all_work() -> None:
     text = "g (float[4,8] x) => (float[4,5] y) { h = MatMul(x, w) j = MatMul(v, h) y = MatMul(j, u) }"
     model = model_of(text, w=floats(8, 5), v=floats(4, 4), u=floats(5, 5))

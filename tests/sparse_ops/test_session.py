@@ -66,6 +66,19 @@ def test_many_threads_and_tokens_agree_with_one(packed, bias, layer_model, open_
     np.testing.assert_array_equal(results[0], results[2])
 
 
+def test_results_do_not_change_while_an_operator_learns_its_threads(packed, bias, layer_model, open_session):
+    """Plans of the first calls are for other numbers of threads than those of later ones."""
+    model = layer_model(packed, bias, "SparseMatMulGelu")
+    for tokens in (1, 65, 400):
+        x, expected = inputs(tokens, K), None
+        for threads in (1, 2, 8):
+            session = open_session(model, threads=threads)
+            for _ in range(20):
+                (got,) = session.run(None, {"X": x})
+                expected = got if expected is None else expected
+                np.testing.assert_array_equal(got, expected)
+
+
 def test_unnamed_unknown_dimensions_do_not_become_numbers(packed, bias, layer_model, open_session):
     """Legacy exports take sizes from Shape: a dimension inferred as -1 would give Reshape two of them."""
     model = layer_model(packed, bias, x_shape=[None, None, K])
