@@ -7,12 +7,17 @@ from sparse_onnx.passes.attention import FuseAttention
 from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.foreign_functions import ForeignFunctions
+from sparse_onnx.passes.gemm_rows import GemmRows
 from sparse_onnx.passes.gradient import Gradient
+from sparse_onnx.passes.idle_nodes import IdleNodes
 from sparse_onnx.passes.magnitude import Magnitude
 from sparse_onnx.passes.oneshot_methods import ONE_SHOT_PASSES
 from sparse_onnx.passes.options import unknown
 from sparse_onnx.passes.random_pruning import Random
+from sparse_onnx.passes.reshapes import Reshapes
 from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
 from sparse_onnx.passes.structured import STRUCTURED_PASSES
 from sparse_onnx.passes.threshold import Threshold
@@ -24,15 +29,20 @@ PASSES: tuple[type[Pass], ...] = tuple(
         (
             Constants,
             Duplicates,
+            FoldConstants,
             FoldWeights,
+            ForeignFunctions,
             Identities,
+            IdleNodes,
             Unused,
             FuseAttention,
             FuseBatchNorm,
             FuseSkipLayerNorm,
+            GemmRows,
             Gradient,
             Magnitude,
             Random,
+            Reshapes,
             Threshold,
             *ONE_SHOT_PASSES,
             *STRUCTURED_PASSES,

@@ -8,16 +8,17 @@ After, H being the number of heads::
 
     Y = sparse_onnx.AttentionMasked<num_heads = H, scale>(q, k, v, mask)
 
-or ``Attention`` without a mask. The operator broadcasts the mask, so that an Expand in front of it goes. Several
+or ``Attention`` without a mask. The operator broadcasts, so that an Expand in front of a mask goes. Several
 masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
 them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
 
-Keys and values that exist only per head, [B, H, Sk, D], go into ``AttentionSplit`` and ``AttentionSplitMasked`` as
-they are; attentions whose queries do are declined.
+Keys and values that exist only per head, [B, H, Sk, D], go into ``AttentionSplit`` as they are, and queries, too,
+into ``AttentionHeads``, each with and without ``Masked``.
 
 The model still runs without our library, since the operators' bodies come along as functions.
 
-A dimension that was symbolic stays so. Masks are taken not to be larger than the scores (else the operator fails).
+A dimension that was symbolic stays so, and what broadcasts still does: an Expand goes, and a mask that keeps
+everything is dropped, only where that is known to change no shape.
 Fully masked rows keep their result: a fill of at most -1e30 absorbs every score below 1e22, and the
 operator and Softmax agree on rows of -Inf (NaN) and of equal scores (the mean).
 
@@ -35,16 +36,17 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.graph import (
+    Names,
     add_function,
     add_initializer,
     all_graphs,
     drop_if_unused,
     is_standard,
     name_of,
-    value_names,
 )
-from sparse_onnx.passes.attention_pattern import Attention, Facts, is_attention, match_attention
+from sparse_onnx.passes.attention_pattern import Attention, is_attention, match_attention
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.shapes import Run, Shapes
 from sparse_onnx.sparse_ops import attention
 from sparse_onnx.sparse_ops.attention import DOMAIN, Signature
 
@@ -56,15 +58,21 @@ _OPSETS = range(13, 27)  # those that the operators' bodies can be written in
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """See the module's docstring. Attentions in subgraphs and functions are left alone."""
+    """See the module's docstring. Attentions in subgraphs and functions are left alone.
+
+    Attributes:
+        runs: Shapes that runs of the model have shown, for where inference knows none; see :class:`Shapes`.
+    """
 
     name: ClassVar[str] = "fuse.attention"
     stage: ClassVar[Stage] = Stage.FUSE
 
+    runs: tuple[Run, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         found, declined = list[Attention](), list[Declined]()
         opset = model.opset_imports.get("", 1)
-        facts: Facts | None = None  # a model without attentions needs no shape inference
+        shapes: Shapes | None = None  # a model without attentions needs no shape inference
         for graph in all_graphs(model):
             for node in graph:
                 match: Attention | str
@@ -77,8 +85,8 @@ class FuseAttention(Pass):
                 elif opset not in _OPSETS:
                     match = f"opset {opset} is none of {_OPSETS[0]} to {_OPSETS[-1]}"
                 else:
-                    facts = facts or Facts(model)
-                    match = match_attention(node, facts)
+                    shapes = shapes or Shapes(model, runs=self.runs)
+                    match = match_attention(node, shapes)
                 if isinstance(match, str):
                     declined.append(self.declined(name_of(node), match))
                 else:
@@ -96,7 +104,7 @@ class _Rewriter:
 
     def __init__(self, model: ir.Model, opset: int) -> None:
         self._model, self._graph, self._opset = model, model.graph, opset
-        self._names = value_names(model)
+        self._names = Names(model)
         self._biases: dict[object, ir.Value] = {}
         self._constants: dict[tuple[int, ...] | float, ir.Value] = {}
         self._replaced: dict[ir.Value, ir.Value] = {}
@@ -108,7 +116,7 @@ class _Rewriter:
         inputs = [self._now(x) for x in (match.q, match.k, match.v)]
         if match.masks:
             inputs.append(self._bias(match))
-        op_type = _OP_TYPES[Signature(split=match.split, masked=bool(match.masks))]
+        op_type = _OP_TYPES[Signature(match.split, bool(match.masks), match.heads_apart)]
         attributes = {"num_heads": match.heads, "scale": match.scale}
         fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
         add_function(self._model, attention.function_body(op_type, self._opset), attention.VERSION)
@@ -122,7 +130,7 @@ class _Rewriter:
         for node in nodes:
             node.metadata_props.update(softmax.metadata_props)
         for node in nodes[:-1]:
-            node.outputs[0].name = self._name(f"{old.name}.{node.op_type}")
+            node.outputs[0].name = self._names.new(f"{old.name}.{node.op_type}")
         new = nodes[-1].outputs[0]
         new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
         new.metadata_props.update(old.metadata_props)
@@ -143,7 +151,7 @@ class _Rewriter:
             return self._biases[key]
         bias: ir.Value | None = None
         for mask in match.masks:
-            value = self._now(mask.unexpanded)
+            value = self._now(mask.value)
             if mask.fill is not None:
                 kept = bias if bias is not None else self._constant(0.0)
                 choices = [kept, mask.fill] if mask.keep else [mask.fill, kept]
@@ -156,7 +164,7 @@ class _Rewriter:
 
     def _insert(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value]) -> ir.Value:
         node = ir.node(op_type, inputs)
-        node.outputs[0].name = self._name(f"{before.outputs[0].name}.{op_type}")
+        node.outputs[0].name = self._names.new(f"{before.outputs[0].name}.{op_type}")
         self._graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -164,16 +172,9 @@ class _Rewriter:
         if content not in self._constants:
             array = np.array(content, np.int64 if isinstance(content, tuple) else np.float32)
             label = "_".join(map(str, content)) if isinstance(content, tuple) else f"{content:g}"
-            name = self._name(f"{FuseAttention.name}.{label}")
+            name = self._names.new(f"{FuseAttention.name}.{label}")
             self._constants[content] = add_initializer(self._graph, name, ir.tensor(array, name=name))
         return self._constants[content]
-
-    def _name(self, wanted: str) -> str:
-        name, count = wanted, 1
-        while name in self._names:
-            name, count = f"{wanted}.{count}", count + 1
-        self._names.add(name)
-        return name
 
 
 def _remove_unused(node: ir.Node) -> None:

@@ -11,7 +11,7 @@ D being the head size, H the number of heads and E = H·D; scale and mask in any
     Y = Reshape(Transpose[0,2,1,3](MatMul(P, V)))
 
 Keys and values may exist only per head, [B, H, Sk, D]: after a Concat with a cache, the repetition of heads for
-grouped queries, rotary embeddings. Queries may not: to merge them again gains nothing.
+grouped queries, rotary embeddings. So may queries, together with them.
 
 What must hold is read from the shapes that ONNX shape inference finds, symbols included. Scores are taken to be
 finite. The graph is only read.
@@ -20,54 +20,48 @@ finite. The graph is only read.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
+from sparse_onnx.constants import constant_array, constant_number
+from sparse_onnx.dimensions import Dim
 from sparse_onnx.graph import is_standard
+from sparse_onnx.shapes import Dims, Shapes, keeps
 
-__all__ = ["Attention", "Facts", "Mask", "is_attention", "match_attention"]
+__all__ = ["Attention", "Mask", "is_attention", "match_attention"]
 
 _LARGEST_FILL = -1e30  # adding a score to it changes nothing in float32
 _MAX_CHAIN = 12  # nodes between a product and the Softmax; exporters write up to five
-
-_Dims = tuple[int | str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """One step from scores to Softmax: ``Add(scores, value)``, or ``Where``, which puts ``fill`` at the places
-    where ``value`` is not ``keep``."""
+    where ``value`` is not ``keep``. Both repeat the scores where ``value`` is larger."""
 
     value: ir.Value
     fill: ir.Value | None = None
     keep: bool = True
 
     @property
-    def unexpanded(self) -> ir.Value:
-        """``value`` before it was expanded to a shape that it broadcasts to anyway."""
-        value = self.value
-        while (node := _producer(value, "Expand")) is not None and node.inputs[0] is not None:
-            value = node.inputs[0]
-        return value
-
-    @property
     def key(self) -> object:
         """Equal for masks that are equal; exporters write ``Where(condition, 0, fill)`` anew for each layer."""
+        if self.fill is not None:
+            return "where", self.value, constant_number(self.fill), self.keep
         where = _producer(self.value, "Where")
-        numbers = [_number(value) for value in where.inputs[1:]] if where is not None else [None]
-        if where is not None and self.fill is None and None not in numbers:
-            return where.inputs[0], *numbers
-        return self.value, _number(self.fill), self.keep
+        numbers = [constant_number(value) for value in where.inputs[1:]] if where is not None else [None]
+        if where is not None and None not in numbers:
+            return "add where", where.inputs[0], *numbers
+        return "add", self.value
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """What a fused operator is made of: ``output`` from ``q``, ``k`` and ``v``, whose ``softmax`` this is.
 
-    ``q`` is merged; ``k`` and ``v`` are both merged or, if ``split``, both per head.
+    ``q`` is merged, or per head if ``heads_apart``; ``k`` and ``v`` are both merged or, if ``split``, both per head.
     ``output`` is [B, Sq, E], or [B, Sq, H, D] if ``split_to`` says H and D. ``nan_to_zero``: a NaN
     among the weights becomes zero, and there may be one even if all scores are finite.
     """
@@ -77,67 +71,13 @@ class Attention:
     k: ir.Value
     v: ir.Value
     split: bool
+    heads_apart: bool
     heads: int
     scale: float
     masks: tuple[Mask, ...]
     nan_to_zero: bool
     output: ir.Value
     split_to: tuple[int, int] | None
-
-
-class Facts:
-    """Shapes and types of the values of the main graph as ONNX shape inference finds them; the model stays as
-    it is. Dimensions with the same symbol are equal."""
-
-    def __init__(self, model: ir.Model) -> None:
-        inferred = model.clone()
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(inferred)
-        values = [*inferred.graph.inputs, *inferred.graph.initializers.values()]
-        values += [value for node in inferred.graph for value in node.outputs]
-        self._by_name = {value.name: value for value in values}
-
-    def dims(self, value: ir.Value | None) -> _Dims:
-        """() if the rank is unknown; an attention has no scalars."""
-        known = self._by_name.get(value.name) if value is not None else None
-        if known is None or known.shape is None:
-            return ()
-        return tuple(dim if isinstance(dim, int) else dim.value for dim in known.shape)
-
-    def number(self, value: ir.Value | None) -> float | None:
-        """The only element of a constant, or of what is computed from constants and known dimensions: some
-        exports take the scale from the head size, as Sqrt(1 / Sqrt(Cast(Slice(Shape(q)))))."""
-        node = _producer(value, "Cast", "Identity", "Sqrt", "Mul", "Div", "Slice", "Gather")
-        if node is None:
-            return _number(value)
-        if node.op_type in ("Slice", "Gather"):
-            return self._dimension(node)
-        operands = [self.number(operand) for operand in node.inputs]
-        first, last = operands[0], operands[-1]
-        if first is None or last is None:
-            return None
-        match node.op_type:
-            case "Sqrt":
-                return math.sqrt(first) if first >= 0 else None
-            case "Mul":
-                return first * last
-            case "Div":
-                return first / last if last else None
-        return first if node.op_type == "Identity" or _casts_to_float(node) else None
-
-    def _dimension(self, node: ir.Node) -> float | None:
-        """The dimension that a Slice or Gather takes from a Shape, if it is known."""
-        shape, start = _producer(node.inputs[0], "Shape"), _number(node.inputs[1])
-        if shape is None or shape.attributes or start is None:
-            return None
-        dims = self.dims(shape.inputs[0])
-        one = node.op_type == "Gather" or self.dims(node.outputs[0]) == (1,)
-        dim = dims[int(start)] if one and -len(dims) <= start < len(dims) else None
-        return float(dim) if isinstance(dim, int) else None
-
-    def is_float32(self, value: ir.Value) -> bool:
-        """Whether ``value`` is known to be FLOAT."""
-        known = self._by_name.get(value.name)
-        return known is not None and known.dtype == ir.DataType.FLOAT
 
 
 def is_attention(node: ir.Node) -> bool:
@@ -147,14 +87,14 @@ def is_attention(node: ir.Node) -> bool:
     return _scores(node.inputs[0]) is not None and _weighted(node.outputs[0]) is not None
 
 
-def match_attention(softmax: ir.Node, facts: Facts) -> Attention | str:
+def match_attention(softmax: ir.Node, shapes: Shapes) -> Attention | str:
     """The attention that ``softmax`` is part of, or why it cannot be fused.
 
     ``softmax`` is one that :func:`is_attention` accepts, in the main graph of a model of opset 13 or later, and
-    ``facts`` are those of this model.
+    ``shapes`` are those of this model.
     """
     try:
-        return _match(softmax, facts)
+        return _match(softmax, shapes)
     except _Declined as error:
         return str(error)
 
@@ -192,19 +132,6 @@ def _transposed(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | Non
     if node is None or tuple(node.attributes.get_ints("perm", ())) != perm:
         return None
     return node.inputs[0]
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def _number(value: ir.Value | None) -> float | None:
-    """The only element of a constant."""
-    array = _constant(value)
-    return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
 def _casts_to_float(node: ir.Node) -> bool:
@@ -246,60 +173,72 @@ def _scores(value: ir.Value | None, budget: int = _MAX_CHAIN) -> ir.Node | None:
 # -- matching ----------------------------------------------------------------------------------------------
 
 
-def _match(softmax: ir.Node, facts: Facts) -> Attention:
+def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     scores, weighted = _scores(softmax.inputs[0]), _weighted(softmax.outputs[0])
     assert scores is not None
     assert weighted is not None
-    if len(facts.dims(softmax.inputs[0])) != 4:
+    if len(shapes.dims(softmax.inputs[0])) != 4:
         raise _Declined("scores are not known to be [batch, heads, queries, keys]")
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
         raise _Declined("Softmax is not over the keys")
-    if not facts.is_float32(softmax.outputs[0]):
+    if not shapes.is_float32(softmax.outputs[0]):
         raise _Declined("is not FLOAT, the type of the CPU kernel")
-    scale, masks = _chain(softmax.inputs[0], scores, facts)
-    query, q_scale = _unscaled(scores.inputs[0], facts)
-    key, k_scale = _unscaled(scores.inputs[1], facts)
-    q, v = _heads(query, facts), _heads(weighted.inputs[1], facts)
-    k, inner_scale = _key_heads(key, facts)
+    scale, masks = _chain(softmax.inputs[0], scores, shapes)
+    query, q_scale = _unscaled(scores.inputs[0], shapes)
+    key, k_scale = _unscaled(scores.inputs[1], shapes)
+    value = weighted.inputs[1]
+    q, v = _heads(query, shapes), _heads(value, shapes)
+    k, inner_scale = _key_heads(key, shapes)
     scale *= q_scale * k_scale * inner_scale
     if not np.isfinite(np.float32(scale)) or np.float32(scale) == 0:
         raise _Declined(f"has scale {scale}")
-    if q.merged is None:
-        raise _Declined(
-            "queries exist only per head (rotary embedding, packed projections or unknown shapes)"
-        )
+    queries = q.merged if q.merged is not None else q.split
+    if queries is None:
+        raise _Declined("queries are not known to be [batch, heads, queries, channels]")
     if q.count is None or q.count != k.count or q.count != v.count:
         raise _Declined("queries, keys and values are not known to have the same number of heads")
     if q.size is None or q.size != k.size or v.size is None:
         raise _Declined("head sizes are not known to fit")
-    if k.merged is not None and v.merged is not None:
+    if k.merged is not None and v.merged is not None and q.merged is not None:
         keys, values, split = k.merged, v.merged, False
     elif k.split is not None and v.split is not None:
         keys, values, split = k.split, v.split, True
     else:
-        raise _Declined("keys and values are neither both merged nor both per head")
-    masks = tuple(mask for mask in masks if not _keeps_all(mask))
+        raise _Declined("queries, keys and values are neither all merged nor all per head")
+    batch = _names(shapes.dims(queries)[0], shapes.dims(query)[0])
+    rows = _names(q.length, shapes.dims(query)[2])
+    k_batch = _axis(keys, -len(shapes.dims(keys)), shapes) | _axis(key, -4, shapes)
+    v_batch = _axis(values, -len(shapes.dims(values)), shapes) | _axis(value, -4, shapes)
+    # What masks may not change: every name is right. As many keys as values are as many whatever the mask.
+    product = scores.outputs[0]
+    target = (
+        (batch if _stays(batch, k_batch) else _names()) | _axis(product, -4, shapes),
+        _names(q.count),
+        rows | _axis(product, -2, shapes),
+        None if _names(k.length) & _names(v.length) else _names(k.length) | _axis(product, -1, shapes),
+    )
+    masks = tuple(needed for mask in masks if (needed := _needed(mask, target, shapes)) is not None)
+    if q.count == 1 and not all(_axis(mask.value, -3, shapes) == {1} for mask in masks):
+        raise _Declined("its only head may be repeated for a mask with more of them")
     # Two finite masks may add up to -Inf.
     may_be_nan = len(masks) > 1 or not all(map(_is_finite, masks))
-    tested = _turns_nan_to_zero(weighted.inputs[0], softmax, facts)
-    batch = facts.dims(q.merged)[0]
-    shape, product = (batch, q.count, q.length, k.length), (batch, q.count, q.length, v.size)
-    operands: list[tuple[_Dims, _Dims]] = [
-        (facts.dims(keys)[:1], (batch,)),
-        (facts.dims(values)[:1], (batch,)),
-    ]
-    operands += [(facts.dims(mask.value), shape) for mask in masks]
-    if not all(_fits(dims, target) for dims, target in operands):
-        raise _Declined("queries are repeated for larger keys, values or masks")
-    output, merged = _output(weighted.outputs[0], product, facts.dims(query), facts)
+    tested = _turns_nan_to_zero(weighted.inputs[0], softmax, shapes)
+    others = [k_batch, v_batch, *(_axis(mask.value, -4, shapes) for mask in masks)]
+    if not all(_stays(batch, other) for other in others):
+        batch = _names()
+    if not all(_stays(rows, _axis(mask.value, -2, shapes)) for mask in masks):
+        rows = _names()
+    made = [(b, q.count, r, v.size) for b in batch or (None,) for r in rows or (None,)]
+    output, merged = _output(weighted.outputs[0], made, shapes)
     if not _only_for(scores, output):
         raise _Declined("scores or weights are used elsewhere too")
     return Attention(
         softmax=softmax,
-        q=q.merged,
+        q=queries,
         k=keys,
         v=values,
         split=split,
+        heads_apart=q.merged is None,
         heads=q.count,
         scale=scale,
         masks=masks,
@@ -309,16 +248,44 @@ def _match(softmax: ir.Node, facts: Facts) -> Attention:
     )
 
 
-def _fits(dims: _Dims, target: _Dims) -> bool:
-    """Whether a tensor does not enlarge a ``target`` that it is broadcast with; different symbols may be equal,
-    but a 1 there must be a 1 here."""
-    if not dims and 1 in target:
-        return False
-    pairs = zip(reversed(dims), reversed(target), strict=False)
-    return all(there != 1 or here == 1 for here, there in pairs)
+_Names = frozenset[int | str]
+"""What one dimension is known as; shape inference may have given it several symbols, and all of them are right."""
 
 
-def _chain(value: ir.Value | None, scores: ir.Node, facts: Facts) -> tuple[float, tuple[Mask, ...]]:
+def _names(*dims: Dim) -> _Names:
+    return frozenset(dim for dim in dims if dim is not None)
+
+
+def _axis(value: ir.Value | None, axis: int, shapes: Shapes) -> _Names:
+    """The dimension of ``value`` at a negative ``axis``, 1 where it has fewer."""
+    rank = shapes.rank(value)
+    if rank is None:
+        return _names()
+    return _names(shapes.dims(value)[axis] if rank >= -axis else 1)
+
+
+def _stays(dim: _Names, other: _Names) -> bool:
+    """Whether a dimension is known to stay what it is when another one is broadcast with it."""
+    return any(keeps((name,), (size,)) for name in dim for size in (other or (None,)))
+
+
+def _needed(mask: Mask, target: Sequence[_Names | None], shapes: Shapes) -> Mask | None:
+    """``mask`` before it was expanded to a shape that it broadcasts to anyway; None if it changes nothing at all.
+
+    It stays as it is unless it is known not to enlarge scores with the dimensions ``target`` (None: any).
+    """
+    value = mask.value
+    axes = enumerate(reversed(target), 1)
+    if not all(dim is None or _stays(dim, _axis(value, -place, shapes)) for place, dim in axes):
+        return mask
+    if _keeps_all(mask):
+        return None
+    while (node := _producer(value, "Expand")) is not None and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return dataclasses.replace(mask, value=value)
+
+
+def _chain(value: ir.Value | None, scores: ir.Node, shapes: Shapes) -> tuple[float, tuple[Mask, ...]]:
     """The scale and the masks between the product and Softmax, in the order in which they are applied."""
     scale, masks = 1.0, list[Mask]()
     budget = _MAX_CHAIN
@@ -326,7 +293,7 @@ def _chain(value: ir.Value | None, scores: ir.Node, facts: Facts) -> tuple[float
         assert node is not None  # _scores has been here
         budget -= 1  # as _scores counted
         index = next(i for i, x in enumerate(node.inputs) if _scores(x, budget) is scores)
-        if (factor := _factor(node, index, facts)) is not None:
+        if (factor := _factor(node, index, shapes)) is not None:
             scale *= factor
         elif node.op_type in ("Add", "Where") and scale != 1:
             raise _Declined("scores are scaled after they are masked")
@@ -336,7 +303,7 @@ def _chain(value: ir.Value | None, scores: ir.Node, facts: Facts) -> tuple[float
             masks.append(Mask(mask))
         elif node.op_type == "Where":
             masks.append(_where(node, index))
-        elif not _does_nothing(node, facts):
+        elif not _does_nothing(node, shapes):
             raise _Declined(f"scores go through a {node.op_type} of something that is no constant")
         value = node.inputs[index]
     return scale, tuple(reversed(masks))
@@ -345,76 +312,77 @@ def _chain(value: ir.Value | None, scores: ir.Node, facts: Facts) -> tuple[float
 def _where(node: ir.Node, index: int) -> Mask:
     """Of a Where whose input ``index`` is the scores."""
     condition, fill = node.inputs[0], node.inputs[3 - index] if index else None
-    number = _number(fill)
+    number = constant_number(fill)
     if condition is None or number is None or not number <= _LARGEST_FILL:
         raise _Declined("masked scores become something other than -Inf or a number of at most -1e30")
     return Mask(condition, fill, keep=index == 1)
 
 
-def _factor(node: ir.Node, index: int, facts: Facts) -> float | None:
+def _factor(node: ir.Node, index: int, shapes: Shapes) -> float | None:
     """What a Mul or Div multiplies its input ``index`` with, if that is one known number."""
     if not is_standard(node, "Mul", "Div") or (node.op_type == "Div" and index == 1):
         return None
-    number = facts.number(node.inputs[1 - index])
+    rank = shapes.rank(node.inputs[index])
+    number = shapes.number(node.inputs[1 - index], rank=1 if rank is None else rank)
     if number is None or number == 0:
         return None
     return number if node.op_type == "Mul" else 1 / number
 
 
-def _does_nothing(node: ir.Node, facts: Facts) -> bool:
+def _does_nothing(node: ir.Node, shapes: Shapes) -> bool:
     if is_standard(node, "Cast"):
         source = node.inputs[0]
-        return _casts_to_float(node) and source is not None and facts.is_float32(source)
+        return _casts_to_float(node) and source is not None and shapes.is_float32(source)
     if is_standard(node, "Reshape"):
-        before, after = facts.dims(node.inputs[0]), facts.dims(node.outputs[0])
+        before, after = shapes.dims(node.inputs[0]), shapes.dims(node.outputs[0])
         return len(before) == len(after) and _unknown(before, after) <= 1
     return is_standard(node, "Identity")
 
 
-def _unknown(*alternatives: _Dims) -> int:
+def _unknown(*alternatives: Dims) -> int:
     """In how many places the last of these shapes is not known to equal one of the others. If the sizes of
     two tensors agree and all dimensions but one do, that one does too."""
     *others, last = alternatives
     return sum(dim is None or all(dim != other[i] for other in others) for i, dim in enumerate(last))
 
 
-def _unscaled(value: ir.Value | None, facts: Facts) -> tuple[ir.Value | None, float]:
+def _unscaled(value: ir.Value | None, shapes: Shapes) -> tuple[ir.Value | None, float]:
     """``value`` without the constant factors and empty steps that it went through last, and their product."""
     scale = 1.0
     while (node := _producer(value, "Mul", "Div", "Identity", "Cast", "Reshape")) is not None:
         for index in range(len(node.inputs)):
-            if (factor := _factor(node, index, facts)) is not None:
+            if (factor := _factor(node, index, shapes)) is not None:
                 value, scale = node.inputs[index], scale * factor
                 break
         else:
-            if node.op_type in ("Mul", "Div") or not _does_nothing(node, facts):
+            if node.op_type in ("Mul", "Div") or not _does_nothing(node, shapes):
                 break
             value = node.inputs[0]
     return value, scale
 
 
-def _heads(value: ir.Value | None, facts: Facts) -> _Heads:
+def _heads(value: ir.Value | None, shapes: Shapes) -> _Heads:
     """Of a value that is [B, H, S, D], if it is anything."""
-    dims = facts.dims(value)
+    dims = shapes.dims(value)
     if value is None or len(dims) != 4:
         return _Heads()
-    heads = _merged_heads(_transposed(value, (0, 2, 1, 3)), facts)
+    heads = _merged_heads(_transposed(value, (0, 2, 1, 3)), shapes)
     if heads is not None:
         return dataclasses.replace(heads, split=value)
     size = dims[3] if isinstance(dims[3], int) else None
     count = dims[1] if isinstance(dims[1], int) else None
     if (concat := _producer(value, "Concat")) is not None and concat.attributes.get_int("axis", 0) in (2, -2):
-        parts = [_heads(part, facts) for part in concat.inputs]
+        parts = [_heads(part, shapes) for part in concat.inputs]
         count = next((part.count for part in parts if part.count is not None), count)
         size = next((part.size for part in parts if part.size is not None), size)
     return _Heads(None, value, dims[2], count, size)
 
 
-def _merged_heads(value: ir.Value | None, facts: Facts) -> _Heads | None:
+def _merged_heads(value: ir.Value | None, shapes: Shapes) -> _Heads | None:
     """Of a value [B, S, H, D] that is a Reshape of [B, S, H·D]."""
     node = _producer(value, "Reshape")
     merged = node.inputs[0] if node is not None else None
-    before, after = facts.dims(merged), facts.dims(value)
+    before, after = shapes.dims(merged), shapes.dims(value)
     if len(before) != 3 or len(after) != 4 or not isinstance(before[2], int):
         return None
     width, (count, size) = before[2], after[2:]
@@ -432,23 +400,23 @@ def _merged_heads(value: ir.Value | None, facts: Facts) -> _Heads | None:
     return _Heads(merged, None, before[1], count, size)
 
 
-def _key_heads(value: ir.Value | None, facts: Facts) -> tuple[_Heads, float]:
+def _key_heads(value: ir.Value | None, shapes: Shapes) -> tuple[_Heads, float]:
     """Of a value that is [B, H, D, S], and the factor that was applied before it was transposed."""
-    heads = _merged_heads(_transposed(value, (0, 2, 3, 1)), facts)
+    heads = _merged_heads(_transposed(value, (0, 2, 3, 1)), shapes)
     if heads is not None:
         return heads, 1.0
-    split = _transposed(value, (0, 1, 3, 2)) or _transposed_as_matrices(value, facts)
-    split, scale = _unscaled(split, facts)
-    return _heads(split, facts), scale
+    split = _transposed(value, (0, 1, 3, 2)) or _transposed_as_matrices(value, shapes)
+    split, scale = _unscaled(split, shapes)
+    return _heads(split, shapes), scale
 
 
-def _transposed_as_matrices(value: ir.Value | None, facts: Facts) -> ir.Value | None:
+def _transposed_as_matrices(value: ir.Value | None, shapes: Shapes) -> ir.Value | None:
     """K of ``Reshape(Transpose[0,2,1](Reshape(K, [B·H, S, D])), [B, H, D, S])``."""
     node = _producer(value, "Reshape")
     matrices = _transposed(node.inputs[0], (0, 2, 1)) if node is not None else None
     node = _producer(matrices, "Reshape")
     source = node.inputs[0] if node is not None else None
-    split, middle, result = facts.dims(source), facts.dims(matrices), facts.dims(value)
+    split, middle, result = shapes.dims(source), shapes.dims(matrices), shapes.dims(value)
     if len(split) != 4 or len(middle) != 3 or len(result) != 4:
         return None
     b, h, s, d = split
@@ -456,7 +424,7 @@ def _transposed_as_matrices(value: ir.Value | None, facts: Facts) -> ir.Value | 
     return source if proven else None
 
 
-def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, facts: Facts) -> bool:
+def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, shapes: Shapes) -> bool:
     """Whether that is all that happens to the weights after Softmax, rather than nothing; raises otherwise."""
     cleaned = False
     while (node := weights.producer() if weights is not None else None) is not softmax:
@@ -464,10 +432,10 @@ def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, facts: Facts)
         if not cleaned and is_standard(node, "Where"):
             condition, zero, weights = node.inputs
             test = _producer(condition, "IsNaN")
-            cleaned = test is not None and test.inputs[0] is weights and _number(zero) == 0
+            cleaned = test is not None and test.inputs[0] is weights and constant_number(zero, rank=4) == 0
             if cleaned:
                 continue
-        elif _does_nothing(node, facts):
+        elif _does_nothing(node, shapes):
             weights = node.inputs[0]
             continue
         raise _Declined(f"weights go through a {node.op_type} after Softmax")
@@ -483,7 +451,7 @@ def _source(value: ir.Value | None) -> ir.Value | None:
 
 def _keeps_all(mask: Mask) -> bool:
     """Whether the mask is known to change no score."""
-    elements = _constant(_source(mask.value))
+    elements = constant_array(_source(mask.value))
     if mask.fill is not None:
         return elements is not None and bool((elements == mask.keep).all())
     if elements is not None:
@@ -491,29 +459,28 @@ def _keeps_all(mask: Mask) -> bool:
     where = _producer(_source(mask.value), "Where")
     if where is None:
         return False
-    condition = _constant(_source(where.inputs[0]))
-    return condition is not None and bool(condition.all()) and _number(where.inputs[1]) == 0
+    condition = constant_array(_source(where.inputs[0]))
+    return condition is not None and bool(condition.all()) and constant_number(where.inputs[1]) == 0
 
 
 def _is_finite(mask: Mask) -> bool:
     """Whether the mask is known to have no -Inf: then Softmax gives no NaN for finite scores."""
-    if (fill := _number(mask.fill)) is not None:
+    if (fill := constant_number(mask.fill)) is not None:
         return bool(np.isfinite(fill))
     source = _source(mask.value)
     where = _producer(source, "Where")
-    parts = [_constant(source)] if where is None else [_constant(part) for part in where.inputs[1:]]
+    parts = [constant_array(source)] if where is None else [constant_array(part) for part in where.inputs[1:]]
     return all(part is not None and bool(np.isfinite(part).all()) for part in parts)
 
 
-def _output(value: ir.Value, product: _Dims, query: _Dims, facts: Facts) -> tuple[ir.Value, bool]:
+def _output(value: ir.Value, made: Sequence[Dims], shapes: Shapes) -> tuple[ir.Value, bool]:
     """What is made of the product ``value`` by merging the heads: [B, Sq, H·D] and True, or [B, Sq, H, D] and
-    False. The shape of the product is ``product`` = [B, H, Sq, D]."""
-    # Shape inference may have given the same dimension several symbols; all of them are right.
-    found = facts.dims(value) if len(facts.dims(value)) == 4 else product
-    known = (product, (*query[:3], product[3]), found)
+    False. The shape of the product, [B, H, Sq, D], is all of ``made``."""
+    found = shapes.dims(value)
+    known = [*made, *([found] if len(found) == 4 else [])]
     node = _only_reader(value)
     if node is not None and is_standard(node, "Identity", "Reshape"):
-        copied = facts.dims(node.outputs[0])
+        copied = shapes.dims(node.outputs[0])
         if len(copied) == 4 and _unknown(*known, copied) <= 1:
             value = node.outputs[0]
             node = _only_reader(value)
@@ -522,7 +489,7 @@ def _output(value: ir.Value, product: _Dims, query: _Dims, facts: Facts) -> tupl
     rows = node.outputs[0]
     node = _only_reader(rows)
     if node is not None and is_standard(node, "Reshape"):
-        merged, heads, size = facts.dims(node.outputs[0]), product[1], product[3]
+        merged, heads, size = shapes.dims(node.outputs[0]), made[0][1], made[0][3]
         assert isinstance(heads, int)
         assert isinstance(size, int)
         rows_known = [(dims[0], dims[2], heads * size) for dims in known]

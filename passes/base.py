@@ -15,7 +15,7 @@ import dataclasses
 import enum
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,13 +71,15 @@ class Declined:
 @dataclasses.dataclass(frozen=True)
 class LayerChange:
     """Zeros of one weight before and after a pass; ``name`` is the initializer's. ``error`` is ‖X(W − W′)‖ / ‖XW‖ on
-    calibration data, where that is known."""
+    calibration data, where that is known. ``bias`` is the initializer that holds the layer's bias now, by name, and
+    the tensor that it was, if the pass changed that, too."""
 
     name: str
     size: int
     zeros_before: int
     zeros_after: int
     error: float | None = None
+    bias: tuple[str, ir.TensorProtocol] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +126,13 @@ class PassContext:
 
     ``store(array, name)`` turns a new weight into a tensor; a store that spools to disk keeps memory bounded.
     ``progress(message)`` tells the user where a long pass is. ``calibration`` is for passes that need real inputs.
+    ``spared`` are weights that pruning leaves alone, by name, with the reason.
     """
 
     store: Callable[[np.ndarray, str], ir.TensorProtocol] = in_memory
     progress: Callable[[str], None] = _silent
     calibration: CalibrationData | None = None
+    spared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def calibration_for(self, pass_name: str) -> CalibrationData:
         """The real inputs that the pass cannot do without; UsageError if there are none."""

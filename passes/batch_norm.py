@@ -18,7 +18,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import drop_if_unused, is_standard, name_of, value_names
+from sparse_onnx.constants import constant_array, constant_tensor
+from sparse_onnx.graph import drop_if_unused, is_standard, name_of, new_name
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 
@@ -80,12 +81,15 @@ def _obstacle(conv: ir.Node, norm: ir.Node) -> str | None:
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     parameters = [conv.inputs[1], *norm.inputs[1:], *([bias] if bias is not None else [])]
     for value in parameters:
-        if value is None or value.const_value is None or value.is_graph_input():
+        tensor = constant_tensor(value)
+        if tensor is None:
             return "has parameters that are not constant"
-        if value.const_value.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
-            return f"has dtype {value.const_value.dtype}"
+        if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+            return f"has dtype {tensor.dtype}"
     weight = conv.inputs[1]
     assert weight is not None
+    if not weight.is_initializer():
+        return f"follows a convolution whose weight {weight.name} is no initializer"
     if len(weight.uses()) != 1 or weight.is_graph_output():
         return f"follows a convolution whose weight {weight.name} is used elsewhere too"
     return None
@@ -102,7 +106,7 @@ def _fold(model: ir.Model, conv: ir.Node, norm: ir.Node, context: PassContext) -
     assert weight.const_value is not None
     release_mapping(weight.const_value)
     weight.const_value = context.store(scaled, weight.name or "")
-    name = _free_name(model, f"{weight.name}.bias")
+    name = new_name(model, f"{weight.name}.bias")
     new = ir.Value(
         name=name,
         type=ir.TensorType(ir.DataType.from_numpy(shifted.dtype)),
@@ -129,11 +133,6 @@ def _fold(model: ir.Model, conv: ir.Node, norm: ir.Node, context: PassContext) -
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
-def _free_name(model: ir.Model, name: str) -> str:
-    taken = value_names(model)
-    return next(free for free in (name, *(f"{name}.{i}" for i in range(len(taken)))) if free not in taken)
+    array = constant_array(value)
+    assert array is not None
+    return array

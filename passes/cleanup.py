@@ -27,7 +27,12 @@ from onnx_ir.passes import common
 from sparse_onnx.graph import all_graphs, drop_if_unused, is_standard, subgraphs
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.foreign_functions import ForeignFunctions
+from sparse_onnx.passes.gemm_rows import GemmRows
+from sparse_onnx.passes.idle_nodes import IdleNodes
+from sparse_onnx.passes.reshapes import Reshapes
 
 __all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
 
@@ -118,7 +123,19 @@ class Unused(Pass):
         return PassResult(model, any(removed.values()), dict(removed))
 
 
-CLEAN_PASSES: tuple[Pass, ...] = (Constants(), Identities(), FoldWeights(), Duplicates(), Unused())
+CLEAN_PASSES: tuple[Pass, ...] = (
+    ForeignFunctions(),
+    Constants(),
+    Identities(),
+    FoldWeights(),
+    FoldConstants(),
+    IdleNodes(),
+    Reshapes(),
+    IdleNodes(),
+    GemmRows(),
+    Duplicates(),
+    Unused(),
+)
 """What every model goes through first, in this order."""
 
 

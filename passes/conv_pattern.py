@@ -15,10 +15,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
+from sparse_onnx.constants import constant_number, constant_tensor
 from sparse_onnx.graph import is_standard
 from sparse_onnx.passes.linear_pattern import (
     is_bias,
@@ -30,40 +29,11 @@ from sparse_onnx.passes.linear_pattern import (
 )
 from sparse_onnx.passes.lowering import Layer
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.shapes import Shapes, agree
 from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
 from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
 
-__all__ = ["Convolution", "Shapes", "match_conv", "same_pads"]
-
-Dims = tuple[int | str, ...]
-
-
-class Shapes:
-    """Shapes of the values of a model; where they are not noted, what ONNX shape inference finds on a copy."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
-        self._inferred: dict[str | None, ir.Value] | None = None
-
-    def __call__(self, value: ir.Value) -> Dims | None:
-        """Sizes, or symbols for those that are not known: equal symbols, equal sizes. None: something is unknown."""
-        dims = _dims(value)
-        if dims is None:
-            if self._inferred is None:
-                copy = self._model.clone()
-                common.ShapeInferencePass(strict_mode=False)(copy)
-                values = [*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)]
-                self._inferred = {value.name: value for value in values}
-            known = self._inferred.get(value.name)
-            dims = _dims(known) if known is not None else None
-        return dims
-
-
-def _dims(value: ir.Value) -> Dims | None:
-    if value.shape is None:
-        return None
-    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-    return None if None in dims else tuple(dim for dim in dims if dim is not None)
+__all__ = ["Convolution", "match_conv", "same_pads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +75,8 @@ class Convolution(Layer):
         return block_size(self.weight.shape[1], self.window.group)
 
     def products(self, x_shape: tuple[int, ...]) -> int:
-        batch, _, height, width = x_shape
-        return batch * math.prod(self.window.output_size(height, width))
+        batch, _, *sizes = x_shape
+        return batch * math.prod(self.window.output_size(*sizes))
 
 
 def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Convolution | str:
@@ -117,10 +87,10 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
         return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
     if weight.tensor.size > MAX_ELEMENTS:
         return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
-    if len(weight.tensor.shape) != 4:
-        return f"has rank {len(weight.tensor.shape)}; the sparse kernels take images: rank 4"
+    if len(weight.tensor.shape) not in (3, 4):
+        return f"has rank {len(weight.tensor.shape)}; the sparse kernels take one axis or images: rank 3 or 4"
     x, output = node.inputs[0], node.outputs[0]
-    if x is None or (x.const_value is not None and not x.is_graph_input()):
+    if x is None or constant_tensor(x) is not None:
         return "has a constant activation"
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and not is_bias(bias, weight.shape[1]):
@@ -155,29 +125,26 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
 def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
     """The attributes of a Conv with its padding made explicit, or why that cannot be done."""
     kernel = tuple(int(size) for size in weight.tensor.shape.numpy()[2:])
-    strides = tuple(node.attributes.get_ints("strides", (1, 1)))
-    dilations = tuple(node.attributes.get_ints("dilations", (1, 1)))
-    pads = tuple(node.attributes.get_ints("pads", (0, 0, 0, 0)))
+    axes = len(kernel)
+    strides = tuple(node.attributes.get_ints("strides", (1,) * axes))
+    dilations = tuple(node.attributes.get_ints("dilations", (1,) * axes))
+    pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * axes)))
     group = node.attributes.get_int("group", 1)
     auto = node.attributes.get_string("auto_pad", "NOTSET")
     if auto == "VALID":
-        pads = (0, 0, 0, 0)
+        pads = (0,) * (2 * axes)
     elif auto != "NOTSET":
         x = node.inputs[0]
-        dims = shapes(x) if x is not None else None
-        if dims is None or len(dims) != 4 or not all(isinstance(size, int) for size in dims[2:]):
+        dims = shapes.dims(x)
+        sizes = [size for size in dims[2:] if isinstance(size, int)]
+        if len(dims) != 2 + axes or len(sizes) != axes:
             return f"is a Conv with auto_pad {auto} whose input has no fixed size"
-        pads = same_pads([int(size) for size in dims[2:]], kernel, strides, dilations, auto == "SAME_UPPER")
-    if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(pads) < 0 or weight.shape[1] % group:
+        pads = same_pads(sizes, kernel, strides, dilations, auto == "SAME_UPPER")
+    if (len(strides), len(dilations), len(pads)) != (axes, axes, 2 * axes):
         return "is a Conv with attributes that do not fit its weight"
-    (top, left, bottom, right), (rows, columns) = pads, kernel
-    return Window(
-        (rows, columns),
-        (strides[0], strides[1]),
-        (top, left, bottom, right),
-        (dilations[0], dilations[1]),
-        group,
-    )
+    if min(pads) < 0 or weight.shape[1] % group:
+        return "is a Conv with attributes that do not fit its weight"
+    return Window(kernel, strides, pads, dilations, group)
 
 
 def same_pads(
@@ -207,12 +174,12 @@ def _residual(output: ir.Value, shapes: Shapes) -> tuple[ir.Node, int] | None:
         return None
     index = 1 if add.inputs[0] is output else 0
     other = add.inputs[index]
-    if other is None or ir.convenience.get_const_tensor(other) is not None:
+    if other is None or constant_tensor(other) is not None:
         return None
     if index == 0 and _is_free_convolution(other):
         return None
-    dims = shapes(output)
-    return (add, index) if dims is not None and dims == shapes(other) else None
+    dims = shapes.dims(output)  # known to have four
+    return (add, index) if dims and agree(dims, shapes.dims(other)) else None
 
 
 def _is_free_convolution(value: ir.Value) -> bool:
@@ -228,10 +195,10 @@ def _clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
     for index, value in enumerate(node.inputs[1:]):
         if value is None:
             continue
-        tensor = ir.convenience.get_const_tensor(value)
-        if tensor is None or value.is_graph_input() or tensor.size != 1:
+        number = constant_number(value)
+        if number is None:
             return None
-        limits[index] = float(np.asarray(tensor.numpy()).reshape(()))
+        limits[index] = number
     low, high = limits
     return (node, (low, high)) if low <= high else None
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.passes.conv_pattern import Convolution
 from sparse_onnx.passes.linear_pattern import users_of
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Layer, count_zeros
@@ -47,7 +48,7 @@ class DepthwisePair(Layer):
     def constants(self) -> Mapping[str, np.ndarray]:
         weight, bias = self.second.weight, self.second.bias
         n = weight.tensor.shape.numpy()[0]
-        tensor = bias.const_value if bias is not None else None
+        tensor = constant_tensor(bias)
         return {
             f"{weight.name}.filters": np.ascontiguousarray(weight.tensor.numpy()).reshape(-1),
             f"{weight.name}.filter_bias": np.zeros(n, np.float32)
@@ -112,7 +113,7 @@ def _make_a_pair(first: Convolution, second: Convolution) -> bool:
         return False
     if (first.activation, first.limits) != (second.activation, second.limits):
         return False
-    if first.window.kernel_shape != (1, 1) and first.weight.shape[0] > _FEW_INPUTS:
+    if any(size > 1 for size in first.window.kernel_shape) and first.weight.shape[0] > _FEW_INPUTS:
         return False
     if first.output.is_graph_output() or len(users_of(first.output)) != 1:
         return False

@@ -25,7 +25,7 @@ from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Sta
 from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, put_in_place
 from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul
 from sparse_onnx.sparse_ops.sparse_feed_forward import PAIRS, PREFIX
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, PARTS_FORMAT
 from sparse_onnx.sparse_ops.sparse_matmul_split import GATES
 from sparse_onnx.stored_weights import stored_weights
 
@@ -79,7 +79,8 @@ def _problem(first: ir.Node, second: ir.Node) -> str | None:
     if down.shape[0] != hidden:
         return f"it has {hidden} outputs, and {name_of(second)} takes {down.shape[0]}"
     formats = [node.attributes.get_string("format", "") for node in (first, second)]
-    if formats[0] != formats[1]:
+    # The second is one linear, which lies alike in both.
+    if formats[0] != formats[1] and formats != [PARTS_FORMAT, FORMAT]:
         return f"its weight is stored as {formats[0]}, and that of {name_of(second)} as {formats[1]}"
     return None
 

@@ -67,6 +67,10 @@ class Gradient(PruningPass):
             return None
         return round(resolve_sparsity(self.sparsity, self.structure) * size)
 
+    @property
+    def expected_share(self) -> float | None:
+        return None if self.scope == "global" else resolve_sparsity(self.sparsity, self.structure)
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         result = super().apply(model, context)
         known = {value.name for graph in model.graphs() for value in graph.initializers.values()}

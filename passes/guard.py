@@ -24,7 +24,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sparse_onnx.layer_curves import UNSTRUCTURED
+from sparse_onnx.layer_curves import UNSTRUCTURED, LayerCurves
 from sparse_onnx.layer_timing import cut_layer, time_pair
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined
@@ -35,6 +35,7 @@ from sparse_onnx.passes.sparse_recurrent import LowerSparseRecurrent
 from sparse_onnx.runtime import Ratio, repeat, together
 from sparse_onnx.timing_cache import TimingCache, environment_key
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.work import left_alone
 
 __all__ = [
     "LOWERINGS",
@@ -43,6 +44,7 @@ __all__ = [
     "Decision",
     "decide",
     "decide_by_table",
+    "expected_times",
     "find_candidates",
     "layer_key",
     "least_gainful",
@@ -106,12 +108,16 @@ class Decision:
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
-    """The candidates of all lowerings, and the places that they leave alone."""
+    """The candidates of all lowerings, and the places that these leave alone or do not look at."""
     candidates, declined = [], []
     for lowering in LOWERINGS:
         found, left = lowering.find_candidates(model)
         candidates += found
         declined += [Declined(lowering.name, place, reason) for place, reason in left]
+    nodes = [node for candidate in candidates for layer in candidate.layers for node in layer.nodes]
+    known = {value.name or "" for node in nodes for value in node.inputs if value is not None}
+    known |= {place.place for place in declined}
+    declined += [Declined("lower", place, reason) for place, reason in left_alone(model, known)]
     return candidates, declined
 
 
@@ -127,7 +133,8 @@ def decide_by_table(
     :data:`TABLE_SPARSITY`. ``targets`` and ``weights`` are as in :func:`decide`."""
     decisions: list[Decision] = []
     for c in _companions_last(candidates):
-        known = None if table is None else _look_up(c, table, targets)
+        pattern = c.weight.value.metadata_props.get(STRUCTURE_KEY, UNSTRUCTURED)
+        known = None if table is None else expected_times(c, table.find, targets, c.sparsity, pattern)
         zeros = f"not timed: {c.sparsity:.1%} zeros"
         if table is not None and known is None:
             zeros = f"not in the timing table: {c.sparsity:.1%} zeros"
@@ -145,21 +152,26 @@ def decide_by_table(
     return decisions
 
 
-def _look_up(
-    candidate: Candidate, table: TimingTable, targets: Sequence[Mapping[str, tuple[int, ...]]]
+def expected_times(
+    candidate: Candidate,
+    find: Callable[[Layer, Sequence[tuple[int, ...]]], LayerCurves | None],
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
+    sparsity: float,
+    structure: str,
 ) -> list[Ratio] | None:
-    """What the table says about the candidate at every target, or None if it does not know it or its pattern."""
-    structure = candidate.weight.value.metadata_props.get(STRUCTURE_KEY, UNSTRUCTURED)
+    """The candidate at every target with these zeros, by the curves that ``find`` has of a layer with inputs of these
+    shapes; None if it has none of a layer, or not of this pattern."""
     timings = []
     for shapes in targets:
         uses = []
         for layer in candidate.layers:
-            found = table.find(layer, [shapes[value.name or ""] for value in layer.inputs])
+            found = find(layer, [shapes[value.name or ""] for value in layer.inputs])
             curve = None if found is None else found.curves.get(structure)
             if found is None or curve is None:
                 return None
-            time, (low, high) = curve.time(candidate.sparsity), curve.spread(candidate.sparsity)
-            uses.append(Ratio(found.dense_ms, found.dense_ms * time, 1 / time, 1 / high, 1 / low))
+            time, (low, high) = curve.time(sparsity), curve.spread(sparsity)
+            times = (found.dense_ms, found.dense_ms * time, 1 / time, 1 / high, 1 / low)
+            uses.append(Ratio(*times, quiet=found.quiet))
         timings.append(together(uses, [1.0] * len(uses)))
     return timings or None
 

@@ -14,15 +14,16 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import add_function, add_initializer, drop_if_unused, name_of, new_name
+from sparse_onnx.graph import Names, add_function, add_initializer, drop_if_unused, name_of
 from sparse_onnx.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.options import require
@@ -316,8 +317,9 @@ class Lowering(Pass):
                 f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a {self.kind}"
             )
         packing = Progress(context.progress, f"packing for {self.name}", len(lowered))
+        lowerer = _Lowerer(model, context)
         for candidate in lowered:
-            _lower(model, candidate, packer(candidate), context)
+            lowerer.lower(candidate, packer(candidate))
             packing.step()
         if lowered:
             for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):
@@ -327,76 +329,82 @@ class Lowering(Pass):
         return PassResult(model, bool(lowered), statistics, tuple(declined))
 
 
-def _lower(model: ir.Model, candidate: Candidate, packed: PackedTensors, context: PassContext) -> None:
-    for layer in candidate.layers:
-        stored = [value for part in layer.parts for value in _stored(model, layer, part, packed, context)]
-        x, *others = layer.operands
-        for key, array in layer.constants.items():
-            others.append(_initializer(model.graph, key, context.store(array, key)))
-        node = ir.node(
-            layer.op_type,
-            [x, *stored, *others],
-            {**layer.attributes, **packed.attributes},
-            domain=DOMAIN,
-            outputs=[_output(model, layer, index) for index in range(len(layer.outputs))],
-            name=layer.nodes[0].name,
-        )
-        if module := layer.nodes[0].metadata_props.get(MODULE_KEY):
-            node.metadata_props[MODULE_KEY] = module
-        # Not before the first node: a residual may be computed between the two.
-        model.graph.insert_before(layer.nodes[-1], node)
-        for old, new in zip(layer.outputs, node.outputs, strict=True):
-            if old is not None:
-                old.replace_all_uses_with(new, replace_graph_outputs=True)
-                new.name, old.name = old.name, None
-        model.graph.remove(layer.nodes, safe=False)
-        unused = [value for gone in layer.nodes for value in gone.inputs if value is not None]
-        for gone in layer.nodes:
-            for index in range(len(gone.inputs)):
-                gone.replace_input_with(index, None)
-        for value in dict.fromkeys(unused):
-            drop_if_unused(value)
+class _Lowerer:
+    """Puts operators into the main graph; what several of them need is made once."""
 
+    def __init__(self, model: ir.Model, context: PassContext) -> None:
+        self._graph, self._context, self._names = model.graph, context, Names(model)
+        self._zeros: dict[int, ir.Value] = {}
+        self._biases: dict[ir.Value, ir.Value] = {}
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer ``name``, which layers may share: a new one if there is none."""
-    return graph.initializers[name] if name in graph.initializers else add_initializer(graph, name, tensor)
+    def lower(self, candidate: Candidate, packed: PackedTensors) -> None:
+        graph = self._graph
+        stored = {part.prefix: self._stored(part, packed) for part in candidate.parts}
+        for layer in candidate.layers:
+            x, *others = layer.operands
+            weights = [
+                value for part in layer.parts for value in (*stored[part.prefix], self._bias(layer, part))
+            ]
+            for key, array in layer.constants.items():
+                others.append(self._add(key, array))
+            node = ir.node(
+                layer.op_type,
+                [x, *weights, *others],
+                {**layer.attributes, **packed.attributes},
+                domain=DOMAIN,
+                outputs=[self._output(layer, index) for index in range(len(layer.outputs))],
+                name=layer.nodes[0].name,
+            )
+            if module := layer.nodes[0].metadata_props.get(MODULE_KEY):
+                node.metadata_props[MODULE_KEY] = module
+            # Not before the first node: a residual may be computed between the two.
+            graph.insert_before(layer.nodes[-1], node)
+            for old, new in zip(layer.outputs, node.outputs, strict=True):
+                if old is not None:
+                    old.replace_all_uses_with(new, replace_graph_outputs=True)
+                    new.name, old.name = old.name, None
+            graph.remove(layer.nodes, safe=False)
+            unused = [value for gone in layer.nodes for value in gone.inputs if value is not None]
+            for gone in layer.nodes:
+                for index in range(len(gone.inputs)):
+                    gone.replace_input_with(index, None)
+            for value in dict.fromkeys(unused):
+                drop_if_unused(value)
 
+    def _add(self, wanted: str, array: np.ndarray) -> ir.Value:
+        name = self._names.new(wanted)
+        return add_initializer(self._graph, name, self._context.store(array, name))
 
-def _stored(
-    model: ir.Model, layer: Layer, part: Part, packed: PackedTensors, context: PassContext
-) -> Iterator[ir.Value]:
-    """The operator's inputs for one of its weights, the bias last."""
-    name, graph = part.weight.name, model.graph
-    for key in STORED:
-        yield _initializer(graph, f"{name}.{key}", packed.tensors[part.prefix + key])
-    if part.bias is None:
-        yield _bias(graph, layer, context)
-    else:
-        own = new_name(model, f"{name}.bias")
-        yield add_initializer(graph, own, context.store(part.bias, own))
+    def _stored(self, part: Part, packed: PackedTensors) -> list[ir.Value]:
+        """What holds the weight, which all layers of a candidate share."""
+        name = self._names.stem(part.weight.name, [f".{key}" for key in STORED])
+        return [
+            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key]) for key in STORED
+        ]
 
+    def _output(self, layer: Layer, index: int) -> ir.Value:
+        """A value for an output of the operator, like the one that it takes over from if there is one."""
+        old = layer.outputs[index]
+        if old is None:
+            float32 = ir.TensorType(ir.DataType.FLOAT)
+            return ir.Value(name=self._names.new(f"{layer.name}.output{index}"), type=float32)
+        new = ir.Value(name=old.name, type=old.type, shape=old.shape, doc_string=old.doc_string)
+        new.metadata_props.update(old.metadata_props)
+        return new
 
-def _output(model: ir.Model, layer: Layer, index: int) -> ir.Value:
-    """A value for an output of the operator, like the one that it takes over from if there is one."""
-    old = layer.outputs[index]
-    if old is None:
-        float32 = ir.TensorType(ir.DataType.FLOAT)
-        return ir.Value(name=new_name(model, f"{layer.name}.output{index}"), type=float32)
-    new = ir.Value(name=old.name, type=old.type, shape=old.shape, doc_string=old.doc_string)
-    new.metadata_props.update(old.metadata_props)
-    return new
-
-
-def _bias(graph: ir.Graph, layer: Layer, context: PassContext) -> ir.Value:
-    """The operator's bias [N]: the layer's own, or zeros that all layers of this width share."""
-    n = layer.weight.shape[1]
-    if layer.bias is None:
-        name = f"{DOMAIN}.zeros.{n}"
-        return _initializer(graph, name, ir.tensor(np.zeros(n, np.float32), name=name))
-    tensor = layer.bias.const_value
-    assert tensor is not None
-    if len(tensor.shape) == 1 and layer.bias.is_initializer():
-        return layer.bias
-    name = f"{layer.bias.name}.{n}"
-    return _initializer(graph, name, context.store(tensor.numpy().reshape(n), name))
+    def _bias(self, layer: Layer, part: Part) -> ir.Value:
+        """The bias [N] of a part: its own, the layer's, or zeros that all layers of this width share."""
+        if part.bias is not None:
+            return self._add(f"{part.weight.name}.bias", part.bias)
+        n, bias = layer.weight.shape[1], layer.bias
+        if bias is None:
+            if n not in self._zeros:
+                self._zeros[n] = self._add(f"{DOMAIN}.zeros.{n}", np.zeros(n, np.float32))
+            return self._zeros[n]
+        tensor = constant_tensor(bias)
+        assert tensor is not None
+        if len(tensor.shape) == 1 and bias.is_initializer():
+            return bias
+        if bias not in self._biases:
+            self._biases[bias] = self._add(f"{bias.name}.{n}", tensor.numpy().reshape(n))
+        return self._biases[bias]

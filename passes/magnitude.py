@@ -54,9 +54,12 @@ class Magnitude(PruningPass):
             raise UsageError(f"scope 'global' needs unstructured or block:RxC: {self.mask_structure} {why}")
 
     def asked_zeros(self, size: int) -> int | None:
-        return (
-            None if self.scope == "global" else round(resolve_sparsity(self.sparsity, self.structure) * size)
-        )
+        share = self.expected_share
+        return None if share is None else round(share * size)
+
+    @property
+    def expected_share(self) -> float | None:
+        return None if self.scope == "global" else resolve_sparsity(self.sparsity, self.structure)
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         if self.scope == "global":

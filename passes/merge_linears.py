@@ -14,8 +14,9 @@ Gate and up projection of a gated MLP, with SiLU or GELU (tanh)::
     u = SparseMatMul(X, Wu, bu)
     Y = Mul(g, u)
 
-Conditions: the weights are stored alike (K, chunk, block, width), have whole blocks of outputs, and no other node uses
-them. The stored tensors then lie behind one another as they are: nothing is packed again. See
+Conditions: the weights are stored alike (K, chunk, block, width), and no other node uses them. The stored tensors then
+lie behind one another as they are, whatever the numbers of outputs; one in smaller blocks than its neighbours is packed
+once more in theirs, if these are hardly larger together. See
 :mod:`sparse_onnx.sparse_ops.sparse_matmul_split` for the operators.
 """
 
@@ -29,18 +30,20 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_initializer, is_standard, name_of
+from sparse_onnx.graph import Names, add_initializer, is_standard, name_of
 from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.own_operators import drop_unused_functions, is_ours, joined, put_in_place
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, PackedWeight
 from sparse_onnx.sparse_ops.sparse_matmul_split import GATES, SPLITS
 from sparse_onnx.stored_weights import StoredWeight, stored_weights
 
 __all__ = ["MergeLinears"]
 
 _PLAIN = sparse_matmul.OP_TYPES["none"]
+# Outputs of zeros, at least and of all: more would cost more than reading the activations once saves.
+_FEW_OUTPUTS, _FEW_OF_ALL = 8, 1 / 8
 _GATE_OF = {sparse_matmul.OP_TYPES[activation]: op_type for activation, op_type in GATES.items()}
 
 
@@ -117,19 +120,38 @@ def _find_splits(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
     for linears in readers.values():
         if len(linears) < 2:
             continue
-        alike: dict[object, list[ir.Node]] = defaultdict(list)
+        able: list[ir.Node] = []
         for linear in linears:
             if problem := _weight_problem(linear):
                 yield name_of(linear), problem
             else:
-                alike[_storage(linear)].append(linear)
-        for group in alike.values():
-            if len(group) == 1 and len(alike) > 1:
+                able.append(linear)
+        groups = tuple(_stored_alike(able))
+        for group in groups:
+            if len(group) == 1 and len(groups) > 1:
                 yield name_of(group[0]), "is stored differently from the other linears of its input"
             for part in _threes_and_twos(group):
                 outputs = tuple(linear.outputs[0] for linear in part)
                 # Behind the first one: there X is known, and nothing reads an output yet.
                 yield _Merge(SPLITS[len(part)], part, part, part[0], outputs)
+
+
+def _stored_alike(linears: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
+    """The linears in groups whose weights may lie in the blocks of the widest."""
+    left = list(linears)
+    while left:
+        widest = max(left, key=_channels)
+        group = [linear for linear in left if _fits_blocks(linear, widest)]
+        yield group
+        left = [linear for linear in left if linear not in group]
+
+
+def _fits_blocks(linear: ir.Node, widest: ir.Node) -> bool:
+    if _storage(linear) == _storage(widest):
+        return True
+    size, block, larger = _channels(linear), _block(linear), _block(widest)
+    rest = [[pair for pair in _storage(node) if pair[0] != "block"] for node in (linear, widest)]
+    return rest[0] == rest[1] and block < larger and -size % larger <= max(_FEW_OUTPUTS, size * _FEW_OF_ALL)
 
 
 def _threes_and_twos(linears: Sequence[ir.Node]) -> Iterator[tuple[ir.Node, ...]]:
@@ -149,6 +171,21 @@ def _channels(linear: ir.Node) -> int:
     return _stored(linear).shape[1]
 
 
+def _block(linear: ir.Node) -> int:
+    return _stored(linear).sizes["block"]
+
+
+def _in_blocks(packed: PackedWeight, block: int) -> PackedWeight:
+    """The same weight in blocks of that many outputs."""
+    if packed.block == block:
+        return packed
+    dense = sparse_matmul.unpack(packed)
+    room = np.zeros((packed.K, max(0, block - packed.N)), np.float32)  # a block is no larger than the weight
+    whole = np.concatenate([dense, room], axis=1)
+    stored = sparse_matmul.pack(whole, chunk=packed.chunk, block=block, width=packed.width)
+    return dataclasses.replace(stored, N=packed.N)
+
+
 def _storage(linear: ir.Node) -> tuple[tuple[str, object], ...]:
     """All attributes but N: how the weight is stored."""
     return tuple(sorted((name, a.value) for name, a in linear.attributes.items() if name != "N"))
@@ -164,9 +201,6 @@ def _weight_problem(linear: ir.Node) -> str | None:
         return "shares its weight with another node"
     if linear.attributes.get_string("format", "") != FORMAT or min(weight.sizes.values()) < 1:
         return f"does not have its weight in the format {FORMAT}"
-    N, block = weight.sizes["N"], weight.sizes["block"]
-    if N % block:
-        return f"has {N} outputs, which are not whole blocks of {block}"
     return None
 
 
@@ -182,13 +216,16 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     weights = [_stored(linear) for linear in linears]
     name = joined([weight.name for weight in weights])
     context.progress(f"merging {name}")
-    packed = sparse_matmul_split.concatenate([weight.packed() for weight in weights])
+    block = max(_block(linear) for linear in linears)
+    packed = sparse_matmul_split.concatenate([_in_blocks(weight.packed(), block) for weight in weights])
     bias = np.concatenate([_tensor(linear, 5).numpy() for linear in linears])
     for linear in linears:
         for index in range(1, 6):
             release_mapping(_tensor(linear, index))
     stored = []
-    for key, array in {**packed.arrays(), "bias": bias}.items():
+    parts = {**packed.arrays(), "bias": bias}
+    name = Names(model).stem(name, [f".{key}" for key in parts])
+    for key, array in parts.items():
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
     attributes: dict[str, int | str | list[int]] = {
         **packed.attributes(),

@@ -12,7 +12,7 @@ Steps, every value in between having no other user; m, d and v are [..., 1], [..
     n = Div(d, r)                              or Mul(d, Reciprocal(r)), Mul(d, Div(1, r))
     Y = Add(Mul(n, gamma), beta)               without beta, Y = Mul(n, gamma)
 
-gamma and beta are initializers [C], epsilon is a constant.
+gamma and beta are constants [C]; epsilon, the exponent and 1 are constants of at most one axis.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array, constant_number, constant_tensor
 from sparse_onnx.graph import is_standard
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Normalization", "is_vector", "match_normalization"]
 
@@ -47,60 +48,59 @@ class Normalization:
     output: ir.Value
 
 
-def match_normalization(node: ir.Node) -> Normalization | str | None:
+def match_normalization(node: ir.Node, shapes: Shapes) -> Normalization | str | None:
     """The normalization that ``node`` is or, if it is the Sqrt of one, that it is part of; None if it is neither.
 
     A reason instead if it is a normalization of another kind.
     """
     if is_standard(node, *_OPERATORS):
-        return _match_operator(node)
+        return _match_operator(node, shapes)
     if is_standard(node, "Sqrt"):
-        return _match_steps(node)
+        return _match_steps(node, shapes)
     return None
 
 
 def is_vector(value: ir.Value | None) -> bool:
-    """Whether ``value`` is an initializer float32 [C] that no caller can replace."""
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return False
-    return value.const_value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) == 1
+    """Whether ``value`` is a constant float32 [C]."""
+    tensor = constant_tensor(value)
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1
 
 
-def _match_operator(node: ir.Node) -> Normalization | str:
+def _match_operator(node: ir.Node, shapes: Shapes) -> Normalization | str:
     source, gamma = node.inputs[:2]
     beta = node.inputs[2] if len(node.inputs) > 2 else None
-    if source is None or not _is_last(node.attributes.get_int("axis", -1), source):
+    if source is None or not _is_last(node.attributes.get_int("axis", -1), source, shapes):
         return "is not known to normalize over the last axis alone"
     if node.attributes.get_int("stash_type", 1) != 1:
         return "computes in another type than float32"
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "gives out its mean or deviation"
     if not is_vector(gamma) or not (beta is None or is_vector(beta)):
-        return "has a gamma or beta that is no initializer float32 [C]"
+        return "has a gamma or beta that is no constant float32 [C]"
     assert gamma is not None
     rms = node.op_type != "LayerNormalization"
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     return Normalization(source, gamma, beta, rms, epsilon, (node,), node.outputs[0])
 
 
-def _match_steps(root: ir.Node) -> Normalization | str | None:
+def _match_steps(root: ir.Node, shapes: Shapes) -> Normalization | str | None:
     raised = _producer(root.inputs[0], "Add")
     if raised is None:
         return None
     for variance, constant in _both_ways(raised):
         epsilon, mean = _scalar(constant), _producer(variance, "ReduceMean")
-        if epsilon is None or mean is None or not _is_mean_of_last(mean):
+        if epsilon is None or mean is None or not _is_mean_of_last(mean, shapes):
             continue
         square = _producer(mean.inputs[0], "Pow") or _producer(mean.inputs[0], "Mul")
         if square is None or (deviation := _squared(square)) is None:
             continue
         steps = (square, mean, raised, root)
-        return _match_result(deviation, epsilon, steps)
+        return _match_result(deviation, epsilon, steps, shapes)
     return None
 
 
 def _match_result(
-    deviation: ir.Value, epsilon: float, steps: tuple[ir.Node, ...]
+    deviation: ir.Value, epsilon: float, steps: tuple[ir.Node, ...], shapes: Shapes
 ) -> Normalization | str | None:
     normalized = _divided(deviation, steps[-1].outputs[0])
     if normalized is None:
@@ -108,11 +108,11 @@ def _match_result(
     scale = _only_user(normalized[-1].outputs[0], "Mul")
     gamma = _other(scale, normalized[-1].outputs[0]) if scale is not None else None
     if scale is None or gamma is None or not is_vector(gamma):
-        return "has no gamma that is an initializer float32 [C]"
+        return "has no gamma that is a constant float32 [C]"
     nodes = [*steps, *normalized, scale]
     source, rms, beta = deviation, True, None
     subtract = _producer(deviation, "Sub")
-    if subtract is not None and (mean := _mean_subtracted(subtract)) is not None:
+    if subtract is not None and (mean := _mean_subtracted(subtract, shapes)) is not None:
         source, rms = subtract.inputs[0] or source, False
         nodes[:0] = [mean, subtract]
         shift = _only_user(scale.outputs[0], "Add")
@@ -154,37 +154,27 @@ def _both_ways(node: ir.Node) -> tuple[tuple[ir.Value | None, ir.Value | None], 
 
 
 def _scalar(value: ir.Value | None) -> float | None:
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1 or len(tensor.shape) > 1 or tensor.dtype != ir.DataType.FLOAT:
-        return None
-    return float(np.asarray(tensor.numpy()).reshape(()))
+    """A number float32 that adds no axes to [..., 1] or [..., C]."""
+    tensor = constant_tensor(value)
+    return (
+        constant_number(value, rank=1) if tensor is not None and tensor.dtype == ir.DataType.FLOAT else None
+    )
 
 
-def _rank(value: ir.Value) -> int | None:
-    if value.shape is not None:
-        return value.shape.rank()
-    add = _producer(value, "Add")  # exporters leave out the shapes of inner values
-    shapes = [operand.shape for operand in add.inputs if operand is not None] if add is not None else []
-    ranks = [shape.rank() for shape in shapes if shape is not None]
-    return max(ranks) if len(ranks) == 2 else None
+def _is_last(axis: int, value: ir.Value, shapes: Shapes) -> bool:
+    return axis == -1 or (axis >= 0 and axis + 1 == shapes.rank(value))
 
 
-def _is_last(axis: int, value: ir.Value) -> bool:
-    return axis == -1 or (axis >= 0 and axis + 1 == _rank(value))
-
-
-def _is_mean_of_last(node: ir.Node) -> bool:
+def _is_mean_of_last(node: ir.Node, shapes: Shapes) -> bool:
     """Whether a ReduceMean goes over the last axis alone and keeps it, with size 1."""
     source = node.inputs[0]
     if source is None or not node.attributes.get_int("keepdims", 1):
         return False
     axes = list(node.attributes.get_ints("axes", []))
     if len(node.inputs) > 1 and (given := node.inputs[1]) is not None:
-        tensor = None if given.is_graph_input() else ir.convenience.get_const_tensor(given)
-        axes = [] if tensor is None else tensor.numpy().reshape(-1).tolist()
-    return len(axes) == 1 and _is_last(axes[0], source)
+        array = constant_array(given)
+        axes = [] if array is None else array.reshape(-1).tolist()
+    return len(axes) == 1 and _is_last(axes[0], source, shapes)
 
 
 def _squared(node: ir.Node) -> ir.Value | None:
@@ -211,9 +201,9 @@ def _divided(deviation: ir.Value, root: ir.Value) -> list[ir.Node] | None:
     return [inverse, multiply]
 
 
-def _mean_subtracted(node: ir.Node) -> ir.Node | None:
+def _mean_subtracted(node: ir.Node, shapes: Shapes) -> ir.Node | None:
     """The ReduceMean of ``Sub(s, ReduceMean[-1](s))``."""
     source, mean = node.inputs[0], _producer(node.inputs[1], "ReduceMean")
-    if mean is None or mean.inputs[0] is not source or not _is_mean_of_last(mean):
+    if mean is None or mean.inputs[0] is not source or not _is_mean_of_last(mean, shapes):
         return None
     return mean

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array, constant_tensor
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import add_initializer, drop_if_unused, new_name
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
@@ -112,8 +113,15 @@ class OneShot(Pass):
     def structure(self) -> MaskStructure:
         return MaskStructure.parse(self.mask_structure)
 
+    @property
+    def expected_share(self) -> float | None:
+        """The share of zeros that every chosen weight will have; None where that is not known beforehand."""
+        alike = self.allocation == "uniform" and not self.sparsities
+        return resolve_sparsity(self.sparsity, self.structure) if alike else None
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        weights, left = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
+        selection = Selection(self.targets, self.ignore)
+        weights, left = choose_weights(model, selection, self.structure, context.spared)
         declined = [self.declined(place, reason) for place, reason in left]
         if not weights:
             return PassResult(model, False, {"weights": 0}, tuple(declined))
@@ -124,7 +132,9 @@ class OneShot(Pass):
                 finite.append(weight)
             else:
                 declined.append(self.declined(weight.name, "holds NaN or Inf: not pruned"))
-        job = _Job(self, model, context, data, finite)
+        selected, _ = choose_weights(model, selection, self.structure)
+        spared = [weight for weight in selected if weight.name in context.spared]
+        job = _Job(self, model, context, data, finite, spared)
         for layer in job.layers():
             job.prune(layer)
             del layer  # with its sums, before the next ones are made
@@ -142,7 +152,11 @@ class OneShot(Pass):
             "sparsity": zeros / size if size else 0.0,
             "biases": job.biases,
         }
-        changes = tuple(change for change in job.changes if change.zeros_after > change.zeros_before)
+        changes = tuple(
+            change
+            for change in job.changes
+            if change.zeros_after > change.zeros_before or change.bias is not None
+        )
         return PassResult(model, bool(finite), statistics, tuple(declined), changes)
 
 
@@ -166,8 +180,10 @@ class _Job:
         context: PassContext,
         data: CalibrationData,
         weights: list[Weight],
+        spared: list[Weight],
     ) -> None:
         self.options, self.model, self.context, self.weights = options, model, context, weights
+        self._spared = spared
         self.changes: list[LayerChange] = []
         self.biases = 0
         self._start = time.perf_counter()
@@ -192,7 +208,8 @@ class _Job:
         if sparsity is None or options.structure.kind == "n:m":
             return {weight.name: sparsity for weight in self.weights}
         if options.sparsities:
-            return {**explicit(self.weights, sparsity, options.sparsities)}
+            # Zeros that spared weights do not get are no reason for more in the others.
+            return {**explicit([*self.weights, *self._spared], sparsity, options.sparsities)}
         known: Mapping[str, Sequence[InputStatistics]] = {}
         if options.allocation in NEED_STATISTICS:
             known = self._calibrator.oneshot(self._statistics_file)
@@ -245,10 +262,10 @@ class _Job:
         self.context.progress(f"solving {weight.name} ({done})")
         W = np.asarray(weight.matrix(), np.float32)
         if layer.inputs:
-            pruned, error = self._solve(layer, W)
+            pruned, error, bias = self._solve(layer, W)
         else:
             keep = keep_mask(np.abs(W), self._sparsity[weight.name], options.structure)
-            pruned, error = np.where(keep, W, np.float32(0)), None
+            pruned, error, bias = np.where(keep, W, np.float32(0)), None, None
         zeros = int(W.size - np.count_nonzero(pruned))
         before = int(W.size - np.count_nonzero(W))
         del W
@@ -257,7 +274,7 @@ class _Job:
         weight.value.const_value = self.context.store(stored, weight.name)
         if options.structure.kind != "unstructured":
             weight.value.metadata_props[STRUCTURE_KEY] = str(options.structure)
-        self.changes.append(LayerChange(weight.name, pruned.size, before, zeros, error))
+        self.changes.append(LayerChange(weight.name, pruned.size, before, zeros, error, bias))
         self._say(weight, zeros / pruned.size, error)
 
     def _say(self, weight: Weight, share: float, error: float | None) -> None:
@@ -268,9 +285,11 @@ class _Job:
             f"({done_of(done, total, self._start)})"
         )
 
-    def _solve(self, layer: _Layer, W: np.ndarray) -> tuple[np.ndarray, float | None]:
-        """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known; the
-        bias is changed on the way."""
+    def _solve(
+        self, layer: _Layer, W: np.ndarray
+    ) -> tuple[np.ndarray, float | None, tuple[str, ir.TensorProtocol] | None]:
+        """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known. If the
+        bias is changed on the way, also what holds it now, and what it was."""
         biased = self.options.bias_correction and layer.target is not None and layer.target.bias is not None
         width = W.shape[1] // len(layer.inputs)
         name = layer.weight.name
@@ -294,13 +313,14 @@ class _Job:
                 shifts.append(wanted - statistics.mean @ parts[-1])
             if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
                 errors.append(relative_error(own, parts[-1], statistics.gram))
+        bias = None
         if shifts:
             assert layer.target is not None
-            self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
+            bias = self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
         pruned = np.concatenate(parts, axis=1)
         if self._checkpoint is not None and kept is None:
             self._checkpoint.put(name, pruned)
-        return pruned, float(np.mean(errors)) if errors else None
+        return pruned, float(np.mean(errors)) if errors else None, bias
 
     def _solve_group(
         self,
@@ -338,24 +358,27 @@ class _Job:
         aim = W if target is None else target
         return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
 
-    def _write_bias(self, target: Target, bias: np.ndarray) -> None:
+    def _write_bias(self, target: Target, bias: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+        """Returns the name of the initializer that holds the bias now, and the tensor that it was before."""
         old, node = target.bias, target.bias_node
         assert old is not None
         assert node is not None
-        assert old.const_value is not None
-        array = bias.reshape(old.const_value.shape.numpy())
+        before = constant_tensor(old)
+        assert before is not None
+        array = bias.reshape(before.shape.numpy())
         self.biases += 1
         if len(old.uses()) == 1 and not old.is_graph_output() and old.is_initializer():
             old.const_value = self.context.store(array, old.name or "bias")
-            return
+            return old.name or "bias", before
         name = new_name(self.model, f"{old.name}.corrected")
         node.replace_input_with(
             target.bias_index, add_initializer(self.model.graph, name, self.context.store(array, name))
         )
         drop_if_unused(old)
+        return name, before
 
 
 def _bias_of(target: Target) -> np.ndarray:
-    assert target.bias is not None
-    assert target.bias.const_value is not None
-    return target.bias.const_value.numpy().reshape(-1).astype(np.float64)
+    array = constant_array(target.bias)
+    assert array is not None
+    return array.reshape(-1).astype(np.float64)

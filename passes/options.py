@@ -34,7 +34,7 @@ def check_types(options: Any) -> None:
     """Raise a UsageError unless every field of the dataclass ``options`` holds a value of its declared type.
 
     Understood are bool, int, float (finite; an int will do), str, None, ``Literal``, unions of these,
-    ``tuple[T, ...]`` and ``Mapping[str, T]``.
+    ``tuple[T, ...]`` and ``Mapping[str, T]``, and object for any.
     """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
@@ -54,6 +54,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(
             isinstance(key, args[0]) and _fits(item, args[1]) for key, item in value.items()
         )
+    if hint is object:
+        return True
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
@@ -74,6 +76,10 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(args[0]).split()[-1]}s"
     if origin is Mapping:
         return f"names with {_describe(args[1])} each"
-    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a string"}.get(
-        hint, str(hint)
-    )
+    return {
+        float: "a finite number",
+        int: "an integer",
+        bool: "true or false",
+        str: "a string",
+        object: "a value",
+    }.get(hint, str(hint))

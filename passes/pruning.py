@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -35,9 +36,13 @@ __all__ = ["PruningPass", "choose_weights", "global_masks"]
 
 
 def choose_weights(
-    model: ir.Model, selection: Selection, structure: MaskStructure
+    model: ir.Model,
+    selection: Selection,
+    structure: MaskStructure,
+    spared: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Weight], list[tuple[str, str]]]:
-    """The weights that ``selection`` takes and ``structure`` fits, and (place, reason) of all others.
+    """The weights that ``selection`` takes and ``structure`` fits, and (place, reason) of all others. ``spared`` has
+    the reasons against weights that are to be left alone, by name.
 
     Raises UsageError if an entry of the targets matches no weight.
     """
@@ -52,7 +57,11 @@ def choose_weights(
         raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}")
     chosen = []
     for weight in found:
-        reason = selection.reason_against(weight) or structure_reason(weight.shape, structure)
+        reason = (
+            selection.reason_against(weight)
+            or structure_reason(weight.shape, structure)
+            or spared.get(weight.name)
+        )
         if reason is None:
             chosen.append(weight)
         else:
@@ -94,8 +103,8 @@ class PruningPass(Pass):
     """Base of passes that set weights to zero and change nothing else.
 
     ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.passes.weights.Selection`. A
-    subclass implements :meth:`keep_masks`, and :attr:`structure`, :meth:`asked_zeros` and :meth:`reasons_against`
-    where they apply.
+    subclass implements :meth:`keep_masks`, and :attr:`structure`, :meth:`asked_zeros`, :attr:`expected_share` and
+    :meth:`reasons_against` where they apply.
     """
 
     stage: ClassVar[Stage] = Stage.PRUNE
@@ -113,6 +122,11 @@ class PruningPass(Pass):
         """How many zeros every weight of ``size`` elements shall have, or None if there is no such number."""
         return None
 
+    @property
+    def expected_share(self) -> float | None:
+        """The share of zeros that every chosen weight will have; None where that is not known beforehand."""
+        return None
+
     def reasons_against(self, weights: Sequence[Weight]) -> Mapping[str, str]:
         """Of chosen weights that the method cannot prune: why, by name."""
         return {}
@@ -122,7 +136,8 @@ class PruningPass(Pass):
         """For each weight in turn, where to keep it: bool [K, N]. NaN and Inf must be kept."""
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        weights, left = choose_weights(model, Selection(self.targets, self.ignore), self.structure)
+        selection = Selection(self.targets, self.ignore)
+        weights, left = choose_weights(model, selection, self.structure, context.spared)
         against = self.reasons_against(weights)
         declined = [self.declined(place, reason) for place, reason in (*left, *against.items())]
         weights = [weight for weight in weights if weight.name not in against]

@@ -43,7 +43,11 @@ class Random(PruningPass):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
     def asked_zeros(self, size: int) -> int | None:
-        return round(resolve_sparsity(self.sparsity, self.structure) * size)
+        return round(self.expected_share * size)
+
+    @property
+    def expected_share(self) -> float:
+        return resolve_sparsity(self.sparsity, self.structure)
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         for weight in weights:

@@ -8,7 +8,7 @@
         modifiers:
           - prune.magnitude: {sparsity: 0.8, ignore: ["re:.*classifier.*"]}
           - prune.threshold: {theta: 1e-4}
-    target: {shapes: {input_ids: [1, 128]}, threads: 4}
+    target: {shapes: {input_ids: [1, 128]}, input_values: {rate: 16000}, threads: 4}
     calibration: {data: samples.npz, num_calibration_samples: 512, seed: 0}
     goal: {max_drop: 0.01, target_speedup: 2, target_size: 50%, min_speedup: 1.05}
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import reprlib
 import typing
@@ -30,10 +31,13 @@ from typing import Any
 
 import yaml
 
+from sparse_onnx.comparison import MAX_COMPILER_ERROR
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.inputs import holds_numbers
 from sparse_onnx.passes import PASSES, pass_by_name
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
 from sparse_onnx.passes.options import check_types, require, unknown
+from sparse_onnx.printable import printable
 from sparse_onnx.units import parse_size
 
 __all__ = [
@@ -81,6 +85,8 @@ class Target(_Section):
         shapes: Input shapes by name, or a list of these for several targets.
         threads: Intra-op threads; None: all cores.
         weights: Of several targets, how much each counts in the mean time that decides; None: the worst decides.
+        input_values: Values for inputs that steer the graph, by name: a number, true or false, or a list of values.
+        fixed_inputs: The same, but they become constants of the result.
     """
 
     shapes: Mapping[str, tuple[int, ...]] | tuple[Mapping[str, tuple[int, ...]], ...] = dataclasses.field(
@@ -88,6 +94,8 @@ class Target(_Section):
     )
     threads: int | None = None
     weights: tuple[float, ...] | None = None
+    input_values: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    fixed_inputs: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -101,6 +109,14 @@ class Target(_Section):
             for name, shape in shapes.items():
                 require(
                     all(size >= 1 for size in shape), f"{where}.{name}", list(shape), "sizes of 1 or more"
+                )
+        for option in ("input_values", "fixed_inputs"):
+            for name, value in getattr(self, option).items():
+                require(
+                    holds_numbers(value),
+                    f"{option}.{name}",
+                    value,
+                    "a number, true or false, or a list of these",
                 )
         if self.weights is not None:
             count = len(self.all_shapes)
@@ -154,12 +170,17 @@ class Goal(_Section):
         labels: The array of that data with the labels.
         metric_output: The output that the metric is of.
         min_speedup: What one layer must gain to become sparse, at least.
+        max_compiler_error: What the compiled model's outputs may differ by from the pruned dense model's, as a relative
+            error; more passes only where rounding explains it, see :mod:`sparse_onnx.yardstick`.
+        keep_pruned: Prune also what gains nothing from it, and let layers that stay dense keep their zeros.
         target_speedup: How many times faster the whole model must become, as timed.
-        target_size: What its files may take: a share of the original weights (0.5 or 50%), or a size (120MB).
+        target_size: What its files may take: a share of the original files (0.5 or 50%), or a size (120MB).
     """
 
     max_drop: float | None = None
     min_speedup: float = 1.02
+    max_compiler_error: float = MAX_COMPILER_ERROR
+    keep_pruned: bool = False
     target_speedup: float | None = None
     target_size: float | str | None = None
     metric: str | None = None
@@ -174,6 +195,8 @@ class Goal(_Section):
             require(
                 given is None or self.metric is not None, option, given, "left out, or given with a metric"
             )
+        error = self.max_compiler_error
+        require(0 <= error < math.inf, "max_compiler_error", error, "0 or more")
         require(self.min_speedup > 0, "min_speedup", self.min_speedup, "above 0")
         speedup, size = self.target_speedup, self.target_size
         require(speedup is None or speedup > 0, "target_speedup", speedup, "above 0")
@@ -317,7 +340,9 @@ def _build(cls: type[_T], options: Mapping[str, Any]) -> _T:
 
 
 def _fields(cls: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+    return {
+        field.name for field in dataclasses.fields(cls) if field.compare
+    }  # others are handed over, no options
 
 
 def _frozen(value: Any) -> Any:
@@ -433,8 +458,16 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
     """The recipe, or the :func:`recipe_document` of one, as YAML text; reading it gives an equal recipe."""
-    document = recipe_document(recipe) if isinstance(recipe, Recipe) else dict(recipe)
+    document = _printable(recipe_document(recipe) if isinstance(recipe, Recipe) else dict(recipe))
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

@@ -21,10 +21,11 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
-from sparse_onnx.passes.conv_pattern import Shapes, match_conv
+from sparse_onnx.passes.conv_pattern import match_conv
 from sparse_onnx.passes.depthwise_pattern import join_depthwise
 from sparse_onnx.passes.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.weights import CONVOLUTIONS, find_weights
+from sparse_onnx.shapes import Shapes
 from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
 
 __all__ = ["LowerSparseConv"]

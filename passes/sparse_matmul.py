@@ -20,6 +20,7 @@ import onnx_ir as ir
 from sparse_onnx.passes.linear_pattern import match_linear
 from sparse_onnx.passes.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.weights import LINEARS, find_weights
+from sparse_onnx.shapes import Shapes
 from sparse_onnx.sparse_ops import sparse_matmul
 
 __all__ = ["LowerSparseMatMul"]
@@ -35,7 +36,10 @@ class LowerSparseMatMul(Lowering):
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, declined = find_weights(model, LINEARS)
-        found = match_layers(weights, lambda weight, node: match_linear(weight, node, model.graph), declined)
+        shapes = Shapes(model)
+        found = match_layers(
+            weights, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined
+        )
         return [Candidate(weight, linears, cls) for weight, linears in found], declined
 
     @staticmethod

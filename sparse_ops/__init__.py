@@ -9,9 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_onnx.sparse_ops.library import LibraryInfo, check, info, library_path, register, run
+    from sparse_onnx.sparse_ops.library import (
+        LibraryInfo,
+        check,
+        info,
+        library_path,
+        native_path,
+        register,
+        run,
+    )
 
-__all__ = ["LibraryInfo", "check", "info", "library_path", "register", "run"]
+__all__ = ["LibraryInfo", "check", "info", "library_path", "native_path", "register", "run"]
 
 
 def __getattr__(name: str) -> Any:

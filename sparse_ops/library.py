@@ -8,8 +8,8 @@ set; one that is unknown or not supported by the processor is an error, here and
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
-from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops.ort_path import native_path
 from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, FormatError, PackedWeight
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "info",
     "library_path",
     "load_peak",
+    "native_path",
     "peak",
     "register",
     "run",
@@ -51,7 +53,7 @@ class _Weight(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LibraryInfo:
     """What the library is and would use here.
 
@@ -85,7 +87,8 @@ def register(session_options: Any) -> None:
     """
     info()
     try:
-        session_options.register_custom_ops_library(str(library_path()))
+        with native_path(library_path()) as path:
+            session_options.register_custom_ops_library(path)
     except Exception as error:  # ORT's exceptions have no common base but Exception
         raise HostError(
             f"ONNX Runtime refuses the kernel library {library_path()}: {error}; "
@@ -112,7 +115,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
         "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
         "sparse_onnx_run": (ctypes.c_int, (weight, ctypes.c_int, text, floats, size, floats, *message)),
-        "sparse_onnx_select": (text, (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, size)),
+        "sparse_onnx_select": (text, (*(ctypes.c_int64,) * 4, size)),
         "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_load_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_time": (ctypes.c_double, (weight, text, size, ctypes.c_double, *message)),
@@ -145,12 +148,12 @@ def info() -> LibraryInfo:
 
 def select(packed: PackedWeight, tokens: int) -> str:
     """Name of the kernel that a session here uses for ``tokens`` tokens."""
-    return select_for(packed.chunk, packed.block, packed.width, tokens)
+    return select_for(packed.chunk, packed.block, packed.width, tokens, packed.K)
 
 
-def select_for(chunk: int, block: int, width: int, tokens: int) -> str:
-    """As :func:`select`, for a weight stored with that chunk, block and width."""
-    name = _library().sparse_onnx_select(chunk, block, width, tokens)
+def select_for(chunk: int, block: int, width: int, tokens: int, inputs: int = 1) -> str:
+    """As :func:`select`, for a weight of so many inputs (K) that is stored with that chunk, block and width."""
+    name = _library().sparse_onnx_select(inputs, chunk, block, width, tokens)
     if name is None:
         info()  # raises if the forced instruction set is what is wrong
         raise FormatError(f"no kernel takes chunk {chunk}, block {block} and width {width}")
@@ -170,6 +173,9 @@ def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
 
 def check(packed: PackedWeight) -> None:
     """Raise FormatError unless the library accepts the stored arrays. The same code checks every session."""
+    if packed.split:  # the library is told one linear: what its blocks hold, with the padding between them
+        columns = (packed.blocks - 1) * packed.block + (packed.parts[-1] - 1) % packed.block + 1
+        packed = dataclasses.replace(packed, N=columns, split=())
     bias = np.zeros(max(packed.N, 0), np.float32)
     weight = _weight(packed, bias)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)

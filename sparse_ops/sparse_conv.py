@@ -9,7 +9,7 @@ Signature (domain ``sparse_onnx``, version 1; one op type per activation and res
 ===========  =========  ==================  =================================================================
 name         dtype      shape               meaning
 ===========  =========  ==================  =================================================================
-X            float32    [B, C, H, W]        images
+X            float32    [B, C, H, W]        images; or [B, C, W], and so R and Y: a convolution of one axis
 values ...                                  the weight [K, N], stored as for ``SparseMatMul``
 bias         float32    [N]                 zeros where the layer has none
 R            float32    as Y                residual, added before the activation; no broadcasting
@@ -22,7 +22,8 @@ the input channels of group ``n // (N / group)``; with more than one group ``blo
 of output channels has two.
 
 Attributes are those of ``Conv``, all of them required and explicit: ``kernel_shape``, ``strides`` and
-``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0.
+``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0. With one axis
+they have one, and ``pads`` two (left, right); to the kernel that is an image of one row.
 ``SparseConvClip`` and ``SparseConvAddClip`` have two more, the floats ``min`` and ``max``.
 
 A depthwise convolution (group = C = N) has blocks of one output channel; the kernel computes it without gathering.
@@ -88,11 +89,20 @@ OP_TYPES = {
 class Window:
     """How a convolution moves over its input; the attributes of ``Conv``."""
 
-    kernel_shape: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilations: tuple[int, int] = (1, 1)
+    kernel_shape: tuple[int, ...]
+    strides: tuple[int, ...] = (1, 1)
+    pads: tuple[int, ...] = (0, 0, 0, 0)
+    dilations: tuple[int, ...] = (1, 1)
     group: int = 1
+
+    def __post_init__(self) -> None:
+        axes = len(self.kernel_shape)
+        if axes not in (1, 2) or (len(self.strides), len(self.dilations), len(self.pads)) != (
+            axes,
+            axes,
+            2 * axes,
+        ):
+            raise ValueError(f"a window has one axis or two, and pads before and after each: {self}")
 
     def attributes(self) -> dict[str, int | tuple[int, ...]]:
         return {
@@ -103,20 +113,20 @@ class Window:
             "group": self.group,
         }
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of Y for an image of that size; 0 where the window does not fit."""
-        sizes = []
-        for axis, size in enumerate((height, width)):
+    def output_size(self, *sizes: int) -> tuple[int, ...]:
+        """The sizes of Y for an input with these; 0 where the window does not fit."""
+        axes, found = len(self.kernel_shape), []
+        for axis, size in enumerate(sizes):
             reach = (self.kernel_shape[axis] - 1) * self.dilations[axis] + 1
-            room = size + self.pads[axis] + self.pads[axis + 2] - reach
-            sizes.append(room // self.strides[axis] + 1 if room >= 0 else 0)
-        return sizes[0], sizes[1]
+            room = size + self.pads[axis] + self.pads[axis + axes] - reach
+            found.append(room // self.strides[axis] + 1 if room >= 0 else 0)
+        return tuple(found)
 
 
 def pack_filters(
     filters: np.ndarray, *, group: int = 1, chunk: int | None = None, block: int = DEFAULT_BLOCK
 ) -> PackedWeight:
-    """Compress ``filters`` [N, C / group, kernel height, kernel width] float32; see :func:`.sparse_matmul.pack`.
+    """Compress ``filters`` [N, C / group, window...] float32; see :func:`.sparse_matmul.pack`.
 
     ``block`` is an upper bound: with several groups the largest divisor of N / group below it is taken.
     """
@@ -135,7 +145,7 @@ def block_size(N: int, group: int, block: int = DEFAULT_BLOCK) -> int:
 
 
 def unpack_filters(packed: PackedWeight, window: Window) -> np.ndarray:
-    """The dense weight [N, C / group, kernel height, kernel width]."""
+    """The dense weight [N, C / group, window...]."""
     return np.ascontiguousarray(unpack(packed).T).reshape(packed.N, -1, *window.kernel_shape)
 
 
@@ -160,23 +170,21 @@ def reference(
 ) -> np.ndarray:
     """What the operator computes, in float64: the oracle of the tests. ``limits`` are ``min`` and ``max`` of a clip."""
     filters = unpack_filters(packed, window).astype(np.float64)
-    batch, channels, height, width = x.shape
-    rows, columns = window.output_size(height, width)
-    top, left, bottom, right = window.pads
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    batch, channels, *sizes = x.shape
+    axes, outputs = len(sizes), window.output_size(*sizes)
+    padding = list(zip(window.pads[:axes], window.pads[axes:], strict=True))
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *padding])
     grouped = padded.reshape(batch, window.group, channels // window.group, *padded.shape[2:])
     split = filters.reshape(window.group, -1, *filters.shape[1:])
-    y = np.zeros((batch, window.group, split.shape[1], rows, columns))
-    for i in range(window.kernel_shape[0]):
-        for j in range(window.kernel_shape[1]):
-            first = i * window.dilations[0], j * window.dilations[1]
-            seen = grouped[
-                ...,
-                first[0] : first[0] + (rows - 1) * window.strides[0] + 1 : window.strides[0],
-                first[1] : first[1] + (columns - 1) * window.strides[1] + 1 : window.strides[1],
-            ]
-            y += np.einsum("bgchw,gnc->bgnhw", seen, split[..., i, j])
-    h = y.reshape(batch, packed.N, rows, columns) + bias[:, None, None]
+    y = np.zeros((batch, window.group, split.shape[1], *outputs))
+    for tap in np.ndindex(*window.kernel_shape):
+        seen = grouped
+        for axis, index in enumerate(tap):
+            first, stride = index * window.dilations[axis], window.strides[axis]
+            chosen = first + stride * np.arange(outputs[axis])
+            seen = np.take(seen, chosen, axis=3 + axis)
+        y += np.einsum("bgc...,gnc->bgn...", seen, split[(..., *tap)])
+    h = y.reshape(batch, packed.N, *outputs) + bias.reshape(-1, *[1] * axes)
     return _FLOAT64[activation](h if residual is None else h + residual, *limits)
 
 

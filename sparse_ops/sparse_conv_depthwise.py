@@ -13,9 +13,9 @@ Signature (domain ``sparse_onnx``, version 1; one op type per activation, see :d
 ===========  =========  ==================  =================================================================
 name         dtype      shape               meaning
 ===========  =========  ==================  =================================================================
-X            float32    [B, C, H, W]        images
+X            float32    [B, C, H, W]        images; or [B, C, W], and so Y: both windows have one axis
 values ...                                  the weight [K, N] and its bias [N], as for ``SparseConv``
-filters      float32    [N · taps]          of the depthwise convolution: [N, kernel height, kernel width] flat
+filters      float32    [N · taps]          of the depthwise convolution: [N, window...] flat
 filter_bias  float32    [N]
 Y            float32    [B, N, H', W']      feature maps
 ===========  =========  ==================  =================================================================

@@ -17,13 +17,14 @@ name             dtype      shape           meaning
 ===============  =========  ==============  =================================================================
 X                float32    [..., K]        activations, rank >= 1
 values ...                                  the first weight [K, N] and its bias [N], as for ``SparseMatMul*``
-down_values ...                             the second, [down_K, down_N] and [down_N], in the same ``format``
+down_values ...                             the second, [down_K, down_N] and [down_N]
 Y                float32    [..., down_N]
 ===============  =========  ==============  =================================================================
 
 Between them is H = act(X · W + bias), float32 [..., N], and ``down_K`` is N. In ``SparseFeedForward*Gate`` it is
 H = act(G) · U, element by element, with [G, U] the halves of X · W + bias: float32 [..., N / 2]; ``down_K`` is N / 2,
-and N a multiple of 2 · ``block``. ``SparseFeedForward`` has no activation: a weight of low rank as its two factors.
+and ``format`` says how the first weight lies, see :mod:`.sparse_matmul_split`. ``SparseFeedForward`` has no activation:
+a weight of low rank as its two factors.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ _BODY = """
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
     first = OP_TYPES[op_type]
-    body = sparse_matmul.linear_body if first in ACTIVATIONS else sparse_matmul_split.gate_body
+    if first in ACTIVATIONS:
+        decoded, body = decoder(), sparse_matmul.linear_body(first, "between")
+    else:
+        decoded, body = sparse_matmul_split.gate_decoder(), sparse_matmul_split.gate_body(first, "between")
     text = _BODY.format(
         domain=DOMAIN,
         opset=opset,
@@ -91,8 +95,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
         attributes=", ".join(prefix + name for prefix in ("", PREFIX) for name in SIZES),
         inputs=", ".join(prefix + name for prefix in ("", PREFIX) for name in (*STORED, "bias")),
         prefix=PREFIX,
-        decoder=decoder(),
-        first=body(first, "between"),
+        decoder=decoded,
+        first=body,
         down_decoder=decoder(PREFIX),
     )
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)

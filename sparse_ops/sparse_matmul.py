@@ -25,7 +25,8 @@ count of the kernel's inner loop rarely changes; ``rows`` says which output chan
 0..block/width-1 in every group. Entries follow segment by segment, with strictly rising offsets. A segment
 with nothing to store keeps one explicit zero at offset 0: that lets standard operators find the segment of an entry
 by ``CumSum`` (see :func:`function_body`) and spares the kernel the empty case. Padding output channels are such
-segments too.
+segments too. In ``chunked_csc_parts`` the outputs are those of several linears, each of which begins a block of its
+own: the last block of each has padding channels, see :mod:`.sparse_matmul_split`.
 
 Cost: 4·width + 1 bytes an entry and 2 bytes a segment, against 4 bytes a weight in dense form.
 
@@ -50,6 +51,7 @@ __all__ = [
     "FORMAT",
     "MAX_ELEMENTS",
     "OP_TYPES",
+    "PARTS_FORMAT",
     "SIZES",
     "STORED",
     "VERSION",
@@ -71,6 +73,7 @@ __all__ = [
 DOMAIN = "sparse_onnx"
 VERSION = 1
 FORMAT = "chunked_csc"
+PARTS_FORMAT = "chunked_csc_parts"
 
 # One op type per activation, not an attribute: a body of standard ops cannot branch on an attribute without
 # `If`, and a library that does not know a newer activation then falls back to the body instead of failing.
@@ -80,6 +83,7 @@ OP_TYPES = {
     "gelu": "SparseMatMulGelu",
     "gelu_tanh": "SparseMatMulGeluTanh",
     "silu": "SparseMatMulSilu",
+    "quick_gelu": "SparseMatMulQuickGelu",
 }
 ACTIVATIONS = {op_type: activation for activation, op_type in OP_TYPES.items()}
 
@@ -112,7 +116,11 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A [K, N] float32 weight in the ``chunked_csc`` format; see the module's table for the arrays."""
+    """A [K, N] float32 weight in the ``chunked_csc`` format; see the module's table for the arrays.
+
+    ``split`` has the outputs of each linear where the weight is that of several, side by side, each in blocks of its
+    own.
+    """
 
     K: int
     N: int
@@ -123,6 +131,16 @@ class PackedWeight:
     offsets: np.ndarray
     counts: np.ndarray
     rows: np.ndarray
+    split: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Outputs of each linear."""
+        return self.split or (self.N,)
+
+    @property
+    def format(self) -> str:
+        return PARTS_FORMAT if any(outputs % self.block for outputs in self.parts[:-1]) else FORMAT
 
     @property
     def chunks(self) -> int:
@@ -130,7 +148,15 @@ class PackedWeight:
 
     @property
     def blocks(self) -> int:
-        return -(-self.N // self.block)
+        return sum(-(-outputs // self.block) for outputs in self.parts)
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Where the N outputs are among those of all blocks."""
+        starts = np.cumsum([0, *(-(-outputs // self.block) * self.block for outputs in self.parts)])
+        return np.concatenate(
+            [start + np.arange(size) for start, size in zip(starts, self.parts, strict=False)]
+        )
 
     @property
     def groups(self) -> int:
@@ -147,7 +173,7 @@ class PackedWeight:
 
     def attributes(self) -> dict[str, int | str]:
         sizes = {"K": self.K, "N": self.N, "chunk": self.chunk, "block": self.block, "width": self.width}
-        return {**sizes, "format": FORMAT}
+        return {**sizes, "format": self.format}
 
 
 def best_block(N: int) -> int:
@@ -230,7 +256,9 @@ def pack(
         parts["rows"].append(rows.astype(np.uint8).reshape(-1))
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     arrays["values"] += np.float32(0)  # -0.0 stored for an empty segment becomes 0.0
-    return PackedWeight(K, N, chunk, block, width, **arrays)
+    return PackedWeight(
+        K, N, chunk, block, width, arrays["values"], arrays["offsets"], arrays["counts"], arrays["rows"]
+    )
 
 
 def expected_nbytes(K: int, N: int, sparsity: float, *, width: int = 1, block: int | None = None) -> float:
@@ -255,6 +283,10 @@ def _segment_of_entry(packed: PackedWeight) -> np.ndarray:
 
 def validate(packed: PackedWeight) -> None:
     """Raise FormatError unless the arrays obey every rule of the format (the kernel checks the same)."""
+    if min(packed.parts) < 1 or sum(packed.parts) != packed.N:
+        raise FormatError(
+            f"{list(packed.parts)} are not the sizes of linears with {packed.N} outputs together"
+        )
     if packed.width not in WIDTHS or packed.block % packed.width:
         raise FormatError(
             f"width must be one of {WIDTHS} and divide block {packed.block}, not {packed.width}"
@@ -292,7 +324,7 @@ def unpack(packed: PackedWeight) -> np.ndarray:
     n = group // packed.chunks * packed.block + row * packed.width
     dense = np.zeros((packed.K, packed.blocks * packed.block), np.float32)
     dense[k[:, None], n[:, None] + np.arange(packed.width)] = packed.values.reshape(-1, packed.width)
-    return dense[:, : packed.N]
+    return dense[:, : packed.N] if packed.format == FORMAT else dense[:, packed.outputs]
 
 
 _FLOAT64: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -301,6 +333,7 @@ _FLOAT64: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": lambda y: 0.5 * y * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2))),
     "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
     "silu": lambda y: y / (1 + np.exp(-y)),
+    "quick_gelu": lambda y: y / (1 + np.exp(-1.702 * y)),
 }
 
 
@@ -344,6 +377,11 @@ _ACTIVATION_BODIES = {
     "silu": """
         gate = Sigmoid(h)
         Y = Mul(h, gate)""",
+    "quick_gelu": """
+        slope = Constant<value = float {1.702}>()
+        steep = Mul(h, slope)
+        gate = Sigmoid(steep)
+        Y = Mul(h, gate)""",
 }
 
 
@@ -371,9 +409,7 @@ _DECODER = """
     k_less = Sub(k, one)
     k_full = Div(k_less, c)
     chunks = Add(k_full, one)
-    n_less = Sub(n, one)
-    n_full = Div(n_less, b)
-    blocks = Add(n_full, one)
+    @count_blocks
     columns = Mul(blocks, b)
 
     block_index = Range(zero, blocks, one)
@@ -424,20 +460,27 @@ _DECODER = """
     n_1 = Unsqueeze(n, axis0)
     padded_shape = Concat<axis = 0>(k_1, columns_1)
     padded = Reshape(scattered, padded_shape)
-    W = Slice(padded, axis0, n_1, axis1)
+    @take_outputs
 """
-_DECODED = re.findall(r"^ +(\w+) = ", _DECODER, re.MULTILINE)
-# Where a name of a value or an attribute begins; the stored tensors are the values that come from outside.
-_NAMES = re.compile(rf"@|\b(?=(?:{'|'.join((*STORED, *_DECODED))})\b)")
+# Of one linear.
+_COUNT_BLOCKS = """
+    n_less = Sub(n, one)
+    n_full = Div(n_less, b)
+    blocks = Add(n_full, one)"""
+_TAKE_OUTPUTS = "W = Slice(padded, axis0, n_1, axis1)"
 
 
-def decoder(prefix: str = "") -> str:
+def decoder(prefix: str = "", *, count_blocks: str = _COUNT_BLOCKS, take_outputs: str = _TAKE_OUTPUTS) -> str:
     """Lines of a function body that make W [K, N] from the stored tensors; every operator with such a weight uses
     them. ``n_1``, ``flat_shape``, ``axis0`` and ``axis1`` may be used behind them: [N], [-1], [0] and [1].
 
-    With ``prefix`` every value and attribute has it before its name, for the second weight of an operator.
+    With ``prefix`` every value and attribute has it before its name, for the second weight of an operator. A weight
+    with padding between its outputs has lines of its own that ``count_blocks`` and that ``take_outputs`` from what is
+    ``padded``.
     """
-    return _NAMES.sub(rf"\g<0>{prefix}", _DECODER)
+    text = _DECODER.replace("@count_blocks", count_blocks).replace("@take_outputs", take_outputs)
+    names = "|".join((*STORED, *re.findall(r"^ *(\w+) = ", text, re.MULTILINE)))
+    return re.sub(rf"@|\b(?=(?:{names})\b)", rf"\g<0>{prefix}", text) if prefix else text
 
 
 _BODY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.tools.console import (
+    fix_input_option,
     format_option,
     if_any,
     input_shape_option,
+    input_value_option,
+    other_work,
     progress,
     quiet_option,
     show,
@@ -60,6 +64,8 @@ _LAYERS, _REASONS, _WIDTH = 5, 2, 28
     "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Samples run together."
 )
 @input_shape_option("to time for")
+@input_value_option
+@fix_input_option
 @click.option("--threads", type=click.IntRange(1), help="Threads to time for.  [default: all cores]")
 @click.option(
     "--min-speedup",
@@ -211,6 +217,6 @@ def _from(share: float | None) -> str:
 def _reasons(analysis: Analysis) -> str:
     reasons = Counter(reason for _, reason in analysis.declined)
     reasons.update(layer.reason for layer in analysis.forecast.layers if layer.reason)
-    return "\n".join(
-        f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)
-    )
+    lines = [f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)]
+    others = other_work([dataclasses.asdict(row) for row in analysis.untouched])
+    return "\n".join(filter(None, [others, *lines]))

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.tools.console import format_option, input_shape_option, progress, quiet_option, show, table
+from sparse_onnx.tools.console import (
+    format_option,
+    input_shape_option,
+    input_value_option,
+    progress,
+    quiet_option,
+    show,
+    table,
+)
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_ms, format_share
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from sparse_onnx.input_choice import Choice
     from sparse_onnx.inputs import Feeds
     from sparse_onnx.layer_timing import LayerTiming
 
@@ -36,11 +45,13 @@ class _Entry:
     model: ir.Model
     library: bool
     feeds: Feeds
+    choice: Choice
 
 
 @click.command(short_help="Time models side by side, and sparse layers against dense ones.")
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @input_shape_option("to time with")
+@input_value_option
 @click.option("--threads", type=click.IntRange(1), help="Threads to time with.  [default: all cores]")
 @click.option(
     "--rounds",
@@ -57,6 +68,7 @@ class _Entry:
 def command(
     models: tuple[Path, ...],
     input_shapes: Mapping[str, tuple[int, ...]] | None,
+    input_values: Mapping[str, Any] | None,
     threads: int | None,
     rounds: int,
     compare: str | None,
@@ -70,12 +82,17 @@ def command(
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
     95 % confidence interval.
     """
-    from sparse_onnx.report import available_cores, environment
+    from sparse_onnx.host import available_cores
+    from sparse_onnx.input_choice import explaining_guesses
+    from sparse_onnx.report import environment
 
     count = threads or available_cores()
     with progress(quiet) as say:
-        entries = _entries(models, input_shapes or {}, compare == "dense", seed, say)
-        with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
+        entries = _entries(models, input_shapes or {}, input_values or {}, compare == "dense", seed, say)
+        with (
+            tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch,
+            explaining_guesses([entry.choice for entry in entries]),
+        ):
             rows, done = _time(entries, count, rounds, Path(scratch), say)
             timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
     document = {
@@ -99,31 +116,48 @@ def command(
 def _entries(
     paths: Sequence[Path],
     given: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Any],
     with_dense: bool,
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Entry]:
     from sparse_onnx import inputs, model_io
+    from sparse_onnx.input_choice import choose_inputs
     from sparse_onnx.layer_timing import uses_library
+    from sparse_onnx.passes.fix_inputs import fixed_values
 
     loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
-    specs = [inputs.input_specs(model) for _, _, model in loaded]
-    known = {spec.name: spec.describe() for group in specs for spec in group}
-    if strange := [name for name in given if name not in known]:
-        raise UsageError(f"--input-shape names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
+    plain = [inputs.input_specs(model) for _, _, model in loaded]
+    known = {spec.name: spec.describe() for group in plain for spec in group}
+    for option, asked in (("--input-shape", given), ("--input", values)):
+        if strange := [name for name in asked if name not in known]:
+            raise UsageError(f"{option} names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
+    constants: dict[str, Any] = {}
+    for label, _, model in loaded:
+        for name, value in fixed_values(model).items():
+            if constants.setdefault(name, value) != value and name not in values:
+                raise UsageError(
+                    f"{label} has {name} fixed to {value}, another model to {constants[name]}: time them apart"
+                )
+    shared = {name: tuple(shape) for name, shape in given.items()}
     entries = []
-    for (label, path, model), group in zip(loaded, specs, strict=True):
+    for (label, path, model), group in zip(loaded, plain, strict=True):
         names = {spec.name for spec in group}
-        shapes, guessed = inputs.resolve_shapes(group, {k: v for k, v in given.items() if k in names})
-        for name, size in guessed.items():
-            say(f"note: {label}: dimension {name} is taken as {size}; say --input-shape for another")
-        feeds = inputs.generate(group, shapes, seed)
+        steering = {name: value for name, value in {**constants, **values}.items() if name in names}
+        specs = inputs.input_specs(model, steering)
+        asked = {s.name: shared[s.name] for s in specs if s.name in shared}
+        fitting = {s.name for s in specs if s.name in given or s.takes(asked.get(s.name, ()))}
+        choice = choose_inputs(model, specs, {name: asked[name] for name in asked if name in fitting})
+        shared = choice.shapes | shared
+        for line in choice.notes("for another"):
+            say(f"note: {label}: {line}")
+        feeds = choice.feeds(seed)
         library = uses_library(model)
         if with_dense and library:
-            entries.append(_Entry(f"{label} (dense)", path, model, False, feeds))
+            entries.append(_Entry(f"{label} (dense)", path, model, False, feeds, choice))
         elif with_dense:
             say(f"note: {label} has no operator of the library: it is dense already")
-        entries.append(_Entry(label, path, model, library, feeds))
+        entries.append(_Entry(label, path, model, library, feeds, choice))
     return entries
 
 
@@ -145,6 +179,7 @@ def _time(
                 budget=session_budget(model_io.weight_bytes(entry.model)),
                 work=work,
                 path=entry.path,
+                progress=say,
             )
             runners.append(stack.enter_context(opening))
         say(f"timing {len(entries)} models")

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import io
 import itertools
 import json
 import math
@@ -143,6 +144,8 @@ def _interruptible() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names need not fit the locale
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         typed = shlex.join(["sparse-onnx", *arguments])  # reports say what they were asked for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -11,9 +12,24 @@ from typing import Any
 
 import click
 
+from sparse_onnx.printable import printable
 from sparse_onnx.tools.live_line import LiveLine, display_width
+from sparse_onnx.units import format_rounded
 
-__all__ = ["format_option", "if_any", "input_shape_option", "progress", "quiet_option", "show", "table"]
+__all__ = [
+    "fix_input_option",
+    "format_option",
+    "if_any",
+    "input_shape_option",
+    "input_value_option",
+    "other_work",
+    "progress",
+    "quiet_option",
+    "show",
+    "table",
+]
+
+_WIDTH = 60  # characters of operators in one line
 
 format_option = click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
@@ -50,6 +66,22 @@ def input_shape_option(
     text = f"NAME:DIM,DIM,.. {purpose}; repeatable" + (", also for several shapes." if several else ".")
     parse = _several_shapes if several else _shapes
     return click.option("--input-shape", "input_shapes", multiple=True, callback=parse, help=text)
+
+
+def _values(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    from sparse_onnx.inputs import parse_value_flags
+
+    return parse_value_flags(values, option.opts[0]) or None
+
+
+input_value_option = click.option(
+    "--input", "input_values", multiple=True, callback=_values,
+    help="NAME=VALUE for an input that steers the graph: a number, true, or a list (1,0); repeatable.",
+)  # fmt: skip
+fix_input_option = click.option(
+    "--fix-input", "fixed_inputs", multiple=True, callback=_values,
+    help="NAME=VALUE, as a constant: the input disappears, with the branches not taken; repeatable.",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -92,10 +124,29 @@ def show(text: str, document: Mapping[str, Any], output_format: str, exit_code: 
     """Write a command's result to stdout, ``text`` or ``document`` with the exit code; returns the exit code."""
     if output_format == "json":
         whole = {**document, "exit_code": exit_code}
-        click.echo(json.dumps(whole, indent=2, allow_nan=False))
+        text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
+        click.echo(json.dumps(json.loads(printable(text)), indent=2))
     else:
         click.echo(text)
     return exit_code
+
+
+def other_work(untouched: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the operators that no sparse kernel takes, as ``untouched`` of a report has them: with their
+    shares of all work, where these are known. Empty if there is none."""
+    shares: dict[str, float | None] = {}
+    for row in untouched:
+        before = shares.get(row["op_type"], 0.0)
+        shares[row["op_type"]] = None if before is None or row["share"] is None else before + row["share"]
+    ordered = sorted(shares.items(), key=lambda item: (item[1] is None, -(item[1] or 0)))
+    named = [op_type if share is None else f"{op_type} {format_rounded(share)}" for op_type, share in ordered]
+    shown = list(
+        itertools.takewhile(lambda text: len(text) <= _WIDTH, itertools.accumulate(named, "{}, {}".format))
+    )
+    if not shown:
+        return ""
+    more = f" and {len(named) - len(shown)} other operators" if len(shown) < len(named) else ""
+    return f"no sparse kernel for (share of work): {shown[-1]}{more}"
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:

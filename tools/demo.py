@@ -51,7 +51,7 @@ def _run(
     import numpy as np
 
     import sparse_onnx
-    from sparse_onnx.report import available_cores
+    from sparse_onnx.host import available_cores
 
     threads = threads or available_cores()
     assets = resources.files("sparse_onnx.tools") / "demo_model"
@@ -114,7 +114,10 @@ def _text(summary: dict[str, Any]) -> str:
     report, trained, accuracy = summary["report"], summary["trained"], summary["accuracy"]
     totals = report["summary"]
     sparse = sum(row["decision"] == "sparse" for row in report["layers"])
-    speedup = "-" if totals["speedup"] is None else f"{totals['speedup']:.2f}x faster"
+    speedup = "-"
+    if totals["speedup"] is not None:
+        proven = totals["speedup_low"] > 1
+        speedup = f"{totals['speedup']:.2f}x {'faster' if proven else 'not proven faster'}"
     smaller = f"{totals['bytes_before'] / totals['bytes_after']:.2f}x smaller"
     batch = f"latency, {BATCH} x 128 bytes, {summary['threads']} threads"
     rows = [

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlparse
 
 import click
 
+from sparse_onnx import host
 from sparse_onnx.errors import HostError, SparseOnnxError
 from sparse_onnx.tools import machine
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
@@ -219,7 +220,7 @@ def _extras() -> Iterator[Finding]:
     """Every extra of the package with what is missing of it."""
     for extra, wanted in _extra_packages().items():
         missing = [name for name in wanted if not _installed(name)]
-        have = {name: metadata.version(name) for name in wanted if name not in missing}
+        have = {name: version for name in wanted if name not in missing and (version := _version(name))}
         values = {"missing": missing, "versions": have}
         if not missing:
             yield Finding(f"extra_{extra}", "packages", "ok", f"[{extra}] is there", "", values)
@@ -297,11 +298,14 @@ def _set_outside(name: str) -> str | None:
 
 
 def _installed(name: str) -> bool:
+    return _version(name) is not None
+
+
+def _version(name: str) -> str | None:
     try:
-        metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _library() -> Iterator[Finding]:
@@ -373,25 +377,23 @@ def _death(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _machine() -> Iterator[Finding]:
-    from sparse_onnx.report import available_cores, cpu_name
-
-    cores, features = available_cores(), machine.cpu_features()
+    cores, features = host.available_cores(), host.cpu_features()
     named = f", {' '.join(features) or 'no vector instructions'}" if features is not None else ""
     yield Finding(
         "processor",
         "processor",
         "ok",
-        f"{cpu_name()}, {cores} cores usable{named}",
+        f"{host.cpu_name()}, {cores} cores usable{named}",
         "",
-        {"name": cpu_name(), "cores": cores, "features": features},
+        {"name": host.cpu_name(), "cores": cores, "features": features},
     )
-    limit = machine.cpu_limit()
+    limit, visible = host.cpu_limit(), len(host.processors())
     values = {"limit": limit}
-    if limit is not None and limit < cores:
-        threads = max(1, int(limit))
-        detail = f"a control group (container) grants {limit:g} of the {cores} cores that are visible: too many threads"
+    if limit is not None and limit < visible:
+        detail = f"a control group (container) grants {limit:g} of the {visible} cores that are visible"
         fix = (
-            f"--threads {threads} here, intra_op_num_threads = {threads} in your programs, or a higher limit"
+            f"nothing for these commands, which take {cores} threads; ONNX Runtime alone would take {visible}: set "
+            f"intra_op_num_threads = {cores} in your programs, or a higher limit"
         )
         yield Finding("cpu_limit", "processor", "note", detail, fix, values)
     else:
@@ -401,7 +403,7 @@ def _machine() -> Iterator[Finding]:
 
 def _scratch() -> Finding:
     folder = tempfile.gettempdir()
-    free, kind = shutil.disk_usage(folder).free, machine.file_system(Path(folder))
+    free, kind = shutil.disk_usage(folder).free, host.file_system(Path(folder))
     in_memory = kind in ("tmpfs", "ramfs")
     values = {"folder": folder, "free_bytes": free, "file_system": kind}
     detail = f"{format_bytes(free)} free in {folder}"
@@ -417,11 +419,10 @@ def _speed() -> Iterator[Finding]:
     """Multiply-adds and reads of memory, each on one thread and on all, in two seconds together."""
     import numpy as np
 
-    from sparse_onnx.report import available_cores
     from sparse_onnx.sparse_ops import info
     from sparse_onnx.sparse_ops.library import peak
 
-    threads = available_cores()
+    threads = host.available_cores()
     each = 0.9 * _SPEED_SECONDS / 4  # the rest is for the buffer
     yield _rates("memory", "read from memory", "GB/s", _bandwidths(np.ones(_BUFFER // 8), threads, each))
     try:

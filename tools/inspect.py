@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import format_option, progress, quiet_option, show, table
+from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_bytes, format_share
 
@@ -57,13 +57,14 @@ def _head(document: dict[str, Any], show_all: bool) -> str:
     if document["large"]:
         size += " (more than 2 GB: needs its external data file)"
     opsets = ", ".join(f"{domain} {version}" for domain, version in document["opsets"].items())
+    read_as = f", read as {document['read_as_opset']}" if document["read_as_opset"] else ""
     operators = [f"{count} {name.removeprefix('ai.onnx::')}" for name, count in document["operators"].items()]
     shown = operators if show_all else operators[:_OPERATORS]
     more = f" and {len(operators) - len(shown)} other kinds" if len(shown) < len(operators) else ""
     lines = [
         ["file", document["file"]],
         ["size", size],
-        ["format", f"IR {document['ir_version']}, opset {opsets}"],
+        ["format", f"IR {document['ir_version']}, opset {opsets}{read_as}"],
         *([["producer", document["producer"]]] if document["producer"] else []),
         *(["input", text] for text in document["inputs"]),
         *(["output", text] for text in document["outputs"]),
@@ -136,6 +137,13 @@ def _total(document: dict[str, Any]) -> str:
         f"{total['weights']:,} weights in {len(document['weights'])} tensors, {format_share(total['sparsity'])} zeros; "
         f"{total['can_be_sparse']} can be sparse, {total['sparse']} are"
     )
+    if document["not_counted"]:
+        others = Counter(row["dtype"] for row in document["not_counted"])
+        size = format_bytes(sum(row["bytes"] for row in document["not_counted"]))
+        text += (
+            f"\nnot counted, for zero has no fixed meaning in them: {sum(others.values())} tensors "
+            f"({', '.join(others)}) of {size}"
+        )
     if total["nan"] or total["inf"]:
         names = [row["name"] for row in document["weights"] if row["nan"] or row["inf"]]
         text += f"\nWarning: {total['nan']} NaN and {total['inf']} Inf values, in {', '.join(names[:5])}"
@@ -147,6 +155,8 @@ def _left_alone(document: dict[str, Any], show_all: bool) -> str:
     reasons.update(place["reason"] for place in document["declined"])
     shown = reasons.most_common(None if show_all else _REASONS)
     lines = [f"{count} left as they are: {reason}" for reason, count in shown]
+    if others := other_work(document["untouched"]):
+        lines.insert(0, others)
     if len(shown) < len(reasons):
         lines.append(f"and {len(reasons) - len(shown)} other reasons; --all shows them")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import click
 
 from sparse_onnx.tools.console import (
+    fix_input_option,
     format_option,
     if_any,
     input_shape_option,
+    input_value_option,
+    other_work,
     progress,
     quiet_option,
     show,
     table,
 )
-from sparse_onnx.units import format_bytes, format_ms
+from sparse_onnx.units import format_bytes, format_ms, format_rounded
 
 __all__ = ["command", "summary_table"]
 
@@ -90,6 +94,8 @@ def _numbers(
     help="Folder for finished layers: run again with it after an interruption.",
 )
 @input_shape_option("to decide and time for", several=True)
+@input_value_option
+@fix_input_option
 @click.option(
     "--shape-weights",
     callback=_numbers,
@@ -100,6 +106,17 @@ def _numbers(
 )
 @click.option(
     "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
+)
+@click.option(
+    "--keep-pruned/--no-keep-pruned",
+    default=None,
+    help="Whether layers that stay dense keep their zeros, for another runtime.  [default: they keep or get back their "
+    "original weights]",
+)
+@click.option(
+    "--max-compiler-error",
+    type=float,
+    help="Relative error against the pruned dense model, at most, unless rounding explains more.  [default: 0.0001]",
 )
 @click.option(
     "--metric",
@@ -113,7 +130,7 @@ def _numbers(
 @click.option("--max-drop", type=float, help="Goal: what the metric may lose; without one, 1 - cosine.")
 @click.option("--target-speedup", type=float, help="Goal: the whole model so many times faster, at least.")
 @click.option(
-    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original weights, or of 120MB, say."
+    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original files, or of 120MB, say."
 )
 @click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
 @click.option(
@@ -174,17 +191,32 @@ def command(
     show(summary_table(result.report), result.report, output_format, result.exit_code)
     if missed := [gate["text"] for gate in result.report["goal"]["gates"] if gate["met"] is False]:
         click.echo(f"Goal not met: {'; '.join(missed)}. The best so far was written.", err=True)
-    if result.folder is not None and not any(row["decision"] == "sparse" for row in result.report["layers"]):
-        click.echo("No layer is faster in sparse form: the dense model was written.", err=True)
+    if result.folder is not None and (said := _outcome(result.report["summary"])):
+        click.echo(said, err=True)
     if result.folder is not None and not quiet:
         click.echo(f"Written to {result.folder} (report.html shows every layer).", err=True)
     return result.exit_code
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    """What is to be said where the result is not proven faster."""
+    if summary["written"] == "original":
+        return "No layer is faster in sparse form: the dense model was written."
+    if summary["written"] == "pruned":
+        return "No layer is faster in sparse form: the pruned model was written, dense (--keep-pruned)."
+    if summary["speedup"] is None or summary["speedup_low"] > 1:
+        return ""
+    from sparse_onnx.whole_model import speed_sentence
+
+    said = speed_sentence(summary["speedup"], summary["speedup_low"], summary["speedup_high"])
+    return f"{said[:1].upper()}{said[1:]}. It was written as compiled."
 
 
 def summary_table(report: dict[str, Any]) -> str:
     """The closing table: at most 15 lines."""
     summary, layers = report["summary"], report["layers"]
     sparse = [row for row in layers if row["decision"] == "sparse"]
+    uncounted = any(row["share"] is None for row in report.get("untouched", ()))
     rows = [["", "before", "after", "change"]]
     if summary["speedup"] is not None:
         interval = f"{summary['speedup']:.2f}x ({summary['speedup_low']:.2f}-{summary['speedup_high']:.2f})"
@@ -198,14 +230,16 @@ def summary_table(report: dict[str, Any]) -> str:
             "layers sparse",
             "",
             f"{len(sparse)} of {len(layers)}",
-            f"{summary['sparse_flops_fraction']:.0%} of work",
+            f"{format_rounded(summary['sparse_flops_fraction'])} of {'counted ' if uncounted else ''}work",
         ]
     )
     checks = report["verification"]
     if checks:
-        exact = checks["against_pruned_dense"]["relative_error"]
+        exact, alone = (
+            math.inf if checks[way]["relative_error"] is None else checks[way]["relative_error"]
+            for way in ("against_pruned_dense", "without_library")
+        )
         rows.append(["error, compiled against pruned dense", "", f"{exact:.1e}", "with library"])
-        alone = checks["without_library"]["relative_error"]
         rows.append(["", "", f"{alone:.1e}", "without"])
         if summary["relative_error"] is not None:
             drift = f"cosine {summary['cosine']:.4f}"
@@ -215,14 +249,24 @@ def summary_table(report: dict[str, Any]) -> str:
             "inf" if metric[k] is None else f"{metric[k]:.4g}" for k in ("before", "after", "drop")
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
+    from sparse_onnx.worth_pruning import NO_KERNEL
+
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
-    reasons.update(_short(place["reason"]) for place in report["declined"])
+    reasons.update(
+        _short(place["reason"])
+        for place in report["declined"]
+        if NO_KERNEL not in place["reason"]  # a lowering says the same
+    )
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):
         text += f"\n{broken} weights are NaN or Inf and were kept"
+    if others := other_work(report.get("untouched", ())):
+        text += f"\n{others}"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
-    return text
+    from sparse_onnx.report_notes import run_notes
+
+    return "\n".join([text, *run_notes(report)])
 
 
 def _short(reason: str) -> str:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparse_onnx.errors import VerificationError
-from sparse_onnx.tools.console import format_option, input_shape_option, progress, quiet_option, show, table
+from sparse_onnx.tools.console import (
+    format_option,
+    input_shape_option,
+    input_value_option,
+    progress,
+    quiet_option,
+    show,
+    table,
+)
 from sparse_onnx.tools.model_argument import model_file
 from sparse_onnx.units import format_number, format_share
 
@@ -36,12 +44,13 @@ _SHOWN_LAYERS = 8
 )
 @click.option("--num-samples", type=click.IntRange(1), help="Use so many of the data.  [default: all]")
 @input_shape_option("of generated inputs", several=True)
+@input_value_option
 @click.option(
     "--max-compiler-error",
     type=float,
     default=1e-4,
     show_default=True,
-    help="Relative error against the pruned dense model, at most.",
+    help="Relative error against the pruned dense model, at most, unless rounding explains more.",
 )
 @click.option(
     "--max-relative-error",

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
+from sparse_onnx.host import available_cores, available_memory
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.blocks import Block, Cutter
 from sparse_onnx.passes.calibration.captures import Capture, View, find_captures
@@ -27,10 +28,8 @@ from sparse_onnx.passes.calibration.memory import (
     Demand,
     Pass,
     activation_bytes,
-    available_memory,
     divide,
     fitting,
-    inferred_shapes,
 )
 from sparse_onnx.passes.calibration.moments import Layout, Moments
 from sparse_onnx.passes.calibration.record import Record
@@ -42,8 +41,8 @@ from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.two_streams import Plan, Step, TwoStreams
 from sparse_onnx.passes.weights import RECURRENT, Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import session_budget
+from sparse_onnx.shapes import Shapes
 from sparse_onnx.units import format_bytes
 
 __all__ = ["BlockStatistics", "Calibrator", "Options"]
@@ -282,7 +281,8 @@ class Calibrator:
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return inferred_shapes(self._model, self._first)
+        given = {name: array.shape for name, array in self._first.items()}
+        return given | Shapes(self._model, inputs=given).sizes()
 
     def _demands(self, captures: Sequence[Capture]) -> list[Demand]:
         activations = activation_bytes(captures, self._shapes, self._first)

@@ -19,6 +19,7 @@ from sparse_onnx.inputs import (
     Feeds,
     InputSpec,
     check_samples,
+    first_samples,
     fixed_batch,
     read_arrays,
     sample_count,
@@ -160,7 +161,7 @@ def from_npz(
     """All samples of one file, in batches."""
     arrays = read_arrays(path, specs, labels)
     if limit is not None:
-        arrays = _first(arrays, limit, specs)
+        arrays = first_samples(arrays, limit, specs)
     return Samples.of(split_batches(arrays, specs, batch, str(path)), str(path))
 
 
@@ -180,7 +181,7 @@ def from_npz_folder(
             break
         feeds = read_arrays(path, specs, labels)
         _check_batch(feeds, specs, str(path))
-        count = sample_count(feeds)
+        count = sample_count(feeds, specs)
         take = count if left is None else min(count, left)
         batches.append(functools.partial(_read_first, path, specs, take, labels))
         left = None if left is None else left - take
@@ -188,7 +189,7 @@ def from_npz_folder(
 
 
 def _read_first(path: Path, specs: Sequence[InputSpec], count: int, labels: str | None) -> Feeds:
-    return _first(read_arrays(path, specs, labels), count, specs)
+    return first_samples(read_arrays(path, specs, labels), count, specs)
 
 
 def from_function(
@@ -218,8 +219,8 @@ def from_function(
             feeds = check_samples(arrays, specs, f"{source}, batch {number}", labels)
             _check_batch(feeds, specs, f"{source}, batch {number}")
             if left is not None:
-                feeds = _first(feeds, left, specs)
-                left -= sample_count(feeds)
+                feeds = first_samples(feeds, left, specs)
+                left -= sample_count(feeds, specs)
             batches.append(feeds)
     except SparseOnnxError:
         raise
@@ -253,18 +254,10 @@ def from_text(
 
 def _check_batch(feeds: Feeds, specs: Sequence[InputSpec], where: str) -> None:
     fixed = fixed_batch(specs)
-    if fixed is not None and sample_count(feeds) != fixed:
+    if fixed is not None and sample_count(feeds, specs) != fixed:
         raise UsageError(
-            f"{where}: {sample_count(feeds)} samples in a batch; the model takes exactly {fixed}"
+            f"{where}: {sample_count(feeds, specs)} samples in a batch; the model takes exactly {fixed}"
         )
-
-
-def _first(arrays: Feeds, count: int, specs: Sequence[InputSpec]) -> Feeds:
-    """The first ``count`` samples; where the batch size is fixed, as many whole batches as hold them."""
-    fixed = fixed_batch(specs)
-    if fixed:
-        count = -(-count // fixed) * fixed
-    return {name: array[:count] if array.ndim else array for name, array in arrays.items()}
 
 
 def is_function(source: str) -> bool:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-import onnx
-import onnx.shape_inference
-import onnx_ir as ir
-
-from sparse_onnx import model_io
 from sparse_onnx.errors import HostError
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.units import format_bytes
 
-__all__ = ["Demand", "Pass", "activation_bytes", "available_memory", "divide", "fitting", "inferred_shapes"]
+__all__ = ["Demand", "Pass", "activation_bytes", "divide", "fitting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,42 +53,6 @@ class Pass:
     @property
     def activations(self) -> int:
         return sum(demand.activation for demand in self.demands)
-
-
-def available_memory() -> int:
-    """Bytes that a new process could take without swapping, as far as the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def inferred_shapes(model: ir.Model, feeds: Feeds) -> dict[str, tuple[int, ...]]:
-    """The shapes of the values of the main graph for the inputs ``feeds``, as far as they follow from them."""
-    proto = onnx.ModelProto.FromString(model_io.skeleton(model)[0])
-    for value in proto.graph.input:
-        if value.name in feeds:
-            shape = value.type.tensor_type.shape
-            del shape.dim[:]
-            shape.dim.extend(
-                onnx.TensorShapeProto.Dimension(dim_value=size) for size in feeds[value.name].shape
-            )
-    del proto.graph.value_info[:]  # with the symbols of the inputs
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # of whatever kind: the result is an estimate, and ORT will tell what is wrong
-        return {}
-    shapes = {name: array.shape for name, array in feeds.items()}
-    for value in (*proto.graph.value_info, *proto.graph.output):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
-    return shapes
 
 
 def activation_bytes(

@@ -94,9 +94,8 @@ class PartSession:
                 value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
             if value.shape is None:
                 value.shape = ir.Shape([None] * array.ndim)
-        options = session_options(threads=threads, library=library)
+        options = session_options(threads=threads, library=library, level="basic")
         ort = import_onnxruntime()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         content, self._tensors = model_io.skeleton(part)
         # The session reads these arrays in place, so they must live as long as it does.
         self._weights = [_value_of(tensor, ort) for tensor in self._tensors.values()]

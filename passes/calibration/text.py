@@ -90,7 +90,10 @@ def _complete(feeds: Feeds, specs: Sequence[InputSpec], folder: Path) -> Feeds:
     for spec in specs:
         if spec.name in feeds:
             continue
-        tokens = feeds["input_ids"].shape
+        tokens, given = feeds["input_ids"].shape, spec.array(shapes[spec.name])
+        if given is not None:
+            feeds[spec.name] = given
+            continue
         if "position" in spec.name:
             feeds[spec.name] = np.broadcast_to(np.arange(tokens[-1]), tokens).astype(spec.dtype)
         elif "token_type" in spec.name:

@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.passes.attention_pattern import Facts
 from sparse_onnx.passes.structured.operators import sources
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
 from sparse_onnx.passes.weights import CONVOLUTIONS, Weight
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Channels"]
 
@@ -34,7 +34,7 @@ class Channels(StructuredPass):
     unit: ClassVar[str] = "channels"
     op_types: ClassVar[tuple[str, ...]] = CONVOLUTIONS
 
-    def seeds(self, layers: Mapping[ir.Node, Weight], facts: Facts) -> Iterator[Seed]:
+    def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
         for node, weight in layers.items():
             if node.attributes.get_int("group", 1) > 1:
                 continue

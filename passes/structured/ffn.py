@@ -17,10 +17,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.passes.attention_pattern import Facts
 from sparse_onnx.passes.structured.operators import sources
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
 from sparse_onnx.passes.weights import LINEARS, Weight
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Ffn"]
 
@@ -33,7 +33,7 @@ class Ffn(StructuredPass):
     unit: ClassVar[str] = "neurons"
     op_types: ClassVar[tuple[str, ...]] = LINEARS
 
-    def seeds(self, layers: Mapping[ir.Node, Weight], facts: Facts) -> Iterator[Seed]:
+    def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
         for node, weight in layers.items():
             if any(source in layers for source in sources(node.inputs[0]) if source is not None):
                 yield Seed(node, -1, weight.shape[0], 1)

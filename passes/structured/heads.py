@@ -19,9 +19,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sparse_onnx.graph import is_standard
-from sparse_onnx.passes.attention_pattern import Facts
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
 from sparse_onnx.passes.weights import LINEARS, Weight
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Heads"]
 
@@ -35,13 +35,13 @@ class Heads(StructuredPass):
     op_types: ClassVar[tuple[str, ...]] = LINEARS
     multiple_of: int = 1
 
-    def seeds(self, layers: Mapping[ir.Node, Weight], facts: Facts) -> Iterator[Seed]:
+    def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
         for node, weight in layers.items():
             value = node.inputs[0]
             merge = value.producer() if value is not None else None
             if merge is None or not is_standard(merge, "Reshape"):
                 continue
-            dims = facts.dims(merge.inputs[0])
+            dims = shapes.dims(merge.inputs[0])
             count, size = dims[-2:] if len(dims) > 2 else (None, None)
             if (
                 isinstance(count, int)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_tensor
 from sparse_onnx.graph import is_standard
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "REDUCTIONS",
     "SHAPE_ARITHMETIC",
     "SUMS",
-    "constant",
     "is_elementwise",
     "label",
     "sources",
@@ -44,7 +43,7 @@ def sources(value: ir.Value | None) -> set[ir.Node | None]:
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         value = waiting.pop()
-        if value is None or value in seen or constant(value) is not None:
+        if value is None or value in seen or constant_tensor(value) is not None:
             continue
         seen.add(value)
         node = value.producer()
@@ -60,14 +59,6 @@ def is_elementwise(node: ir.Node) -> bool:
     return is_standard(node, *_MAPS, *_GATES, *SUMS) or (
         node.domain == "com.microsoft" and node.op_type in _CONTRIB
     )
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array that ``value`` always is, if there is one."""
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
 
 
 def label(node: ir.Node) -> str:

@@ -6,14 +6,11 @@ import math
 
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array
 from sparse_onnx.graph import is_standard
-from sparse_onnx.passes.attention_pattern import Facts
-from sparse_onnx.passes.structured.operators import constant
+from sparse_onnx.shapes import Dims, Shapes
 
-__all__ = ["Dims", "constant_piece", "counterpart", "product", "template"]
-
-Dims = tuple[int | str | None, ...]
-"""Sizes, symbols (equal ones are equal sizes), None where nothing is known."""
+__all__ = ["constant_piece", "counterpart", "product", "template"]
 
 
 def counterpart(here: Dims, there: Dims, position: int) -> int | None:
@@ -42,14 +39,14 @@ def template(before: Dims, after: Dims, axis: int) -> tuple[int, ...] | None:
     return None if dims.count(-1) > 1 or 0 in dims[same:] else tuple(dims)
 
 
-def constant_piece(shape: ir.Value | None, position: int, facts: Facts) -> tuple[int, int] | None:
+def constant_piece(shape: ir.Value | None, position: int, shapes: Shapes) -> tuple[int, int] | None:
     """Of a shape that is a Concat: which input, a constant, holds ``position``, and where in it."""
     concat = shape.producer() if shape is not None else None
     if concat is None or not is_standard(concat, "Concat"):
         return None
     for index, piece in enumerate(concat.inputs):
-        array = constant(piece)
-        dims = facts.dims(piece) if array is None else array.shape
+        array = constant_array(piece)
+        dims = shapes.dims(piece) if array is None else array.shape
         length = dims[0] if len(dims) == 1 else None
         if not isinstance(length, int):
             return None

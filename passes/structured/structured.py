@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.attention_pattern import Facts
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.targets import find_target
@@ -22,6 +21,7 @@ from sparse_onnx.passes.structured.region import Region
 from sparse_onnx.passes.structured.surgery import cut_region, shift_bias, write_reader
 from sparse_onnx.passes.structured.tracer import Unsuitable, follow
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Seed", "StructuredPass"]
 
@@ -73,7 +73,7 @@ class StructuredPass(Pass):
         return self.sparsity or 0.0
 
     @abc.abstractmethod
-    def seeds(self, layers: Mapping[ir.Node, Weight], facts: Facts) -> Iterator[Seed]:
+    def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
         """The places to look at, in the order of the graph."""
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
@@ -99,20 +99,20 @@ class StructuredPass(Pass):
         for entry in selection.unmatched(weights):
             raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
         layers = {node: weight for weight in weights for node in weight.nodes if node.graph is model.graph}
-        facts = Facts(model)
+        shapes = Shapes(model)
         regions: list[Region] = []
         declined = dict(left)
         for weight in weights:
             if any(node not in layers for node in weight.nodes):
                 declined[weight.name] = "lies in the body of an If, Loop or Scan"
         known: set[ir.Node] = set()
-        for seed in self.seeds(layers, facts):
+        for seed in self.seeds(layers, shapes):
             if seed.node in known:
                 continue
             value, name = seed.node.inputs[0], layers[seed.node].name
             assert value is not None
             try:
-                region = follow(value, seed.axis, seed.units, seed.block, layers, facts)
+                region = follow(value, seed.axis, seed.units, seed.block, layers, shapes)
             except Unsuitable as error:
                 declined[name] = str(error)
                 continue

@@ -25,22 +25,22 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.constants import constant_array
 from sparse_onnx.graph import is_standard
-from sparse_onnx.passes.attention_pattern import Facts
 from sparse_onnx.passes.structured.operators import (
     PER_CHANNEL,
     POOLS,
     REDUCTIONS,
     SHAPE_ARITHMETIC,
     SUMS,
-    constant,
     is_elementwise,
     label,
     sources,
 )
 from sparse_onnx.passes.structured.region import Blocks, Cut, Divided, Region, Reshaped, Swapped
-from sparse_onnx.passes.structured.shapes import Dims, constant_piece, counterpart, product, template
+from sparse_onnx.passes.structured.shapes import constant_piece, counterpart, product, template
 from sparse_onnx.passes.weights import Weight
+from sparse_onnx.shapes import Dims, Shapes
 
 __all__ = ["Unsuitable", "follow"]
 
@@ -57,7 +57,7 @@ class _Coarser(Exception):
 
 
 def follow(
-    value: ir.Value, axis: int, units: int, block: int, layers: Mapping[ir.Node, Weight], facts: Facts
+    value: ir.Value, axis: int, units: int, block: int, layers: Mapping[ir.Node, Weight], shapes: Shapes
 ) -> Region:
     """The region of the ``units`` that ``value`` has along ``axis`` (negative), ``block`` elements each, or of fewer,
     larger ones.
@@ -66,7 +66,7 @@ def follow(
     """
     while True:
         try:
-            return _Tracer(units, layers, facts).region(value, axis, (block,))
+            return _Tracer(units, layers, shapes).region(value, axis, (block,))
         except _Coarser as coarser:
             block, units = block * (units // coarser.units), coarser.units
 
@@ -74,8 +74,8 @@ def follow(
 class _Tracer:
     """One walk; gives up at the first thing that does not fit."""
 
-    def __init__(self, units: int, layers: Mapping[ir.Node, Weight], facts: Facts) -> None:
-        self.units, self.layers, self.facts = units, layers, facts
+    def __init__(self, units: int, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> None:
+        self.units, self.layers, self.shapes = units, layers, shapes
         self.places: dict[ir.Value, tuple[int, Blocks]] = {}
         self.waiting: list[ir.Value] = []
         self.done: set[ir.Node] = set()
@@ -146,10 +146,10 @@ class _Tracer:
 
     def size(self, value: ir.Value | None, axis: int) -> int | str | None:
         """Of the axis; 1 if there is none, None if that is not known."""
-        array = constant(value)
-        dims = self.facts.dims(value) if array is None else array.shape
+        array = constant_array(value)
+        dims = self.shapes.dims(value) if array is None else array.shape
         if array is None and not dims:
-            return None if self.facts.number(value) is None else 1
+            return None if self.shapes.number(value) is None else 1
         return dims[axis] if -axis <= len(dims) else 1
 
     def length(self, blocks: Blocks) -> int:
@@ -157,7 +157,7 @@ class _Tracer:
         return self.units * sum(blocks)
 
     def rank(self, value: ir.Value | None) -> int:
-        rank = len(self.facts.dims(value))
+        rank = len(self.shapes.dims(value))
         if not rank:
             raise Unsuitable(f"the rank of {value.name if value is not None else '?'} is not known")
         return rank
@@ -214,7 +214,7 @@ class _Tracer:
         self.readers[node] = (weight, weight.shape[0] // self.units)
 
     def checkconstant(self, node: ir.Node, index: int) -> None:
-        if constant(node.inputs[index]) is None:
+        if constant_array(node.inputs[index]) is None:
             raise Unsuitable(f"{label(node)} has a parameter that is no constant")
 
     def cutconstant(self, node: ir.Node, index: int, axis: int, blocks: Blocks) -> None:
@@ -254,7 +254,7 @@ class _Tracer:
         for index, operand in enumerate(node.inputs):
             if operand is None:
                 continue
-            if constant(operand) is not None:
+            if constant_array(operand) is not None:
                 self.cutconstant(node, index, axis, blocks)
                 continue
             size = self.size(operand, axis)
@@ -320,7 +320,7 @@ class _Tracer:
             raise Unsuitable(f"{label(node)} mixes the units, and has no weight that could change")
         for operand in node.inputs:
             size = self.size(operand, axis)
-            if size == self.length(blocks) and constant(operand) is None:
+            if size == self.length(blocks) and constant_array(operand) is None:
                 self.visit(operand, axis, blocks)
             elif size != 1:
                 raise Unsuitable(f"the dimensions of {operand.name if operand else '?'} are not known to fit")
@@ -332,7 +332,7 @@ class _Tracer:
         """An attribute that later became an input."""
         if name in node.attributes:
             return tuple(node.attributes[name].as_ints())
-        array = constant(node.inputs[index]) if index < len(node.inputs) else None
+        array = constant_array(node.inputs[index]) if index < len(node.inputs) else None
         return None if array is None else tuple(int(one) for one in array.reshape(-1))
 
     def reshape(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
@@ -346,7 +346,7 @@ class _Tracer:
             return
         source, result = node.inputs[0], node.outputs[0]
         assert source is not None
-        before, after = self.facts.dims(source), self.facts.dims(result)
+        before, after = self.shapes.dims(source), self.shapes.dims(result)
         if not before or not after:
             raise Unsuitable(f"the dimensions around {label(node)} are not known")
         here, there = (before, after) if value is source else (after, before)
@@ -355,7 +355,7 @@ class _Tracer:
         target, elements = place if value is result else other
         position = len(after) + target
         dims = template(before, after, position)
-        piece = constant_piece(node.inputs[1], position, self.facts) if dims is None else (0, 0)
+        piece = constant_piece(node.inputs[1], position, self.shapes) if dims is None else (0, 0)
         if piece is None:
             raise Unsuitable(f"too many dimensions around {label(node)} are not known")
         self.reshaped[node] = Reshaped(node, dims, position, elements, piece)
@@ -393,7 +393,7 @@ class _Tracer:
     def is_swap(self, swap: Swapped) -> bool:
         """Whether the dimensions are as :class:`Swapped` says, the units being heads."""
         source, result = swap.first.inputs[0], swap.last.outputs[0]
-        split, middle, swapped = (self.facts.dims(x) for x in (source, swap.first.outputs[0], result))
+        split, middle, swapped = (self.shapes.dims(x) for x in (source, swap.first.outputs[0], result))
         if len(split) != 4 or len(middle) != 3 or len(swapped) != 4:
             return False
         b, h, s, d = split
@@ -436,7 +436,7 @@ class _Tracer:
         self.visit(large, axis if value is large else others[axis], blocks)
 
     def gather(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
-        data, indices = node.inputs[0], constant(node.inputs[1])
+        data, indices = node.inputs[0], constant_array(node.inputs[1])
         if indices is None:
             raise Unsuitable(f"{label(node)} has indices that are no constant")
         rank = self.rank(data)
@@ -470,7 +470,7 @@ class _Tracer:
     def expand(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
         """A shape of Expand may have a 1 wherever the input has the size already."""
         source, result = node.inputs[0], node.outputs[0]
-        before, after = self.facts.dims(source), self.facts.dims(result)
+        before, after = self.shapes.dims(source), self.shapes.dims(result)
         if not before or len(before) != len(after):
             raise Unsuitable(f"the dimensions around {label(node)} are not known")
         dims = []
@@ -495,7 +495,7 @@ class _Tracer:
         if axis == (along - rank if along >= 0 else along):
             raise Unsuitable(f"{label(node)} binds the units to others")
         for operand in (*node.inputs, node.outputs[0]):
-            if constant(operand) is not None:
+            if constant_array(operand) is not None:
                 raise Unsuitable(f"{label(node)} adds constants to the units")
             self.visit(operand, axis, blocks)
 
@@ -534,11 +534,11 @@ class _Tracer:
 def _picks_others(node: ir.Node, index: int, count: int) -> bool:
     """Whether a Gather or Slice of ``count`` dimensions leaves out that of ``index``."""
     if is_standard(node, "Gather"):
-        picked = constant(node.inputs[1])
+        picked = constant_array(node.inputs[1])
         return picked is not None and index not in {int(one) % count for one in picked.reshape(-1)}
     if is_standard(node, "Slice"):
-        limits = [constant(value) for value in node.inputs[1:3]]
-        steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+        limits = [constant_array(value) for value in node.inputs[1:3]]
+        steps = constant_array(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
         if any(limit is None or limit.size != 1 for limit in (*limits, steps)):
             return False
         start, end, step = (int(limit.reshape(())) for limit in (*limits, steps) if limit is not None)

@@ -56,7 +56,7 @@ class ThisThread final : public Workers {
 // The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: a session's choice).
 std::string prepare(const SparseOnnxWeight& stored, int activation, const char* name, size_t tokens,
                     spmm::CheckedWeight& checked, spmm::Plan& plan) {
-  if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_SILU) return "unknown activation";
+  if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_QUICK_GELU) return "unknown activation";
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
   if (!problem.empty()) return problem;
   if (name == nullptr) {
@@ -172,12 +172,13 @@ int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* 
   return guarded(message, message_size, [&] { return run(*weight, activation, kernel, x, tokens, y); });
 }
 
-const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width, size_t tokens) {
+const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width, size_t tokens) {
   const IsaChoice choice = active_isa();
-  if (choice.error != nullptr || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
+  if (choice.error != nullptr || K < 1 || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
     return nullptr;
   }
   spmm::Weight weight{};
+  weight.K = static_cast<size_t>(K);
   weight.chunk = static_cast<size_t>(chunk);
   weight.block = static_cast<size_t>(block);
   weight.width = static_cast<size_t>(width);

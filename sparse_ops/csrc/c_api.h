@@ -30,7 +30,14 @@ typedef struct SparseOnnxWeight {
 } SparseOnnxWeight;
 
 /* Values of `activation`. */
-enum { SPARSE_ONNX_NONE, SPARSE_ONNX_RELU, SPARSE_ONNX_GELU, SPARSE_ONNX_GELU_TANH, SPARSE_ONNX_SILU };
+enum {
+  SPARSE_ONNX_NONE,
+  SPARSE_ONNX_RELU,
+  SPARSE_ONNX_GELU,
+  SPARSE_ONNX_GELU_TANH,
+  SPARSE_ONNX_SILU,
+  SPARSE_ONNX_QUICK_GELU
+};
 
 /* Version of the package that the library was built from. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_version(void);
@@ -56,9 +63,9 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
                                        const float* x, size_t tokens, float* y, char* message,
                                        size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight with that chunk, block and width and
- * `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
-SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t chunk, int64_t block, int64_t width,
+/* Name of the kernel that a session would use for a full tile of a weight of K inputs with that chunk, block and
+ * width and `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
+SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width,
                                                   size_t tokens);
 
 /* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as

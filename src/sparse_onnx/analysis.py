@@ -23,7 +23,9 @@ import onnx_ir as ir
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.compilation import FUSION_PASSES, PREPARATION_PASSES, lower_layers, source_file
 from sparse_onnx.forecast import Forecast, LayerForecast, Outlook, Plan
-from sparse_onnx.inputs import InputSpec
+from sparse_onnx.host import available_cores
+from sparse_onnx.input_choice import choose_inputs, explaining_guesses
+from sparse_onnx.inputs import InputSpec, Value, plain_values
 from sparse_onnx.layer_curves import (
     SPARSITIES,
     STRUCTURES,
@@ -36,9 +38,11 @@ from sparse_onnx.layer_curves import (
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import NodeProfile, profile_model
+from sparse_onnx.opset_conversion import CONVERTED_FROM, conversion_note
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
+from sparse_onnx.passes.fix_inputs import fix_inputs
 from sparse_onnx.passes.guard import find_candidates
 from sparse_onnx.passes.lowering import MIN_SPARSITY, Candidate, Layer, Packer, layer_kind
 from sparse_onnx.passes.magnitude import Magnitude
@@ -47,11 +51,12 @@ from sparse_onnx.passes.options import require
 from sparse_onnx.passes.pruning import choose_weights
 from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.progress import Progress, format_duration
-from sparse_onnx.report import StageClock, available_cores, environment
+from sparse_onnx.report import StageClock, environment
 from sparse_onnx.runtime import Ratio, Runner, open_runner, pool, session_budget
 from sparse_onnx.sensitivity import measure_losses
 from sparse_onnx.time_model import ROUGH, Anchor, Sums, TimeModel, fit
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.work import NodeWork, Untouched, Work, untouched
 
 __all__ = ["Analysis", "analyze"]
 
@@ -64,8 +69,8 @@ ANCHORS = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
 
 DISTURBED = (
-    "other programs took processors in the meantime, so predictions are rough: run again when the machine is idle, or "
-    "with fewer --threads"
+    "other programs took processors, so predictions are rough: run again when the machine is idle, or with fewer "
+    "--threads"
 )
 
 _WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
@@ -84,6 +89,7 @@ class Analysis:
         profile: Where the dense model's time goes; None for a model too large for one session.
         anchors: The models that were timed as a whole, by their share of zeros (None: not pruned).
         declined: (place, reason) of what no kernel can take.
+        untouched: Operators with matrix-like work that are no layer, see :func:`.work.untouched`.
         seconds: What the analysis took, by step.
         kinds: The curves by kind of layer, see :func:`.lowering.layer_kind`.
         quiet: False if other programs took processors in the meantime: then the predictions are rough.
@@ -96,6 +102,7 @@ class Analysis:
     profile: NodeProfile | None
     anchors: tuple[tuple[float | None, Anchor], ...]
     declined: tuple[tuple[str, str], ...]
+    untouched: tuple[Untouched, ...]
     seconds: Mapping[str, float]
     kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
     quiet: bool = True
@@ -117,6 +124,8 @@ class Analysis:
             text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
         else:
             text = f"{where} no layer of this model would be faster in sparse form"
+        if not self.forecast.uniform(sparsity, mask_structure):
+            return f"{text}; nothing in it can be pruned like this"
         if found.error is None:
             return f"{text}; for the error to expect, give --calibration-data"
         return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
@@ -149,6 +158,7 @@ class Analysis:
                 "others": [{"op_type": name, "ms": ms} for name, ms in self.profile.others.items()],
             },
             "declined": [{"place": place, "reason": reason} for place, reason in self.declined],
+            "untouched": [dataclasses.asdict(row) for row in self.untouched],
             "quiet": self.quiet,
             "seconds": dict(self.seconds),
         }
@@ -232,6 +242,8 @@ def analyze(
     targets: Sequence[str] = (),
     ignore: Sequence[str] = DEFAULT_IGNORE,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_values: Mapping[str, Any] | None = None,
+    fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float = 1.02,
     anchors: bool = True,
@@ -250,6 +262,7 @@ def analyze(
         sparsities: The shares of zeros to measure at, each in (0, 1).
         targets, ignore: The layers that pruning may touch, see :class:`.weights.Selection`.
         input_shapes: Shapes to time for, by input name.
+        input_values, fixed_inputs: Values for inputs that steer the graph, as ``optimize`` takes them.
         threads: Intra-op threads to time for; None: all cores of this process.
         min_speedup: From which speedup on a layer counts as faster.
         anchors: Compile and time whole models; without them the prediction is rough, and says so.
@@ -295,7 +308,8 @@ def analyze(
                 tokenizer=tokenizer,
             )
 
-        return job.run(given, ANCHORS if anchors else (), seed, samples)
+        values, fixed = plain_values(input_values) or {}, plain_values(fixed_inputs) or {}
+        return job.run(given, values, fixed, ANCHORS if anchors else (), seed, samples)
 
 
 class _Job:
@@ -317,10 +331,13 @@ class _Job:
         self.work, self.clock = work, StageClock(say)
         self.say = self.clock.say
         self.disturbed = False
+        self.node_work: tuple[NodeWork, ...] = ()
 
     def run(
         self,
         given: Mapping[str, tuple[int, ...]],
+        values: Mapping[str, Value],
+        fixed: Mapping[str, Value],
         wanted: Sequence[float],
         seed: int,
         open_data: Callable[[Sequence[InputSpec]], Samples | None],
@@ -328,21 +345,26 @@ class _Job:
         with self.clock("load"):
             self.path = source_file(self.source, self.work)
             original = model_io.load_model(self.path)
-            self.nbytes = model_io.weight_bytes(original)
-            self.budget = session_budget(self.nbytes)
-            specs = inputs.input_specs(original)
-            shapes, guessed = inputs.resolve_shapes(specs, given)
-            self.feeds = inputs.generate(specs, shapes, seed)
+            if (opset := original.meta.get(CONVERTED_FROM)) is not None:
+                self.say(conversion_note(opset))
+            self.nbytes = model_io.file_bytes(self.path, original)
+            self.budget = session_budget(model_io.weight_bytes(original))
+            specs = inputs.input_specs(original, values, fixed)
+            steered = original.clone()
+            fix_inputs(steered, specs)
             samples = open_data(specs)
-        for name, size in guessed.items():
-            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to measure for another")
+            first = [] if samples is None else [next(iter(samples))]
+            self.choice = choose_inputs(steered, specs, given, first)
+            self.feeds = self.choice.feeds(seed)
+        for line in self.choice.notes("to measure for another"):
+            self.say(f"note: {line}")
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put)
             with self.clock("clean up"):
-                cleaned = original.clone()
+                cleaned = steered.clone()
                 Pipeline(PREPARATION_PASSES)(cleaned, context)
                 fused = cleaned.clone()
-                changed = Pipeline(FUSION_PASSES)(fused, context).modified
+                changed = Pipeline(FUSION_PASSES)(fused, context).modified or bool(fixed)
                 candidates, declined = find_candidates(fused)
                 _, left = choose_weights(fused, self.selection, MaskStructure())
                 self.reasons = {candidate.weight.name: "" for candidate in candidates} | dict(left)
@@ -368,11 +390,14 @@ class _Job:
         return Analysis(
             self.source.name,
             environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
-            shapes,
+            self.choice.shapes,
             forecast,
             profile,
             tuple(anchors),
             tuple((place.place, place.reason) for place in declined),
+            tuple(
+                untouched(self.node_work, forecast.by_name, {place.place: place.reason for place in declined})
+            ),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,
@@ -380,7 +405,13 @@ class _Job:
 
     def open(self, model: ir.Model, path: Path | None, *, library: bool) -> AbstractContextManager[Runner]:
         return open_runner(
-            model, threads=self.threads, library=library, budget=self.budget, work=self.work, path=path
+            model,
+            threads=self.threads,
+            library=library,
+            budget=self.budget,
+            work=self.work,
+            path=path,
+            progress=self.say,
         )
 
     def run_dense(
@@ -388,8 +419,12 @@ class _Job:
     ) -> tuple[dict[str, tuple[int, ...]], float]:
         """The shape of every layer's inputs by the name of the value, and the time of a run."""
         names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
+        work = Work(model, {name: array.shape for name, array in self.feeds.items()})
+        names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
-            values = shapes_in(runner.run(self.feeds))[1]
+            with explaining_guesses([self.choice]):
+                values = shapes_in(runner.run(self.feeds))[1]
+            self.node_work = work.count(values)
             return values, runner.milliseconds(self.feeds)
 
     def kinds(self, candidates: Sequence[Candidate], values: Mapping[str, tuple[int, ...]]) -> _Kinds:

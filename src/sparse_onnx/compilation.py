@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,29 @@ import onnx_ir as ir
 
 from sparse_onnx import inputs, model_io, sparse_ops
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, compare
-from sparse_onnx.compile_report import layer_rows, summary, target_rows
+from sparse_onnx.compile_report import kernel_names, layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compiler_error import judge
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
+from sparse_onnx.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.goals import Gate, gates, goal_document
+from sparse_onnx.host import available_cores
+from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_errors import layer_errors
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.model_timing import time_models
 from sparse_onnx.node_profile import time_shares
+from sparse_onnx.opset_conversion import CONVERTED_FROM, conversion_note, refusal
+from sparse_onnx.outputs import check_outputs, left_out
 from sparse_onnx.passes import guard
 from sparse_onnx.passes.attention import FuseAttention
-from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline
+from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.calibration import Samples, open_samples
 from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.fix_inputs import fix_inputs
 from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
 from sparse_onnx.passes.guard import LOWERINGS, Decision, find_candidates
 from sparse_onnx.passes.lowering import Candidate, Packer
@@ -42,25 +49,30 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     SCHEMA_VERSION,
     StageClock,
-    available_cores,
     environment,
 )
-from sparse_onnx.runtime import Ratio, Runner, open_runner, session_budget
+from sparse_onnx.runtime import LEVELS, Ratio, Runner, open_runner, session_budget
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.timing_cache import TimingCache, file_digest
 from sparse_onnx.timing_table import TimingTable
+from sparse_onnx.units import format_error
+from sparse_onnx.whole_model import Variant, choose_variant, exit_code, settle
+from sparse_onnx.work import NodeWork, Work
+from sparse_onnx.worth_pruning import (
+    below_break_even,
+    measured_curves,
+    prunes,
+    tabulated_curves,
+    without_kernel,
+)
 
 __all__ = [
     "FUSION_PASSES",
-    "NOTHING_FASTER",
     "PREPARATION_PASSES",
     "Compilation",
     "lower_layers",
     "source_file",
 ]
-
-NOTHING_FASTER = 5
-"""Exit code where no layer is faster in sparse form: the dense model was written."""
 
 PREPARATION_PASSES = (*CLEAN_PASSES, FuseBatchNorm())
 """What comes before pruning."""
@@ -69,6 +81,17 @@ FUSION_PASSES = (FuseAttention(), FuseSkipLayerNorm())
 """What follows pruning: ORT's own fusions look for MatMul nodes, which lowering replaces."""
 
 _MAX_SAMPLES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What was done before layers are decided on: cleaning up, structured ``removed`` parts, weights ``pruned``; and
+    the weights as they were before that last step."""
+
+    cleaned: PassResult
+    removed: PassResult
+    pruned: PassResult
+    originals: Originals
 
 
 class Compilation:
@@ -95,32 +118,93 @@ class Compilation:
         self.declined: list[Declined] = []
         self.path = source
         self.targets: list[dict[str, tuple[int, ...]]] = []
+        self.choices: list[Choice] = []
         self.cache, self.table = cache, table
         self.calibration: CalibrationData | None = None
         self.held_out: Samples | None = None
         self.metric_samples: Samples | None = None
+        self.converted_from: int | None = None
+        self.left_out: Mapping[str, str] = {}
+        self.levels: dict[str, str] = {}
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
+        self.node_work: tuple[NodeWork, ...] = ()
+        self.given_back: Collection[str] = ()
+        self.not_together: Sequence[Declined] = ()
+        self._original_outputs: list[Feeds] | None = None
 
     # -- steps ------------------------------------------------------------------------------------------------
 
     def load(self) -> ir.Model:
         self.path = source_file(self.source, self.work, self.say)
-        return model_io.load_model(self.path)
+        model, target = model_io.load_model(self.path), self.recipe.target
+        self.converted_from = model.meta.get(CONVERTED_FROM)
+        if self.converted_from is not None:
+            self.say(conversion_note(self.converted_from))
+        check_outputs(model, self.say)
+        self.left_out = left_out(model)
+        self.specs = inputs.input_specs(model, target.input_values, target.fixed_inputs)
+        self.fixed = fix_inputs(model, self.specs)
+        return model
+
+    def prove_conversion(self, model: ir.Model, feeds: Feeds) -> None:
+        """That ``model``, if it was converted, computes what its file does. Raises ModelFileError if not."""
+        if self.converted_from is None:
+            return
+        with self.clock("prove the conversion"):
+            with self.open(model, self.path, library=False) as runner:
+                expected = runner.run(feeds)
+            try:
+                with self.open(model, None, library=False) as runner:
+                    found = compare([expected], [runner.run(feeds)])
+            except UsageError as error:
+                raise refusal(self.path, self.converted_from, str(error)) from error
+        if not found.relative_error <= MAX_COMPILER_ERROR:
+            reason = f"converted, it computes another {found.worst_output}: relative error {found.relative_error:.2e}"
+            raise refusal(self.path, self.converted_from, reason)
 
     def prepare(
-        self, model: ir.Model, pipeline: Pipeline, context: PassContext
-    ) -> tuple[PassResult, PassResult]:
-        """Clean up and prune; ``declined`` collects what was left alone."""
+        self, model: ir.Model, pipeline: Pipeline, context: PassContext, bench: guard.Bench | None = None
+    ) -> Prepared:
+        """Clean up, remove structures, and prune what can pay; ``declined`` collects what was left alone."""
         cleaned = Pipeline(PREPARATION_PASSES)(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
         dense = model.clone() if self.held_out is not None else None
-        pruned = pipeline(model, context)
+        removing, pruning = (
+            Pipeline(tuple(step for step in pipeline.passes if (step.stage < Stage.PRUNE) is before))
+            for before in (True, False)
+        )
+        removed = removing(model, context)
+        originals = Originals(model)
+        spared = self.spared(model, pruning, bench)
+        pruned = pruning(model, dataclasses.replace(context, spared=spared))
         if dense is not None:
             self.held_out_errors = self.errors_on_held_out(dense, model, pipeline)
-        self.declined += [*cleaned.declined, *pruned.declined]
+        self.declined += [*cleaned.declined, *removed.declined, *pruned.declined]
         self.errors = {change.name: change.error for change in pruned.layers}
-        return cleaned, pruned
+        return Prepared(cleaned, removed, pruned, originals)
+
+    def spared(self, model: ir.Model, pruning: Pipeline, bench: guard.Bench | None) -> dict[str, str]:
+        """The weights that are not to be pruned, since it would gain nothing, with the reasons."""
+        if self.recipe.goal.keep_pruned or not prunes(pruning.passes):
+            return {}
+        spared = without_kernel(model)
+        table, curves_of = self.table, None
+        if self.benchmark and bench is not None:
+            curves_of = measured_curves(model, bench)
+        elif table is not None:
+            curves_of = tabulated_curves(table)
+        if curves_of is not None:
+            spared |= below_break_even(
+                model,
+                pruning.passes,
+                self.run_dense(model, find_candidates(model)[0], ())[1],
+                curves_of,
+                weights=self.recipe.target.weights,
+                min_speedup=self.recipe.goal.min_speedup,
+                progress=self.say,
+            )
+        return spared
 
     def errors_on_held_out(self, dense: ir.Model, pruned: ir.Model, pipeline: Pipeline) -> dict[str, float]:
         """Of every pruned layer, on inputs such as its method saw."""
@@ -154,13 +238,15 @@ class Compilation:
     def plan(self, pipeline: Pipeline) -> dict[str, Any]:
         with self.clock("load"):
             model = self.load()
-        self.nbytes = model_io.weight_bytes(model)
+        self.nbytes = model_io.file_bytes(self.path, model)
         with model_io.Spool(self.work) as spool, self.clock("prune"):
             context = PassContext(spool.put, self.say)
-            self.prepare(model, _planned(pipeline), context)
+            prepared = self.prepare(model, _planned(pipeline), context)
+            shapes = choose_inputs(model, self.specs, self.recipe.target.all_shapes[0], ()).shapes
+            self.node_work = Work(model, shapes).count()
             candidates = self.fuse(model, context)
-            decisions = guard.decide_by_table(candidates)
-            layers = layer_rows(decisions, None, self.before, self.errors, self.held_out_errors)
+            # What stays dense is not known before it is timed: nothing is given back.
+            layers = self.rows(guard.decide_by_table(candidates), None, prepared, {})
         found = gates(self.recipe.goal, drop=None, speedup=None, bytes_before=self.nbytes, bytes_after=None)
         return self.report(None, [], layers, {}, found)
 
@@ -169,18 +255,21 @@ class Compilation:
         sparse_ops.info()
         with self.clock("load"):
             model = self.load()
-        self.nbytes = model_io.weight_bytes(model)
-        self.budget = session_budget(self.nbytes)
+        self.nbytes = model_io.file_bytes(self.path, model)
+        self.weight_bytes = model_io.weight_bytes(model)
+        self.budget = session_budget(self.weight_bytes)
         samples, self.feeds = self.inputs(model, pipeline)
+        self.prove_conversion(model, samples[0])
         metric = self.metric(model)
         bench = self.bench()
         with model_io.Spool(self.work) as spool:
             context = PassContext(spool.put, self.say, self.calibration)
             with self.clock("prune"):
-                cleaned, pruned = self.prepare(model, pipeline, context)
+                prepared = self.prepare(model, pipeline, context, bench)
                 candidates = find_candidates(model)[0]
             with self.clock("run dense"):
                 reference, shapes = self.run_dense(model, candidates, samples)
+                unfused = model.clone()
             with self.clock("fuse"):
                 candidates = self.fuse(model, context)
             packer = Packer(context)
@@ -198,24 +287,37 @@ class Compilation:
                         weights=self.recipe.target.weights,
                         min_speedup=self.recipe.goal.min_speedup,
                     )
-            optimized, decisions, timings = self.lower(model, decisions, packer, context, bench)
-            if not any(decision.sparse for decision in decisions) and not pruned.modified:
-                # Nothing gained: the model as it was, not even cleaned.
-                optimized = model_io.load_model(self.path)
+            optimized, variant = self.lower(model, decisions, packer, context, bench, prepared)
+            with self.clock("give back"):
+                decisions, exchanged = self.give_back(
+                    [model, unfused], variant.decisions, prepared, samples, reference
+                )
+            timings = list(variant.timings)
+            zeros = bool(prepared.originals.changed(model))
+            gained = any(decision.sparse for decision in decisions) or prepared.removed.modified
+            if exchanged is not None:
+                reference = exchanged
+                optimized = self.write(model, decisions, packer, context)
+            unchanged = not gained and not zeros and not self.fixed
+            if unchanged:
+                # The model as it was, not even cleaned.
+                optimized, timings = model_io.load_model(self.path), []
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
-                verification = self.verify(optimized, samples, reference, pruned.modified or cleaned.modified)
+                changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
+                verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
-                layers = layer_rows(
-                    decisions, shapes[0], self.before, self.errors, self.held_out_errors, self.say
-                )
+                kernels = kernel_names(optimized, decisions, shapes[0])
+                layers = self.rows(decisions, shapes[0], prepared, kernels)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
         if metric is not None:
             with self.clock("measure the metric"):
                 measured = metric.compare(self.written, threads=self.threads)
         drop = 1 - verification["against_original"]["cosine"] if measured is None else measured.drop
-        size = sum(file.stat().st_size for file in self.folder.glob("model.onnx*"))
+        # The same model has the same size, however its file was laid out.
+        written = model_io.load_model(self.written)
+        size = self.nbytes if unchanged else model_io.file_bytes(self.written, written)
         found = gates(
             self.recipe.goal,
             drop=drop,
@@ -225,15 +327,18 @@ class Compilation:
             bytes_after=size,
         )
         if not all(gate.met for gate in found):
-            exit_code = GoalNotMetError.exit_code
+            code = GoalNotMetError.exit_code
         else:
-            exit_code = 0 if any(decision.sparse for decision in decisions) else NOTHING_FASTER
+            code = exit_code(self.overall(timings) if timings else None, gained=gained)
         report = self.report(size, timings, layers, verification, found, measured)
-        return exit_code, report if profile is None else {**report, "profile": profile}
+        report["summary"]["written"] = (
+            "original" if unchanged else "pruned" if zeros and not gained else "compiled"
+        )
+        return code, report if profile is None else {**report, "profile": profile}
 
     def profile(self, optimized: ir.Model, weights: Sequence[str]) -> dict[str, Any] | None:
         """Where the time goes before and after, at the first target; None of models too large for one session."""
-        if model_io.weight_bytes(optimized) > self.budget or self.nbytes > self.budget:
+        if max(model_io.weight_bytes(optimized), self.weight_bytes) > self.budget:
             return None
         with self.clock("profile"):
             original = model_io.load_model(self.path)
@@ -251,7 +356,7 @@ class Compilation:
         if goal.metric_data is not None:
             self.metric_samples = open_samples(
                 goal.metric_data,
-                inputs.input_specs(original),
+                self.specs,
                 batch=calibration.batch_size,
                 tokenizer=calibration.tokenizer,
                 labels=goal.labels,
@@ -273,8 +378,7 @@ class Compilation:
     def inputs(self, model: ir.Model, pipeline: Pipeline) -> tuple[list[Feeds], list[Feeds]]:
         """Batches to verify with (real ones if given), and those to time with, one for each target. Where the pipeline
         needs real inputs, most of them are for that, and an eighth is held out to verify with."""
-        specs = inputs.input_specs(model)
-        calibration = self.recipe.calibration
+        specs, calibration = self.specs, self.recipe.calibration
         samples: list[Feeds] = []
         if calibration.data is not None:
             goal = self.recipe.goal
@@ -306,19 +410,20 @@ class Compilation:
                     )
             for feeds in held:
                 samples.append(feeds)
-                if sum(map(inputs.sample_count, samples)) >= _MAX_SAMPLES:
+                if sum(inputs.sample_count(batch, specs) for batch in samples) >= _MAX_SAMPLES:
                     break
             if self.calibration is not None and held is not known:
                 self.held_out = held.part(0, len(samples))
-        guessed: dict[str, int] = {}
-        for given in self.recipe.target.all_shapes:
-            shapes, unknown = inputs.resolve_shapes(specs, given)
-            self.targets.append(shapes)
-            guessed |= unknown
-        for name, size in guessed.items():
-            self.say(f"note: dimension {name} is taken as {size}; say --input-shape to decide for another")
+        given = self.recipe.target.all_shapes
+        first = [next(iter(known))] if samples else []
+        self.choices = [choose_inputs(model, specs, shapes, first) for shapes in given]
+        self.targets = [choice.shapes for choice in self.choices]
+        for line in dict.fromkeys(
+            line for choice in self.choices for line in choice.notes("to decide for another")
+        ):
+            self.say(f"note: {line}")
         self.generated = not samples
-        timed = [inputs.generate(specs, shapes, calibration.seed) for shapes in self.targets]
+        timed = [choice.feeds(calibration.seed) for choice in self.choices]
         return samples or timed, timed
 
     def run_dense(
@@ -327,11 +432,16 @@ class Compilation:
         """Outputs of the pruned dense model on the samples, and the shapes of all layers' inputs at each target."""
         layers = [layer for candidate in candidates for layer in candidate.layers]
         names = {value.name or "" for layer in layers for value in layer.inputs}
+        work = Work(model, {name: array.shape for name, array in self.feeds[0].items()})
+        names |= work.unknown()
         with self.open(with_shape_outputs(model, names), None, library=False) as runner:
             self.say("running the dense model")
-            timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            with explaining_guesses(self.choices):
+                timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
+            self.node_work = work.count(timed[0][1])
             outputs = [] if self.generated else self.run_all(runner, samples, "batch")
             outputs = [shapes_in(output)[0] for output in outputs]
+            self.levels["pruned_dense"] = runner.level
         return outputs or [output for output, _ in timed], [shapes for _, shapes in timed]
 
     def lower(
@@ -341,34 +451,93 @@ class Compilation:
         packer: Packer,
         context: PassContext,
         bench: guard.Bench,
-    ) -> tuple[ir.Model, list[Decision], list[Ratio]]:
-        """Write the model with the chosen layers sparse; while the whole is slower, give up the least gainful half.
-        Also returns its times at every target, or none without a benchmark."""
-        decided = list(decisions)
-        declined = self.declined
-        while True:
-            chosen = [decision.candidate for decision in decided if decision.sparse]
-            with self.clock("lower and write"):
-                optimized, left = lower_layers(model, chosen, packer, context)
-                self.declined = [*declined, *left]
-                model_io.save_model(optimized, self.folder)
-            if not self.benchmark:
-                return optimized, decided, []
-            with self.clock("time the whole model"):
-                timings = self.time_whole(optimized)
-            speedup = self.overall(self.as_before(timings, bench)).median
-            if not chosen or speedup >= 1:
-                return optimized, decided, timings
-            self.say(f"note: the whole model is slower ({speedup:.2f}x): giving up layers")
-            sparse = [d for d in decided if d.sparse]
-            half = guard.least_gainful([(d.dense_ms or 0) - (d.sparse_ms or 0) for d in sparse])
-            dropped = {id(sparse[index]) for index in half}
-            decided = [
-                dataclasses.replace(d, sparse=False, reason=f"{d.reason}; the whole model was slower with it")
-                if id(d) in dropped
-                else d
-                for d in decided
-            ]
+        prepared: Prepared,
+    ) -> tuple[ir.Model, Variant]:
+        """Write the model with the chosen layers sparse, or fewer where that is surely better."""
+        made: list[tuple[ir.Model, Variant]] = []
+
+        def attempt(decided: Sequence[Decision]) -> Variant:
+            optimized = self.write(model, decided, packer, context)
+            variant = Variant(tuple(decided))
+            if self.benchmark and (variant.sparse or prepared.removed.modified):
+                with self.clock("time the whole model"):
+                    timings = settle(lambda: self.time_whole(optimized), self.overall, progress=self.say)
+                judged = self.overall(self.as_before(timings, bench))
+                variant = Variant(variant.decisions, tuple(timings), judged)
+            made[:] = [(optimized, variant)]
+            return variant
+
+        chosen = choose_variant(decisions, attempt, progress=self.say)
+        ((optimized, last),) = made
+        if chosen is not last:
+            optimized = self.write(model, chosen.decisions, packer, context)
+        return optimized, chosen
+
+    def write(
+        self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
+    ) -> ir.Model:
+        """A copy of ``model`` with the chosen layers sparse, as it was written."""
+        chosen = [decision.candidate for decision in decisions if decision.sparse]
+        with self.clock("lower and write"):
+            optimized, self.not_together = lower_layers(model, chosen, packer, context)
+            model_io.save_model(optimized, self.folder)
+        return optimized
+
+    def give_back(
+        self,
+        models: Sequence[ir.Model],
+        decisions: Sequence[Decision],
+        prepared: Prepared,
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
+    ) -> tuple[list[Decision], list[Feeds] | None]:
+        """Give weights that stay dense their originals back, in ``models``, copies of one another, if the outputs are
+        nearer to the original's then. Where that was done, also the new outputs of the last model on ``samples``;
+        ``reference`` are those before."""
+        sparse = {decision.candidate.weight.name for decision in decisions if decision.sparse}
+        states = prepared.originals.changed(models[0], prepared.pruned.layers, sparse)
+        if self.recipe.goal.keep_pruned or not states:
+            return list(decisions), None
+        names = {state.name for state in states}
+        zeros = exchange(models, states)
+        with self.open(models[-1], None, library=False) as runner:
+            outputs = self.run_all(runner, samples, "with original weights where dense")
+        if (sparse or prepared.removed.modified) and not self.generated:
+            original = self.original_outputs(samples)
+            before, after = (compare(original, x).relative_error for x in (reference, outputs))
+            if before < after:  # later layers were solved for the pruned ones before them
+                exchange(models, zeros)
+                why = (
+                    f"the whole is nearer to the original with them ({format_error(before)} instead of "
+                    f"{format_error(after)})"
+                )
+                self.say(f"note: layers that stay dense keep their zeros: {why}")
+                return keeping_zeros(decisions, names, why), None
+        self.given_back = names
+        return without_zeros(decisions, names), outputs
+
+    def original_outputs(self, samples: Sequence[Feeds]) -> list[Feeds]:
+        """Of the original, run once."""
+        if self._original_outputs is None:
+            original = model_io.load_model(self.path)
+            with self.open(original, self.path, library=False) as runner:
+                self._original_outputs = self.run_all(runner, samples, "the original")
+                self.levels["original"] = runner.level
+        return self._original_outputs
+
+    def rows(
+        self,
+        decisions: Sequence[Decision],
+        shapes: Mapping[str, tuple[int, ...]] | None,
+        prepared: Prepared,
+        kernels: Mapping[str, str],
+    ) -> list[dict[str, Any]]:
+        """The layers of the report."""
+        errors = {name: error for name, error in self.errors.items() if name not in self.given_back}
+        held_out = {n: error for n, error in self.held_out_errors.items() if n not in self.given_back}
+        say = self.say if shapes is not None else lambda _line: None
+        rows = layer_rows(decisions, shapes, self.before, errors, held_out, kernels, say)
+        return with_pruning(rows, prepared.pruned.layers, self.given_back, self.declined)
 
     def overall(self, timings: Sequence[Ratio]) -> Ratio:
         """What the targets come to: their weighted mean, or the worst."""
@@ -380,7 +549,8 @@ class Compilation:
         models = [file_digest(path) for path in (self.path, self.written)]
         settled = []
         for shapes, timing in zip(self.targets, timings, strict=True):
-            key = {"models": models, "inputs": shapes} | bench.environment
+            values = {spec.name: spec.value for spec in self.specs if spec.value is not None}
+            key = {"models": models, "inputs": shapes, "values": values} | bench.environment
             known = bench.cache.get(key)
             if known is not None and (timing.close_to(1) or not timing.quiet):
                 settled.append(known)
@@ -406,7 +576,7 @@ class Compilation:
         return self.folder / "model.onnx"
 
     def open(
-        self, model: ir.Model, path: Path | None, *, library: bool = True
+        self, model: ir.Model, path: Path | None, *, library: bool = True, lean: bool = False
     ) -> AbstractContextManager[Runner]:
         return open_runner(
             model,
@@ -416,39 +586,65 @@ class Compilation:
             work=self.work,
             path=path,
             progress=self.say,
+            lean=lean,
         )
 
     def verify(
-        self, optimized: ir.Model, samples: Sequence[Feeds], reference: Sequence[Feeds], changed: bool
+        self,
+        optimized: ir.Model,
+        dense: ir.Model,
+        samples: Sequence[Feeds],
+        reference: Sequence[Feeds],
+        changed: bool,
     ) -> dict[str, Any]:
-        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up."""
+        """Compiler correctness, with and without the library, and compression loss: two things, never mixed up.
+        ``reference`` are the outputs of ``dense`` on the samples."""
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
         with self.open(optimized, self.written) as runner:
             ours = self.run_all(runner, samples, "with the library")
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
+            self.levels["with_library"] = runner.level
         compiled = compare(reference, ours, () if changed else heads, samples)
         self.say("on standard operators only")
-        with self.open(optimized, self.written, library=False) as runner:
+        with self.open(optimized, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
-        for what, difference in (("with the library", compiled), ("without it", portable)):
-            if not difference.relative_error <= MAX_COMPILER_ERROR:
+            self.levels["without_library"] = runner.level
+        rounding: dict[str, float | None] = {}
+        for what, difference, batches in (
+            ("with the library", compiled, samples),
+            ("without it", portable, samples[:1]),
+        ):
+            judged = judge(
+                dense,
+                optimized,
+                batches,
+                difference,
+                threshold=self.recipe.goal.max_compiler_error,
+                library=what == "with the library",
+                threads=self.threads,
+                work=self.work,
+                progress=self.say,
+            )
+            if judged.at_fault:
                 raise VerificationError(
-                    f"the compiled model, run {what}, differs from the pruned dense one: relative error "
-                    f"{difference.relative_error:.2e} at output {difference.worst_output}, allowed {MAX_COMPILER_ERROR}"
+                    f"the compiled model, run {what}, differs from the pruned dense one: {judged.describe()}"
                 )
-        if changed:
-            original = model_io.load_model(self.path)
-            with self.open(original, self.path, library=False) as runner:
-                loss = compare(self.run_all(runner, samples, "the original"), ours, heads, samples)
-        else:
-            loss = compiled
+            rounding |= judged.rounding_document()
+            if judged.rounding:
+                self.say(
+                    f"note: run {what}, the compiled model differs by what rounding explains: {judged.describe()}"
+                )
+        loss = compare(self.original_outputs(samples), ours, heads, samples) if changed else compiled
         return {
             "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
             "batches": len(samples),
             "against_pruned_dense": compiled.to_dict(),
             "without_library": portable.to_dict(),
             "against_original": loss.to_dict(),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
+            **({} if {*self.levels.values()} == {LEVELS[0]} else {"optimization_levels": self.levels}),
+            **({"rounding": rounding} if rounding else {}),
         }
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
@@ -483,13 +679,15 @@ class Compilation:
             "command": self.command,
             "recipe": recipe_document(self.recipe),
             "source": self.source.name,
+            **({} if self.converted_from is None else {"converted_from_opset": self.converted_from}),
             "input_shapes": {name: list(shape) for name, shape in next(iter(self.targets), {}).items()},
             "targets": target_rows(self.targets, self.recipe.target.weights, timings),
-            "summary": summary(layers, timing, self.nbytes, size, loss, metric),
+            "summary": summary(layers, self.node_work, timing, self.nbytes, size, loss, metric),
             "goal": goal_document(found),
             "verification": verification,
             "layers": layers,
-            "declined": [dataclasses.asdict(place) for place in self.declined],
+            "declined": [dataclasses.asdict(place) for place in (*self.declined, *self.not_together)],
+            "untouched": untouched_rows(layers, self.node_work, self.declined),
             "stages": self.clock.stages,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,43 +11,56 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io, sparse_ops
+from sparse_onnx import model_io
+from sparse_onnx.layer_timing import kernel_of
 from sparse_onnx.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.metrics import MetricResult
+from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.guard import Decision
 from sparse_onnx.progress import Progress
 from sparse_onnx.report import (
     write_json,
 )
 from sparse_onnx.runtime import Ratio
+from sparse_onnx.stored_weights import sparse_nodes, stored_weights
+from sparse_onnx.work import NodeWork, sparse_share, untouched
 
-__all__ = ["layer_rows", "summary", "target_rows", "times", "write_report"]
+__all__ = ["kernel_names", "layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
 
 
 def summary(
     layers: Sequence[Mapping[str, Any]],
+    work: Sequence[NodeWork],
     timing: Ratio | None,
     nbytes: int,
     size: int | None,
     loss: Mapping[str, Any],
     metric: MetricResult | None,
 ) -> dict[str, Any]:
-    """The ``summary`` of a report. ``layers`` are its rows, ``timing`` is that of the whole model, ``nbytes`` and
-    ``size`` are bytes before and after, ``loss`` is the difference from the original's outputs."""
+    """The ``summary`` of a report. ``layers`` are its rows, ``work`` is that of all operators, ``timing`` that of the
+    whole model, ``nbytes`` and ``size`` are bytes before and after, ``loss`` is the difference from the original's
+    outputs."""
     weights = sum(math.prod(row["shape"]) for row in layers)
     zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
-    work = {row["name"]: math.prod(row["shape"]) * (row["rows"] or 1) for row in layers}
-    sparse_work = sum(work[row["name"]] for row in layers if row["decision"] == "sparse")
+    sparse = {row["name"] for row in layers if row["decision"] == "sparse"}
     return {
         **times(timing),
         "bytes_before": nbytes,
         "bytes_after": size,
         "sparsity": zeros / weights if weights else 0.0,
-        "sparse_flops_fraction": sparse_work / sum(work.values()) if work else 0.0,
+        "sparse_flops_fraction": sparse_share(work, sparse),
         "relative_error": loss.get("relative_error"),
         "cosine": loss.get("cosine"),
         "metric": None if metric is None else metric.to_dict(),
     }
+
+
+def untouched_rows(
+    layers: Sequence[Mapping[str, Any]], work: Sequence[NodeWork], declined: Sequence[Declined]
+) -> list[dict[str, Any]]:
+    """The ``untouched`` of a report: what is no layer, by operator and reason. ``declined`` has reasons by place."""
+    reasons = {place.place: place.reason for place in declined}
+    return [dataclasses.asdict(row) for row in untouched(work, {row["name"] for row in layers}, reasons)]
 
 
 def layer_rows(
@@ -55,12 +69,13 @@ def layer_rows(
     before: Mapping[str, ir.TensorProtocol | None],
     errors: Mapping[str, float | None],
     held_out_errors: Mapping[str, float],
+    kernels: Mapping[str, str],
     progress: Callable[[str], None] = lambda _line: None,
 ) -> list[dict[str, Any]]:
     """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
-    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs."""
+    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs, ``kernels``
+    see :func:`kernel_names`."""
     rows = []
-    isa = sparse_ops.info().isa
     steps = Progress(progress, "layer", len(decisions))
     for decision in decisions:
         candidate = decision.candidate
@@ -82,7 +97,7 @@ def layer_rows(
                 "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
                 "decision": "sparse" if decision.sparse else "dense",
                 "reason": decision.reason,
-                "kernel": f"spmm_{isa}" if decision.sparse else "dense",
+                "kernel": kernels.get(weight.name, "sparse") if decision.sparse else "dense",
                 "dense_ms": decision.dense_ms if first else None,
                 "sparse_ms": decision.sparse_ms if first else None,
                 "speedup_low": decision.low if first else None,
@@ -99,6 +114,30 @@ def layer_rows(
             rows.append(row)
         steps.step()
     return rows
+
+
+def kernel_names(
+    model: ir.Model, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The kernels that a session here computes the sparse layers of ``model`` with, by the name of the layer's weight;
+    ``shapes`` are those of the layers' inputs."""
+    known = [decision.candidate.weight.name for decision in decisions if decision.sparse]
+    found: dict[str, str] = {}
+    for node in sparse_nodes(model):
+        x = node.inputs[0]
+        if x is not None and x.name and x.name in shapes:
+            kernel = kernel_of(node, shapes[x.name])
+            found |= {name: kernel for weight in stored_weights(node) for name in _parts(weight.name, known)}
+    return found
+
+
+def _parts(name: str, known: Sequence[str]) -> list[str]:
+    """The weights in ``known`` that a stored weight of that name was made of, see :func:`.own_operators.joined`."""
+    if name in known:
+        return [name]
+    first, *others = name.split("+")
+    start = max(first.rfind("."), first.rfind("/")) + 1
+    return [part for part in known if part == first or any(part == first[:start] + other for other in others)]
 
 
 def times(timing: Ratio | None) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from sparse_onnx import model_io
 from sparse_onnx.compilation import Compilation
 from sparse_onnx.compile_report import write_report
 from sparse_onnx.errors import UsageError
+from sparse_onnx.inputs import plain_values
 from sparse_onnx.metrics import check_metric_name
 from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.recipe import Recipe, dump_recipe, load_recipe, override
@@ -36,7 +37,8 @@ PLACEHOLDER = 0.5
 @dataclasses.dataclass(frozen=True)
 class OptimizeResult:
     """What :func:`optimize` made. ``report`` is the content of ``report.json``; ``exit_code`` is that of the
-    command line: 0 faster, 4 a goal was missed, 5 nothing was faster and the dense model was written.
+    command line: 0 faster, 4 a goal was missed, 5 not proven faster; ``summary.written`` says whether the original was
+    written then.
     ``folder`` is None after a dry run."""
 
     folder: Path | None
@@ -76,8 +78,12 @@ def optimize(
     checkpoint: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
     shape_weights: Sequence[float] | None = None,
+    input_values: Mapping[str, Any] | None = None,
+    fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
+    keep_pruned: bool | None = None,
+    max_compiler_error: float | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
     metric_data: str | Path | None = None,
@@ -116,8 +122,16 @@ def optimize(
         input_shapes: Shapes to decide and time for, by input name; a sequence of these for several targets: nothing may
             then be slower at any of them.
         shape_weights: With several targets, how much each counts: their weighted mean time decides, not the worst.
+        input_values: Values for inputs that steer the graph, by name: numbers, booleans, lists or arrays of these.
+            A number alone fills an input of any shape.
+        fixed_inputs: The same, but they become constants of the result, which has these inputs no longer; what depends
+            on them alone is computed now.
         threads: Intra-op threads to decide and time for; None: all cores of this process.
         min_speedup: A layer becomes sparse only if that is at least this many times faster (1.02).
+        keep_pruned: True: prune also what no kernel takes or what would be slower, and let layers that stay dense keep
+            their zeros, for whoever wants them elsewhere. Else such layers keep or get back their original weights.
+        max_compiler_error: What the outputs may differ by from the pruned dense model's (relative error, 1e-4), unless
+            rounding explains more, see :mod:`sparse_onnx.yardstick`; else VerificationError.
         max_drop: Goal: what the metric may lose, see :func:`.quality.drop`; without one 1 − cosine between the outputs
             of the original and the result.
         metric: A metric of the original and the result, see :mod:`.metrics`: ``module:function`` or built in.
@@ -125,7 +139,7 @@ def optimize(
         labels: The array of the metric's data with the labels.
         metric_output: The output that the metric is of.
         target_speedup: Goal: how many times faster the whole model becomes, at least.
-        target_size: Goal: what its files take, at most: a share of the original weights (0.5 or "50%") or "120MB".
+        target_size: Goal: what its files take, at most: a share of the original files (0.5 or "50%") or "120MB".
         seed: Of generated inputs and of random pruning.
         benchmark: False: decide by a table instead of timing, for another machine.
         timing_cache: A file with the timings of earlier runs, see :mod:`sparse_onnx.timing_cache`; True: the one in the
@@ -176,8 +190,12 @@ def optimize(
         checkpoint=None if checkpoint is None else str(checkpoint),
         shapes=input_shapes,
         shape_weights=shape_weights,
+        input_values=plain_values(input_values),
+        fixed_inputs=plain_values(fixed_inputs),
         threads=threads,
         min_speedup=min_speedup,
+        keep_pruned=keep_pruned,
+        max_compiler_error=max_compiler_error,
         max_drop=max_drop,
         metric=metric,
         metric_data=None if metric_data is None else str(metric_data),

@@ -64,7 +64,7 @@ def gates(
         drop: The quality that was lost: of the ``metric``, or 1 − cosine to the original's outputs.
         metric: Before and after, if the goal names one and it was measured.
         speedup: Time of the original model / time of the result.
-        bytes_before: Of the original's weights; a ``target_size`` that is a share is a share of these.
+        bytes_before: Of the original's files; a ``target_size`` that is a share is a share of these.
         bytes_after: Of the files that were written.
     """
     found = []

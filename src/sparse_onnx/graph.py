@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+
 __all__ = [
+    "Names",
     "add_function",
     "add_initializer",
     "all_graphs",
@@ -39,9 +42,10 @@ def all_graphs(model: ir.Model) -> list[ir.Graph]:
 
 
 def value_names(model: ir.Model) -> set[str]:
-    """All names of values in the main graph and its subgraphs; a new value needs another one."""
+    """All names of values, in subgraphs and in functions of the model's own as well; a new value needs another one."""
     names: set[str | None] = set()
-    for graph in model.graphs():
+    functions = [function for function in model.functions.values() if function.domain != DOMAIN]
+    for graph in (*model.graphs(), *(graph for f in functions for graph in (f.graph, *f.subgraphs()))):
         names.update(value.name for value in graph.inputs)
         names.update(graph.initializers)
         names.update(value.name for node in graph for value in node.outputs)
@@ -50,10 +54,26 @@ def value_names(model: ir.Model) -> set[str]:
 
 def new_name(model: ir.Model, wanted: str) -> str:
     """``wanted``, or with a number behind it where the model has a value of that name already."""
-    taken, name, count = value_names(model), wanted, 1
-    while name in taken:
-        name, count = f"{wanted}.{count}", count + 1
-    return name
+    return Names(model).new(wanted)
+
+
+class Names:
+    """Names for many new values of ``model``, which is looked through once; nothing else may add values meanwhile."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken = value_names(model)
+
+    def new(self, wanted: str) -> str:
+        """``wanted``, or with a number behind it where that is taken."""
+        return self.stem(wanted, ("",))
+
+    def stem(self, wanted: str, endings: Collection[str]) -> str:
+        """``wanted``, or with a number behind it where that is taken with one of the ``endings``."""
+        name, count = wanted, 1
+        while not self._taken.isdisjoint(names := {name + ending for ending in endings}):
+            name, count = f"{wanted}.{count}", count + 1
+        self._taken |= names
+        return name
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -76,11 +96,14 @@ def add_function(model: ir.Model, body: onnx.FunctionProto, version: int) -> Non
 
 
 def drop_if_unused(value: ir.Value) -> bool:
-    """Remove an initializer that nothing uses and that is no input or output; whether it went."""
-    graph = value.graph
-    if not isinstance(graph, ir.Graph) or not value.is_initializer() or value.uses():
+    """Remove an initializer or Constant node that nothing uses and that is no input or output; whether it went."""
+    graph, node = value.graph, value.producer()
+    if value.uses() or value.is_graph_input() or value.is_graph_output():
         return False
-    if value.is_graph_input() or value.is_graph_output():
+    if node is not None and node.graph is not None and is_standard(node, "Constant"):
+        node.graph.remove(node, safe=True)
+        return True
+    if not isinstance(graph, ir.Graph) or not value.is_initializer():
         return False
     del graph.initializers[value.name or ""]
     return True

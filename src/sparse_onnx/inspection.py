@@ -5,6 +5,7 @@ Weights are read one at a time and in pieces, so that a model of any size is ins
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import tempfile
@@ -17,14 +18,18 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
+from sparse_onnx.embedded import EmbeddedTensor
 from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.model_check import MIN_OPSET
+from sparse_onnx.opset_conversion import CONVERTED_FROM
 from sparse_onnx.passes.base import PassContext, Pipeline
-from sparse_onnx.passes.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.cleanup import CLEAN_PASSES, Constants
 from sparse_onnx.passes.guard import find_candidates
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, unpack
 from sparse_onnx.sparsity_metrics import Metrics, measure
 from sparse_onnx.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
+from sparse_onnx.work import Untouched, Work, known_shapes, untouched
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -44,7 +49,10 @@ def inspect_model(
     ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
     operator. Its ``state`` is ``sparse`` (a sparse operator already), ``can be sparse``, ``folded`` (not there any
     more after the clean-up) or ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
-    ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number.
+    ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number. ``not_counted`` has
+    the other constants of rank 2 and more, such as quantized weights, in which zero has no fixed meaning. ``untouched``
+    has the operators with matrix-like work that are no layers, with their share of all work where the shapes in the
+    model tell it, see :func:`.work.untouched`.
 
     With ``metrics``, every weight that is or can be sparse, and ``total`` for all of these together, has ``metrics``:
     see :meth:`.sparsity_metrics.Metrics.to_dict`. They are of the weight as the compiler would store it, after the
@@ -55,18 +63,20 @@ def inspect_model(
         ModelFileError: The file is missing or cannot be read as a model.
     """
     model = model_io.load_model(path)
+    operators = Counter(f"{_domain(node.domain)}::{node.op_type}" for node in model.graph.all_nodes())
+    weight_bytes, file_bytes = model_io.weight_bytes(model), model_io.file_bytes(path, model)
+    Constants()(model)  # so that weights are found where they are nodes, too
     data = sorted({tensor.path for tensor in _external(model)})
     files = {str(file): Path(str(file)).stat().st_size for file in (path, *data)}
-    operators = Counter(f"{_domain(node.domain)}::{node.op_type}" for node in model.graph.all_nodes())
-    weight_bytes = model_io.weight_bytes(model)
     document: dict[str, Any] = {
         "file": str(path),
         "files": files,
-        "file_bytes": sum(files.values()),
+        "file_bytes": file_bytes,
         "weight_bytes": weight_bytes,
         "large": weight_bytes > LARGE,
         "ir_version": model.ir_version,
-        "opsets": {_domain(domain): version for domain, version in sorted(model.opset_imports.items())},
+        "opsets": _opsets(model),
+        "read_as_opset": MIN_OPSET if CONVERTED_FROM in model.meta else None,
         "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
         "inputs": [
             _describe(value) for value in model.graph.inputs if value.name not in model.graph.initializers
@@ -80,7 +90,8 @@ def inspect_model(
     progress("counting zeros")
     rows = [*_stored(model, measured), *_plain(model)]
     progress("finding what can be sparse")
-    states, places = _states(model, measured, progress)
+    others = _not_counted(model)
+    states, places, left_over = _states(model, measured, progress)
     left = {value.name for value in _initializers(model)}
     for row in rows:
         if row["state"] is None:
@@ -97,7 +108,9 @@ def inspect_model(
         **document,
         "weights": rows,
         "layers": _layers(rows),
+        "not_counted": others,
         "declined": [{"place": place, "reason": reason} for place, reason in places if place not in listed],
+        "untouched": [dataclasses.asdict(row) for row in left_over],
         "total": {
             "weights": size,
             "zeros": sum(row["zeros"] for row in rows),
@@ -126,6 +139,13 @@ def count_values(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
     return zeros, nan, inf
 
 
+def _opsets(model: ir.Model) -> dict[str, int]:
+    """Those of the file."""
+    imports = {_domain(domain): version for domain, version in sorted(model.opset_imports.items())}
+    old = model.meta.get(CONVERTED_FROM)
+    return imports if old is None else imports | {_domain(""): old}
+
+
 def _domain(domain: str) -> str:
     return domain or "ai.onnx"
 
@@ -142,8 +162,9 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for value in _initializers(model):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            yield value.const_value
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, EmbeddedTensor):
+            yield tensor
 
 
 def _custom(model: ir.Model) -> list[dict[str, Any]]:
@@ -259,17 +280,41 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
         }
 
 
+def _not_counted(model: ir.Model) -> list[dict[str, Any]]:
+    """One row for each constant of rank 2 or more that is no float tensor."""
+    rows = []
+    for value in _initializers(model):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
+            continue
+        rows.append(
+            {
+                "name": value.name or "?",
+                "op_type": ", ".join(dict.fromkeys(use.node.op_type for use in value.uses())) or "nothing",
+                "shape": [int(dim) for dim in tensor.shape.numpy()],
+                "dtype": tensor.dtype.name,
+                "bytes": tensor.nbytes,
+            }
+        )
+    return rows
+
+
 def _states(
     model: ir.Model, measured: dict[str, Metrics] | None, progress: Callable[[str], None]
-) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
-    """What the compiler would do with each weight, by name, and the places that it leaves alone. Metrics go to
-    ``measured``.
+) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]], list[Untouched]]:
+    """What the compiler would do with each weight, by name, the places that it leaves alone, and the operators that are
+    no layers. Metrics go to ``measured``.
 
     Changes ``model``: the clean-up runs first, as it does in the compiler.
     """
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
         candidates, declined = find_candidates(model)
+        layers = {candidate.weight.name for candidate in candidates}
+        work = Work(model, known_shapes(model)).count()
+        left_over = untouched(work, layers, {place.place: place.reason for place in declined})
+        if any(part.products is None for part in work):  # shares of the rest would say nothing
+            left_over = [dataclasses.replace(row, share=None) for row in left_over]
         places = [(place.place, place.reason) for place in declined]
         states = {place: ("stays", reason) for place, reason in places}
         measuring = Progress(progress, "measuring metrics: layer", len(candidates))
@@ -286,4 +331,4 @@ def _states(
                     measured[weight.name] = measure(weight.matrix(), weight.tensor.nbytes, nbytes)
                     weight.release()
             measuring.step()
-    return states, places
+    return states, places, left_over

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
-from sparse_onnx.graph import name_of
+from sparse_onnx.graph import name_of, value_names
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LayerTiming",
     "cut_layer",
+    "kernel_of",
     "shapes_in",
     "time_pair",
     "time_sparse_layers",
@@ -43,7 +44,9 @@ __all__ = [
     "with_shape_outputs",
 ]
 
-_SHAPE_OUTPUT = "sparse_onnx.shape."
+# In front of a colon and the name of a value: its shape, or an output of the model that begins like one of these.
+_SHAPE_OUTPUT = "sparse_onnx.shape"
+_OWN_OUTPUT = "sparse_onnx.shape.own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +135,15 @@ def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
     probe = model.clone()
     made = [value for node in probe.graph for value in node.outputs]
     values = {value.name: value for value in (*probe.graph.inputs, *made)}
+    for value in made:
+        if value.is_graph_output() and (value.name or "").startswith(_SHAPE_OUTPUT):
+            value.name = f"{_OWN_OUTPUT}:{value.name}"
+    kind, taken = _SHAPE_OUTPUT, value_names(probe)
+    while any(f"{kind}:{name}" in taken for name in names):
+        kind += "_"
     for name in sorted(names):
         node = ir.node("Shape", [values[name]])
-        node.outputs[0].name = _SHAPE_OUTPUT + name
+        node.outputs[0].name = f"{kind}:{name}"
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         node.outputs[0].shape = ir.Shape([None])
         probe.graph.append(node)
@@ -144,12 +153,13 @@ def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
 
 def shapes_in(outputs: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:
     """Outputs of a model made by :func:`with_shape_outputs`: those of the model itself, and the shapes by name."""
-    own = {name: value for name, value in outputs.items() if not name.startswith(_SHAPE_OUTPUT)}
-    shapes = {
-        name.removeprefix(_SHAPE_OUTPUT): tuple(int(size) for size in value)
-        for name, value in outputs.items()
-        if name.startswith(_SHAPE_OUTPUT)
-    }
+    own, shapes = dict[str, np.ndarray](), dict[str, tuple[int, ...]]()
+    for output, value in outputs.items():
+        kind, _, name = output.partition(":")
+        if kind.rstrip("_") == _SHAPE_OUTPUT:
+            shapes[name] = tuple(int(size) for size in value)
+        else:
+            own[name if kind == _OWN_OUTPUT else output] = value
     return own, shapes
 
 
@@ -183,7 +193,6 @@ def time_sparse_layers(
             progress(f"timing layer {index + 1}/{len(nodes)} {name}")
             measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
         module = node.metadata_props.get(MODULE_KEY, "")
-        rows = _rows_of(node, inputs[0])
         timings.append(
             LayerTiming(
                 name=name,
@@ -191,13 +200,33 @@ def time_sparse_layers(
                 op_type=node.op_type,
                 x_shape=inputs[0],
                 weight_shapes=tuple(weight.shape for weight in weights),
-                rows=rows,
+                rows=_rows_of(node, inputs[0]),
                 sparsity=sparsity_of(node),
-                kernel=_kernel_of(node, rows, inputs[0]),
+                kernel=kernel_of(node, inputs[0]),
                 times=measured[key],
             )
         )
     return timings
+
+
+def kernel_of(node: ir.Node, x_shape: tuple[int, ...]) -> str:
+    """The name of the kernel that full tiles of a sparse operator are computed with, here, for X of that shape: one for
+    all weights of the node, but for an LSTM or GRU those of the input and of the recurrence."""
+    sizes, rows = [weight.sizes for weight in stored_weights(node)], _rows_of(node, x_shape)
+    if node.op_type in sparse_recurrent.OP_TYPES:  # each step multiplies the batch
+        of_input, recurrent = sizes
+        return f"{_select([of_input], rows)}, {_select([recurrent], x_shape[1])}"
+    if node.op_type in sparse_conv_depthwise.OP_TYPES:  # image by image
+        rows //= max(1, x_shape[0])
+    return _select(sizes, rows)
+
+
+def _select(sizes: Sequence[Mapping[str, int]], rows: int) -> str:
+    """The kernel that computes weights stored with all these sizes."""
+    chunk, block, width, inputs = (
+        max(one[name] for one in sizes) for name in ("chunk", "block", "width", "K")
+    )
+    return select_for(chunk, block, width, rows, inputs)
 
 
 def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
@@ -205,22 +234,9 @@ def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
     if node.op_type not in (*sparse_conv.OP_TYPES, *sparse_conv_depthwise.OP_TYPES):
         return math.prod(x_shape[:-1])
     names = ("kernel_shape", "strides", "pads", "dilations")
-    window = sparse_conv.Window(*(tuple(node.attributes[name].as_ints()) for name in names))  # type: ignore[arg-type]
+    kernel, strides, pads, dilations = (tuple(node.attributes[name].as_ints()) for name in names)
+    window = sparse_conv.Window(kernel, strides, pads, dilations)
     return x_shape[0] * math.prod(window.output_size(*x_shape[2:]))
-
-
-def _kernel_of(node: ir.Node, rows: int, x_shape: tuple[int, ...]) -> str:
-    weights = stored_weights(node)
-    if node.op_type in sparse_recurrent.OP_TYPES:  # each step multiplies the batch
-        of_input, recurrent = (weight.sizes for weight in weights)
-        return f"{_select([of_input], rows)}, {_select([recurrent], x_shape[1])}"
-    return _select([weight.sizes for weight in weights], rows)
-
-
-def _select(sizes: Sequence[Mapping[str, int]], rows: int) -> str:
-    """The kernel that computes weights stored with all these sizes."""
-    chunk, block, width = (max(one[name] for one in sizes) for name in ("chunk", "block", "width"))
-    return select_for(chunk, block, width, rows)
 
 
 def cut_layer(

@@ -24,11 +24,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sparse_onnx import model_io
 from sparse_onnx.comparison import compare
+from sparse_onnx.graph import Names
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.recording import record
 from sparse_onnx.runtime import open_runner, session_budget
+from sparse_onnx.yardstick import MARGIN
 
 __all__ = ["LayerTrace", "TracedLayer", "trace_layers"]
 
@@ -49,7 +51,8 @@ _MAYBE_NO_TENSOR = ("If", "Loop", "Scan", "Optional", "SplitToSequence", "Sequen
 @dataclasses.dataclass(frozen=True)
 class TracedLayer:
     """A node of the candidate and the value of both models that it computes, of several the one with the largest error
-    of its own; the errors as in the module's docstring."""
+    of its own; the errors as in the module's docstring. ``rounding`` is the relative error of the reference against
+    itself, if that was measured, see :mod:`.yardstick`."""
 
     name: str
     node: str
@@ -57,6 +60,7 @@ class TracedLayer:
     module: str
     relative_error: float
     own_error: float
+    rounding: float = 0.0
 
     def describe(self) -> str:
         """The module that the node came from, else its own name, and the operator."""
@@ -86,8 +90,15 @@ class LayerTrace:
 
     @property
     def jump(self) -> TracedLayer | None:
-        """The first layer whose own error is above the threshold."""
-        return next((layer for layer in self.layers if not layer.own_error <= self.threshold), None)
+        """The first layer whose own error is above the threshold and what rounding explains."""
+        return next(
+            (
+                layer
+                for layer in self.layers
+                if not layer.own_error <= max(self.threshold, MARGIN * layer.rounding)
+            ),
+            None,
+        )
 
     @property
     def largest(self) -> TracedLayer | None:
@@ -118,6 +129,7 @@ def trace_layers(
     library: bool,
     work: Path,
     title: str = "reference",
+    moved: ir.Model | None = None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> LayerTrace:
     """Compare the values inside two models on the same inputs.
@@ -132,6 +144,7 @@ def trace_layers(
         threads: Intra-op threads.
         library: Whether the candidate is run with the kernel library.
         title: What the reference is, in words.
+        moved: The reference with its rounding drawn anew, see :func:`.yardstick.perturbed`: to tell what rounding does.
         progress: Called with one line of text at every step.
 
     Raises:
@@ -139,7 +152,7 @@ def trace_layers(
     """
     batches = batches[:_MAX_BATCHES]
     sizes = _matched(reference, candidate, batches, threads=threads, library=library, work=work)
-    errors: dict[str, tuple[float, float]] = {}
+    errors: dict[str, tuple[float, float, float]] = {}
     done = 0
     for names in _chunks(sizes):
         progress(f"comparing layers {done + 1} to {done + len(names)} of {len(sizes)}")
@@ -160,13 +173,18 @@ def trace_layers(
             if value.name in fed:
                 value.type = ir.TensorType(ir.DataType.from_numpy(inputs[0][value.name].dtype))
         own, _ = record(forced, None, inputs, folder / "own", threads=threads, library=library)
+        again = expected
+        if moved is not None:
+            again, _ = record(
+                _with_outputs(moved, names), None, batches, folder / "again", threads=threads, library=False
+            )
         for name in names:
             if expected[0][name].dtype.kind != "f":  # its type was not told
                 continue
-            parts = [[{name: values[name]} for values in run] for run in (expected, found, own)]
-            flowing, alone = (compare(parts[0], part).relative_error for part in parts[1:])
-            errors[name] = flowing, alone
-        del expected, found, own, inputs
+            parts = [[{name: values[name]} for values in run] for run in (expected, found, own, again)]
+            flowing, alone, rounding = (compare(parts[0], part).relative_error for part in parts[1:])
+            errors[name] = flowing, alone, rounding if math.isfinite(rounding) else 0.0
+        del expected, found, own, again, inputs
         shutil.rmtree(folder)
     layers = tuple(
         TracedLayer(
@@ -178,7 +196,7 @@ def trace_layers(
     return LayerTrace(title, layers, threshold, len(batches))
 
 
-def _worst_output(node: ir.Node, errors: Mapping[str, tuple[float, float]]) -> str:
+def _worst_output(node: ir.Node, errors: Mapping[str, tuple[float, float, float]]) -> str:
     """The output with the largest own error, by name; "" if none was compared."""
     names = [value.name for value in node.outputs if value.name is not None and value.name in errors]
     return max(names, key=lambda name: errors[name][1], default="")
@@ -249,9 +267,9 @@ def _forced(
     copy = candidate.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
-    fed = {}
+    fed, free = {}, Names(copy)
     for name in matched:
-        stand_in = ir.Value(name=f"{_NAME}{name}")
+        stand_in = ir.Value(name=free.new(f"{_NAME}{name}"))
         values[name].replace_all_uses_with(stand_in)
         fed[stand_in] = name
     copy.graph.outputs.extend(values[name] for name in names)

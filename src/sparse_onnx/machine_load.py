@@ -8,27 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
-from pathlib import Path
 
-__all__ = ["OtherLoad", "busy_ticks"]
+from sparse_onnx import host
 
-_STAT = Path("/proc/stat")
+__all__ = ["OtherLoad"]
+
 # Of a processor; and ticks that rounding may add.
 _TOLERANCE, _ROUNDING = 0.25, 4
-
-
-def busy_ticks(stat: str, processors: Collection[int] | None) -> int:
-    """Clock ticks that ``processors`` (None: all) were not idle, from the text of Linux's ``/proc/stat``. Time that a
-    hypervisor gave to other guests counts."""
-    names = {"cpu"} if processors is None else {f"cpu{number}" for number in processors}
-    total = 0
-    for line in stat.splitlines():
-        name, *fields = line.split()
-        if name in names:
-            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
-            total += user + nice + system + irq + softirq + steal
-    return total
 
 
 class OtherLoad:
@@ -49,7 +35,7 @@ class OtherLoad:
         seconds, others = self._since()
         if not others:
             return True
-        count, tick = len(os.sched_getaffinity(0)), 1 / os.sysconf("SC_CLK_TCK")
+        count, tick = len(host.processors()), 1 / os.sysconf("SC_CLK_TCK")
         # More threads than processors get in each other's way, not in that of others.
         return min(threads, count) + others <= count + _TOLERANCE + _ROUNDING * tick / seconds
 
@@ -62,9 +48,6 @@ class OtherLoad:
 
     @staticmethod
     def _now() -> tuple[float, float, int]:
-        try:
-            own = os.sched_getaffinity(0)
-            ticks = busy_ticks(_STAT.read_text(), None if len(own) == os.cpu_count() else own)
-        except (OSError, ValueError, AttributeError):  # not Linux, or hidden from a container
-            ticks = 0
+        own = host.processors()
+        ticks = host.busy_ticks(None if len(own) == os.cpu_count() else own)
         return time.perf_counter(), time.process_time(), ticks

@@ -1,9 +1,12 @@
 """Keys of the metadata that this package writes into models."""
 
-__all__ = ["MODULE_KEY", "STRUCTURE_KEY"]
+__all__ = ["FIXED_INPUTS_KEY", "MODULE_KEY", "STRUCTURE_KEY"]
 
 MODULE_KEY = "sparse_onnx.module"
 """Of a node: the path of the framework's module that it came from."""
 
 STRUCTURE_KEY = "sparse_onnx.mask_structure"
 """Of an initializer: the mask structure that a pruning pass gave it."""
+
+FIXED_INPUTS_KEY = "sparse_onnx.fixed_inputs"
+"""Of a model: the inputs of its original that are constants in it, by name, as JSON."""

@@ -46,7 +46,8 @@ import onnx_ir as ir
 from sparse_onnx import model_io, quality
 from sparse_onnx.comparison import compare
 from sparse_onnx.errors import SparseOnnxError, UsageError
-from sparse_onnx.inputs import Feeds, sample_count
+from sparse_onnx.host import available_cores
+from sparse_onnx.inputs import Feeds, input_specs, sample_count
 from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.passes.calibration.data import import_function, is_function
 from sparse_onnx.passes.options import unknown
@@ -59,7 +60,6 @@ from sparse_onnx.predictions import (
     make_probe,
     named_head,
 )
-from sparse_onnx.report import available_cores
 from sparse_onnx.runtime import open_runner, session_budget
 
 __all__ = ["BUILT_IN", "Measure", "Metric", "MetricResult", "Run", "check_metric_name", "open_metric"]
@@ -103,6 +103,7 @@ class Metric:
         name: As it was asked for.
         measure: See the module's docstring.
         batches: What it is measured on.
+        samples: How many samples that are.
         before: The value of the original model.
         lower_is_better: Whether the measure is better where it is lower.
     """
@@ -110,6 +111,7 @@ class Metric:
     name: str
     measure: Measure
     batches: tuple[Feeds, ...]
+    samples: int
     before: float
     lower_is_better: bool
 
@@ -136,8 +138,7 @@ class Metric:
         """The value for ``model`` beside that of the original; arguments and errors as for :meth:`evaluate`."""
         after = self.evaluate(model, threads=threads, library=library)
         lost = quality.drop(self.before, after, lower_is_better=self.lower_is_better)
-        samples = sum(map(sample_count, self.batches))
-        return MetricResult(self.name, self.before, after, lost, self.lower_is_better, samples)
+        return MetricResult(self.name, self.before, after, lost, self.lower_is_better, self.samples)
 
 
 def open_metric(
@@ -178,7 +179,14 @@ def open_metric(
         else:
             measure = _Imported(metric) if isinstance(metric, str) else metric
         before = _value(name, measure, run, data)
-    return Metric(name, measure, data, before, bool(getattr(measure, "lower_is_better", False)))
+    lower = bool(getattr(measure, "lower_is_better", False))
+    return Metric(name, measure, data, sum(_counts(model, data)), before, lower)
+
+
+def _counts(model: ir.Model, batches: Sequence[Feeds]) -> tuple[int, ...]:
+    """How many samples each batch has."""
+    specs = input_specs(model)
+    return tuple(sample_count(feeds, specs) for feeds in batches)
 
 
 def check_metric_name(metric: str) -> None:
@@ -440,16 +448,17 @@ def _predicted(head: Head, outputs: Feeds, feeds: Feeds) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cosine:
-    """The mean over samples of the cosine to ``expected`` (one array a batch), the original's ``output``."""
+    """The mean over samples of the cosine to ``expected`` (one array a batch), the original's ``output``; ``counts``
+    says how many samples a batch has."""
 
     output: str
     expected: tuple[np.ndarray, ...]
+    counts: tuple[int, ...]
 
     def __call__(self, run: Run, batches: Sequence[Feeds], /) -> float:
         """Over all samples of ``batches``, which are those of ``expected``."""
         total, samples = 0.0, 0
-        for feeds, expected in zip(batches, self.expected, strict=True):
-            count = sample_count(feeds)
+        for feeds, expected, count in zip(batches, self.expected, self.counts, strict=True):
             found = compare([{self.output: expected}], [{self.output: run(feeds)[self.output]}])
             total, samples = total + found.cosine * count, samples + count
         return total / samples
@@ -485,7 +494,8 @@ def _token_agreement(setup: _Setup) -> Measure:
 
 def _cosine(setup: _Setup) -> Measure:
     output = setup.float_output()
-    return Cosine(output, tuple(setup.run(feeds)[output] for feeds in setup.batches))
+    expected = tuple(setup.run(feeds)[output] for feeds in setup.batches)
+    return Cosine(output, expected, _counts(setup.model, setup.batches))
 
 
 def _classification(figure: str) -> Callable[[_Setup], Measure]:

@@ -13,8 +13,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import onnx
@@ -26,13 +27,16 @@ __all__ = [
     "MAX_IR_VERSION",
     "MAX_OPSET",
     "MIN_OPSET",
+    "OLDEST_OPSET",
     "PROTOBUF_LIMIT",
     "attributes",
     "check_model",
+    "describe_node",
     "is_constant",
     "quote",
     "scopes",
     "sparse_tensors",
+    "subgraphs",
     "tensors",
 ]
 
@@ -40,6 +44,9 @@ __all__ = [
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 13
+OLDEST_OPSET = (
+    7  # what is older than MIN_OPSET is converted; ONNX Runtime itself reads nothing older than this
+)
 PROTOBUF_LIMIT = 2**31 - 1  # bytes of one serialized message
 
 _DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -78,7 +85,7 @@ def scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
         scope = pending.pop()
         yield scope
         for _, _, attribute in attributes(scope):
-            pending.extend(_subgraphs(attribute))
+            pending.extend(subgraphs(attribute))
 
 
 def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto]]:
@@ -89,7 +96,7 @@ def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto
     for node in scope.node:
         for attribute in node.attribute:
             if not attribute.ref_attr_name:
-                yield f"attribute {quote(attribute.name)} of {_describe(node)}", node, attribute
+                yield f"attribute {quote(attribute.name)} of {describe_node(node)}", node, attribute
     if isinstance(scope, onnx.FunctionProto):
         for attribute in scope.attribute_proto:
             yield f"attribute {quote(attribute.name)} of function {quote(scope.name)}", scope, attribute
@@ -129,26 +136,35 @@ def sparse_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.SparseTen
                 yield from ((place, sparse) for sparse in attribute.sparse_tensors)
 
 
-def check_model(model: onnx.ModelProto, path: Path) -> None:
-    """Raise unless ``model``, parsed from the file ``path`` without external data, is sound.
+def check_model(
+    model: onnx.ModelProto, path: Path, embedded: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Path]:
+    """Raise unless ``model``, parsed from the file ``path`` without external data, is sound. ``embedded`` has the sizes
+    in bytes of the tensors that were cut out of it, by location, see :func:`.embedded.cut_tensors`. Returns the data
+    files by location, all links resolved: to be opened by that path, so that no link is followed twice.
 
     Checked: text is UTF-8; versions; every name that is used is defined, once; types; the size of each tensor
-    against its shape; and external data: a regular file in the model's folder or below, reached without
-    symbolic links and holding the whole region. The order of sparse indices is checked where they are read.
+    against its shape; and external data: a regular file that holds the whole region, in the model's folder or
+    below, or where symbolic links are in the way, in or below the folder that the model's own link leads to.
+    The order of sparse indices is checked where they are read.
 
     Raises:
         ModelFileError: the file breaks a rule; the message names file, place and remedy.
         HostError: a data file may not be read.
     """
-    _ModelCheck(path).run(model)
+    check = _ModelCheck(path, embedded)
+    check.run(model)
+    return check.data_files
 
 
 class _ModelCheck:
-    """One run of the checks; keeps the sizes of the data files it has met."""
+    """One run of the checks; keeps the data files it has met, and their sizes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, embedded: Mapping[str, int]) -> None:
         self._path = path
+        self._embedded = embedded
         self._file_sizes: dict[str, int] = {}
+        self.data_files: dict[str, Path] = {}
 
     def run(self, model: onnx.ModelProto) -> None:
         self._check_text(model)
@@ -201,10 +217,10 @@ class _ModelCheck:
         uses_default = any(node.domain in _DEFAULT_DOMAINS for node in model.graph.node)
         if opset is None and uses_default:
             self._fail("header", "imports no version of the standard operators; export it again")
-        if opset is not None and opset < MIN_OPSET:
+        if opset is not None and opset < OLDEST_OPSET:
             self._fail(
                 "header",
-                f"opset {opset} is too old: {MIN_OPSET} to {MAX_OPSET} are supported; convert the model with "
+                f"opset {opset} is too old: {OLDEST_OPSET} to {MAX_OPSET} are supported; convert the model with "
                 "onnx.version_converter.convert_version(model, 21)",
             )
         for function in model.functions:
@@ -243,7 +259,8 @@ class _ModelCheck:
             for name in filter(None, node.output):
                 if name in defined:
                     self._fail(
-                        _describe(node), f"writes {quote(name)}, which is already defined; export it again"
+                        describe_node(node),
+                        f"writes {quote(name)}, which is already defined; export it again",
                     )
                 defined.add(name)
         known = (defined, *outer)
@@ -251,10 +268,10 @@ class _ModelCheck:
             for name in filter(None, node.input):
                 if not any(name in names for names in known):
                     self._fail(
-                        _describe(node), f"reads {quote(name)}, which nothing defines; export it again"
+                        describe_node(node), f"reads {quote(name)}, which nothing defines; export it again"
                     )
             for attribute in node.attribute:
-                for graph in _subgraphs(attribute):
+                for graph in subgraphs(attribute):
                     self._check_names(graph, known)
         for name in map(_name, scope.output):
             if name not in defined:
@@ -281,10 +298,12 @@ class _ModelCheck:
         for node in scope.node:
             for attribute in node.attribute:
                 if attribute.ref_attr_name and attribute.type in (_Attribute.GRAPH, _Attribute.GRAPHS):
-                    self._fail(_describe(node), "takes a graph from its function; inline the function")
+                    self._fail(describe_node(node), "takes a graph from its function; inline the function")
             for device in node.device_configurations:
                 if not device.configuration_id or not all(spec.tensor_name for spec in device.sharding_spec):
-                    self._fail(_describe(node), "has a device configuration without names; export it again")
+                    self._fail(
+                        describe_node(node), "has a device configuration without names; export it again"
+                    )
 
     def _check_type(self, type_proto: onnx.TypeProto, place: str) -> None:
         kind = type_proto.WhichOneof("value")
@@ -306,6 +325,8 @@ class _ModelCheck:
             self._fail(place, "is stored in segments, which nothing reads; export it again")
         dtype = ir.DataType(tensor.data_type)
         size = self._element_count(tensor.dims, place)
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        stored = self._embedded.get(location, len(tensor.raw_data))
         if dtype == ir.DataType.STRING:
             if tensor.data_location == tensor.EXTERNAL or tensor.HasField("raw_data"):
                 self._fail(place, "strings must be in string_data; export it again")
@@ -314,11 +335,10 @@ class _ModelCheck:
         nbytes = -(-size * dtype.bitwidth // 8)
         if nbytes > _MAX_BYTES:
             self._fail(place, f"shape {_shape(tensor.dims)} is too large; the file is damaged")
-        if tensor.data_location == tensor.EXTERNAL:
+        if tensor.data_location == tensor.EXTERNAL and location not in self._embedded:
             if size:
                 self._check_external(tensor, nbytes, place)
-        elif tensor.HasField("raw_data"):
-            stored = len(tensor.raw_data)
+        elif location in self._embedded or tensor.HasField("raw_data"):
             if stored != nbytes or any(len(getattr(tensor, field)) for field in _ALL_TYPED_FIELDS):
                 self._fail(
                     place,
@@ -397,7 +417,7 @@ class _ModelCheck:
                 f"{_shape(tensor.dims)}; export it again",
             )
         if location not in self._file_sizes:
-            self._file_sizes[location] = self._data_file_size(location, place)
+            self.data_files[location], self._file_sizes[location] = self._data_file(location, place)
         size = self._file_sizes[location]
         if offset + length > size:
             self._fail(
@@ -411,8 +431,12 @@ class _ModelCheck:
             self._fail(place, f"external data {key} {quote(text)} is no byte count; export it again")
         return int(text)
 
-    def _data_file_size(self, location: str, place: str) -> int:
-        """Bytes of the data file, after proving that reading it stays inside the model's folder."""
+    def _data_file(self, location: str, place: str) -> tuple[Path, int]:
+        """The data file and its bytes, after proving that reading it stays inside the model's folder.
+
+        The Hugging Face cache keeps all files of a model in one folder, under the hash of their content, and links to
+        them: so a link may lead to where the model's own link leads.
+        """
         relative = PurePosixPath(location)
         windows = PureWindowsPath(location)
         where = f"data file {quote(location)}"
@@ -424,27 +448,27 @@ class _ModelCheck:
                 f"{where} lies outside the model's folder, where nothing is read; move it beside the model "
                 "and export again with a relative name",
             )
-        file = self._path.parent
+        file = self._path.parent / relative
         try:
-            for part in relative.parts:
-                file /= part
-                status = os.lstat(file)
-                if stat.S_ISLNK(status.st_mode):
-                    self._fail(
-                        place,
-                        f"{where} is reached through the symbolic link {quote(file)}, which is not followed; "
-                        "copy the model with its links resolved (cp -rL)",
-                    )
-            if not stat.S_ISREG(status.st_mode):
+            real = Path(os.path.realpath(file, strict=True))
+            folders = (os.path.realpath(self._path.parent), os.path.dirname(os.path.realpath(self._path)))
+            if not any(real.is_relative_to(folder) for folder in folders):
+                self._fail(
+                    place,
+                    f"{where} is reached through a symbolic link that leads out of the model's folder, to "
+                    f"{quote(real)}, where nothing is read; copy the model with its links resolved (cp -rL)",
+                )
+            if not stat.S_ISREG(os.lstat(real).st_mode):
                 self._fail(place, f"{where} is not a regular file; put the data file there")
+            with open(real, "rb", opener=_open_itself) as data:
+                status = os.fstat(data.fileno())
             if status.st_nlink > 1:
                 self._fail(
                     place,
                     f"{where} has other names (hard links), which may lead outside the model's folder; "
                     "copy the model folder (cp -r) and use the copy",
                 )
-            with open(file, "rb"):
-                return status.st_size
+            return real, status.st_size
         except (FileNotFoundError, NotADirectoryError):
             self._fail(place, f"{where} does not exist; copy it beside the model, or export the model again")
         except PermissionError as error:
@@ -453,11 +477,17 @@ class _ModelCheck:
             self._fail(place, f"{where} cannot be read: {error.strerror}")
 
 
+def _open_itself(path: str, flags: int) -> int:
+    """A file that has become a link meanwhile is not opened, one that has become a pipe not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def _listed(value: Any) -> Iterable[Any]:
     return (value,) if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
 
 
-def _subgraphs(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
+def subgraphs(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
+    """The graphs that ``attribute`` holds."""
     if attribute.type == _Attribute.GRAPH:
         return (attribute.g,)
     return attribute.graphs if attribute.type == _Attribute.GRAPHS else ()
@@ -467,7 +497,8 @@ def _name(value: str | onnx.ValueInfoProto) -> str:
     return value if isinstance(value, str) else value.name
 
 
-def _describe(node: onnx.NodeProto) -> str:
+def describe_node(node: onnx.NodeProto) -> str:
+    """What to call ``node`` in a message."""
     return f"node {quote(node.name)} ({quote(node.op_type)[1:-1]})"
 
 

@@ -1,18 +1,22 @@
 """Reading and writing model files: safely, without loss, one weight in memory at a time.
 
 Weights stay on disk as memory-mapped :class:`onnx_ir.ExternalTensor` from :func:`load_model` to
-:func:`save_model`; a pass that computes new ones puts them into a :class:`Spool`.
+:func:`save_model`, those inside the model file as well (:mod:`.embedded`); a pass that computes new ones
+puts them into a :class:`Spool`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import mmap
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +27,12 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
+from sparse_onnx.dimensions import forget_unknown
+from sparse_onnx.embedded import EmbeddedTensor, Region, cut_tensors
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
 from sparse_onnx.model_check import (
     MAX_IR_VERSION,
+    MIN_OPSET,
     PROTOBUF_LIMIT,
     attributes,
     check_model,
@@ -33,6 +40,8 @@ from sparse_onnx.model_check import (
     scopes,
     tensors,
 )
+from sparse_onnx.node_order import sort_nodes
+from sparse_onnx.opset_conversion import CONVERTED_FROM, convert_opset, default_opset
 from sparse_onnx.storage import (
     OutputFolder,
     PathLike,
@@ -45,6 +54,7 @@ from sparse_onnx.units import format_bytes
 __all__ = [
     "OutputFolder",
     "Spool",
+    "file_bytes",
     "load_model",
     "release_mapping",
     "save_model",
@@ -55,6 +65,7 @@ __all__ = [
 _EXTERNAL_BYTES = 256  # tensors of this size and above leave the model file
 _PAGE_BYTES = 64 * 1024  # tensors of this size and above start on a page, smaller ones on a cache line
 _PAGE, _CACHE_LINE = 4096, 64
+_GAP = 64 * 1024  # what lies between two tensors of a data file and is not larger belongs to them
 
 _FILES = "sparse_onnx.files"  # key of a lazy tensor's metadata: the files that it reads
 
@@ -63,22 +74,28 @@ _FILES = "sparse_onnx.files"  # key of a lazy tensor's metadata: the files that 
 
 
 def load_model(path: PathLike) -> ir.Model:
-    """Read an ``.onnx`` file; weights in external data files are mapped when they are first used.
+    """Read an ``.onnx`` file; large weights, in it or in external data files, are mapped when they are first used.
 
     Every rule of :func:`sparse_onnx.model_check.check_model` is checked. Sparse initializers, and Constant
     nodes with a sparse value, become dense ones of the same name that are unpacked when used. In files of IR
     version 3 and older, initializers stop being graph inputs: there they were constants all the same.
-    Training information is dropped.
+    Training information is dropped. Nodes are sorted, and models of opset 7 to 12 converted to 13: then
+    ``model.meta[CONVERTED_FROM]`` is the opset of the file.
 
     Raises:
         ModelFileError: the file is missing, damaged, unsafe, too old or too new.
         HostError: the file or its external data may not be read.
     """
     path = Path(os.path.abspath(path))
-    proto = _read_proto(path)
-    check_model(proto, path)
+    proto, embedded = _read_proto(path)
+    data_files = check_model(proto, path, {key: region.length for key, region in embedded.items()})
+    places = _Places(path, embedded, data_files)
     _normalize(proto)
-    sparse = _replace_sparse(proto, path)
+    sparse = _replace_sparse(proto, places)
+    sort_nodes(proto, path)
+    opset = default_opset(proto)
+    if opset < MIN_OPSET:
+        proto = convert_opset(proto, path)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises what it meets, wrapped once for every level of the graph
@@ -92,11 +109,41 @@ def load_model(path: PathLike) -> ir.Model:
             if (dense := sparse.get(str(slot.tensor.location))) is not None:
                 slot.put(dense)
             else:
-                slot.tensor.base_dir = path.parent
+                slot.put(places.find(slot.tensor))
+    if opset < MIN_OPSET:
+        model.meta[CONVERTED_FROM] = opset
     return model
 
 
-def _read_proto(path: Path) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class _Places:
+    """Where the bytes of a model's tensors are: regions of the file ``path`` and data files, by location."""
+
+    path: Path
+    embedded: Mapping[str, Region]
+    data_files: Mapping[str, Path]
+
+    def find(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        """``tensor``, to be read from its place."""
+        location = str(tensor.location)
+        if (region := self.embedded.get(location)) is not None:
+            return EmbeddedTensor(self.path, region, tensor)
+        real = self.data_files[location]
+        return ir.ExternalTensor(
+            real.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name,
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+            base_dir=real.parent,
+        )
+
+
+def _read_proto(path: Path) -> tuple[onnx.ModelProto, dict[str, Region]]:
+    """The model without its large tensors, and where in the file these are, see :func:`.embedded.cut_tensors`."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -112,14 +159,16 @@ def _read_proto(path: Path) -> onnx.ModelProto:
                 f"{path}: {format_bytes(status.st_size)} are more than an ONNX file can hold (2 GiB); "
                 "export the model with external data"
             )
-        data = path.read_bytes()
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            is_ort_format = mapped[4:8] == b"ORTM"
+            data, embedded = (b"", {}) if is_ort_format else cut_tensors(mapped)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelFileError(f"{path}: does not exist; give the path of an .onnx file") from None
     except PermissionError as error:
         raise HostError(f"{path}: no permission to read it; change its mode or owner") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise ModelFileError(f"{path}: cannot be read: {error}; copy it again") from error
-    if data[4:8] == b"ORTM":
+    if is_ort_format:
         raise ModelFileError(f"{path}: is in the ORT format; give the .onnx file that it was made from")
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
@@ -129,7 +178,7 @@ def _read_proto(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph"):
         raise ModelFileError(f"{path}: is not an ONNX model: it has no graph; export it again")
-    return proto
+    return proto, embedded
 
 
 def _normalize(proto: onnx.ModelProto) -> None:
@@ -147,6 +196,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             imports[""] = imports.pop("ai.onnx")
         del owner.opset_import[:]
         owner.opset_import.extend(onnx.helper.make_opsetid(*item) for item in imports.items())
+    forget_unknown(proto.graph)
     for _, tensor in tensors(proto):
         if tensor.data_location != tensor.EXTERNAL:
             continue
@@ -160,7 +210,7 @@ def _normalize(proto: onnx.ModelProto) -> None:
             tensor.external_data.extend(known)
 
 
-def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTensor]:
+def _replace_sparse(proto: onnx.ModelProto, places: _Places) -> dict[str, ir.LazyTensor]:
     """Put an external dense tensor in the place of each sparse one, as onnx_ir knows no sparse tensors.
 
     Returns the lazy dense tensors by the location of what stands for them. A location begins with a null
@@ -170,7 +220,11 @@ def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTens
 
     def stand_in(sparse: onnx.SparseTensorProto, place: str, into: onnx.TensorProto) -> None:
         location = f"\0sparse:{len(lazy)}"
-        lazy[location] = _lazy_dense(sparse, f"{path}: {place}", path.parent)
+        values, indices = (
+            places.find(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
+            for tensor in map(ir.serde.deserialize_tensor, (sparse.values, sparse.indices))
+        )
+        lazy[location] = _lazy_dense(values, indices, tuple(sparse.dims), f"{places.path}: {place}")
         into.name = sparse.values.name
         into.data_type = sparse.values.data_type
         into.dims.extend(sparse.dims)
@@ -191,10 +245,9 @@ def _replace_sparse(proto: onnx.ModelProto, path: Path) -> dict[str, ir.LazyTens
     return lazy
 
 
-def _lazy_dense(sparse: onnx.SparseTensorProto, place: str, folder: Path) -> ir.LazyTensor:
-    shape = tuple(sparse.dims)
-    values = ir.serde.deserialize_tensor(sparse.values, folder)
-    indices = ir.serde.deserialize_tensor(sparse.indices, folder)
+def _lazy_dense(
+    values: ir.TensorProtocol, indices: ir.TensorProtocol, shape: tuple[int, ...], place: str
+) -> ir.LazyTensor:
     _linear_indices(indices.numpy(), shape, place)  # proved now; kept on disk until they are used
     release_mapping(indices)
 
@@ -301,9 +354,37 @@ def _nbytes(tensor: ir.TensorProtocol) -> int:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, subgraphs included; tensors that share their storage count once."""
-    values = [value.const_value for value in _initializers(model)]
-    return sum({_identity(tensor): _nbytes(tensor) for tensor in values if tensor is not None}.values())
+    """Bytes that all weights take in memory: initializers and values of Constant nodes, subgraphs included; tensors
+    that share their storage count once. For what files take, see :func:`file_bytes`."""
+    tensors = [slot.tensor for slot in _tensor_slots(model) if slot.weight]
+    return sum({_identity(tensor): _nbytes(tensor) for tensor in tensors}.values())
+
+
+def file_bytes(path: Path, model: ir.Model) -> int:
+    """Bytes that ``model``, loaded from ``path``, takes on disk: the file, and of its external data files what the
+    model reads, with gaps of less than 64 KiB, which align tensors."""
+    whole = os.stat(path)
+    size = whole.st_size
+    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for slot in _tensor_slots(model):
+        tensor = slot.tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            start = tensor.offset or 0
+            used[tensor.path].append((start, start + tensor.nbytes))
+        elif isinstance(tensor, ir.LazyTensor):
+            for file in tensor.meta.get(_FILES, ()):
+                used[file].append((0, os.stat(file).st_size))
+    for file, ranges in used.items():
+        status = os.stat(file)
+        if os.path.samestat(status, whole):
+            continue
+        end = 0
+        for start, stop in [*sorted(ranges), (status.st_size, status.st_size)]:
+            if start - end < _GAP:
+                start = min(start, end)
+            size += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return size
 
 
 # Writing
@@ -354,7 +435,7 @@ def save_model(model: ir.Model, folder: PathLike, *, name: str = "model") -> Pat
         raise UsageError(f"{quote(name)} is no file name; give a name without folders")
     path, data_path = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
     slots = list(_tensor_slots(model))
-    _check_sources(slots, data_path)
+    _check_sources(slots, (path, data_path))
     layout = _Layout(slots)
     content = _serialize(model, slots, layout, data_path.name)
     needed = layout.nbytes + len(content)
@@ -577,16 +658,16 @@ def _needed_ir_version(model: ir.Model, slots: Sequence[_Slot]) -> int:
     return max(needed, *(_TYPE_VERSIONS.get(dtype, 8) for dtype in types), 8)
 
 
-def _check_sources(slots: Sequence[_Slot], data_path: Path) -> None:
+def _check_sources(slots: Sequence[_Slot], targets: Sequence[Path]) -> None:
     sources: set[str] = set()
     for slot in slots:
         if isinstance(slot.tensor, ir.ExternalTensor):
             sources.add(slot.tensor.path)
         elif isinstance(slot.tensor, ir.LazyTensor):
             sources.update(slot.tensor.meta.get(_FILES, ()))
-    for source in sources:
+    for source, target in itertools.product(sources, targets):
         with contextlib.suppress(OSError):
-            if os.path.samefile(source, data_path):
+            if os.path.samefile(source, target):
                 raise UsageError(
-                    f"{data_path}: the model reads its weights from this file; write to another folder"
+                    f"{target}: the model reads its weights from this file; write to another folder"
                 )

@@ -29,7 +29,7 @@ def time_models(
 ) -> list[Ratio]:
     """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``."""
     (original, source), (compiled, written) = pair
-    options: dict[str, Any] = {"threads": threads, "budget": budget, "work": work}
+    options: dict[str, Any] = {"threads": threads, "budget": budget, "work": work, "progress": progress}
     with (
         open_runner(original, path=source, library=False, **options) as dense,
         open_runner(compiled, path=written, library=True, **options) as sparse,

@@ -122,7 +122,11 @@ def _is_ids(spec: InputSpec) -> bool:
 
 def _token_input(specs: Sequence[InputSpec]) -> InputSpec | None:
     """The integer input [B, S] with the tokens that the outputs belong to: those of the decoder if there is one."""
-    known = {spec.name: spec for spec in specs if spec.dtype.kind in "iu" and len(spec.shape) == 2}
+    known = {
+        spec.name: spec
+        for spec in specs
+        if spec.dtype.kind in "iu" and spec.shape is not None and len(spec.shape) == 2
+    }
     for name in ("decoder_input_ids", "input_ids"):
         if name in known:
             return known[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
 from sparse_onnx.inputs import Feeds
-from sparse_onnx.runtime import open_runner, session_budget
+from sparse_onnx.runtime import LEVELS, open_runner, session_budget
 
 __all__ = ["record"]
 
@@ -25,6 +25,8 @@ def record(
     threads: int,
     library: bool,
     required: int | None = None,
+    level: str = LEVELS[0],
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 
@@ -35,6 +37,8 @@ def record(
         library: Whether the kernel library is registered.
         required: So many batches at the beginning must run, others may be refused; their indices come back with the
             reason. None: all must run.
+        level: ONNX Runtime's graph optimizations, one of :data:`.runtime.LEVELS`.
+        progress: Called with one line of text now and then.
 
     Raises:
         UsageError: ONNX Runtime refuses the model or a batch that must run, or an output is no tensor of numbers.
@@ -44,7 +48,14 @@ def record(
     refused: dict[int, str] = {}
     budget = session_budget(model_io.weight_bytes(model))
     with open_runner(
-        model, threads=threads, library=library, budget=budget, work=folder, path=path
+        model,
+        threads=threads,
+        library=library,
+        budget=budget,
+        work=folder,
+        path=path,
+        level=level,
+        progress=progress,
     ) as runner:
         for index, feeds in enumerate(batches):
             try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import platform
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,8 +14,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.host import available_cores, cpu_name, peak_rss_bytes
+from sparse_onnx.printable import printable
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.runtime import peak_rss_bytes
+from sparse_onnx.runtime import give_back_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA_VERSION",
     "StageClock",
-    "available_cores",
-    "cpu_name",
     "describe_call",
     "environment",
     "write_json",
@@ -35,26 +34,11 @@ SCHEMA_VERSION = 1
 _MAX_ARGUMENT = 300  # characters of one argument in the description of a call
 
 
-def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:
@@ -92,10 +76,15 @@ class StageClock:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
         self._stage = ""
+        self._told: set[str] = set()
         self.stages: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
-        """Tell where the work is."""
+        """Tell where the work is; what lasts, once."""
+        if is_lasting(line):
+            if line in self._told:
+                return
+            self._told.add(line)
         self._progress(f"{self._stage}: {line}" if self._stage and not is_lasting(line) else line)
 
     @contextmanager
@@ -106,6 +95,7 @@ class StageClock:
             yield
         finally:
             self._stage = ""
+            give_back_memory()
             seconds = round(perf_counter() - start, 3)
             self.stages.append(
                 {"name": name, "seconds": seconds, "peak_rss_mb": round(peak_rss_bytes() / 2**20)}
@@ -114,6 +104,5 @@ class StageClock:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write ``report`` with sorted layout, so that equal reports are equal bytes."""
-    path.write_text(
-        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(printable(text) + "\n", encoding="utf-8")

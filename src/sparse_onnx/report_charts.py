@@ -28,6 +28,7 @@ __all__ = [
 
 _WIDTH, _HEIGHT = 340, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 16, 40
+_FEWEST = 3  # ticks that show how an axis goes on
 
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "bar")
 """What tells series apart, along with the dashes of their lines: colours alone would not do."""
@@ -84,12 +85,18 @@ class Mark:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``."""
+    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``, at least three."""
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
+    factors = (0.5, 1, 2, 5, 10)
+    place = next(place for place, factor in enumerate(factors) if factor * power >= 0.7 * rough)
+    found = _multiples(factors[place] * power, low, high)
+    return found if len(found) >= _FEWEST else _multiples(factors[place - 1] * power, low, high)
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 

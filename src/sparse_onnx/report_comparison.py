@@ -65,9 +65,17 @@ def compare_reports(a: Report, b: Report) -> dict[str, Any]:
 
 
 def _elsewhere(a: Report, b: Report) -> bool:
-    """Whether the runs were on other machines, at other thread counts or other shapes."""
+    """Whether the runs were on other machines, at other thread counts, other shapes or other values of inputs."""
     shapes = [[target["input_shapes"] for target in report["targets"]] for report in (a, b)]
-    return shapes[0] != shapes[1] or any(a["environment"][key] != b["environment"][key] for key in _MACHINE)
+    if shapes[0] != shapes[1] or _steered(a) != _steered(b):
+        return True
+    return any(a["environment"][key] != b["environment"][key] for key in _MACHINE)
+
+
+def _steered(report: Report) -> dict[str, Any]:
+    """The values that were given for inputs."""
+    target = report["recipe"].get("target", {})
+    return {**target.get("input_values", {}), **target.get("fixed_inputs", {})}
 
 
 def _warnings(a: Report, b: Report, differing: set[str]) -> list[str]:
@@ -79,6 +87,8 @@ def _warnings(a: Report, b: Report, differing: set[str]) -> list[str]:
     shapes = [[target["input_shapes"] for target in report["targets"]] for report in (a, b)]
     if all(shapes) and shapes[0] != shapes[1]:
         found.append("The input shapes differ: speeds do not compare.")
+    if _steered(a) != _steered(b):
+        found.append("Inputs that steer the graph have other values: speeds do not compare.")
     times = [report["summary"]["dense_ms"] for report in (a, b)]
     if all(times) and not keys and shapes[0] == shapes[1] and max(times) > (1 + _SAME_MACHINE) * min(times):
         found.append(

@@ -16,7 +16,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sparse_onnx.printable import printable
 from sparse_onnx.report_comparison import comparison_rows, comparison_verdict
+from sparse_onnx.report_notes import run_notes
 from sparse_onnx.report_view import report_view
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_number, format_share
 
@@ -33,7 +35,11 @@ def render_html(report: Mapping[str, Any]) -> str:
     from sparse_onnx.passes.recipe import dump_recipe
 
     return _render(
-        "report.html.j2", report=report, recipe=dump_recipe(report["recipe"]), **report_view(report)
+        "report.html.j2",
+        report=report,
+        notes=run_notes(report),
+        recipe=dump_recipe(report["recipe"]),
+        **report_view(report),
     )
 
 
@@ -85,13 +91,14 @@ def _render(template: str, **values: Any) -> str:
         share=format_share,
     )
     style, script = _template("page.css"), _template("page.js")
-    return engine.get_template(template).render(
+    page = engine.get_template(template).render(
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'",
         **values,
     )
+    return printable(page)
 
 
 def _breakable(text: str) -> Markup:

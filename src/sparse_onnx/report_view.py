@@ -96,17 +96,27 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "check", "Plan only", sentence, ("Decided by a table; nothing was run, timed or written.",)
         )
-    outputs = accuracy_words(summary)
-    if sparse:
-        gains = f"{speed_words(summary)} and {size_words(summary)}"
-        sentence = f"{name} is now {gains}; {outputs}."
+    rounded = _only_rounded(report["verification"])
+    outputs = "its outputs are the original's but for rounding" if rounded else accuracy_words(summary)
+    written = summary.get("written", "compiled" if sparse else "original")
+    timed = summary["speedup"] is not None
+    if written == "compiled" and not timed and not sparse:
+        sentence = f"{name} is now {size_words(summary)}, its speed not measured; {outputs}."
+    elif written == "compiled" and (_proven(summary) or not timed):
+        sentence = f"{name} is now {speed_words(summary)} and {size_words(summary)}; {outputs}."
+    elif written == "compiled":
+        sentence = f"{name} is {speed_words(summary)}; it is now {size_words(summary)}; {outputs}."
+    elif written == "pruned":
+        sentence = (
+            f"Nothing in {name} is faster in sparse form; the pruned model was written, dense; {outputs}."
+        )
     else:
         sentence = f"Nothing in {name} is faster in sparse form, so the dense model was written; {outputs}."
     missed = [gate["text"] for gate in goal["gates"] if gate["met"] is False]
     if goal["met"] is False:
         why = f"{_capital('; '.join(missed))}."
         return Verdict("bad", "Goal not met", sentence, (why, "This is the best so far."))
-    loss = loss_of(summary)
+    loss = 0.0 if rounded else loss_of(summary)
     if loss is None:
         why = "NaN or Inf stand where the original has numbers."
         return Verdict("bad", "Broken outputs", sentence, (why,))
@@ -119,10 +129,11 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         notes.append("The outputs were compared on generated inputs; real ones would tell more.")
     if loss > _GRAVE_LOSS:
         return Verdict("bad", "Accuracy lost", sentence, tuple(notes))
-    if sparse and summary["speedup"] is None:
+    if written == "compiled" and not timed:
         notes.append("Decided by a table, not by timing on this machine.")
-    elif sparse and summary["speedup_low"] < 1:
-        notes.append("The 95 % interval includes 1.00×: the gain in speed is within the noise.")
+    elif written == "compiled" and not _proven(summary):
+        noise = "The 95 % interval includes 1.00×: the gain in speed is within the noise."
+        notes.append(noise if summary["speedup_high"] >= 1 else "The original is faster.")
     if any(target["quiet"] is False for target in report["targets"]):
         notes.append("Other programs were running while it was timed.")
     if not sparse:
@@ -133,14 +144,19 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
 
 
 def speed_words(summary: Mapping[str, Any]) -> str:
-    """How much faster the whole is, with its interval."""
+    """How much faster the whole is, with its interval; or that this is not proven."""
     if summary["speedup"] is None:
         return "sparse, its speed not measured"
     speedup, low, high = (summary[key] for key in ("speedup", "speedup_low", "speedup_high"))
-    interval = f"({low:.2f} to {high:.2f})"
-    return (
-        f"{speedup:.2f}× faster {interval}" if low >= 1 else f"as fast as before, {speedup:.2f}× {interval},"
-    )
+    times = f"{speedup:.2f}× ({low:.2f} to {high:.2f})"
+    if _proven(summary):
+        return f"{speedup:.2f}× faster ({low:.2f} to {high:.2f})"
+    return f"slower, {times}" if high < 1 else f"not proven faster, {times}"
+
+
+def _proven(summary: Mapping[str, Any]) -> bool:
+    """Whether the interval of the speedup lies above 1."""
+    return summary["speedup"] is not None and summary["speedup_low"] > 1
 
 
 def size_words(summary: Mapping[str, Any]) -> str:
@@ -204,7 +220,7 @@ def _facts(report: Mapping[str, Any]) -> list[dict[str, str]]:
         after, before = ("-" if metric[key] is None else f"{metric[key]:.4g}" for key in ("after", "before"))
         facts.append(_fact(_capital(metric["name"]), after, f"was {before}, on {metric['samples']} samples"))
     facts += _prediction_facts(_predictions(report))
-    share = f"{format_share(summary['sparse_flops_fraction'])} of the layers’ work runs sparse"
+    share = f"{format_share(summary['sparse_flops_fraction'])} of all work runs sparse"
     facts.append(_fact("Zeros in layers", format_share(summary["sparsity"]), share))
     return facts
 
@@ -255,7 +271,13 @@ def _compiler_error(verification: Mapping[str, Any]) -> float:
 def _unchanged(verification: Mapping[str, Any]) -> bool:
     """Whether the result is no farther from the original than the compiler's own error explains."""
     loss = verification["against_original"]["relative_error"]
-    return loss is not None and loss <= 2 * _compiler_error(verification)
+    compiler = _compiler_error(verification)
+    return math.isinf(compiler) if loss is None else loss <= 2 * compiler
+
+
+def _only_rounded(verification: Mapping[str, Any]) -> bool:
+    """Whether outputs differ by more than they should, but by what rounding explains and by nothing else."""
+    return "rounding" in verification and _unchanged(verification)
 
 
 def _accuracy_answer(verification: Mapping[str, Any]) -> str:
@@ -263,7 +285,10 @@ def _accuracy_answer(verification: Mapping[str, Any]) -> str:
         return "Not verified: nothing was run"
     compiler = _compiler_error(verification)
     loss = verification["against_original"]["relative_error"]
-    exact = f"Compiling changed the outputs by {format_error(compiler)}"
+    exact = "Compiling changed the outputs by "
+    exact += "more than they are" if math.isinf(compiler) else format_error(compiler)
+    if "rounding" in verification:
+        exact += ", which rounding explains"
     if _unchanged(verification):
         return f"{exact}; nothing else changed them"
     return f"{exact}, compression by {'an amount that is no number' if loss is None else format_error(loss)}"

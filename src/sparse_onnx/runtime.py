@@ -6,20 +6,19 @@ amount of weights, one session at a time; the values between them pass through n
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +27,7 @@ from sparse_onnx import model_io, sparse_ops
 from sparse_onnx.errors import UsageError
 from sparse_onnx.graph import read_values, subgraphs
 from sparse_onnx.inputs import Feeds
+from sparse_onnx.outputs import tensor_outputs
 from sparse_onnx.progress import Progress, format_duration
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.sparse_ops import sparse_matmul
@@ -36,16 +36,19 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "FEWEST_STARTS",
+    "LEVELS",
     "MOST_STARTS",
     "STARTS",
     "Ratio",
     "Runner",
+    "at_best_level",
     "evict_caches",
+    "give_back_memory",
     "interleave",
     "median_interval",
     "open_runner",
     "open_session",
-    "peak_rss_bytes",
     "pool",
     "ratio",
     "repeat",
@@ -58,7 +61,15 @@ __all__ = [
 STARTS, MOST_STARTS = 6, 15
 """How often a measurement is repeated: six are the fewest whose range is a 95 % interval of their median."""
 
-_FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
+FEWEST_STARTS, _FEWEST_ROUNDS = 3, 5
+
+LEVELS = ("all", "basic", "disabled")
+"""ONNX Runtime's graph optimizations, its default first: each leaves out some of those before it."""
+
+_LEVEL_NAMES = {"basic": "basic ones", "disabled": "none"}
+_FOLDED_BYTES = 1 << 20
+
+_T = TypeVar("_T")
 
 
 def session_budget(nbytes: int) -> int:
@@ -67,8 +78,9 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOptions:
-    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run.
+def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> onnxruntime.SessionOptions:
+    """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
+    is one of :data:`LEVELS`.
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
@@ -78,6 +90,11 @@ def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOption
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.graph_optimization_level = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }[level]
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
@@ -85,15 +102,25 @@ def session_options(*, threads: int, library: bool) -> onnxruntime.SessionOption
     return options
 
 
-def open_session(path: Path, *, threads: int, library: bool) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, *, threads: int, library: bool, level: str = LEVELS[0], lean: bool = False
+) -> onnxruntime.InferenceSession:
     """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
+
+    ``level`` is one of :data:`LEVELS`. A ``lean`` session computes large constants anew in every run rather than keep
+    them, as far as ORT lets itself be told: the weights of sparse operators without the library among them.
 
     Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
     """
-    options = session_options(threads=threads, library=library)
+    options = session_options(threads=threads, library=library, level=level)
     ort = import_onnxruntime()
+    if lean:
+        options.add_session_config_entry(
+            "optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED_BYTES)
+        )
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with sparse_ops.native_path(path) as native:
+            return ort.InferenceSession(native, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions have no common base but Exception
         raise UsageError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
 
@@ -114,13 +141,24 @@ class _Segment:
             return
         for value in self.model.graph.inputs:
             if value.type is None:
-                value.type = ir.TensorType(ir.DataType.from_numpy(values[value.name or ""].dtype))
+                value.type = _type_of(values[value.name or ""])
         self.path.parent.mkdir()
         model_io.save_model(self.model, self.path.parent)
 
 
+def _type_of(value: np.ndarray | list[np.ndarray]) -> ir.TypeProtocol:
+    """Of what a session has returned. A sequence without an element to tell from is taken as one of floats."""
+    if isinstance(value, list):
+        return ir.SequenceType(_type_of(value[0]) if value else ir.TensorType(ir.DataType.FLOAT))
+    return ir.TensorType(ir.DataType.from_numpy(value.dtype))
+
+
 class Runner:
-    """Runs one model: ``run(feeds)`` gives all outputs by name; ``milliseconds(feeds)`` times one run."""
+    """Runs one model: ``run(feeds)`` gives all tensor outputs by name; ``milliseconds(feeds)`` times one run.
+
+    Where ORT cannot open or run a session with its default optimizations, the highest of :data:`LEVELS` that works is
+    used, and ``progress`` told so; ``level`` is the lowest one in use.
+    """
 
     def __init__(
         self,
@@ -130,60 +168,131 @@ class Runner:
         library: bool,
         constants: Feeds | None = None,
         progress: Callable[[str], None] = lambda _line: None,
+        lean: bool = False,
+        level: str = LEVELS[0],
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
-        self._threads, self._library, self._say = threads, library, progress
+        self.level = level
+        self._threads, self._library, self._lean, self._say = threads, library, lean, progress
         self._constants = constants or {}
-        self._session = self._open(segments[0]) if len(segments) == 1 and not self._constants else None
+        self._session: onnxruntime.InferenceSession | None = None
+        if len(segments) == 1 and not self._constants:
+            segments[0].write({})
+            self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
+            give_back_memory()
 
-    def _open(self, segment: _Segment, values: Feeds | None = None) -> onnxruntime.InferenceSession:
-        segment.write(values or {})
-        return open_session(segment.path, threads=self._threads, library=self._library)
+    def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
+        return open_session(
+            segment.path, threads=self._threads, library=self._library, level=level, lean=self._lean
+        )
+
+    def _at_best_level(
+        self,
+        segment: _Segment,
+        step: Callable[[onnxruntime.InferenceSession, Feeds], _T],
+        feeds: Feeds,
+        session: onnxruntime.InferenceSession | None = None,
+    ) -> tuple[onnxruntime.InferenceSession, _T]:
+        """``step`` on the first session of ``segment`` that can do it, which is returned as well; ``session`` is the
+        one of the present level, if there is one."""
+        usable = [session]
+
+        def attempt(level: str) -> tuple[onnxruntime.InferenceSession, _T]:
+            found = usable.pop() if usable else None
+            found = found or self._open(segment, level)
+            return found, step(found, feeds)
+
+        self.level, result = at_best_level(attempt, self._say, self.level)
+        return result
 
     @property
     def whole(self) -> bool:
         """True if one session holds the whole model, so that its time is that of a deployed model."""
         return self._session is not None
 
+    def close(self) -> None:
+        """Give back the session's memory; the runner is of no more use."""
+        self._session = None
+        give_back_memory()
+
     def run(self, feeds: Feeds) -> Feeds:
-        return self._walk(feeds, lambda session, values: run_session(session, values))
+        results = {k: v for k, v in self._walk(feeds, run_session).items() if k in self.outputs}
+        for name, value in results.items():
+            if not isinstance(value, np.ndarray):
+                raise UsageError(
+                    f"output {name!r} is no tensor, though the model does not say so; declare its type"
+                )
+        return results
 
     def milliseconds(self, feeds: Feeds, repeat: int = 3) -> float:
         """Wall-clock time of one run. In segments: the sum of each segment's best of ``repeat``, after a warm-up."""
         if self._session is not None:
-            start = time.perf_counter()
-            run_session(self._session, feeds)
-            return (time.perf_counter() - start) * 1e3
+            return self._step(feeds, _timed)
         spent = 0.0
 
-        def timed(session: onnxruntime.InferenceSession, values: Feeds) -> Feeds:
+        def timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
             nonlocal spent
-            result = run_session(session, values)
-            times = []
-            for _ in range(repeat):
-                start = time.perf_counter()
-                run_session(session, values)
-                times.append(time.perf_counter() - start)
-            spent += min(times)
+            result = run_session(session, feeds)
+            spent += min(_timed(session, feeds) for _ in range(repeat))
             return result
 
         self._walk(feeds, timed)
-        return spent * 1e3
+        return spent
+
+    def _step(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], _T]) -> _T:
+        """One step of a model that one session holds."""
+        self._session, result = self._at_best_level(self._segments[0], step, feeds, self._session)
+        return result
 
     def _walk(self, feeds: Feeds, step: Callable[[onnxruntime.InferenceSession, Feeds], Feeds]) -> Feeds:
         if self._session is not None:
-            return step(self._session, feeds)
+            return self._step(feeds, step)
         values = {**self._constants, **feeds}
         parts = Progress(self._say, "too large for one session: part", len(self._segments))
         for index, segment in enumerate(self._segments):
-            session = self._open(segment, values)
-            values |= step(session, {name: values[name] for name in segment.inputs})
-            del session
+            segment.write(values)
+            given = {name: values[name] for name in segment.inputs if name in values}
+            values |= self._at_best_level(segment, step, given)[1]
+            give_back_memory()
             later = {name for s in self._segments[index + 1 :] for name in s.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
             parts.step()
         return {name: values[name] for name in self.outputs}
+
+
+def at_best_level(
+    attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
+) -> tuple[str, _T]:
+    """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no UsageError, and what it returns.
+
+    ``progress`` is told if it is not the first. Raises UsageError, the first one, if there is none.
+    """
+    first: UsageError | None = None
+    for lower in LEVELS[LEVELS.index(level) :]:
+        try:
+            result = attempt(lower)
+        except UsageError as error:
+            first = first or error
+            continue
+        if first is not None:
+            progress(
+                "warning: ONNX Runtime cannot run this model with its default optimizations; here it runs with "
+                f"{_LEVEL_NAMES[lower]}: {_one_line(first)}"
+            )
+        return lower, result
+    assert first is not None
+    raise UsageError(f"{_one_line(first)}. With fewer or no graph optimizations it is the same") from first
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:
+    start = time.perf_counter()
+    run_session(session, feeds)
+    return (time.perf_counter() - start) * 1e3
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
@@ -211,21 +320,26 @@ def open_runner(
     work: Path,
     path: Path | None = None,
     progress: Callable[[str], None] = lambda _line: None,
+    lean: bool = False,
+    level: str = LEVELS[0],
 ) -> Iterator[Runner]:
     """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
 
     ``budget`` (bytes) bounds the weights that one session may hold; ``progress`` is told how far a run is that takes
-    several sessions.
+    several sessions, and where ORT's optimizations fail. ``lean`` and ``level`` are as for :func:`open_session`.
     """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    runner = None
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
+        tensors = tensor_outputs(model)
         if max(model_io.weight_bytes(model), sum(_session_bytes(n, library) for n in model.graph)) <= budget:
             if path is None:
                 model_io.save_model(model, scratch)
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
-            yield Runner([_Segment(path, inputs, tuple(outputs))], outputs, threads, library)
+            whole = _Segment(path, inputs, tuple(outputs))
+            runner = Runner([whole], tensors, threads, library, None, progress, lean, level)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -233,8 +347,11 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            yield Runner(segments, outputs, threads, library, constants, progress)
+            runner = Runner(segments, tensors, threads, library, constants, progress, lean, level)
+        yield runner
     finally:
+        if runner is not None:
+            runner.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -377,7 +494,7 @@ def pool(ratios: Sequence[Ratio]) -> Ratio:
     """Measurements that were made independently of each other as one: the median of their medians, and the interval of
     it. Those that were not quiet are left out if three others are there."""
     quiet = [found for found in ratios if found.quiet]
-    if len(quiet) >= _FEWEST_STARTS:
+    if len(quiet) >= FEWEST_STARTS:
         ratios = quiet
     medians = [found.median for found in ratios]
     return Ratio(
@@ -417,15 +534,17 @@ def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) ->
         ratios.append(measure())
         if sum(found.quiet for found in ratios) >= STARTS and not pool(ratios).close_to(threshold):
             break
-        if len(ratios) >= _FEWEST_STARTS and time.perf_counter() - start > seconds:
+        if len(ratios) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
     return pool(ratios)
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def give_back_memory() -> None:
+    """Return to the system what was freed, where the C library keeps it otherwise: glibc does with a session's weights,
+    and the next session's come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def evict_caches() -> None:

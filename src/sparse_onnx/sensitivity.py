@@ -19,7 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.comparison import compare
-from sparse_onnx.inputs import Feeds, sample_count
+from sparse_onnx.host import available_cores
+from sparse_onnx.inputs import Feeds, InputSpec, input_specs, sample_count
+from sparse_onnx.outputs import tensor_outputs
 from sparse_onnx.passes.allocation import error_curve
 from sparse_onnx.passes.calibration import Calibrator, Options, Samples
 from sparse_onnx.passes.calibration.skeleton import PartSession
@@ -27,7 +29,6 @@ from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity,
 from sparse_onnx.passes.solvers import InputStatistics, wanda_score
 from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.report import available_cores
 
 __all__ = ["Loss", "measure_losses"]
 
@@ -71,7 +72,7 @@ def measure_losses(
     """
     calibrator = Calibrator(model, weights, samples, options, work=work, progress=progress)
     statistics = calibrator.oneshot()
-    batches = _first(samples)
+    batches = _first(samples, input_specs(model))
     known = [weight for weight in weights if weight.name in statistics]
     told = Progress(progress, "losses of layers", len(known))
     losses = {}
@@ -93,12 +94,12 @@ def measure_losses(
     return losses
 
 
-def _first(samples: Samples) -> list[Feeds]:
+def _first(samples: Samples, specs: Sequence[InputSpec]) -> list[Feeds]:
     """The first batches with some samples in all."""
     batches: list[Feeds] = []
     for feeds in samples:
         batches.append(feeds)
-        if sum(map(sample_count, batches)) >= _SAMPLES:
+        if sum(sample_count(batch, specs) for batch in batches) >= _SAMPLES:
             break
     return batches
 
@@ -118,7 +119,7 @@ class _Swapped:
             value.name or "" for value in copy.graph.inputs if value.name not in copy.graph.initializers
         }
         inputs = [name for name in (*example, *own) if name in wanted]
-        outputs = [value.name or "" for value in copy.graph.outputs]
+        outputs = list(tensor_outputs(copy))
         self._own = own
         self._session = PartSession(copy, inputs, outputs, {**example, **own}, threads=threads)
 

@@ -37,10 +37,11 @@ def InferenceSession(
     Raises HostError if onnxruntime or the library is missing.
     """
     ort = import_onnxruntime()
-    from sparse_onnx.sparse_ops import register
+    from sparse_onnx.sparse_ops import native_path, register
 
     sess_options = sess_options or ort.SessionOptions()
     register(sess_options)
-    return ort.InferenceSession(
-        str(path), sess_options, providers=providers or ["CPUExecutionProvider"], **options
-    )
+    with native_path(path) as native:
+        return ort.InferenceSession(
+            native, sess_options, providers=providers or ["CPUExecutionProvider"], **options
+        )

@@ -19,7 +19,15 @@ from sparse_onnx.sparse_ops import (
     sparse_matmul_split,
     sparse_recurrent,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, SIZES, STORED, FormatError, PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import (
+    DOMAIN,
+    FORMAT,
+    PARTS_FORMAT,
+    SIZES,
+    STORED,
+    FormatError,
+    PackedWeight,
+)
 
 __all__ = [
     "SPARSE_OP_TYPES",
@@ -86,6 +94,15 @@ class StoredWeight:
         return self.sizes["K"], self.sizes["N"]
 
     @property
+    def split(self) -> tuple[int, ...]:
+        """Outputs of each of several linears that are one weight, else ()."""
+        if self.prefix:
+            return ()
+        op_type = sparse_feed_forward.OP_TYPES.get(self.node.op_type, self.node.op_type)
+        sizes = self.node.attributes.get_ints("split", ())
+        return sparse_matmul_split.parts_of(op_type, self.sizes["N"], sizes)
+
+    @property
     def mask_structure(self) -> str:
         """The pattern of the zeros, as passes name it."""
         return self.node.attributes.get_string(f"{self.prefix}mask_structure", "unstructured")
@@ -100,13 +117,20 @@ class StoredWeight:
 
     def packed(self) -> PackedWeight:
         """The stored tensors as one weight; those of a file stay mapped. Raises FormatError if something is missing."""
-        tensors, sizes = self.tensors, self.sizes
-        if len(tensors) < len(STORED) or self.node.attributes.get_string("format", "") != FORMAT:
+        tensors, sizes, stored = self.tensors, self.sizes, self.node.attributes.get_string("format", "")
+        if len(tensors) < len(STORED) or stored not in (FORMAT, PARTS_FORMAT):
             raise FormatError(f"no constant in the format {FORMAT}")
         if min(sizes.values()) < 1:
             raise FormatError(f"{', '.join(self.prefix + name for name in SIZES)} must be positive")
         values, offsets, counts, rows = (tensor.numpy() for tensor in tensors)
-        return PackedWeight(**sizes, values=values, offsets=offsets, counts=counts, rows=rows)
+        packed = PackedWeight(
+            **sizes, values=values, offsets=offsets, counts=counts, rows=rows, split=self.split
+        )
+        if packed.format == PARTS_FORMAT and stored == FORMAT:
+            raise FormatError(
+                f"linears of {list(packed.split)} outputs have no whole blocks of {packed.block}"
+            )
+        return packed
 
 
 def stored_weights(node: ir.Node) -> tuple[StoredWeight, ...]:

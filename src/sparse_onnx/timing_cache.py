@@ -24,7 +24,7 @@ from typing import Any
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.errors import HostError
-from sparse_onnx.report import cpu_name
+from sparse_onnx.host import cpu_name
 from sparse_onnx.runtime import Ratio
 from sparse_onnx.session import import_onnxruntime
 from sparse_onnx.storage import write_whole

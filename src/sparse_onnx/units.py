@@ -49,6 +49,15 @@ def format_share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def format_rounded(share: float | None) -> str:
+    """A share in [0, 1] in whole percent, where nothing and everything are exact; ``not known`` for None."""
+    if share is None:
+        return "not known"
+    if 0 < share < 1:
+        return "<1%" if share < 0.005 else ">99%" if share >= 0.995 else f"{share:.0%}"
+    return f"{share:.0%}"
+
+
 def parse_size(size: float | str, whole: int) -> int:
     """Bytes: ``size`` is a share of ``whole`` (0.4 or "40%"), or a size with its unit ("120MB", "1.5 GiB").
 

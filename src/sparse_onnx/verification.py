@@ -12,7 +12,6 @@ One model is open at a time, and outputs wait on disk: all runs fit into the mem
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +22,23 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.comparison import MAX_COMPILER_ERROR, Difference, compare
+from sparse_onnx.compiler_error import CompilerError, judge
 from sparse_onnx.dense_reference import dense_reference
 from sparse_onnx.errors import UsageError, VerificationError
-from sparse_onnx.inputs import Feeds, InputSpec, generate, input_specs, resolve_shapes
+from sparse_onnx.host import available_cores
+from sparse_onnx.input_choice import Choice, choose_inputs, explaining_guesses
+from sparse_onnx.inputs import Feeds, InputSpec, Value, generate, input_specs, plain_values, typed_value
 from sparse_onnx.layer_timing import uses_library
 from sparse_onnx.layer_trace import LayerTrace, trace_layers
 from sparse_onnx.metrics import Measure, MetricResult, open_metric
+from sparse_onnx.outputs import check_outputs, left_out
 from sparse_onnx.passes.calibration.data import open_samples
+from sparse_onnx.passes.fix_inputs import fixed_values
 from sparse_onnx.passes.options import require
 from sparse_onnx.predictions import confirm, find_heads, make_probe
 from sparse_onnx.recording import record
-from sparse_onnx.report import available_cores
 from sparse_onnx.units import format_number
+from sparse_onnx.yardstick import exceeding
 
 __all__ = ["Miss", "Thresholds", "VerifyResult", "verify"]
 
@@ -47,7 +51,8 @@ class Thresholds:
     """What passes; None is not judged.
 
     Attributes:
-        max_compiler_error: ‖optimized − pruned dense‖ / ‖pruned dense‖ of an output, at most.
+        max_compiler_error: ‖optimized − pruned dense‖ / ‖pruned dense‖ of an output, at most, unless rounding explains
+            more, see :mod:`.compiler_error`.
         max_relative_error: ‖optimized − original‖ / ‖original‖ of an output, at most. If no loss is judged at all it is
             1e-4, too: models that should agree.
         max_abs_error: The largest absolute difference from the original, at most.
@@ -55,6 +60,7 @@ class Thresholds:
         min_top1_agreement: The share of rows with the same largest element as in the original, at least.
         max_kl: The mean KL divergence (in nats) from the original at an output with logits, at most.
         max_drop: What the metric may lose, see :func:`.quality.drop`; without a metric of 1 − cosine.
+        by_default: Whether ``max_relative_error`` is the default, which allows what rounding explains, too.
     """
 
     max_compiler_error: float = MAX_COMPILER_ERROR
@@ -64,22 +70,27 @@ class Thresholds:
     min_top1_agreement: float | None = None
     max_kl: float | None = None
     max_drop: float | None = None
+    by_default: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in self.to_dict().items():
             if value is None:
                 continue
             low, high = {"min_cosine": (-1, 1), "min_top1_agreement": (0, 1)}.get(name, (0, math.inf))
             allowed = "0 or more" if high == math.inf else f"in [{low}, {high}]"
             require(low <= value <= high and math.isfinite(value), name, value, allowed)
 
+    def to_dict(self) -> dict[str, float | None]:
+        """By name, without ``by_default``."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "by_default"}
+
     def with_default(self) -> Thresholds:
         """With the default for the loss if none is judged."""
-        judged = dataclasses.asdict(self)
+        judged = self.to_dict()
         del judged["max_compiler_error"]
         if any(value is not None for value in judged.values()):
             return self
-        return dataclasses.replace(self, max_relative_error=MAX_COMPILER_ERROR)
+        return dataclasses.replace(self, max_relative_error=MAX_COMPILER_ERROR, by_default=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +144,8 @@ class VerifyResult:
         inputs: One line for each set of inputs that was run.
         skipped: Shapes that the original refuses, each with the reason.
         batches: How many times each model was run.
+        compiler: :attr:`against_pruned_dense` as it was judged.
+        left_out: Outputs that are no tensors and were not compared: what they are by their name.
     """
 
     against_original: Mapping[str, Difference]
@@ -143,11 +156,13 @@ class VerifyResult:
     inputs: tuple[str, ...]
     skipped: tuple[str, ...]
     batches: int
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compiler: Mapping[str, CompilerError] = dataclasses.field(default_factory=dict)
 
     @property
     def misses(self) -> tuple[Miss, ...]:
         """The thresholds that were missed; NaN misses every one."""
-        return tuple(_misses(self.against_original, self.against_pruned_dense, self.metric, self.thresholds))
+        return tuple(_misses(self.against_original, self.compiler, self.metric, self.thresholds))
 
     @property
     def passed(self) -> bool:
@@ -159,12 +174,14 @@ class VerifyResult:
         return {
             "passed": self.passed,
             "misses": [miss.to_dict() for miss in self.misses],
-            "thresholds": dataclasses.asdict(self.thresholds),
+            "thresholds": self.thresholds.to_dict(),
             "batches": self.batches,
+            "left_out": dict(self.left_out),
             "inputs": list(self.inputs),
             "skipped": list(self.skipped),
             "against_pruned_dense": {k: found.to_dict() for k, found in self.against_pruned_dense.items()},
             "against_original": {k: found.to_dict() for k, found in self.against_original.items()},
+            "rounding": {way: error.rounding_document() for way, error in self.compiler.items()},
             "metric": None if self.metric is None else self.metric.to_dict(),
             "trace": None if self.trace is None else self.trace.to_dict(),
         }
@@ -178,6 +195,7 @@ def verify(
     tokenizer: str | Path | None = None,
     num_samples: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    input_values: Mapping[str, Any] | None = None,
     max_compiler_error: float = MAX_COMPILER_ERROR,
     max_relative_error: float | None = None,
     max_abs_error: float | None = None,
@@ -204,6 +222,8 @@ def verify(
             target shapes, and again at smaller odd ones where dimensions are symbolic.
         num_samples: Use so many of them; None: all.
         input_shapes: Target shapes of generated inputs, by input name; a sequence of these for several targets.
+        input_values: Values for inputs that steer the graph, by name, where the data has none. Those that the optimized
+            model has as constants (``fixed_inputs`` of ``optimize``) are known from it.
         max_compiler_error, max_relative_error, max_abs_error, min_cosine, min_top1_agreement, max_kl, max_drop: What
             passes, see :class:`Thresholds`.
         metric: A metric to measure of both on ``data``, see :mod:`.metrics`.
@@ -231,7 +251,8 @@ def verify(
     say = progress or (lambda _line: None)
     paths = (Path(original), Path(optimized))
     models = (model_io.load_model(paths[0]), model_io.load_model(paths[1]))
-    specs = input_specs(models[0])
+    check_outputs(models[0], say)
+    specs = _specs(models, plain_values(input_values) or {})
     _check_interfaces(models, specs)
     heads = find_heads(models[0])
     if max_kl is not None and not heads:
@@ -241,12 +262,16 @@ def verify(
     if data is None and (labels is not None or tokenizer is not None):
         raise UsageError("labels and tokenizer belong to real inputs: give data, too")
     count = threads or available_cores()
+    choices: list[Choice] = []
     if data is not None:
         samples = open_samples(data, specs, limit=num_samples, tokenizer=tokenizer, labels=labels)
         batches, required = list(samples), None
         tried = [f"{data}: {len(batches)} batches"]
     else:
-        batches, required = _generated(specs, input_shapes or {}, seed, say)
+        asked = input_shapes or {}
+        wanted = [asked] if isinstance(asked, Mapping) else list(asked)
+        choices = [choose_inputs(models[0], specs, target) for target in wanted]
+        batches, required = _generated(choices, seed, say)
         tried = [f"generated: {_describe(feeds)}" for feeds in batches]
     opened = None
     if metric is not None:
@@ -263,26 +288,32 @@ def verify(
         work = Path(scratch)
         probe = make_probe(heads, batches[0]) if data is not None else None
         say("running the original")
-        reference, skipped = record(
-            models[0],
-            paths[0],
-            batches if probe is None else [*batches, probe.feeds],
-            work / "original",
-            threads=count,
-            library=False,
-            required=required,
-        )
+        with explaining_guesses(choices):
+            reference, skipped = record(
+                models[0],
+                paths[0],
+                batches if probe is None else [*batches, probe.feeds],
+                work / "original",
+                threads=count,
+                library=False,
+                required=required,
+                progress=say,
+            )
         heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
         dense = dense_reference(models[1], spool.put) if uses_library(models[1]) else None
         if dense is not None:
             say("running the pruned dense model")
-            unpacked, _ = record(dense, None, batches, work / "dense", threads=count, library=False)
+            unpacked, _ = record(
+                dense, None, batches, work / "dense", threads=count, library=False, progress=say
+            )
         against_original, against_dense = {}, {}
         for way in ("with_library", "without_library") if dense is not None else ("without_library",):
             say(f"running the optimized model {way.replace('_', ' ')}")
             library = way == "with_library"
-            outputs, _ = record(models[1], paths[1], batches, work / way, threads=count, library=library)
+            outputs, _ = record(
+                models[1], paths[1], batches, work / way, threads=count, library=library, progress=say
+            )
             against_original[way] = compare(reference, outputs, heads, batches)
             if dense is not None:
                 against_dense[way] = compare(unpacked, outputs)
@@ -291,23 +322,42 @@ def verify(
         if opened is not None:
             say("measuring the metric of the optimized model")
             measured = opened.compare(models[1], threads=threads)
-        misses = list(_misses(against_original, against_dense, measured, thresholds))
+        compiler = {
+            way: judge(
+                dense,
+                models[1],
+                batches,
+                found,
+                threshold=max_compiler_error,
+                library=way == "with_library",
+                threads=count,
+                work=work,
+                progress=say,
+            )
+            for way, found in against_dense.items()
+            if dense is not None
+        }
+        misses = list(_misses(against_original, compiler, measured, thresholds))
         trace = None
         if layers or (layers is None and misses):
             # A fault of the compiler is looked for first: it may be all of the loss.
             fault = next((miss for miss in misses if miss.threshold == "max_compiler_error"), None)
-            way = (fault or misses[0]).way if misses else ""
+            way = misses[0].way if misses else ""
             try:
-                trace = trace_layers(
-                    dense if dense is not None and fault is not None else models[0],
-                    models[1],
-                    batches,
-                    threshold=max_compiler_error,
-                    threads=count,
-                    library=dense is not None and way != "without_library",
-                    work=work,
-                    title="original" if fault is None else "pruned dense model",
-                    progress=say,
+                trace = (
+                    compiler[fault.way].trace
+                    if fault is not None
+                    else trace_layers(
+                        models[0],
+                        models[1],
+                        batches,
+                        threshold=max_compiler_error,
+                        threads=count,
+                        library=dense is not None and way != "without_library",
+                        work=work,
+                        title="original",
+                        progress=say,
+                    )
                 )
             except UsageError as error:  # of a model that runs as it is, but not with its values given out
                 if layers:
@@ -316,20 +366,48 @@ def verify(
     ran = tuple(line for index, line in enumerate(tried) if index not in skipped)
     refused = tuple(f"{tried[index]}: {reason}" for index, reason in skipped.items())
     return VerifyResult(
-        against_original, against_dense, thresholds, measured, trace, ran, refused, len(batches)
+        against_original,
+        against_dense,
+        thresholds,
+        measured,
+        trace,
+        ran,
+        refused,
+        len(batches),
+        left_out(models[0]),
+        compiler,
     )
 
 
 def _misses(
     against_original: Mapping[str, Difference],
-    against_dense: Mapping[str, Difference],
+    compiler: Mapping[str, CompilerError],
     metric: MetricResult | None,
     thresholds: Thresholds,
 ) -> Iterator[Miss]:
-    """Of every threshold that is missed the place where it is missed by most."""
-    found = _figures(against_dense)["max_relative_error"]
-    yield from _worst("max_compiler_error", "pruned dense model", found, thresholds.max_compiler_error)
+    """Of every threshold that is missed the place where it is missed by most. What rounding explains misses neither
+    that of the compiler nor the default for models that should agree."""
+    faults = {way: error for way, error in compiler.items() if error.at_fault}
+    if faults:
+        way = max(faults, key=lambda way: _rank(faults[way].worst.relative_error))
+        worst = faults[way].worst
+        yield Miss(
+            "max_compiler_error",
+            "pruned dense model",
+            way,
+            worst.worst_output,
+            worst.relative_error,
+            thresholds.max_compiler_error,
+        )
     figures = _figures(against_original)
+    if thresholds.by_default:
+        figures["max_relative_error"] = [
+            (at.relative_error, way, at.worst_output)
+            for way, difference in against_original.items()
+            for at in exceeding(
+                difference, MAX_COMPILER_ERROR, compiler[way].rounding if way in compiler else {}
+            )
+        ]
     if metric is not None:
         figures["max_drop"] = [(metric.drop, "", "")]
     for name, places in figures.items():
@@ -341,7 +419,7 @@ _Place = tuple[float, str, str]  # a figure, the way and the output
 
 def _figures(differences: Mapping[str, Difference]) -> dict[str, list[_Place]]:
     """What each threshold of the loss is about, in all ways and at all outputs."""
-    figures: dict[str, list[_Place]] = {field.name: [] for field in dataclasses.fields(Thresholds)[1:]}
+    figures: dict[str, list[_Place]] = {field.name: [] for field in dataclasses.fields(Thresholds)[1:-1]}
     for way, difference in differences.items():
         predictions = {found.output: found for found in difference.predictions}
         for at in difference.outputs:
@@ -361,41 +439,53 @@ def _worst(name: str, reference: str, places: Sequence[_Place], allowed: float |
     if allowed is None or not places:
         return
     sign = -1 if name.startswith("min_") else 1
-    found, way, output = max(places, key=lambda place: math.inf if math.isnan(place[0]) else sign * place[0])
+    found, way, output = max(places, key=lambda place: _rank(sign * place[0]))
     if not sign * found <= sign * allowed:
         yield Miss(name, reference, way, output, found, allowed)
 
 
-def _generated(
-    specs: Sequence[InputSpec],
-    targets: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]],
-    seed: int,
-    say: Callable[[str], None],
-) -> tuple[list[Feeds], int]:
+def _rank(figure: float) -> float:
+    return math.inf if math.isnan(figure) else figure
+
+
+def _generated(choices: Sequence[Choice], seed: int, say: Callable[[str], None]) -> tuple[list[Feeds], int]:
     """Inputs at every target, then at other shapes than the first; and how many of them are for targets."""
-    wanted = [targets] if isinstance(targets, Mapping) else list(targets)
     every: list[dict[str, tuple[int, ...]]] = []
-    for target in wanted:
-        shapes, guessed = resolve_shapes(specs, {name: tuple(shape) for name, shape in target.items()})
-        for name, size in guessed.items():
-            say(f"note: dimension {name} is taken as {size}; say --input-shape for another")
-        if shapes not in every:
-            every.append(shapes)
+    for choice in choices:
+        for line in choice.notes("for another"):
+            say(f"note: {line}")
+        if choice.shapes not in every:
+            every.append(choice.shapes)
     required = len(every)
-    other = _other_shapes(specs, every[0])
-    if other not in every:
+    other = choices[0].others(_SHORT)
+    if other is not None and other not in every:
         every.append(other)
-    return [generate(specs, shapes, seed + i) for i, shapes in enumerate(every)], required
+    return [generate(choices[0].specs, shapes, seed + i) for i, shapes in enumerate(every)], required
+
+
+def _specs(models: Sequence[ir.Model], values: Mapping[str, Value]) -> tuple[InputSpec, ...]:
+    """The inputs of the original; those that are constants of the optimized model have its values."""
+    constants = fixed_values(models[1])
+    names = {value.name for value in models[0].graph.inputs}
+    specs = input_specs(models[0], {}, {name: v for name, v in constants.items() if name in names})
+    for spec in specs:
+        if spec.fixed and spec.name in values and typed_value(spec, values[spec.name]) != spec.value:
+            raise UsageError(f"--input {spec.name}: the optimized model has it fixed to {spec.value}")
+    free = {name: value for name, value in values.items() if name not in constants}
+    fixed = {spec.name: spec.value for spec in specs if spec.fixed}
+    return input_specs(models[0], free, fixed)
 
 
 def _check_interfaces(models: Sequence[ir.Model], specs: Sequence[InputSpec]) -> None:
     other = {spec.name: spec for spec in input_specs(models[1])}
+    specs = [spec for spec in specs if not spec.fixed]
     names = {spec.name for spec in specs}
     if names != other.keys():
         raise VerificationError(f"the models differ in their inputs: {_only(names, set(other))}")
     for spec in specs:
         same = other[spec.name]
-        if spec.dtype != same.dtype or len(spec.shape) != len(same.shape):
+        ranks = {len(shape) for shape in (spec.shape, same.shape) if shape is not None}
+        if spec.dtype != same.dtype or len(ranks) > 1:
             raise VerificationError(
                 f"the models differ in an input: {spec.describe()} in the original, "
                 f"{same.describe()} in the optimized"
@@ -412,24 +502,6 @@ def _only(first: set[str], second: set[str]) -> str:
         if names
     ]
     return "; ".join(parts)
-
-
-def _other_shapes(
-    specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """``shapes`` with a batch of one made two and long dimensions made short, where the model leaves them open.
-
-    Axes after the second stay: what heights and widths a network takes depends on its strides.
-    """
-    return {
-        spec.name: tuple(map(_other_size, spec.shape, shapes[spec.name], itertools.count())) for spec in specs
-    }
-
-
-def _other_size(dim: int | str | None, size: int, position: int) -> int:
-    if isinstance(dim, int) or position > 1:
-        return size
-    return 2 if size == 1 and position == 0 else min(size, _SHORT)
 
 
 def _describe(feeds: Feeds) -> str:

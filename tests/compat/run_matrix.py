@@ -68,6 +68,7 @@ def write_models(folder: Path) -> None:
 
     from sparse_onnx.sparse_ops import sparse_feed_forward as ff
     from sparse_onnx.sparse_ops import sparse_matmul as sm
+    from sparse_onnx.sparse_ops import sparse_matmul_split as split
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 37, WIDTHS[0])).astype(np.float32)
@@ -93,8 +94,11 @@ def write_models(folder: Path) -> None:
         expected = sm.reference(expected, packed, bias, activation)
         append(op_type, {**packed.arrays(), "bias": bias}, packed.attributes())
     for op_type, first in ff.OP_TYPES.items():
-        hidden = 128 if first in sm.ACTIVATIONS else 64
-        (packed, bias), (down, down_bias) = stored(WIDTHS[-1], 128), stored(hidden, WIDTHS[-1])
+        hidden = 128 if first in sm.ACTIVATIONS else 45  # a gate of two linears that have no whole blocks
+        linears = [stored(WIDTHS[-1], hidden) for _ in range(1 if first in sm.ACTIVATIONS else 2)]
+        packed = split.concatenate([weight for weight, _ in linears])
+        bias = np.concatenate([vector for _, vector in linears])
+        down, down_bias = stored(hidden, WIDTHS[-1])
         expected = ff.reference(op_type, expected, packed, bias, down, down_bias)
         second = {f"{ff.PREFIX}{name}": array for name, array in {**down.arrays(), "bias": down_bias}.items()}
         sizes = {f"{ff.PREFIX}{name}": size for name, size in down.attributes().items() if name != "format"}

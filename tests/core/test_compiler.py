@@ -1,6 +1,5 @@
 """The whole road on small models: decisions, files, reports, exit codes, and nothing left behind on an error."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +9,10 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation, model_io, model_timing
+from sparse_onnx import compilation, sparse_ops
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.passes import guard
+from sparse_onnx.runtime import Ratio
 
 WIDTH = 512
 
@@ -43,6 +43,16 @@ def outputs(path, x, *, library):
     if library:
         return sparse_onnx.InferenceSession(path).run(None, {"X": x})[0]
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"X": x})[0]
+
+
+def told(whole):
+    """A ``time_whole`` that tells the speedup in ``whole`` for as many sparse operators, with an interval of 2 %."""
+
+    def time_whole(_self, optimized):
+        median = whole[sum(node.domain == "sparse_onnx" for node in optimized.graph)]
+        return [Ratio(2.0, 2.0 / median, median, 0.99 * median, 1.01 * median)]
+
+    return time_whole
 
 
 X = np.random.default_rng(3).standard_normal((128, WIDTH)).astype(np.float32)
@@ -83,6 +93,8 @@ def test_dense_model_is_exit_5_and_written_as_it_was(tmp_path):
     original = onnx.load(source)
     nodes = [[(node.op_type, node.input, node.output) for node in m.graph.node] for m in (written, original)]
     assert nodes[0] == nodes[1]
+    summary = result.report["summary"]
+    assert summary["bytes_before"] == summary["bytes_after"] == source.stat().st_size
 
 
 def test_pruning_reports_loss_apart_from_correctness(tmp_path):
@@ -132,18 +144,14 @@ def test_min_speedup_out_of_reach_keeps_everything_dense(tmp_path):
 
 def test_whole_model_slower_gives_layers_up(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.9, layers=4)
-    real, calls = model_timing.ratio, []
-
-    def slower_at_first(first, second, **options):
-        calls.append(1)
-        measured = real(first, second, **options)
-        return dataclasses.replace(measured, median=0.5 if len(calls) <= 2 else 1.5)
-
-    monkeypatch.setattr(model_timing, "ratio", slower_at_first)
+    whole = {4: 0.5, 2: 0.8, 1: 1.5}  # by layers that are sparse
+    monkeypatch.setattr(compilation.Compilation, "time_whole", told(whole))
+    monkeypatch.setattr(guard, "time_pair", lambda *_models, **_options: Ratio(4.0, 2.0, 2.0, 1.9, 2.1))
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert result.exit_code == 0
     decisions = [row["decision"] for row in result.report["layers"]]
     assert decisions.count("sparse") == 1  # 4, then 2, then 1
+    assert result.speedup == 1.5
     assert sum("the whole model was slower" in row["reason"] for row in result.report["layers"]) == 3
     expected = outputs(source, X, library=False)
     np.testing.assert_allclose(
@@ -170,8 +178,18 @@ def test_dry_run_writes_nothing(tmp_path):
 def test_large_model_runs_in_segments_with_the_same_result(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.95, layers=5)
     monkeypatch.setattr(compilation, "session_budget", lambda nbytes: nbytes // 4)
+    monkeypatch.setattr(guard, "time_pair", lambda *_models, **_options: Ratio(4.0, 2.0, 2.0, 1.9, 2.1))
+    measured = []
+    real = compilation.Compilation.time_whole
+
+    def time_whole(self, optimized):
+        measured.append(real(self, optimized))
+        return [Ratio(4.0, 2.0, 2.0, 1.9, 2.1)]
+
+    monkeypatch.setattr(compilation.Compilation, "time_whole", time_whole)
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert result.exit_code == 0
+    assert all(ratio.median > 0 for ratios in measured for ratio in ratios)
     assert result.report["verification"]["against_pruned_dense"]["relative_error"] < 1e-5
     expected = outputs(source, X, library=False)
     np.testing.assert_allclose(
@@ -273,4 +291,8 @@ def test_decisions_carry_the_measurement(tmp_path):
     assert row["dense_ms"] > row["sparse_ms"] > 0
     assert row["speedup_low"] <= row["dense_ms"] / row["sparse_ms"] * 1.5
     assert row["sparsity"] > guard.MIN_SPARSITY
-    assert model_io.weight_bytes(model_io.load_model(source)) == result.report["summary"]["bytes_before"]
+    assert row["kernel"] in sparse_ops.info().kernels
+    assert row["rows"] == 128
+    assert result.report["summary"]["bytes_before"] == source.stat().st_size
+    written = sum((result.folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert result.report["summary"]["bytes_after"] == written

@@ -1,7 +1,5 @@
 """Sparse linears that are one operator, on the whole road: compiled, run, inspected and timed as what they are."""
 
-import dataclasses
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -9,11 +7,12 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx import compilation, layer_timing, model_io, model_timing
+from sparse_onnx import compilation, layer_timing, model_io, sparse_ops
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.inspection import inspect_model
 from sparse_onnx.layer_timing import time_sparse_layers
 from sparse_onnx.passes.guard import Decision
+from sparse_onnx.runtime import Ratio
 
 WIDTH, HIDDEN, HEADS = 128, 256, 4
 
@@ -104,7 +103,12 @@ def test_report_has_every_linear_and_inspection_every_operator(compiled):
         "Wu",
         "Wd",
     }
-    assert compiled.report["summary"]["sparse_flops_fraction"] == 1.0
+    kernels = {row["kernel"] for row in rows if row["decision"] == "sparse"}
+    assert kernels <= set(sparse_ops.info().kernels), "merged or not, the kernel is known"
+    (attention,) = compiled.report["untouched"]  # queries by keys, and probabilities by values
+    assert (attention["op_type"], attention["count"]) == ("MatMul", 2)
+    rest = 1 - compiled.report["summary"]["sparse_flops_fraction"]
+    assert 0 < attention["share"] == pytest.approx(rest)
     document = inspect_model(compiled.folder / "model.onnx")
     stored = {row["name"]: row for row in document["weights"] if row["state"] == "sparse"}
     assert stored["Wq+Wk+Wv"]["shape"] == [WIDTH, 3 * WIDTH]
@@ -164,20 +168,22 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
 
 def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
-    real, calls = model_timing.ratio, []
+    tried = []
 
-    def slower_at_first(first, second, **options):
-        calls.append(1)
-        return dataclasses.replace(real(first, second, **options), median=0.5 if len(calls) == 1 else 1.5)
+    def slower_at_first(_self, optimized):
+        if optimized not in tried:
+            tried.append(optimized)
+        median = 0.5 if len(tried) == 1 else 1.5
+        return [Ratio(1.0, 1 / median, median, median, median)]
 
     def all_sparse(_model, candidates, *_arguments, **_options):
         return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
 
-    monkeypatch.setattr(model_timing, "ratio", slower_at_first)
+    monkeypatch.setattr(compilation.Compilation, "time_whole", slower_at_first)
     monkeypatch.setattr(compilation.guard, "decide", all_sparse)
     source, _ = case
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes={"X": SHAPE}, threads=1)
-    assert len(calls) == 2
+    assert len(tried) == 2
     left = sum(row["decision"] == "sparse" for row in result.report["layers"])
     assert left == len(result.report["layers"]) // 2
     nodes = onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node
@@ -193,16 +199,17 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
 
 
 def test_what_is_not_merged_is_declined_once(tmp_path):
+    """100 of 128 outputs of a block, beside one that fills two."""
     rng = np.random.default_rng(0)
     proto = onnx.parser.parse_model(
         """<ir_version: 9, opset_import: ["" : 20]>
-        g (float[batch, 64] X) => (float[batch, 100] A, float[batch, 100] B) { A = MatMul(X, V) B = MatMul(X, W) }"""
+        g (float[batch, 64] X) => (float[batch, 256] A, float[batch, 100] B) { A = MatMul(X, V) B = MatMul(X, W) }"""
     )
     for name in "VW":
-        array = rng.standard_normal((64, 100)).astype(np.float32)
+        array = rng.standard_normal((64, 256 if name == "V" else 100)).astype(np.float32)
         array[rng.random(array.shape) < 0.9] = 0
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     onnx.save(proto, tmp_path / "in.onnx")
     report = sparse_onnx.optimize(tmp_path / "in.onnx", tmp_path / "out", benchmark=False).report
     reasons = [place["reason"] for place in report["declined"] if place["pass_name"] == "lower.merge-linears"]
-    assert reasons == ["has 100 outputs, which are not whole blocks of 64"] * 2
+    assert reasons == ["is stored differently from the other linears of its input"] * 2

@@ -192,19 +192,17 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, model)
     allowed = open
 
-    def deny(file: object, *args: object, **kwargs: object) -> object:
-        if str(file).endswith("w.data"):
-            raise PermissionError(13, "Permission denied")
-        return allowed(file, *args, **kwargs)  # type: ignore[call-overload]
+    for name in ("w.data", "model.onnx"):
 
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", deny)
-        with pytest.raises(HostError, match=r"w\.data: no permission to read"):
-            load_model(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda self: deny("w.data"))
-        with pytest.raises(HostError, match=r"model\.onnx: no permission to read"):
-            load_model(path)
+        def deny(file: object, *args: object, denied: str = name, **kwargs: object) -> object:
+            if str(file).endswith(denied):
+                raise PermissionError(13, "Permission denied")
+            return allowed(file, *args, **kwargs)  # type: ignore[call-overload]
+
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", deny)
+            with pytest.raises(HostError, match=rf"{name}: no permission to read"):
+                load_model(path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "w.data"])
@@ -228,7 +226,8 @@ def test_real_permission(folder: Path, name: str) -> None:
         (lambda m: setattr(m, "ir_version", 14), "IR version 14"),
         (lambda m: m.ClearField("ir_version"), "no IR version"),
         (lambda m: setattr(m.opset_import[0], "version", 27), "opset <= 26"),
-        (lambda m: setattr(m.opset_import[0], "version", 12), "version_converter"),
+        (lambda m: setattr(m.opset_import[0], "version", 6), "version_converter"),
+        (lambda m: setattr(m.opset_import[0], "version", 12), "it has functions"),
         (lambda m: m.opset_import.pop(0), "imports no version"),
         (lambda m: m.opset_import.append(make_opsetid("ai.onnx", 19)), "two versions"),
         (lambda m: setattr(m.functions[0].opset_import[0], "version", 27), "opset <= 26"),
@@ -421,9 +420,14 @@ def test_segment(folder: Path) -> None:
         ("C:\\w.data", {}, "outside the model's folder"),
         ("\\\\host\\w.data", {}, "outside the model's folder"),
         ("sub", {}, "not a regular file"),
-        ("link.data", {}, "symbolic link"),
-        ("linked/w.data", {}, "symbolic link"),
         ("hard.data", {}, "hard links"),
+        ("out.data", {}, "leads out of the model's folder"),
+        ("out/w.data", {}, "leads out of the model's folder"),
+        ("passwd", {}, "leads out of the model's folder"),
+        ("loop", {}, "cannot be read"),
+        ("nowhere", {}, "does not exist"),
+        ("linked", {}, "not a regular file"),
+        ("first.link", {}, "hard links"),
         ("w.data", {"offset": 1}, "which has only 256"),
         ("w.data", {"offset": 10**17}, "which has only 256"),
         ("w.data", {"offset": -4}, "is no byte count"),
@@ -442,15 +446,88 @@ def test_external_data(
 ) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "w.data").write_bytes(WEIGHT.tobytes())
-    (folder / "link.data").symlink_to("w.data")
-    (folder / "linked").symlink_to("sub")
     (folder / "first.data").write_bytes(WEIGHT.tobytes())
     (folder / "hard.data").hardlink_to(folder / "first.data")
+    outside = folder.parent / f"{folder.name}-outside"
+    outside.mkdir()
+    (outside / "w.data").write_bytes(WEIGHT.tobytes())
+    links = {"out.data": outside / "w.data", "out": outside, "passwd": "/etc/passwd", "loop": "loop"}
+    for name, target in {**links, "nowhere": "gone", "linked": "sub", "first.link": "first.data"}.items():
+        (folder / name).symlink_to(target)
     model = sound_model()
     make_external(places(model)[place], location, **entries)
     message = refused(write(folder, model))
     assert words in message
     assert place in message or {"subgraph": "'u'", "function": "attribute 'value'"}[place] in message
+
+
+def in_cache(folder: Path, name: str = "model.onnx", up: str = "../..") -> Path:
+    """The sound model with external data as the Hugging Face cache keeps it; the path that a user gives."""
+    model = sound_model()
+    make_external(model.graph.initializer[0])
+    made = write(folder, model)
+    blobs, path = folder / "blobs", folder / "snapshots" / "0a1b" / name
+    blobs.mkdir()
+    path.parent.mkdir(parents=True)
+    made.rename(blobs / "first")
+    (folder / "w.data").rename(blobs / "second")
+    path.symlink_to(f"{up}/blobs/first")
+    (path.parent / "w.data").symlink_to(f"{up}/blobs/second")
+    return path
+
+
+@pytest.mark.parametrize(("name", "up"), [("model.onnx", "../.."), ("onnx/model.onnx", "../../..")])
+def test_data_where_the_link_of_the_model_leads(folder: Path, name: str, up: str) -> None:
+    loaded = load_model(in_cache(folder, name, up)).graph.initializers["w"].const_value
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.numpy(), WEIGHT)
+    saved = save_model(load_model(folder / "snapshots" / "0a1b" / name), folder / "out")
+    again = load_model(saved).graph.initializers["w"].const_value
+    assert again is not None
+    np.testing.assert_array_equal(again.numpy(), WEIGHT)
+
+
+def test_a_folder_may_be_a_link_itself(folder: Path) -> None:
+    path = in_cache(folder)
+    (folder / "current").symlink_to(path.parent, target_is_directory=True)
+    loaded = load_model(folder / "current" / path.name).graph.initializers["w"].const_value
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.numpy(), WEIGHT)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda snapshot, blobs: blobs.parent,  # beside the blobs
+        lambda snapshot, blobs: snapshot.parent,
+        lambda snapshot, blobs: blobs.parent / "blobs-of-another",  # a name that begins like theirs
+    ],
+)
+def test_data_elsewhere_stays_refused(folder: Path, edit: Callable[[Path, Path], Path]) -> None:
+    path = in_cache(folder)
+    elsewhere = edit(path.parent, folder / "blobs")
+    elsewhere.mkdir(exist_ok=True)
+    (elsewhere / "secret").write_bytes(WEIGHT.tobytes())
+    (path.parent / "w.data").unlink()
+    (path.parent / "w.data").symlink_to(elsewhere / "secret")
+    assert "leads out of the model's folder" in refused(path)
+
+
+def test_a_model_that_is_no_link_opens_no_other_folder(folder: Path) -> None:
+    path = in_cache(folder)
+    path.unlink()
+    (folder / "blobs" / "first").rename(path)
+    assert "leads out of the model's folder" in refused(path)
+
+
+def test_a_link_that_changes_after_the_check_is_not_followed(folder: Path) -> None:
+    path = in_cache(folder)
+    loaded = load_model(path).graph.initializers["w"].const_value
+    (folder / "secret").write_bytes(bytes(256))
+    (path.parent / "w.data").unlink()
+    (path.parent / "w.data").symlink_to("../../secret")
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.numpy(), WEIGHT)
 
 
 def test_truncated_data_file(folder: Path) -> None:
@@ -474,9 +551,11 @@ def test_external_strings(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("entries", [{"offset": None}, {"length": None}, {"prepacked_0": "1|2"}])
-@pytest.mark.parametrize("location", ["w.data", "./w.data", "sub/w.data"])
+@pytest.mark.parametrize("location", ["w.data", "./w.data", "sub/w.data", "link.data", "linked/w.data"])
 def test_sound_external_data(folder: Path, location: str, entries: dict[str, object]) -> None:
     (folder / "sub").mkdir()
+    (folder / "link.data").symlink_to("w.data")
+    (folder / "linked").symlink_to("sub")
     (folder / "sub" / "w.data").write_bytes(WEIGHT.tobytes())
     model = sound_model()
     make_external(model.graph.initializer[0], location, **entries)

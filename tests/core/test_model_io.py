@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_onnx.errors import HostError, ModelFileError, UsageError
-from sparse_onnx.model_io import Spool, load_model, save_model, weight_bytes
+from sparse_onnx.model_io import Spool, file_bytes, load_model, save_model, weight_bytes
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -252,10 +252,40 @@ def test_shared_tensors_are_written_once(tmp_path: Path) -> None:
     assert stored(loaded)["b"].tobytes() == tensor.tobytes()
 
 
-def test_weight_bytes_counts_subgraphs() -> None:
+def test_weight_bytes_counts_subgraphs_and_constant_nodes() -> None:
     text = BRANCHES.format(ones=", ".join(["1.0"] * 64))
-    assert weight_bytes(ir.from_proto(onnx.parser.parse_model(text))) == 2 * 256
+    assert weight_bytes(ir.from_proto(onnx.parser.parse_model(text))) == 5 * 256
     assert weight_bytes(model_of()) == 0
+
+
+def test_file_bytes_are_what_the_files_take(tmp_path: Path) -> None:
+    text = BRANCHES.format(ones=", ".join(["1.0"] * 64))
+    proto = onnx.parser.parse_model(text)
+    inside = tmp_path / "inside.onnx"
+    onnx.save(proto, inside)
+    assert file_bytes(inside, load_model(inside)) == inside.stat().st_size
+    path = save_model(load_model(inside), tmp_path / "out")
+    files = path.stat().st_size + (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert file_bytes(path, load_model(path)) == files
+
+
+def test_file_bytes_count_what_is_read_of_a_data_file(tmp_path: Path) -> None:
+    """Weights of another model in the same file are not this model's; what aligns tensors is."""
+    path = save_model(model_of(floats("a", 100_000), floats("b", 100_000)), tmp_path)
+    data = tmp_path / "model.onnx.data"
+    whole = path.stat().st_size + data.stat().st_size
+    assert data.stat().st_size > 800_000, "the second begins on a page"
+    assert file_bytes(path, load_model(path)) == whole
+    with open(data, "ab") as file:
+        file.write(bytes(1_000_000))
+    assert file_bytes(path, load_model(path)) == whole
+    proto = onnx.load(path, load_external_data=False)
+    shared = onnx.TensorProto()
+    shared.CopyFrom(proto.graph.initializer[0])
+    shared.name = "again"
+    proto.graph.initializer.append(shared)
+    onnx.save(proto, path)
+    assert file_bytes(path, load_model(path)) == path.stat().st_size + data.stat().st_size - 1_000_000
 
 
 def test_torch_tensors(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from sparse_onnx.report_html import render_html
 Report = dict[str, Any]
 Show = Callable[..., Any]
 
+pytestmark = pytest.mark.browser
+
 WIDE = """[...document.querySelectorAll("main, main *")]
   .filter(e => e.getClientRects().length && !e.closest("thead") && !(e instanceof SVGElement && e.tagName != "svg"))
   .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)

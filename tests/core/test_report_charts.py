@@ -7,7 +7,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_onnx.report_charts import (
@@ -35,6 +35,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 328, 16, 190  # the inner rectangle of a chart
         (-3, 3, [-3, -2, -1, 0, 1, 2, 3]),
         (0, 7e-5, [0, 1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 6e-5, 7e-5]),
         (0, 2e-15, [0, 5e-16, 1e-15, 1.5e-15, 2e-15]),
+        (1, 144, [20, 40, 60, 80, 100, 120, 140]),  # 50 and 100 would be too few
         (2, 2, [2]),
     ],
 )
@@ -42,10 +43,11 @@ def test_ticks_are_round_numbers(low: float, high: float, expected: list[float])
     assert ticks(low, high) == pytest.approx(expected, abs=0)
 
 
-@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6))
-def test_ticks_lie_in_the_range_evenly(low: float, span: float) -> None:
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6), st.sampled_from([4, 5]))
+@example(1.0, 143.0, 5)
+def test_ticks_lie_in_the_range_evenly(low: float, span: float, count: int) -> None:
     high = low + span
-    found = ticks(low, high)
+    found = ticks(low, high, count)
     assert 3 <= len(found) <= 8
     room = 1e-6 * max(abs(low), abs(high), span)
     assert low - room <= found[0] < found[-1] <= high + room

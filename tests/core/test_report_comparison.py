@@ -153,6 +153,11 @@ def test_a_goal_that_was_met_before(report: Report, other: Report) -> None:
             False,
         ),
         (lambda r: r["targets"].append(r["targets"][0]), "The input shapes differ", False),
+        (
+            lambda r: r["recipe"].update(target={**r["recipe"]["target"], "input_values": {"rate": 8000}}),
+            "Inputs that steer the graph have other values: speeds do not compare.",
+            False,
+        ),
         (lambda r: r.update(source="other.onnx"), "The runs are of different models.", True),
         (lambda r: r["summary"].update(bytes_before=1), "The runs are of different models.", True),
         (lambda r: r["summary"].update(dense_ms=40.0), "The original itself took 30.0 ms and 40.0 ms", True),
@@ -247,6 +252,7 @@ def page(full_report: Report) -> str:
     return render_comparison(compare_reports(full_report, other))
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (768, False), (1280, False)])
 def test_page_in_a_browser(show: Show, page: str, width: int, dark: bool) -> None:
     browser = show(page, width=width, dark=dark)

@@ -65,6 +65,13 @@ def text_of(report: Report) -> str:
     return Page(source).text
 
 
+def test_what_is_out_of_the_ordinary_is_said(full_report: Report) -> None:
+    text = text_of(full_report)
+    assert "The model's file is of opset 11: it was converted to 13 inside" in text
+    assert "Outputs that are no tensors were not compared: past (a sequence)." in text
+    assert "it ran with fewer (graph_optimization_level; pruned dense: basic). Run it so, too." in text
+
+
 def test_ordinary_report(report: Report) -> None:
     text = text_of(report)
     assert (
@@ -221,8 +228,51 @@ def test_within_the_noise(report: Report) -> None:
     report["summary"].update(speedup=1.01, speedup_low=0.98, speedup_high=1.05)
     kind, text = verdict_of(report)
     assert kind == "check"
-    assert "as fast as before, 1.01× (0.98 to 1.05)" in text
-    assert "faster" not in text
+    assert "bert.onnx is not proven faster, 1.01× (0.98 to 1.05); it is now 4.00× smaller" in text
+    assert "within the noise" in text
+
+
+def test_an_interval_that_ends_at_1_proves_nothing(report: Report) -> None:
+    report["summary"].update(speedup=1.01, speedup_low=1.0, speedup_high=1.05)
+    kind, text = verdict_of(report)
+    assert (kind, "is not proven faster" in text) == ("check", True)
+
+
+def test_slower_is_said(report: Report) -> None:
+    report["summary"].update(speedup=0.9, speedup_low=0.88, speedup_high=0.93)
+    kind, text = verdict_of(report)
+    assert (kind, "bert.onnx is slower, 0.90× (0.88 to 0.93)" in text) == ("check", True)
+    assert "within the noise" not in text
+
+
+@pytest.mark.parametrize("error", [0.094, None])
+def test_outputs_that_are_rounding_noise_are_no_bad_news(report: Report, error: float | None) -> None:
+    checks = report["verification"]
+    for way in ("against_pruned_dense", "against_original"):
+        checks[way]["relative_error"] = error
+    report["summary"].update(relative_error=error, cosine=0.5)
+    assert verdict_of(report)[0] == "bad"
+    checks["rounding"] = {"logits": None if error is None else 0.1}
+    assert verdict_of(report)[0] == "good"
+    text = text_of(report)
+    assert "its outputs are the original's but for rounding." in text
+    assert "which rounding explains; nothing else changed them" in text
+    checks["against_original"]["relative_error"] = 0.9 if error else 0.0
+    if error:
+        assert verdict_of(report)[0] == "bad", "that is not the compiler's"
+
+
+def test_the_dense_model_was_written_only_if_it_was(report: Report) -> None:
+    all_dense(report)
+    for written, said in (
+        ("original", "so the dense model was written"),
+        ("pruned", "the pruned model was written, dense"),
+        ("compiled", "is now 2.50× faster"),  # structures were removed
+    ):
+        report["summary"]["written"] = written
+        text = verdict_of(report)[1]
+        assert said in text
+        assert ("dense model was written" in text) == (written == "original")
 
 
 def all_dense(report: Report) -> None:

@@ -431,6 +431,87 @@ def test_a_mask_that_keeps_everything_goes(from_text, run, mask):
     assert check_fused(model, run) == {"Attention": 1}
 
 
+REPEATED = {
+    "added": ("M = Add(S, nothing)", {"nothing": np.zeros((4, 1, 1, 7), np.float32)}),
+    "a condition": ("M = Where(always, S, lowest)", {"always": np.ones((4, 1, 1, 7), bool)}),
+    "one for other queries": ("M = Add(S, nothing)", {"nothing": np.zeros((1, 1, 5, 7), np.float32)}),
+    "expanded": (
+        "m = Expand(zero, whole) M = Add(S, m)",
+        {"whole": np.array([4, 1, 5, 7])},
+    ),
+    "one that masks, expanded": (
+        "m = Expand(row, whole) M = Add(S, m)",
+        {"whole": np.array([4, 1, 1, 7]), "row": np.array([0, -3, 0, 0, -9, 0, 0], np.float32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPEATED)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_mask_that_repeats_the_scores_still_does(from_text, run, case, known):
+    """Whether one batch of one query is known, or a symbol happens to be 1."""
+    step, tensors = REPEATED[case]
+    body = PLAIN.replace(SOFTMAX, f"{step} P = Softmax(M)")
+    inputs = INPUTS.replace("T", "7")
+    if known:
+        inputs = inputs.replace("B, S", "1, 1").replace("B", "1")
+    model = build(from_text, body, inputs=inputs, outputs=f"float[C, R, {E}] Y", **tensors)
+    sizes = [(1, 1)] if known else [(1, 1), (4, 5 if "queries" in case or case == "expanded" else 3)]
+    ops = check_fused(model, run, cross=False, sizes=sizes)
+    assert ops["Attention"] == 1
+    assert fused(model).op_type == "AttentionMasked"
+    (y,) = run(model, feeds(model, 1, 1, 7)).values()
+    assert y.shape[:2] != (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 7), (7,), (4, 1, 1), (1, 4, 1, 7), ()])
+def test_a_mask_of_zeros_that_repeats_nothing_goes(from_text, run, shape):
+    body = PLAIN.replace(SOFTMAX, "M = Add(S, nothing) P = Softmax(M)")
+    model = build(from_text, body, inputs=INPUTS.replace("T", "7"), nothing=np.zeros(shape, np.float32))
+    assert check_fused(model, run, cross=False) == {"Attention": 1}
+    assert fused(model).op_type == "Attention"
+
+
+BATCHES = [("Q", "B", "B"), ("1", "B", "B"), ("B", "1", "B"), ("Q", "B", "V"), ("B", "B", "V")]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("symbols", BATCHES, ids="".join)
+def test_batches_that_may_differ(from_text, run, symbols, masked):
+    inputs = ", ".join(f"float[{b}, {s}, {E}] {x}" for b, s, x in zip(symbols, "STT", "qkv", strict=True))
+    body = MASKED if masked else PLAIN
+    if masked:
+        inputs += ", float[B, 1, 1, T] mask"
+    model = build(from_text, body, inputs=inputs, outputs=f"float[C, S, {E}] Y")
+    names = sorted({name for name in symbols if not name.isdigit()} | ({"B"} if masked else set()))
+    given = []
+    for sizes in itertools.product((1, 3), repeat=len(names)):
+        known = dict(zip(names, sizes, strict=True))
+        rng = np.random.default_rng(len(given))
+        shape = [[known.get(b, 1), n, E] for b, n in zip(symbols, (2, 5, 5), strict=True)]
+        feed = {x: rng.standard_normal(s).astype(np.float32) for x, s in zip("qkv", shape, strict=True)}
+        if masked:
+            feed["mask"] = rng.standard_normal((known["B"], 1, 1, 5)).astype(np.float32)
+        given.append(feed)
+    expected = [run(model, feed) for feed in given]
+    assert FUSE(model).statistics == {"found": 1, "fused": 1}
+    with_library = session(model)
+    for feed, outputs in zip(given, expected, strict=True):
+        assert_same(outputs, run(model, feed))
+        assert_same(outputs, dict(zip(outputs, with_library.run(None, feed), strict=True)))
+
+
+def test_masks_of_two_kinds_that_look_alike_are_two(from_text, run):
+    """Where(keep, S, -Inf) masks what Add(S, Where(keep, -Inf, 1)) keeps; True and 1 are equal in Python."""
+    body = "m1 = Where(keep, infinity, one) " + two_layers(("m1", "m2"))
+    body = body.replace("M_ = Add(S_, m2)", "M_ = Where(keep, S_, infinity)")
+    inputs = f"float[B, S, {E}] q, float[B, S, {E}] k, float[B, S, {E}] v, bool[B, 1, 1, S] keep"
+    some = {"keep": lambda _, shape: np.broadcast_to(np.arange(shape[-1]) % 2 == 0, shape).copy()}
+    check_fused(
+        build(from_text, body, inputs=inputs), run, count=2, cross=False, special=some, sizes=[(1, 7), (3, 5)]
+    )
+
+
 def two_layers(masks):
     first = MASKED.replace("Y =", "x =").replace("Add(S, mask)", f"Add(S, {masks[0]})")
     renamed = {name: f"{name}_" for name in ("q4", "k4", "v4", "Q", "K", "V", "s", "S", "M", "P", "c", "r")}
@@ -515,12 +596,43 @@ def test_repeated_heads(from_text, run):
     assert [value.name for value in fused(model).inputs] == ["q", "k8", "v8"]
 
 
+PER_HEAD_KEYS = "k4 = Reshape(k, split) K4 = Transpose<perm = [0, 2, 1, 3]>(k4)"
+ROTATED = f"""{SPLIT_Q} {PER_HEAD_KEYS} {SPLIT_V} R = Mul(Q, turn) RK = Mul(K4, turn)
+              K = Transpose<perm = [0, 1, 3, 2]>(RK) {SCORES.replace("(Q, K)", "(R, K)")} {SOFTMAX} {MERGE}"""
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_per_head(from_text, run, masked):
+    """As rotary embeddings leave them; the values are merged, too, and need not be."""
+    body = ROTATED.replace(SOFTMAX, "M = Add(S, mask) P = Softmax(M)") if masked else ROTATED
+    inputs = INPUTS + (", float[B, 1, S, T] mask" if masked else "")
+    turn = np.random.default_rng(0).random((1, 1, 1, D)).astype(np.float32)
+    model = build(from_text, body, inputs=inputs, turn=turn)
+    ops = check_fused(model, run, special={"mask": padding(MIN, whole_rows=False)})
+    assert fused(model).op_type == ("AttentionHeadsMasked" if masked else "AttentionHeads")
+    assert [value.name for value in fused(model).inputs[:3]] == ["R", "RK", "V"]
+    assert ops["Transpose"] == 3
+
+
+def test_queries_whose_rows_are_not_known(from_text, run):
+    """The width of q has a name only, so that nothing says what its rows are; per head all is known."""
+    body = f"""{SPLIT_Q} {PER_HEAD_KEYS} {SPLIT_V} K = Transpose<perm = [0, 1, 3, 2]>(K4) {SCORES} {SOFTMAX} {MERGE}"""
+    model = build(from_text, body, inputs=INPUTS.replace(f"S, {E}] q", "S, W] q"))
+    sizes = [dict.fromkeys("qkv", (b, s, E)) for b, s in SIZES]
+    rng = np.random.default_rng(1)
+    given = [{x: rng.standard_normal(s).astype(np.float32) for x, s in size.items()} for size in sizes]
+    expected = [run(model, feed) for feed in given]
+    assert FUSE(model).statistics == {"found": 1, "fused": 1}
+    assert fused(model).op_type == "AttentionHeads"
+    for feed, outputs in zip(given, expected, strict=True):
+        assert_same(outputs, run(model, feed))
+
+
 # -- what must stay ----------------------------------------------------------------------------------------
 
-PER_HEAD = "queries exist only per head (rotary embedding, packed projections or unknown shapes)"
+PER_HEAD = "queries, keys and values are neither all merged nor all per head"
 HEADS = "queries, keys and values are not known to have the same number of heads"
 ELSEWHERE = "scores or weights are used elsewhere too"
-LARGER = "queries are repeated for larger keys, values or masks"
 LEFT = {
     "no attention": ("Y = Softmax(q)", None, {}),
     "a gate": ("s = Softmax(q) Y = Mul(s, q)", None, {}),
@@ -582,11 +694,21 @@ LEFT = {
         PER_HEAD,
         {"inputs": INPUTS.replace("B, S", "B, 9"), "outputs": "float[N, M, 64] Y"},
     ),
-    "one query for all batches": (PLAIN, LARGER, {"inputs": INPUTS.replace("B, S", "1, S")}),
-    "mask for more batches": (
-        MASKED,
-        LARGER,
-        {"inputs": f"{INPUTS.replace('B', '1')}, float[B, 1, S, T] mask"},
+    "a mask that may repeat the only head": (
+        MASKED.replace("Reshape(q, split)", "Reshape(q, one_head)")
+        .replace("Reshape(k, split)", "Reshape(k, one_head)")
+        .replace("Reshape(v, split)", "Reshape(v, one_head)"),
+        "its only head may be repeated for a mask with more of them",
+        {
+            "inputs": INPUTS.replace("64]", f"{D}]") + ", float[1, X, S, T] mask",
+            "outputs": "float[B, S, M] Y",
+            "merge": np.array([0, 0, -1]),
+        },
+    ),
+    "a scale that adds an axis": (
+        PLAIN.replace("scale", "high"),
+        "scores are not known to be [batch, heads, queries, keys]",
+        {"high": np.full((1, 1, 1, 1, 1), 0.25, np.float32), "outputs": f"float[N, M, O, {E}] Y"},
     ),
     "double": (
         PLAIN.replace("scale", "dscale"),
@@ -620,7 +742,7 @@ def test_values_of_another_size_per_head(from_text, run):
 def test_merged_keys_with_values_per_head(from_text):
     body = f"{SPLIT_Q} {SPLIT_K} {SCORES} {SOFTMAX} {MERGE}"
     model = build(from_text, body, inputs=f"{INPUTS}, float[B, {H}, T, {D}] V")
-    check_left(model, "keys and values are neither both merged nor both per head")
+    check_left(model, PER_HEAD)
 
 
 @pytest.mark.parametrize("opset", [12, 27])

@@ -27,10 +27,10 @@ def vector(n, seed=9):
     return np.random.default_rng(seed).standard_normal(n).astype(np.float32)
 
 
-def weights(**more):
+def weights(hidden=HIDDEN, **more):
     """Up, gate and down projection, and biases."""
-    up_and_down = {"U": sparse(K, HIDDEN), "G": sparse(K, HIDDEN, 2), "D": sparse(HIDDEN, K, 1)}
-    return {**up_and_down, "bu": vector(HIDDEN), "bd": vector(K), **more}
+    up_and_down = {"U": sparse(K, hidden), "G": sparse(K, hidden, 2), "D": sparse(hidden, K, 1)}
+    return {**up_and_down, "bu": vector(hidden), "bd": vector(K), "slope": np.float32(1.702), **more}
 
 
 @pytest.fixture
@@ -75,15 +75,17 @@ PAIRS = {
     "SparseFeedForwardGelu": "a = Gelu(h)",
     "SparseFeedForwardGeluTanh": GELU_TANH,
     "SparseFeedForwardSilu": "t = Sigmoid(h) a = Mul(h, t)",
+    "SparseFeedForwardQuickGelu": "m = Mul(h, slope) t = Sigmoid(m) a = Mul(h, t)",
     "SparseFeedForwardSiluGate": f"{SILU_GATE} a = Mul(w, h)",
     "SparseFeedForwardGeluTanhGate": f"{GELU_GATE} a = Mul(h, w)",
 }
 
 
+@pytest.mark.parametrize("hidden", [HIDDEN, 1, 65, 383])
 @pytest.mark.parametrize("op_type", PAIRS)
-def test_two_linears_are_one_operator(lowered, op_type, check_fused):
+def test_two_linears_are_one_operator(lowered, op_type, hidden, check_fused):
     body = f"{'u = MatMul(X, U)' if op_type == 'SparseFeedForward' else UP} {PAIRS[op_type]} {DOWN}"
-    model = lowered(body, {"Y": K}, **weights())
+    model = lowered(body, {"Y": K}, **weights(hidden))
     stored = {name: value.const_value for name, value in model.graph.initializers.items()}
     result = check_fused(model, [op_type])
     assert result.statistics == {"pairs": 1}
@@ -92,7 +94,9 @@ def test_two_linears_are_one_operator(lowered, op_type, check_fused):
     assert [key[:2] for key in model.functions] == [("sparse_onnx", op_type)]
     gated = op_type.endswith("Gate")
     sizes = {name: node.attributes.get_int(name) for name in ("K", "N", "down_K", "down_N")}
-    assert sizes == {"K": K, "N": 2 * HIDDEN if gated else HIDDEN, "down_K": HIDDEN, "down_N": K}
+    assert sizes == {"K": K, "N": 2 * hidden if gated else hidden, "down_K": hidden, "down_N": K}
+    padded = gated and hidden % node.attributes.get_int("block") != 0
+    assert node.attributes.get_string("format") == ("chunked_csc_parts" if padded else "chunked_csc")
     assert node.attributes.get_string("down_mask_structure") == "unstructured"
     assert "down_format" not in node.attributes
     down = [value.name for value in node.inputs[6:]]
@@ -100,10 +104,11 @@ def test_two_linears_are_one_operator(lowered, op_type, check_fused):
     assert {name: value.const_value for name, value in model.graph.initializers.items()} == stored
 
 
+@pytest.mark.parametrize("hidden", [HIDDEN, 100])
 @pytest.mark.parametrize("opset", [13, 17, 21, 23])
-def test_every_opset(lowered, opset, check_fused):
+def test_every_opset(lowered, opset, hidden, check_fused):
     body = f"{UP} {SILU_GATE} a = Mul(w, h) {DOWN}"
-    check_fused(lowered(body, {"Y": K}, opset=opset, **weights()), ["SparseFeedForwardSiluGate"])
+    check_fused(lowered(body, {"Y": K}, opset=opset, **weights(hidden)), ["SparseFeedForwardSiluGate"])
 
 
 def test_a_layer_of_bert_and_one_of_llama(lowered, check_fused):

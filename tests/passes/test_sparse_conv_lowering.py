@@ -1,6 +1,9 @@
 """Lowering to SparseConv: what is fused, right answers on plain ONNX Runtime, and what must not fire."""
 
+import json
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.guard import decide_by_table, find_candidates
@@ -138,6 +141,21 @@ def test_not_fused(case, from_text, run):
     check(run, build(from_text, body, **used(body), **row), lowered)
 
 
+@pytest.mark.parametrize("batches", [("?", "?"), (-1, -1), (None, None), ("", ""), ("B", "C")])
+def test_residual_whose_batch_is_any_is_not_fused(from_text, run, batches):
+    """Names for any size are not the same size: here one of the two is 1."""
+    body = f"h = {PAD}(X, W, B) s = Add(h, R) Y = Relu(s)"
+    model = build(from_text, body, x="float[N, 4, 6, 7] X, float[N, 8, 6, 7] R", W=W, B=B)
+    for value, batch in zip(model.graph.inputs, batches, strict=True):
+        value.shape = ir.Shape([batch, *list(value.shape)[1:]])
+    R = RNG.standard_normal((1, 8, 6, 7)).astype(np.float32)
+    LowerSparseConv(min_sparsity=0.5)(model)
+    assert op_types(model) == ["SparseConv", "Add", "Relu"]
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([f"batch of {value.name}", *list(value.shape)[1:]])
+    assert run(model, {"X": X, "R": R})["Y"].shape == (2, 8, 6, 7)
+
+
 def test_residual_of_unknown_shape_is_not_fused(from_text, run):
     model = build(
         from_text, f"h = {PAD}(X, W) Y = Add(h, R)", x="float[B, 4, 6, 7] X, float[N, 8, 6, 7] R", W=W
@@ -184,7 +202,6 @@ def test_left_alone_with_the_reason(case, from_text):
     ("x", "y", "weight", "reason"),
     [
         ("double[B, 4, 6, 7] X", "double[B, C, H, V] Y", W.astype(np.float64), "dtype DOUBLE"),
-        ("float[B, 4, 9] X", "float[B, C, L] Y", filters(8, 4, 3), "rank 3"),
         ("float[B, 4, 5, 5, 5] X", "float[B, C, K, L, M] Y", filters(8, 4, 3, 3, 3), "rank 5"),
     ],
 )
@@ -192,6 +209,77 @@ def test_other_types_and_ranks_are_left_alone(x, y, weight, reason, from_text):
     result = LowerSparseConv(min_sparsity=0.5)(build(from_text, "Y = Conv(X, W)", x=x, y=y, W=weight))
     assert not result.modified
     assert reason in result.declined[0].reason
+
+
+ROW_TENSORS = {
+    "W": filters(8, 4, 5), "V": filters(8, 4, 5), "SQUARE": filters(4, 4, 3), "B": B, "D": filters(8, 4, 1, sparsity=0),
+    "G": filters(8, 2, 3), "dw": filters(4, 1, 3, sparsity=0), "P": filters(4, 4, 1), "zero": ZERO, "six": SIX,
+}  # fmt: skip
+ROWS = {
+    "alone": ("Y = Conv(X, W)", ["SparseConv"]),
+    "uneven pads": ("Y = Conv<pads = [1, 3]>(X, W, B)", ["SparseConv"]),
+    "kernel_shape": ("Y = Conv<kernel_shape = [5]>(X, W)", ["SparseConv"]),
+    "stride and dilation": ("Y = Conv<strides = [2], dilations = [3], pads = [0, 4]>(X, W)", ["SparseConv"]),
+    "groups": ("Y = Conv<group = 2, strides = [2]>(X, G)", ["SparseConv"]),
+    "valid padding": ('Y = Conv<auto_pad = "VALID">(X, W)', ["SparseConv"]),
+    "same upper": ('Y = Conv<auto_pad = "SAME_UPPER", strides = [2]>(X, W)', ["SparseConv"]),
+    "same lower": ('Y = Conv<auto_pad = "SAME_LOWER", strides = [3]>(X, W)', ["SparseConv"]),
+    "relu": ("h = Conv(X, W, B) Y = Relu(h)", ["SparseConvRelu"]),
+    "clip": ("h = Conv(X, W, B) Y = Clip(h, zero, six)", ["SparseConvClip"]),
+    "silu": ("h = Conv(X, W, B) s = Sigmoid(h) Y = Mul(s, h)", ["SparseConvSilu"]),
+    "residual": (
+        "r = Conv(X, D) h = Conv<pads = [2, 2]>(X, W, B) s = Add(h, r) Y = Relu(s)", ["Conv", "SparseConvAddRelu"]
+    ),
+    "chain": (
+        "a = Conv<pads = [1, 1]>(X, SQUARE) b = Relu(a) c = Add(b, X) Y = Conv(c, W)",
+        ["SparseConvRelu", "Add", "SparseConv"],
+    ),
+    "depthwise behind it": (
+        "h = Conv(X, P) r = Relu(h) d = Conv<group = 4, pads = [1, 1]>(r, dw) Y = Relu(d)", ["SparseConvDepthwiseRelu"]
+    ),
+    "depthwise beside it": (
+        "d = Conv<group = 4, pads = [1, 1], strides = [2]>(X, dw) h = Relu(d) Y = Conv(h, P)",
+        ["SparseConvRelu", "SparseConv"],
+    ),
+    "bias added as a constant": ("h = Conv(X, W) Y = Add(h, row)", ["SparseConv", "Add"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [13, 17, 21])
+@pytest.mark.parametrize("case", ROWS)
+def test_convolutions_of_one_axis(case, opset, from_text, run):
+    body, lowered = ROWS[case]
+    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    tensors = {name: array for name, array in ROW_TENSORS.items() if name in words}
+    if "row" in words:
+        tensors["row"] = B.reshape(1, 8, 1)
+    x = RNG.standard_normal((2, 4, 29)).astype(np.float32)
+    model = build(from_text, body, opset=opset, x="float[B, 4, 29] X", y="float[B, C, L] Y", **tensors)
+    check(run, model, lowered, feeds={"X": x})
+
+
+def test_products_of_one_axis(from_text):
+    model = build(
+        from_text,
+        "Y = Conv<strides = [2]>(X, W)",
+        x="float[B, 4, L] X",
+        y="float[B, C, M] Y",
+        W=filters(8, 4, 5),
+    )
+    (candidate,), _ = find_candidates(model)
+    assert [layer.products((3, 4, 29)) for layer in candidate.layers] == [3 * 13]
+
+
+@pytest.mark.parametrize("attributes", ["strides = [1, 1]", "pads = [1, 1, 1, 1]", "dilations = [1, 2]"])
+def test_attributes_of_two_axes_for_one_are_declined(attributes, from_text):
+    model = from_text(
+        '<ir_version: 9, opset_import: ["" : 17]> g (float[B, 4, 29] X) => (float[B, C, L] Y) { Y = Conv(X, W) }',
+        W=filters(8, 4, 5),
+    )
+    name, _, value = attributes.partition(" = ")
+    model.graph[0].attributes.add(ir.AttrInt64s(name, json.loads(value)))
+    (declined,) = LowerSparseConv(min_sparsity=0.5)(model).declined
+    assert declined.reason == "is a Conv with attributes that do not fit its weight"
 
 
 def test_same_padding_of_unknown_size_is_left_alone(from_text):

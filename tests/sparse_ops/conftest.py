@@ -105,6 +105,43 @@ def _create_session(path: Path, isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+FORCED = """
+import sys, numpy as np, onnxruntime
+from sparse_onnx import sparse_ops
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.register_custom_ops_library(str(sparse_ops.library_path()))
+session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+np.savez(sys.argv[3], *session.run(None, dict(np.load(sys.argv[2]))))
+"""
+
+
+@pytest.fixture
+def run_forced(tmp_path) -> Callable[..., list[np.ndarray]]:
+    """``run_forced(model, feeds, isa)``: all outputs, in a process of its own with that instruction set; skips where
+    the processor has not got it."""
+
+    def run_forced(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], isa: str) -> list[np.ndarray]:
+        paths = [str(tmp_path / name) for name in ("forced.onnx", "feeds.npz", "got.npz")]
+        onnx.save(model, paths[0])
+        np.savez(paths[1], **feeds)
+        result = subprocess.run(
+            [sys.executable, "-c", FORCED, *paths],
+            env={**os.environ, "SPARSE_ONNX_FORCE_ISA": isa, "ORT_DISABLE_TELEMETRY": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        if "SPARSE_ONNX_FORCE_ISA" in result.stderr:
+            pytest.skip(f"this processor has no {isa}")
+        assert result.returncode == 0, result.stderr
+        with np.load(paths[2]) as got:
+            return [got[name] for name in got.files]
+
+    return run_forced
+
+
 @pytest.fixture
 def sparse() -> Callable[..., np.ndarray]:
     """``sparse(K, N, density, seed=0)``"""

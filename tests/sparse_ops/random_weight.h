@@ -16,6 +16,7 @@ struct RandomWeight {
   std::vector<float> values;
   std::vector<uint8_t> offsets, counts, rows;
   std::vector<float> bias;
+  std::vector<int64_t> parts = {};
 
   StoredWeight stored() const {
     return {static_cast<int64_t>(K),
@@ -32,7 +33,8 @@ struct RandomWeight {
             rows.data(),
             rows.size(),
             bias.data(),
-            bias.size()};
+            bias.size(),
+            parts};
   }
 };
 
@@ -49,7 +51,7 @@ inline RandomWeight random_weight(size_t K, size_t N, Pattern pattern, size_t ch
   std::mt19937 generator(static_cast<unsigned>(K * 31 + N));
   std::bernoulli_distribution keep(pattern.density);
   std::uniform_real_distribution<float> value(-1.0f, 1.0f);
-  RandomWeight w{K, N, chunk, block, width, {}, {}, {}, {}, std::vector<float>(N)};
+  RandomWeight w{K, N, chunk, block, width, {}, {}, {}, {}, std::vector<float>(N), {}};
   for (float& b : w.bias) b = value(generator);
   const size_t groups = block / width;
   for (size_t first = 0; first < N; first += block) {
@@ -90,6 +92,24 @@ inline RandomWeight random_weight(size_t K, size_t N, Pattern pattern, size_t ch
     }
   }
   return w;
+}
+
+// Linears with these outputs side by side, each in blocks of its own.
+inline RandomWeight random_parts(size_t K, const std::vector<size_t>& split, Pattern pattern, size_t chunk,
+                                 size_t block, size_t width = 1) {
+  RandomWeight all{K, 0, chunk, block, width, {}, {}, {}, {}, {}, {}};
+  for (size_t outputs : split) {
+    const RandomWeight part = random_weight(K, outputs, pattern, chunk, block, width);
+    const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+    append(all.values, part.values);
+    append(all.offsets, part.offsets);
+    append(all.counts, part.counts);
+    append(all.rows, part.rows);
+    append(all.bias, part.bias);
+    all.N += outputs;
+    all.parts.push_back(static_cast<int64_t>(outputs));
+  }
+  return all;
 }
 
 }  // namespace sparse_ops::spmm

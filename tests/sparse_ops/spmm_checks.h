@@ -18,7 +18,8 @@
 namespace sparse_ops::spmm {
 
 inline constexpr Activation kActivations[] = {Activation::none, Activation::relu, Activation::gelu,
-                                              Activation::gelu_tanh, Activation::silu};
+                                              Activation::gelu_tanh, Activation::silu,
+                                              Activation::quick_gelu};
 
 inline double activated(Activation activation, double h) {
   switch (activation) {
@@ -32,6 +33,8 @@ inline double activated(Activation activation, double h) {
       return 0.5 * h * (1 + std::tanh(std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h)));
     case Activation::silu:
       return h / (1 + std::exp(-h));
+    case Activation::quick_gelu:
+      return h / (1 + std::exp(-1.702 * h));
   }
   return h;
 }

@@ -35,7 +35,14 @@ bool obeys_format(const StoredWeight& s) {
   const auto K = static_cast<uint64_t>(s.K), N = static_cast<uint64_t>(s.N);
   const auto chunk = static_cast<uint64_t>(s.chunk), block = static_cast<uint64_t>(s.block);
   const auto width = static_cast<uint64_t>(s.width), rows = block / width;
-  const uint64_t chunks = (K - 1) / chunk + 1, blocks = (N - 1) / block + 1;
+  const uint64_t chunks = (K - 1) / chunk + 1;
+  uint64_t blocks = s.parts.empty() ? (N - 1) / block + 1 : 0, outputs = 0;
+  for (int64_t part : s.parts) {
+    if (part < 1 || part > s.N) return false;
+    outputs += static_cast<uint64_t>(part);  // three of them at most: no overflow
+    blocks += (static_cast<uint64_t>(part) - 1) / block + 1;
+  }
+  if (!s.parts.empty() && outputs != N) return false;
   if (chunks > s.count_count || blocks > s.count_count) return false;  // and nothing below overflows
   if (s.count_count != chunks * blocks * rows || s.row_count != s.count_count) return false;
   if (s.bias_count != N) return false;

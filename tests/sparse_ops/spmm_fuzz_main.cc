@@ -50,7 +50,11 @@ std::vector<uint8_t> plausible_input(Source& source) {
       source.below(4) == 0 ? source.between(1, 255) : source.between(1, std::min<size_t>(K, 255));
   const size_t width = kWidths[source.below(4)], most = 256 / width;
   const size_t block = width * source.between(1, source.below(4) == 0 ? most : std::min(most, N / width + 1));
-  RandomWeight weight = random_weight(K, N, kDensities[source.below(4)], chunk, block, width);
+  const double density = kDensities[source.below(4)];
+  RandomWeight weight = random_weight(K, N, density, chunk, block, width);
+  if (source.below(2) == 0) {
+    weight = random_parts(K, {N, source.between(1, 80), source.between(1, 80)}, density, chunk, block, width);
+  }
   if (source.below(4) == 0) remove_entry(weight, source);
   return encode(weight.stored(), static_cast<uint8_t>(source.below(5)),
                 static_cast<uint8_t>(source.below(70)));
@@ -60,7 +64,7 @@ void spoil(std::vector<uint8_t>& bytes, Source& source) {
   constexpr uint8_t kBytes[] = {0, 1, 2, 63, 64, 127, 128, 254, 255};
   constexpr int64_t kAttributes[] = {
       0, 1, -1, 4, 8, 255, 256, 257, INT64_MAX, INT64_MIN, int64_t{1} << 32, int64_t{1} << 62};
-  constexpr size_t kLengths = 5 * sizeof(int64_t);
+  constexpr size_t kLengths = 8 * sizeof(int64_t);
   const size_t at = source.below(3) == 0 ? source.below(FuzzHeader::kSize) : source.below(bytes.size());
   switch (source.below(8)) {
     case 0:
@@ -80,7 +84,7 @@ void spoil(std::vector<uint8_t>& bytes, Source& source) {
       return;
     case 5: {  // one attribute
       const int64_t value = kAttributes[source.below(std::size(kAttributes))];
-      std::memcpy(&bytes[source.below(5) * sizeof value], &value, sizeof value);
+      std::memcpy(&bytes[source.below(8) * sizeof value], &value, sizeof value);
       return;
     }
     case 6: {  // an array one element longer or shorter, the others where they were or not

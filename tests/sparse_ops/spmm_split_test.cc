@@ -1,5 +1,5 @@
 // Weights of several linears: outputs apart from each other, and gates. Bit for bit what the linears give
-// alone.
+// alone, whether they have whole blocks or padding lies between them.
 
 #include <memory>
 
@@ -12,7 +12,7 @@ using namespace sparse_ops::spmm;
 
 struct Shape {
   size_t K;
-  std::vector<size_t> split;  // all but the last are multiples of block
+  std::vector<size_t> split;
   size_t chunk, block;
   double density;
   size_t width = 1;
@@ -42,6 +42,21 @@ std::vector<float> split_run(const Plan& plan, const Weight& weight, const std::
   return y;
 }
 
+// The columns of the linears, of those of all blocks.
+std::vector<float> without_padding(const std::vector<float>& y, const Weight& weight,
+                                   const std::vector<size_t>& split) {
+  std::vector<float> kept;
+  for (size_t row = 0; row < y.size(); row += weight.N) {
+    size_t first = row;
+    for (size_t channels : split) {
+      const auto from = y.begin() + static_cast<std::ptrdiff_t>(first);
+      kept.insert(kept.end(), from, from + static_cast<std::ptrdiff_t>(channels));
+      first += (channels + weight.block - 1) / weight.block * weight.block;
+    }
+  }
+  return kept;
+}
+
 // act(first half of the columns) * second half
 std::vector<float> gated(const std::vector<float>& activated, const std::vector<float>& plain, size_t N) {
   std::vector<float> y;
@@ -53,15 +68,15 @@ std::vector<float> gated(const std::vector<float>& activated, const std::vector<
 
 void check_plan(const Plan& plan, const Weight& plain, const std::vector<float>& x,
                 const std::vector<size_t>& split) {
-  const std::vector<float> want = guarded_run(plan, plain, x);
+  const std::vector<float> want = without_padding(guarded_run(plan, plain, x), plain, split);
   expect(split_run(plan, plain, x, split) == want, describe(plan, plain) + ": outputs apart differ");
   if (split.size() != 2 || split[0] != split[1]) return;
   for (Activation activation : {Activation::silu, Activation::gelu_tanh}) {
     Weight weight = plain;
     weight.activation = activation;
-    const std::vector<float> activated = guarded_run(plan, weight, x);
+    const std::vector<float> activated = without_padding(guarded_run(plan, weight, x), plain, split);
     weight.gated = true;
-    expect(split_run(plan, weight, x, {split[0]}) == gated(activated, want, plain.N),
+    expect(split_run(plan, weight, x, {split[0]}) == gated(activated, want, 2 * split[0]),
            describe(plan, weight) + ": the gate differs");
   }
 }
@@ -71,12 +86,14 @@ void test_every_kernel() {
       {31, {7, 14, 3}, 7, 7, 0.4},      {33, {10, 10}, 16, 5, 0.3},       {129, {64, 128, 64}, 128, 64, 0.2},
       {130, {64, 64}, 128, 64, 0.2},    {40, {16, 8, 30}, 16, 8, 0.4, 4}, {130, {64, 64}, 128, 64, 0.3, 8},
       {300, {256, 256}, 128, 256, 0.1}, {7001, {6, 6}, 255, 2, 0.01},
+      // No whole blocks.
+      {31, {5, 13, 8}, 7, 7, 0.4},      {33, {9, 9}, 16, 5, 0.3},         {129, {63, 129, 1}, 128, 64, 0.2},
+      {130, {65, 65}, 128, 64, 0.2},    {40, {13, 3, 31}, 16, 8, 0.4, 4}, {130, {61, 61}, 128, 64, 0.3, 8},
+      {90, {312, 383, 312}, 128, 64, 0.1}, {3001, {1, 1}, 255, 2, 0.01},
   };
   size_t in_strips = 0;
   for (const Shape& s : shapes) {
-    size_t N = 0;
-    for (size_t channels : s.split) N += channels;
-    const RandomWeight random = random_weight(s.K, N, s.density, s.chunk, s.block, s.width);
+    const RandomWeight random = random_parts(s.K, s.split, s.density, s.chunk, s.block, s.width);
     const GuardedWeight guarded(random, Activation::none, 1);
     const Weight& weight = guarded.checked.weight;
     for (size_t tokens : {1, 5, 16, 33, 130}) {
@@ -95,9 +112,41 @@ void test_every_kernel() {
   expect(in_strips > 0, "the test is too small for strips");
 }
 
+void test_check() {
+  const RandomWeight good = random_parts(70, {20, 7, 33}, 0.3, 32, 16);
+  CheckedWeight checked;
+  expect(check(good.stored(), Activation::none, checked).empty(), "good parts were refused");
+  expect(checked.weight.N == 32 + 16 + 33, "padding is not counted");
+  expect(checked.weight.blocks == 2 + 1 + 3, "blocks are not counted by parts");
+  constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+  const std::vector<std::vector<int64_t>> wrong = {
+      {20, 7, 34}, {20, 7, 32}, {20, 7}, {20, 7, 33, 0}, {0, 27, 33}, {-16, 43, 33}, {60, 0}, {kMax, 7, 33},
+      {kMax, kMax, 62}};
+  for (const std::vector<int64_t>& parts : wrong) {
+    RandomWeight bad = good;
+    bad.parts = parts;
+    const std::string problem = check(bad.stored(), Activation::none, checked);
+    expect(problem.find("add up to N") != std::string::npos, "'" + problem + "' lacks the sum");
+  }
+  for (const std::vector<int64_t>& parts : {std::vector<int64_t>{60}, {16, 11, 33}, {}}) {
+    RandomWeight other = good;
+    other.parts = parts;
+    const std::string problem = check(other.stored(), Activation::none, checked);
+    expect(problem.find("counts has") != std::string::npos, "'" + problem + "': other blocks are accepted");
+  }
+  RandomWeight huge = good;
+  huge.N = static_cast<size_t>(kMax);
+  huge.parts = {kMax - 1, 1};
+  expect(!check(huge.stored(), Activation::none, checked).empty(), "huge parts were accepted");
+  RandomWeight bad = good;
+  bad.bias.pop_back();
+  expect(check(bad.stored(), Activation::none, checked).find("bias has") == 0, "a short bias was accepted");
+}
+
 }  // namespace
 
 int main() {
+  test_check();
   test_every_kernel();
   return summary();
 }

@@ -11,11 +11,14 @@ from sparse_onnx import sparse_ops
 from sparse_onnx.sparse_ops import attention
 
 B, H, D, DV = 2, 3, 20, 24
+SQ, SK = 6, 10
 SCALE = 0.3
 NODE = "encoder/layer.3/attention"
 LOWEST = np.finfo(np.float32).min
 every_op = pytest.mark.parametrize("op_type", attention.OP_TYPES)
-masked_ops = pytest.mark.parametrize("op_type", ["AttentionMasked", "AttentionSplitMasked"])
+masked_ops = pytest.mark.parametrize(
+    "op_type", ["AttentionMasked", "AttentionSplitMasked", "AttentionHeadsMasked"]
+)
 both_ways = pytest.mark.parametrize("library", [True, False])
 
 
@@ -26,9 +29,10 @@ def floats(*shape, seed=3):
 def feeds(op_type, sq, sk, *, batch=B, mask=None):
     """Inputs; ``mask`` is one, or its shape, by default [B, 1, Sq, Sk]."""
     signature = attention.OP_TYPES[op_type]
+    q = (batch, H, sq, D) if signature.heads else (batch, sq, H * D)
     k = (batch, H, sk, D) if signature.split else (batch, sk, H * D)
     v = (batch, H, sk, DV) if signature.split else (batch, sk, H * DV)
-    given = {"q": floats(batch, sq, H * D), "k": floats(*k, seed=4), "v": floats(*v, seed=5)}
+    given = {"q": floats(*q), "k": floats(*k, seed=4), "v": floats(*v, seed=5)}
     if signature.masked:
         mask = (batch, 1, sq, sk) if mask is None else mask
         given["mask"] = floats(*mask, seed=6) if isinstance(mask, tuple) else mask
@@ -88,7 +92,6 @@ def test_body_of_every_opset(op_type, opset, open_session):
     )
 
 
-SQ, SK = 6, 10
 MASK_SHAPES = [
     *itertools.product((B, 1), (H, 1), (SQ, 1), (SK, 1)),
     *itertools.product((H, 1), (SQ, 1), (SK, 1)),
@@ -109,9 +112,34 @@ def test_masks_broadcast(op_type, library, shape, open_session):
 
 @every_op
 @both_ways
+@pytest.mark.parametrize("single", ["q", "k", "v", "qk", "kv", "qv"])
 @pytest.mark.parametrize("sq", [2, 40])
-def test_one_batch_of_keys_serves_all_queries(op_type, library, sq, open_session):
-    given = feeds(op_type, sq, 9) | {name: feeds(op_type, sq, 9, batch=1)[name] for name in ("k", "v")}
+def test_one_batch_serves_those_of_the_others(op_type, library, single, sq, open_session):
+    given = feeds(op_type, sq, 9)
+    for name in single:
+        given[name] = given[name][1:]
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize(
+    ("sq", "shape"),
+    [(SQ, (4, 1, 1, SK)), (1, (4, 1, SQ, SK)), (1, (SQ, SK)), (1, (H, SQ, 1)), (1, (1, 1, 70, SK))],
+)
+def test_a_mask_for_more_batches_or_queries_repeats_them(op_type, library, sq, shape, open_session):
+    given = feeds(op_type, sq, SK, batch=1, mask=shape)
+    want = expected(given)
+    assert want.shape[:2] == np.broadcast_shapes((1, sq), (shape[0] if len(shape) == 4 else 1, shape[-2]))
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], want)
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize(("sq", "sk"), [(1, 9), (6, 10), (40, 130)])
+def test_a_mask_for_more_keys_than_one_repeats_it(op_type, library, sq, sk, open_session):
+    given = feeds(op_type, sq, sk)
+    given["k"] = feeds(op_type, sq, 1)["k"]
     assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
 
 
@@ -134,7 +162,7 @@ def test_rows_without_a_key(op_type, library, fill, open_session):
 def test_not_a_number_stays_in_its_head(op_type, library, open_session):
     given = feeds(op_type, SQ, SK)
     clean = expected(given)
-    given["q"][1, 2, 0] = np.nan
+    given["q"][(1, 0, 2, 0) if attention.OP_TYPES[op_type].heads else (1, 2, 0)] = np.nan
     got = open_session(model(op_type), library=library).run(None, given)[0]
     assert np.isnan(got[1, 2, :DV]).all()
     got[1, 2, :DV] = clean[1, 2, :DV]
@@ -142,11 +170,16 @@ def test_not_a_number_stays_in_its_head(op_type, library, open_session):
 
 
 @every_op
+@both_ways
+@pytest.mark.parametrize("opset", [13, 15, 17, 26])
 @pytest.mark.parametrize(
-    ("batch", "sq", "sk"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["batches", "queries", "keys"]
+    ("batch", "sq", "sk"),
+    [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)],
+    ids=["batches", "queries", "keys", "all"],
 )
-def test_empty_inputs(op_type, batch, sq, sk, open_session):
-    got = open_session(model(op_type)).run(None, feeds(op_type, sq, sk, batch=batch))[0]
+def test_empty_inputs(op_type, library, opset, batch, sq, sk, open_session):
+    session = open_session(model(op_type, opset=opset), library=library)
+    got = session.run(None, feeds(op_type, sq, sk, batch=batch))[0]
     np.testing.assert_array_equal(got, np.zeros((batch, sq, H * DV), np.float32))
 
 
@@ -176,9 +209,7 @@ def test_the_runtime_fuses_the_body(op_type, open_session, tmp_path):
     """The scale goes into the product, as in a graph that was never fused."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    split = attention.OP_TYPES[op_type].split
-    key, value = ([B, H, SK, D], [B, H, SK, DV]) if split else ([B, SK, H * D], [B, SK, H * DV])
-    shapes = {"q": [B, SQ, H * D], "k": key, "v": value, "mask": [B, 1, SQ, SK]}
+    shapes = {name: array.shape for name, array in feeds(op_type, SQ, SK).items()}
     open_session(model(op_type, shapes=shapes), library=False, options=options)
     op_types = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
     assert "FusedMatMul" in op_types
@@ -187,16 +218,76 @@ def test_the_runtime_fuses_the_body(op_type, open_session, tmp_path):
 
 @every_op
 def test_output_shape_is_inferred(op_type, open_session):
-    split = attention.OP_TYPES[op_type].split
-    value = ["batch", H, "past", DV] if split else ["batch", "keys", H * DV]
-    shapes = {"q": ["batch", "tokens", H * D], "v": value}
+    shapes = known_shapes(op_type)
     (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
     assert output.shape == ["batch", "tokens", H * DV]
 
 
+def known_shapes(op_type, *, q="batch", k="batch", v="batch", mask=("batch", 1, 1, "keys"), tokens="tokens"):
+    """Of all inputs, with these batches."""
+    split, heads = attention.OP_TYPES[op_type].split, attention.OP_TYPES[op_type].heads
+    return {
+        "q": [q, H, tokens, D] if heads else [q, tokens, H * D],
+        "k": [k, H, "keys", D] if split else [k, "keys", H * D],
+        "v": [v, H, "keys", DV] if split else [v, "keys", H * DV],
+        "mask": list(mask),
+    }
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ({"q": 1}, "batch"),
+        ({"q": 1, "k": 1}, "batch"),
+        ({"k": 1, "v": 1}, "batch"),
+        ({"q": 1, "k": 5}, 5),
+        ({"k": "other"}, None),
+        ({"q": 1, "v": "other"}, None),
+        ({"q": 4, "k": "other"}, 4),
+    ],
+)
+def test_what_a_batch_is_broadcast_to_is_inferred(op_type, batches, expected, open_session):
+    shapes = known_shapes(op_type, **batches, mask=("tokens", "keys"))
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
+    if expected is None:
+        assert output.shape[0] not in ("batch", "other", 1, -1)
+    else:
+        assert output.shape[0] == expected
+    assert output.shape[1:] == ["tokens", H * DV]
+
+
+@masked_ops
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (("tokens", "keys"), ["batch", "tokens"]),
+        (("keys",), ["batch", "tokens"]),
+        (("batch", 1, "tokens", 1), ["batch", "tokens"]),
+        (("others", 1, 1, "keys"), [None, "tokens"]),
+        (("rows", "keys"), ["batch", None]),
+        ((3, 1, 7, "keys"), [3, 7]),
+    ],
+)
+def test_what_a_mask_repeats_is_inferred(op_type, mask, expected, open_session):
+    (output,) = open_session(model(op_type, shapes=known_shapes(op_type, mask=mask))).get_outputs()
+    found = [None if str(dim).startswith("sparse_onnx_unknown") else dim for dim in output.shape[:2]]
+    assert found == expected
+
+
+@masked_ops
+def test_one_query_and_batch_that_a_mask_repeats_are_inferred(op_type, open_session):
+    shapes = known_shapes(op_type, q=1, k=1, v=1, tokens=1, mask=("others", 1, "rows", "keys"))
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
+    assert output.shape[:2] == ["others", "rows"]
+
+
 @every_op
 def test_unknown_channels_stay_unknown(op_type, open_session):
-    (output,) = open_session(model(op_type, shapes={"q": ["batch", 7, "channels"]})).get_outputs()
+    shapes = known_shapes(op_type, tokens=7)
+    shapes["q"][-1] = "channels"
+    shapes["v"][-1] = "others"
+    (output,) = open_session(model(op_type, shapes=shapes)).get_outputs()
     assert output.shape[:2] == ["batch", 7]
     assert not isinstance(output.shape[2], int)
     assert output.shape[2] != "channels"
@@ -234,13 +325,15 @@ WRONG = [
     (MERGED, "v", (B + 1, SK, H * DV), "which do not fit"),
     (MERGED, "mask", (B, 1, SQ, SK + 1), r"mask has shape \[2, 1, 6, 11\], .* broadcast to \[2, 3, 6, 10\]"),
     (MERGED, "mask", (H + 1, SQ, SK), r"mask has shape \[4, 6, 10\], .* broadcast to \[2, 3, 6, 10\]"),
-    (MERGED, "mask", (1, 1, 1, 1, 1), r"mask has shape \[1, 1, 1, 1, 1\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (B + 1, 1, SQ, SK), r"mask has shape \[3, 1, 6, 10\], .* broadcast to \[2, 3, 6, 10\]"),
+    (MERGED, "mask", (1, 1, 1, 1, 1), r"mask has shape \[1, 1, 1, 1, 1\], expected at most 4 axes"),
     (
         "AttentionSplit",
         "k",
         (B, SK, H * D),
         r"input k has shape \[2, 10, 60\], expected \[batch, 3, sequence",
     ),
+    ("AttentionHeads", "q", (B, SQ, H * D), r"input q has shape \[2, 6, 60\], expected \[batch, 3, sequence"),
     ("AttentionSplit", "v", (B, H + 1, SK, DV), r"input v has shape \[2, 4, 10, 24\], expected \[batch, 3"),
 ]
 

@@ -21,6 +21,8 @@ WINDOWS = {
     "groups": (Window((3, 3), pads=(1, 1, 1, 1), group=3), (6, 9)),
     "groups, 1x1": (Window((1, 1), group=2), (6, 10)),
     "depthwise": (Window((3, 3), group=4), (4, 8)),
+    "one axis": (Window((5,), (2,), (1, 3), (2,)), (4, 6)),
+    "one axis, groups": (Window((3,), (1,), (0, 0), (1,), group=2), (6, 10)),
 }
 every_window = pytest.mark.parametrize("case", WINDOWS)
 
@@ -62,11 +64,12 @@ def test_filters_survive_packing(case):
 def test_reference_is_the_convolution_of_the_standard(case):
     window, (channels, outputs) = WINDOWS[case]
     filters = filters_of(window, channels, outputs)
-    x = RNG.standard_normal((2, channels, 9, 10)).astype(np.float32)
+    sizes = (9, 10)[-len(window.kernel_shape) :]
+    x = RNG.standard_normal((2, channels, *sizes)).astype(np.float32)
     bias = RNG.standard_normal(outputs).astype(np.float32)
     got = sc.reference(x, sc.pack_filters(filters, group=window.group), bias, window)
     expected = onnx_conv(x, filters, bias, window)
-    assert got.shape == (2, outputs, *window.output_size(9, 10)) == expected.shape
+    assert got.shape == (2, outputs, *window.output_size(*sizes)) == expected.shape
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -101,6 +104,15 @@ def test_block_never_straddles_groups(N, group, block):
 def test_output_channels_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 output channels cannot be cut into 2 groups"):
         sc.pack_filters(np.ones((5, 1, 1, 1), np.float32), group=2)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [((3,),), ((3, 3, 3), (1, 1, 1), (0,) * 6, (1, 1, 1)), ((3, 3), (1,)), ((3,), (1,), (0,), (1,))],
+)
+def test_windows_of_other_axes_are_no_windows(attributes):
+    with pytest.raises(ValueError, match="one axis or two"):
+        Window(*attributes)
 
 
 def test_window_that_does_not_fit():

@@ -117,6 +117,31 @@ WINDOWS = {
     "dilation": (POINTWISE, Window((3, 3), dilations=(2, 3), pads=(2, 3, 2, 3), group=OUTPUTS)),
     "1x1": (POINTWISE, Window((1, 1), strides=(3, 3), group=OUTPUTS)),
 }
+ROWS = {
+    "3": (Window((1,), (1,), (0, 0), (1,)), Window((3,), (1,), (1, 1), (1,), OUTPUTS)),
+    "stem": (Window((3,), (2,), (1, 1), (1,)), Window((5,), (2,), (0, 3), (1,), OUTPUTS)),
+    "dilation": (Window((1,), (2,), (0, 0), (1,)), Window((3,), (1,), (4, 2), (3,), OUTPUTS)),
+}
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("op_type", scd.OP_TYPES)
+@pytest.mark.parametrize("case", ROWS)
+def test_one_axis(case, op_type, library, open_session):
+    window, depthwise = ROWS[case]
+    model = model_of(op_type, window, depthwise, x_shape=("batch", CHANNELS, "width"))
+    for batch, width in ((3, 41), (1, 300)):
+        x = RNG.standard_normal((batch, CHANNELS, width)).astype(np.float32)
+        session = open_session(model, library=library)
+        assert len(session.get_outputs()[0].shape) == 3
+        (got,) = session.run(None, {"X": x})
+        assert_close(got, expected(x, op_type, window=window, depthwise=depthwise))
+
+
+def test_windows_of_different_axes_are_refused(open_session):
+    wrong = {"depthwise_kernel_shape": [3], "depthwise_strides": [1], "depthwise_pads": [1, 1]}
+    with pytest.raises(Exception, match=rf"node '{NODE}'.*differ in length"):
+        open_session(model_of(attributes={**wrong, "depthwise_dilations": [1]}, with_body=False))
 
 
 @pytest.mark.parametrize("library", [True, False])

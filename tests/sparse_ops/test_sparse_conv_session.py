@@ -119,6 +119,101 @@ WINDOWS = {
 }
 
 
+def row(kernel, stride=1, pads=(0, 0), dilation=1, group=1):
+    """A window of one axis."""
+    return Window((kernel,), (stride,), pads, (dilation,), group)
+
+
+ROWS = {
+    "1": row(1),
+    "1, stride": row(1, 3),
+    "5, uneven pads": row(5, pads=(0, 3)),
+    "longer than the input, but for its pads": row(41, pads=(20, 20)),
+    "dilation": row(3, pads=(4, 2), dilation=3),
+    "groups": row(3, pads=(1, 1), group=2),
+    "stride and groups": row(4, 2, (1, 2), group=2),
+}
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize(
+    "op_type", ["SparseConv", "SparseConvRelu", "SparseConvAddClip", "SparseConvAddSilu"]
+)
+@pytest.mark.parametrize("case", ROWS)
+def test_one_axis(case, op_type, library, open_session):
+    window = ROWS[case]
+    for batch, width in ((2, 37), (1, 200), (0, 37)):
+        feeds = feeds_of(RNG.standard_normal((batch, CHANNELS, width)).astype(np.float32), op_type, window)
+        model = model_of(
+            window, op_type, x_shape=("batch", CHANNELS, "width"), r_shape=("batch", OUTPUTS, None)
+        )
+        want = expected(feeds["X"], window, op_type, feeds.get("R"))
+        for threads in (1, 2):
+            (got,) = open_session(model, library=library, threads=threads).run(None, feeds)
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
+def test_one_axis_is_an_image_of_one_row(open_session):
+    """To the last bit."""
+    window = row(5, 2, (2, 1))
+    x = RNG.standard_normal((3, CHANNELS, 90)).astype(np.float32)
+    (got,) = open_session(model_of(window, x_shape=("batch", CHANNELS, "width"))).run(None, {"X": x})
+    image = Window((1, 5), (1, 2), (0, 2, 0, 1))
+    (want,) = open_session(model_of(image)).run(None, {"X": x[:, :, None]})
+    np.testing.assert_array_equal(got, want[:, :, 0])
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "neon"])
+def test_one_axis_on_every_instruction_set(isa, run_forced):
+    window = row(5, 2, (2, 1))
+    x = RNG.standard_normal((3, CHANNELS, 90)).astype(np.float32)
+    (got,) = run_forced(model_of(window, x_shape=("batch", CHANNELS, "width")), {"X": x}, isa)
+    np.testing.assert_allclose(got, expected(x, window), rtol=1e-5, atol=5e-5)
+
+
+def test_output_shape_of_one_axis_is_inferred(open_session):
+    session = open_session(model_of(row(5, 2, (2, 1)), x_shape=("batch", CHANNELS, 90)))
+    assert session.get_outputs()[0].shape == ["batch", OUTPUTS, 45]
+
+
+def test_depthwise_of_one_axis(open_session):
+    window = row(3, pads=(1, 1), group=OUTPUTS)
+    x = RNG.standard_normal((2, OUTPUTS, 53)).astype(np.float32)
+    model = model_of(window, channels=OUTPUTS, x_shape=("batch", OUTPUTS, "width"))
+    for library in (True, False):
+        (got,) = open_session(model, library=library).run(None, {"X": x})
+        np.testing.assert_allclose(got, expected(x, window, channels=OUTPUTS), rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, CHANNELS, 5, 5), (1, CHANNELS), (1, CHANNELS + 1, 9)])
+def test_wrong_input_of_one_axis_fails_that_run_only(shape, open_session):
+    session = open_session(model_of(row(3), x_shape=None, with_body=False))
+    with pytest.raises(Exception, match=rf"{NODE}.*expected \[batch, {CHANNELS}, width\]"):
+        session.run(None, {"X": np.ones(shape, np.float32)})
+    with pytest.raises(Exception, match=rf"{NODE}.*window of kernel_shape does not fit"):
+        session.run(None, {"X": np.ones((1, CHANNELS, 2), np.float32)})
+    x = RNG.standard_normal((1, CHANNELS, 9)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"X": x})[0], expected(x, row(3)), rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"kernel_shape": [3, 1]}, r"attribute strides is \[1\], expected 2 numbers"),
+        ({"pads": [1, 1, 1, 1]}, "attribute pads is .* expected 2 numbers from 0"),
+        ({"strides": [0]}, r"attribute strides is \[0\], expected 1 number from 1"),
+        ({"kernel_shape": [1, 1, 1]}, r"attribute kernel_shape is \[1, 1, 1\], expected 2 numbers"),
+        ({"kernel_shape": [4]}, "K is 18, no multiple of the 4"),
+    ],
+)
+def test_hostile_attributes_of_one_axis(attributes, message, open_session):
+    with pytest.raises(Exception, match=rf"node '{NODE}' \(SparseConv\): .*{message}"):
+        open_session(
+            model_of(row(3), x_shape=("batch", CHANNELS, "width"), attributes=attributes, with_body=False)
+        )
+
+
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("case", WINDOWS)
 def test_windows(case, library, open_session):
@@ -230,7 +325,7 @@ HOSTILE = {
     "kernel_shape missing": ({"kernel_shape": None}, "attribute kernel_shape is missing"),
     "kernel_shape of one axis": (
         {"kernel_shape": [9]},
-        r"attribute kernel_shape is \[9\], expected 2 numbers",
+        r"attribute strides is \[1, 1\], expected 1 number from 1",
     ),
     "kernel_shape zero": ({"kernel_shape": [0, 9]}, "attribute kernel_shape is"),
     "kernel_shape that does not divide K": ({"kernel_shape": [5, 5]}, "K is 54, no multiple of the 25"),

@@ -37,7 +37,8 @@ def weights(sparse):
 
     def weights(op_type, width=1, down_width=1, hidden=HIDDEN, block=16):
         n = 2 * hidden if gated(op_type) else hidden
-        first = packed(K, n, width, 0, chunk=32, block=block)
+        halves = [packed(K, hidden, width, seed, chunk=32, block=block) for seed in (0, 2)]
+        first = split.concatenate(halves) if gated(op_type) else halves[0]
         down = packed(hidden, N, down_width, 1, chunk=20, block=8)
         return first, np.linspace(-2, 2, n, dtype=np.float32), down, np.linspace(3, 4, N, dtype=np.float32)
 
@@ -108,13 +109,22 @@ def test_any_rank_and_empty_batches(shape, op_type, library, weights, pair_model
 
 
 @with_and_without
-@pytest.mark.parametrize("hidden", [1, 3, 45, 130])
-@pytest.mark.parametrize("op_type", ["SparseFeedForward", "SparseFeedForwardGelu"])
+@pytest.mark.parametrize("hidden", [1, 45, 130, 383])
+@every_op_type
 def test_sizes_that_are_multiples_of_nothing(op_type, hidden, library, weights, pair_model, open_session):
     both = weights(op_type, hidden=hidden)
     x = inputs(21, K)
     (got,) = open_session(pair_model(op_type, both), library=library).run(None, {"X": x})
     compare(got, ff.reference(op_type, x, *both))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "neon"])
+def test_any_width_on_every_instruction_set(isa, weights, pair_model, run_forced):
+    for op_type in ("SparseFeedForwardGelu", "SparseFeedForwardSiluGate"):
+        both = weights(op_type, hidden=45)
+        x = inputs(37, K)
+        (got,) = run_forced(pair_model(op_type, both), {"X": x}, isa)
+        compare(got, ff.reference(op_type, x, *both))
 
 
 @every_op_type
@@ -210,6 +220,6 @@ def test_every_linear_has_a_pair():
     assert set(ff.PAIRS) == {*sm.ACTIVATIONS, *split.GATES.values()}
     assert set(ff.OP_TYPES) == {
         "SparseFeedForward",
-        *(f"SparseFeedForward{name}" for name in ("Relu", "Gelu", "GeluTanh", "Silu")),
+        *(f"SparseFeedForward{name}" for name in ("Relu", "Gelu", "GeluTanh", "Silu", "QuickGelu")),
         *(f"SparseFeedForward{name}Gate" for name in ("Silu", "GeluTanh")),
     }

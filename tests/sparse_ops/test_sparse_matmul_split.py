@@ -1,5 +1,6 @@
 """Linears that share their input: the contract, and the operators with the library and on their function bodies."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -12,12 +13,18 @@ from sparse_onnx.sparse_ops import sparse_matmul as sm
 from sparse_onnx.sparse_ops import sparse_matmul_split as split
 
 K, BLOCK = 70, 16
-# Output channels of the linears: whole blocks, but for the last one of a split.
+# Output channels of the linears: whole blocks, but for the last one of a split; and others.
 SIZES = {
     "SparseMatMulSplit2": (32, 45),
     "SparseMatMulSplit3": (16, 48, 21),
     "SparseMatMulSiluGate": (48, 48),
     "SparseMatMulGeluTanhGate": (48, 48),
+}
+ODD_SIZES = {
+    "SparseMatMulSplit2": [(15, 33), (1, 1), (312, 383)],
+    "SparseMatMulSplit3": [(17, 31, 15), (49, 49, 49), (1, 16, 2)],
+    "SparseMatMulSiluGate": [(15, 15), (33, 33), (1, 1)],
+    "SparseMatMulGeluTanhGate": [(17, 17), (383, 383)],
 }
 every_op_type = pytest.mark.parametrize("op_type", split.OP_TYPES)
 with_and_without = pytest.mark.parametrize("library", [True, False])
@@ -33,14 +40,21 @@ def compare(got, expected):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-4)
 
 
+def at_block(weight, width=1):
+    """Packed with blocks of BLOCK, also where there are fewer outputs."""
+    n = weight.shape[1]
+    wide = np.concatenate([weight, np.zeros((K, max(0, BLOCK - n)), np.float32)], axis=1)
+    return dataclasses.replace(sm.pack(wide, chunk=32, block=BLOCK, width=width), N=n)
+
+
 @pytest.fixture
 def weights(sparse):
-    """``weights(op_type, width=1)``: the linears' dense weights [K, Ni]."""
+    """``weights(op_type, width=1, sizes=None)``: the linears' dense weights [K, Ni]."""
 
-    def weights(op_type, width=1):
+    def weights(op_type, width=1, sizes=None):
         return [
             np.repeat(sparse(K, -(-n // width), 0.3, seed), width, axis=1)[:, :n]
-            for seed, n in enumerate(SIZES[op_type])
+            for seed, n in enumerate(sizes or SIZES[op_type])
         ]
 
     return weights
@@ -48,14 +62,15 @@ def weights(sparse):
 
 @pytest.fixture
 def layer(weights, layer_model):
-    """``layer(op_type, width=1)``: packed weight, bias, attribute ``split`` and the model; more goes to
+    """``layer(op_type, width=1, sizes=None)``: packed weight, bias, attribute ``split`` and the model; more goes to
     ``layer_model``."""
 
-    def layer(op_type, width=1, attributes=None, **more):
-        parts = [sm.pack(w, chunk=32, block=BLOCK, width=width) for w in weights(op_type, width)]
+    def layer(op_type, width=1, sizes=None, attributes=None, **more):
+        sizes = sizes or SIZES[op_type]
+        parts = [at_block(w, width) for w in weights(op_type, width, sizes)]
         packed = split.concatenate(parts)
         bias = np.linspace(-2, 2, packed.N, dtype=np.float32)
-        own = () if op_type in split.GATES.values() else SIZES[op_type]
+        own = () if op_type in split.GATES.values() else sizes
         outputs = [f"Y{i}" for i in range(len(own))] or ["Y"]
         attributes = {**({"split": own} if own else {}), **(attributes or {})}
         model = layer_model(packed, bias, op_type, attributes=attributes, outputs=outputs, **more)
@@ -73,6 +88,48 @@ def test_library_and_body_compute_the_reference(op_type, width, library, layer, 
     expected = split.reference(op_type, x, packed, bias, own)
     for threads in (1, 2):
         compare(open_session(model, library=library, threads=threads).run(None, {"X": x}), expected)
+
+
+every_odd_size = pytest.mark.parametrize(
+    ("op_type", "sizes"), [(op_type, sizes) for op_type, cases in ODD_SIZES.items() for sizes in cases]
+)
+
+
+@with_and_without
+@pytest.mark.parametrize("width", [1, 4, 8])
+@every_odd_size
+def test_linears_of_any_width(op_type, sizes, width, library, layer, weights, open_session):
+    """Not whole blocks: what lies between the linears is no part of the weight."""
+    packed, bias, own, model = layer(op_type, width, sizes)
+    assert packed.format == sm.PARTS_FORMAT
+    np.testing.assert_array_equal(sm.unpack(packed), np.concatenate(weights(op_type, width, sizes), axis=1))
+    x = inputs(37, K)
+    expected = split.reference(op_type, x, packed, bias, own)
+    for threads in (1, 2):
+        compare(open_session(model, library=library, threads=threads).run(None, {"X": x}), expected)
+    shapes = [output.shape for output in open_session(model, library=library).get_outputs()]
+    assert shapes == [["tokens", n] for n in own or sizes[:1]]
+
+
+@pytest.mark.parametrize("opset", [13, 18, 21, 23])
+@pytest.mark.parametrize("op_type", split.OP_TYPES)
+def test_bodies_of_any_width_fold(op_type, opset, layer, open_session, tmp_path):
+    packed, bias, own, model = layer(op_type, sizes=ODD_SIZES[op_type][0], opset=opset)
+    x = inputs(9, K)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    got = open_session(model, library=False, options=options).run(None, {"X": x})
+    compare(got, split.reference(op_type, x, packed, bias, own))
+    left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert not {"ScatterElements", "CumSum", "Split", "Slice", "Reshape", "Concat", op_type} & left
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "neon"])
+def test_any_width_on_every_instruction_set(isa, layer, tmp_path, run_forced):
+    for op_type, cases in ODD_SIZES.items():
+        packed, bias, own, model = layer(op_type, sizes=cases[-1])
+        x = inputs(37, K)
+        compare(run_forced(model, {"X": x}, isa), split.reference(op_type, x, packed, bias, own))
 
 
 @with_and_without
@@ -159,6 +216,72 @@ def test_not_a_number_and_infinity_pass_through(op_type, layer, open_session):
         np.testing.assert_array_equal(np.isnan(mine[1]), columns)
 
 
+def test_a_weight_with_padding_is_not_read_as_one_without(layer, open_session, node_name):
+    """Neither the other way round: a format that a library does not know is refused."""
+    for sizes, wrong in (((32, 45), sm.PARTS_FORMAT), ((31, 45), sm.FORMAT), ((31, 45), "chunked_csc_newer")):
+        packed, bias, own, model = layer(
+            "SparseMatMulSplit2", sizes=sizes, attributes={"format": wrong}, with_body=False
+        )
+        if wrong == sm.PARTS_FORMAT:  # whole blocks are the same in both
+            x = inputs(5, K)
+            compare(
+                open_session(model).run(None, {"X": x}),
+                split.reference("SparseMatMulSplit2", x, packed, bias, own),
+            )
+            continue
+        with pytest.raises(Exception, match=rf"node '{node_name}' \(SparseMatMulSplit2\)"):
+            open_session(model)
+    _, _, _, model = layer("SparseMatMulSplit2", attributes={"format": "bitmap"}, with_body=False)
+    with pytest.raises(Exception, match="'bitmap'; this library reads chunked_csc and chunked_csc_parts"):
+        open_session(model)
+    single = layer("SparseMatMulSplit2", sizes=(31, 45))[0]
+    with pytest.raises(sm.FormatError, match="are not the sizes of linears"):
+        sm.validate(dataclasses.replace(single, split=(31, 46)))
+
+
+WRONG_PARTS = {
+    "another sum": [31, 44],
+    "zero": [0, 76],
+    "zero at the end": [76, 0],
+    "negative": [-16, 92],
+    "larger than N": [96, -20],
+    "huge": [2**63 - 16, 45],
+    "too few": [76],
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_wrong_parts_are_refused_by_name(case, layer, open_session, node_name):
+    _, _, _, model = layer(
+        "SparseMatMulSplit2", sizes=(31, 45), attributes={"split": WRONG_PARTS[case]}, with_body=False
+    )
+    message = rf"node '{node_name}' \(SparseMatMulSplit2\): .*expected (sizes that add up to N = 76|2 sizes)"
+    with pytest.raises(Exception, match=message):
+        open_session(model)
+
+
+@pytest.mark.parametrize("sizes", [[16, 60], [60, 16], [30, 46]])
+def test_other_parts_do_not_reach_behind_the_arrays(sizes, layer, open_session, node_name):
+    """They add up, but mean another number of blocks, or the same in another place."""
+    packed, _, _, model = layer(
+        "SparseMatMulSplit2", sizes=(31, 45), attributes={"split": sizes}, with_body=False
+    )
+    if sum(-(-n // BLOCK) for n in sizes) == packed.blocks:
+        assert [y.shape[1] for y in open_session(model).run(None, {"X": inputs(3, K)})] == sizes
+    else:
+        with pytest.raises(Exception, match=rf"node '{node_name}' .*counts has"):
+            open_session(model)
+
+
+@pytest.mark.parametrize("name", ["values", "offsets", "counts", "rows", "bias"])
+def test_short_arrays_with_padding_are_refused(name, layer, open_session, node_name):
+    packed, bias, _, _ = layer("SparseMatMulSplit2", sizes=(31, 45))
+    short = {**packed.arrays(), "bias": bias}[name][:-1]
+    _, _, _, model = layer("SparseMatMulSplit2", sizes=(31, 45), arrays={name: short}, with_body=False)
+    with pytest.raises(Exception, match=rf"node '{node_name}' .*{name} has"):
+        open_session(model)
+
+
 WRONG_SPLITS = {
     "one too few": [32],
     "one too many": [32, 32, 13],
@@ -177,9 +300,10 @@ def test_wrong_split_is_refused_by_name(case, layer, open_session, node_name):
     wrong = WRONG_SPLITS[case]
     _, _, _, model = layer("SparseMatMulSplit2", attributes={"split": wrong}, with_body=False)
     message = (
-        rf"node '{node_name}' \(SparseMatMulSplit2\): attribute split is {re.escape(str(wrong))}, "
-        "expected 2 sizes that add up to N = 77, all but the last multiples of block 16"
+        rf"node '{node_name}' \(SparseMatMulSplit2\): attribute split is {re.escape(str(wrong))}, expected 2"
     )
+    if len(wrong) == 2:
+        message += " sizes that add up to N = 77, all but the last multiples of block 16"
     with pytest.raises(Exception, match=message):
         open_session(model)
 
@@ -195,7 +319,7 @@ def test_gate_without_whole_blocks_is_refused(sparse, layer_model, open_session,
     for n in (BLOCK, 3 * BLOCK, 2 * BLOCK + 2):
         packed = sm.pack(sparse(K, n, 0.3), chunk=32, block=BLOCK)
         model = layer_model(packed, np.zeros(n, np.float32), "SparseMatMulSiluGate", with_body=False)
-        message = rf"node '{node_name}' .*attribute N is {n}, expected two halves of whole blocks of 16"
+        message = rf"node '{node_name}' .*attribute N is {n}, expected 2 sizes that add up to N = {n}, all but the last"
         with pytest.raises(Exception, match=message):
             open_session(model)
 
@@ -222,5 +346,17 @@ def test_concatenate_refuses_weights_that_do_not_fit(sparse):
     for other in (part(k=71), part(chunk=16), part(block=8), part(width=4)):
         with pytest.raises(ValueError, match="equal K, chunk, block and width"):
             split.concatenate([part(), other])
-    with pytest.raises(ValueError, match=r"whole blocks of 16 outputs, not \[40, 32\]"):
-        split.concatenate([part(n=40), part()])
+
+
+@pytest.mark.parametrize("width", [1, 4, 8])
+@pytest.mark.parametrize("sizes", [(15, 17), (383, 312, 1), (16, 31, 33)])
+def test_concatenated_weights_of_any_width(sizes, width, sparse):
+    dense = [
+        np.repeat(sparse(K, -(-n // width), 0.3, n + seed), width, axis=1)[:, :n]
+        for seed, n in enumerate(sizes)
+    ]
+    packed = split.concatenate([at_block(w, width) for w in dense])
+    assert packed.attributes()["format"] == sm.PARTS_FORMAT
+    sparse_ops.check(packed)
+    sm.validate(packed)
+    np.testing.assert_array_equal(sm.unpack(packed), np.concatenate(dense, axis=1))

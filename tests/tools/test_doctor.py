@@ -69,7 +69,7 @@ def test_speed_is_measured_in_two_seconds(monkeypatch):
     monkeypatch.setattr(library, "peak", peak)
     monkeypatch.setattr(doctor.machine, "read_bandwidth", read)
     monkeypatch.setattr(doctor, "_BUFFER", 1 << 12)
-    monkeypatch.setattr("sparse_onnx.report.available_cores", lambda: 3)
+    monkeypatch.setattr("sparse_onnx.host.available_cores", lambda: 3)
     found = by_key(doctor._speed())
     assert found["memory"].values == {"gb_per_s_one_thread": 1.0, "gb_per_s_all_threads": 3.0}
     assert found["arithmetic"].values == {"gflop_per_s_one_thread": 2.0, "gflop_per_s_all_threads": 6.0}
@@ -224,9 +224,11 @@ def test_packages_that_are_not_there_are_not_installed():
 
 
 def test_missing_extra(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: name != "torch")
+    """Whatever is installed here."""
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else "1.2.3")
     found = by_key(doctor._extras())
     assert found["extra_cpu"].status == "ok"
+    assert found["extra_ray"].values == {"missing": [], "versions": {"ray": "1.2.3"}}
     assert found["extra_export"].status == "note"
     assert found["extra_export"].values["missing"] == ["torch"]
     assert "pip install 'sparse-onnx[export]'" in found["extra_export"].fix
@@ -386,17 +388,18 @@ def test_plain_installation(monkeypatch):
 
 @pytest.mark.parametrize(
     ("limit", "status", "threads"),
-    [(None, "ok", None), (4.0, "ok", None), (2.5, "note", 2), (0.5, "note", 1)],
+    [(None, "ok", 4), (4.0, "ok", 4), (2.5, "note", 2), (0.5, "note", 1)],
 )
 def test_container_with_fewer_processors_than_are_visible(monkeypatch, limit, status, threads):
-    monkeypatch.setattr("sparse_onnx.report.available_cores", lambda: 4)
-    monkeypatch.setattr(doctor.machine, "cpu_limit", lambda: limit)
+    monkeypatch.setattr("sparse_onnx.host.processors", lambda: (0, 1, 2, 3))
+    monkeypatch.setattr("sparse_onnx.host.cpu_limit", lambda *_root: limit)
     found = find("cpu_limit", doctor._machine)
     assert found.status == status
     assert found.values == {"limit": limit}
-    if threads is not None:
+    assert find("processor", doctor._machine).values["cores"] == threads
+    if status == "note":
         assert f"{limit:g} of the 4 cores" in found.detail
-        assert f"--threads {threads} here" in found.fix
+        assert f"intra_op_num_threads = {threads} " in found.fix
 
 
 @pytest.mark.parametrize(
@@ -411,7 +414,7 @@ def test_container_with_fewer_processors_than_are_visible(monkeypatch, limit, st
 def test_scratch_folder(monkeypatch, kind, free, said):
     usage = doctor.shutil.disk_usage("/")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _path: usage._replace(free=free))
-    monkeypatch.setattr(doctor.machine, "file_system", lambda _path: kind)
+    monkeypatch.setattr(doctor.host, "file_system", lambda _path: kind)
     found = find("scratch", doctor._machine)
     assert found.values["free_bytes"] == free
     assert found.status == ("ok" if said is None else "note")

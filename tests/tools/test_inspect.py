@@ -48,6 +48,59 @@ def test_dense_model(run_cli, dense):
     assert document["declined"] == []
 
 
+def test_what_is_not_looked_at_is_said(run_cli, tmp_path):
+    """Integer weights are no rows, as their zeros mean nothing; operators without a sparse kernel are listed."""
+    path = save(
+        tmp_path,
+        """<ir_version: 8, opset_import: ["" : 17]> g (uint8[4, 32] x) => (float[4, 48] y) {
+        i = MatMulInteger(x, q) f = Cast<to = 1>(i) y = MatMul(f, w) }""",
+        q=np.ones((32, 64), np.int8),
+        w=np.zeros((64, 48), np.float32),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert list(rows_by_name(document)) == ["w"]
+    assert document["not_counted"] == [
+        {"name": "q", "op_type": "MatMulInteger", "shape": [32, 64], "dtype": "INT8", "bytes": 2048}
+    ]
+    reason = "no sparse kernel takes the weights of MatMulInteger (INT8)"
+    assert document["declined"] == [{"place": "q", "reason": reason}]
+    share = 32 * 64 / (32 * 64 + 64 * 48)
+    assert document["untouched"] == [
+        {"op_type": "MatMulInteger", "count": 1, "share": share, "reason": reason}
+    ]
+    text = run_cli("inspect", path).out
+    assert "no sparse kernel for (share of work): MatMulInteger 40%" in text
+    assert "1 tensors (INT8) of 2.0 kB" in text
+
+
+def test_no_shares_where_shapes_are_not_known(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 32] x, float[4, 32] z) => (float[n, 64] y, float[4, 4] s) {
+        y = MatMul(x, w) t = Transpose(z) s = MatMul(z, t) }""",
+        w=np.ones((32, 64), np.float32),
+    )
+    (row,) = run_cli("inspect", path, "--format", "json").json()["untouched"]
+    assert (row["op_type"], row["share"]) == ("MatMul", None)
+
+
+def test_weights_in_constant_nodes_are_found(run_cli, tmp_path):
+    weight = onnx.numpy_helper.from_array(np.eye(32, dtype=np.float32))
+    node = onnx.helper.make_node("Constant", [], ["w"], value=weight)
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 32] x) => (float[n, 32] y) { y = MatMul(x, w) }'
+    )
+    proto.graph.node.insert(0, node)
+    onnx.save(proto, tmp_path / "model.onnx")
+    document = run_cli("inspect", tmp_path / "model.onnx", "--format", "json").json()
+    assert document["operators"] == {"ai.onnx::Constant": 1, "ai.onnx::MatMul": 1}
+    assert document["weight_bytes"] == 4096
+    assert document["file_bytes"] == (tmp_path / "model.onnx").stat().st_size
+    (row,) = document["weights"]
+    assert (row["name"], row["zeros"], row["state"]) == ("w", 32 * 31, "can be sparse")
+
+
 def test_zeros_are_counted_exactly(run_cli, pruned):
     document = run_cli("inspect", pruned, "--format", "json").json()
     proto = onnx.load(pruned)

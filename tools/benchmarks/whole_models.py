@@ -163,7 +163,7 @@ def _optimize(source: Path, scratch: Path, threads: int, batch: int, length: int
     shapes = {
         spec.name: tuple(
             dim if isinstance(dim, int) else batch if axis == 0 else length
-            for axis, dim in enumerate(spec.shape)
+            for axis, dim in enumerate(spec.shape or ())
         )
         for spec in specs
     }

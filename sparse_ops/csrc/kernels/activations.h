@@ -106,6 +106,12 @@ inline Vector<kLanes> silu(Vector<kLanes> x) {
   return times_logistic<kLanes>(x, x);
 }
 
+// x / (1 + e^(-1.702 x))
+template <size_t kLanes>
+inline Vector<kLanes> quick_gelu(Vector<kLanes> x) {
+  return times_logistic<kLanes>(1.702f * x, x);
+}
+
 // x max(0, min(1, x / 6 + 1 / 2)), but NaN stays NaN
 template <size_t kLanes>
 inline Vector<kLanes> hard_swish(Vector<kLanes> x) {

@@ -2,9 +2,7 @@
 // vectors.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
-#include <thread>
 
 namespace sparse_ops {
 
@@ -12,11 +10,5 @@ constexpr size_t kCacheLine = 64;
 
 constexpr size_t divide_up(size_t value, size_t step) { return (value + step - 1) / step; }
 constexpr size_t round_up(size_t value, size_t step) { return divide_up(value, step) * step; }
-
-// Of the machine; how many of them a session uses is not known here.
-inline size_t processors() {
-  static const size_t count = std::max(1u, std::thread::hardware_concurrency());
-  return count;
-}
 
 }  // namespace sparse_ops

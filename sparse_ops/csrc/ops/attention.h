@@ -1,4 +1,4 @@
-// The operators Attention, AttentionMasked, AttentionSplit and AttentionSplitMasked; contract in
+// The operators Attention, AttentionSplit and AttentionHeads, each with and without a mask; contract in
 // sparse_ops/attention.py.
 #pragma once
 

@@ -69,16 +69,21 @@ std::string NodeReader::text(const char* name) const {
   return found;
 }
 
-void NodeReader::expect(const char* name, const char* value) const {
+size_t NodeReader::one_of(const char* name, std::initializer_list<const char*> values) const {
+  std::string known;
+  for (const char* value : values) known += (known.empty() ? "" : " and ") + std::string(value);
   char found[64] = {};
   size_t size = sizeof(found);
   if (OrtStatus* status = api_.KernelInfoGetAttribute_string(info_, name, found, &size)) {
     api_.ReleaseStatus(status);
-    fail(std::string("attribute ") + name + " is missing or unknown; this library reads " + value);
+    fail(std::string("attribute ") + name + " is missing or unknown; this library reads " + known);
   }
-  if (std::string(found) != value) {
-    fail(std::string("attribute ") + name + " is '" + found + "'; this library reads " + value);
+  size_t index = 0;
+  for (const char* value : values) {
+    if (std::string(found) == value) return index;
+    ++index;
   }
+  fail(std::string("attribute ") + name + " is '" + found + "'; this library reads " + known);
 }
 
 NodeReader::Constant NodeReader::constant(size_t index, const char* name, OrtElementType type) const {
@@ -190,7 +195,17 @@ Scratch::~Scratch() {
 }
 
 bool SessionWorkers::run(size_t total, void (*task)(void*, size_t), void* context) {
-  status_ = api_.KernelContext_ParallelFor(context_, task, total, 0, context);
+  struct Counted {
+    void (*task)(void*, size_t);
+    void* context;
+    Attendance& attendance;
+  } counted{task, context, attendance_};
+  const auto counted_task = [](void* c, size_t index) {
+    const Counted& work = *static_cast<const Counted*>(c);
+    work.attendance.here();
+    work.task(work.context, index);
+  };
+  status_ = api_.KernelContext_ParallelFor(context_, counted_task, total, 0, &counted);
   return status_ == nullptr;
 }
 

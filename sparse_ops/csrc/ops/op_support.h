@@ -4,11 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "cpu_features.h"
 #include "kernels/workers.h"
+#include "ops/thread_count.h"
 #include "ort_abi.h"
 #include "ort_status.h"
 
@@ -34,7 +36,9 @@ class NodeReader {
   // A text of at most 63 characters.
   std::string text(const char* name) const;
   // An attribute of which this library knows one value only.
-  void expect(const char* name, const char* value) const;
+  void expect(const char* name, const char* value) const { one_of(name, {value}); }
+  // The place among `values` of an attribute of which this library knows these.
+  size_t one_of(const char* name, std::initializer_list<const char*> values) const;
 
   // A constant input of rank 1; valid as long as the kernel.
   struct Constant {
@@ -92,16 +96,24 @@ class Scratch {
   void* memory_ = nullptr;
 };
 
-// The session's own threads.
+// The session's own threads, which `count` learns to know; nullptr where nothing is planned for them.
 class SessionWorkers final : public Workers {
  public:
-  SessionWorkers(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+  SessionWorkers(const OrtApi& api, const OrtKernelContext* context, ThreadCount* count = nullptr)
+      : api_(api), context_(context), count_(count) {}
+  SessionWorkers(const SessionWorkers&) = delete;
+  SessionWorkers& operator=(const SessionWorkers&) = delete;
+  ~SessionWorkers() {
+    if (count_ != nullptr) count_->saw(attendance_.threads());
+  }
   bool run(size_t total, void (*task)(void*, size_t), void* context) override;
   OrtStatus* status() const { return status_; }
 
  private:
   const OrtApi& api_;
   const OrtKernelContext* context_;
+  ThreadCount* count_;
+  Attendance attendance_;
   OrtStatus* status_ = nullptr;
 };
 

@@ -57,8 +57,10 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   bool residual_;
   MapEpilogue epilogue_;
+  size_t axes_;
   spconv::Axis rows_, columns_;
   size_t group_;
   spmm::CheckedWeight weight_;
@@ -70,6 +72,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   where_ = node.where();
   isa_ = node.isa();
   const Window window = Window::read("", node);
+  axes_ = window.axes();
   rows_ = window.rows();
   columns_ = window.columns();
   if (node.integer("group") < 1) {
@@ -94,16 +97,14 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
 
 void Kernel::compute(OrtKernelContext* context) const {
   const spconv::Convolution conv{weight_.weight, rows_, columns_, group_, epilogue_};
-  const InputTensor x = images_input(api_, context, where_, conv.channels());
-  const auto size = [&](size_t axis) { return size_of(x.dims[axis]); };
-  const size_t out_height = spconv::output_size(conv.rows, size(2));
-  const size_t out_width = spconv::output_size(conv.columns, size(3));
+  const auto [x, batch, height, width] = images_input(api_, context, where_, conv.channels(), axes_);
+  const size_t out_height = spconv::output_size(conv.rows, height);
+  const size_t out_width = spconv::output_size(conv.columns, width);
   if (out_height == 0 || out_width == 0) {
     throw InvalidError{where_ + ": the window of kernel_shape does not fit into input X of shape " +
                        text_of(x.dims) + " with its padding"};
   }
-  const std::vector<int64_t> dims = {x.dims[0], static_cast<int64_t>(conv.weight.N),
-                                     static_cast<int64_t>(out_height), static_cast<int64_t>(out_width)};
+  const std::vector<int64_t> dims = images_dims(axes_, batch, conv.weight.N, out_height, out_width);
   const float* residual = nullptr;
   if (residual_) {
     const InputTensor r = float_input(api_, context, kResidual);
@@ -114,20 +115,21 @@ void Kernel::compute(OrtKernelContext* context) const {
     residual = r.data;
   }
   float* y = float_output(api_, context, 0, dims);
-  if (x.dims[0] == 0) return;
+  if (batch == 0) return;
 
-  const spconv::Plan plan = spconv::make_plan(conv, size(0), size(2), size(3), isa_);
+  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
   SymbolicShape shape;
-  if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;
+  if (!input_shape(api, context, 0, shape)) return;
   const Window window =
       Window::read("", [&](const char* name) { return integers_attribute(api, context, name); });
-  if (!window.problem().empty()) return;  // refused when the kernel is created
+  // Refused when the kernel is created, or when it runs.
+  if (!window.problem().empty() || shape.dims.size() != 2 + window.axes()) return;
   window.infer(shape, integer_attribute(api, context, "N"));
   set_output_shape(api, context, 0, shape);
 }

@@ -47,7 +47,9 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   MapEpilogue epilogue_;
+  size_t axes_;
   spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
   spmm::CheckedWeight weight_;
   const unsigned char* filters_;
@@ -59,6 +61,8 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   where_ = node.where();
   isa_ = node.isa();
   const Window first = Window::read("", node), depthwise = Window::read(kPrefix, node);
+  if (first.axes() != depthwise.axes()) node.fail("kernel_shape and depthwise_kernel_shape differ in length");
+  axes_ = first.axes();
   rows_ = first.rows();
   columns_ = first.columns();
   depthwise_rows_ = depthwise.rows();
@@ -87,35 +91,35 @@ void Kernel::compute(OrtKernelContext* context) const {
                                      depthwise_columns_,
                                      filters_,
                                      filter_bias_};
-  const InputTensor x = images_input(api_, context, where_, fused.first.channels());
-  const auto size = [&](size_t axis) { return size_of(x.dims[axis]); };
-  const auto out = [&](const spconv::Axis& first, const spconv::Axis& depthwise, size_t axis) {
-    return spconv::output_size(depthwise, spconv::output_size(first, size(axis)));
-  };
-  const size_t out_height = out(rows_, depthwise_rows_, 2), out_width = out(columns_, depthwise_columns_, 3);
-  const bool between = spconv::output_size(rows_, size(2)) > 0 && spconv::output_size(columns_, size(3)) > 0;
+  const auto [x, batch, height, width] = images_input(api_, context, where_, fused.first.channels(), axes_);
+  const size_t between_height = spconv::output_size(rows_, height);
+  const size_t between_width = spconv::output_size(columns_, width);
+  const size_t out_height = spconv::output_size(depthwise_rows_, between_height);
+  const size_t out_width = spconv::output_size(depthwise_columns_, between_width);
+  const bool between = between_height > 0 && between_width > 0;
   if (!between || out_height == 0 || out_width == 0) {
     throw InvalidError{where_ + ": the windows do not fit into input X of shape " + text_of(x.dims) +
                        " with their padding"};
   }
   float* y = float_output(api_, context, 0,
-                          {x.dims[0], static_cast<int64_t>(weight_.weight.N),
-                           static_cast<int64_t>(out_height), static_cast<int64_t>(out_width)});
-  if (x.dims[0] == 0) return;
+                          images_dims(axes_, batch, weight_.weight.N, out_height, out_width));
+  if (batch == 0) return;
 
-  const spconv::FusedPlan plan = spconv::make_plan(fused, size(0), size(2), size(3), isa_);
+  const spconv::FusedPlan plan =
+      spconv::make_plan(fused, batch, height, width, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
   SymbolicShape shape;
-  if (!input_shape(api, context, 0, shape) || shape.dims.size() != 4) return;
+  if (!input_shape(api, context, 0, shape)) return;
   for (const char* prefix : {"", kPrefix}) {
     const Window window =
         Window::read(prefix, [&](const char* name) { return integers_attribute(api, context, name); });
-    if (!window.problem().empty()) return;  // refused when the kernel is created
+    // Refused when the kernel is created, or when it runs.
+    if (!window.problem().empty() || shape.dims.size() != 2 + window.axes()) return;
     window.infer(shape, integer_attribute(api, context, "N"));
   }
   set_output_shape(api, context, 0, shape);

@@ -32,6 +32,7 @@ class Kernel {
                                           {"SparseFeedForwardGelu", Activation::gelu},
                                           {"SparseFeedForwardGeluTanh", Activation::gelu_tanh},
                                           {"SparseFeedForwardSilu", Activation::silu},
+                                          {"SparseFeedForwardQuickGelu", Activation::quick_gelu},
                                           {"SparseFeedForwardGeluTanhGate", Activation::gelu_tanh, true},
                                           {"SparseFeedForwardSiluGate", Activation::silu, true}};
   static OrtElementType input_type(const Variant&, size_t i) {
@@ -48,6 +49,7 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   spmm::CheckedWeight first_, second_;
 };
 
@@ -55,17 +57,22 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
-  read_weight(node, variant.activation, first_);
-  read_weight(node, Activation::none, second_, kPrefix, kSecond);
-  spmm::Weight& first = first_.weight;
-  first.gated = variant.gated;
-  if (first.gated) check_gate(node, first);
-  const size_t hidden = first.gated ? first.N / 2 : first.N;
-  if (second_.weight.K != hidden) {
+  int64_t hidden;
+  if (variant.gated) {
+    const auto halves = read_halves(node);
+    read_gated_weight(node, variant.activation, first_, halves);
+    hidden = halves[0];
+  } else {
+    read_weight(node, variant.activation, first_);
+    hidden = static_cast<int64_t>(first_.weight.N);
+  }
+  // One linear: the same in every format.
+  read_tensors(node, Activation::none, second_, {}, kPrefix, kSecond);
+  if (static_cast<int64_t>(second_.weight.K) != hidden) {
     node.fail("attribute down_K is " + std::to_string(second_.weight.K) + ", expected the " +
               std::to_string(hidden) + " outputs of the first weight");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first, second_.weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first_.weight, second_.weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -76,9 +83,9 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_);
+  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if (!spmm::run(plan, first, second, x.data, y, scratch.get(), workers)) check_status(workers.status());
 }
 

@@ -33,6 +33,7 @@ class Kernel {
                                           {"SparseMatMulGelu", Activation::gelu},
                                           {"SparseMatMulGeluTanh", Activation::gelu_tanh},
                                           {"SparseMatMulSilu", Activation::silu},
+                                          {"SparseMatMulQuickGelu", Activation::quick_gelu},
                                           {"SparseMatMulSplit2", Activation::none, 2},
                                           {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
                                           {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
@@ -51,41 +52,30 @@ class Kernel {
   const OrtApi& api_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   spmm::CheckedWeight weight_;
   std::vector<int64_t> split_;  // channels of each output
 };
-
-// The channels of each output of a weight; every one but the last has whole blocks.
-std::vector<int64_t> read_split(const NodeReader& node, const MatMulVariant& variant,
-                                const spmm::Weight& weight) {
-  const auto N = static_cast<int64_t>(weight.N), block = static_cast<int64_t>(weight.block);
-  if (variant.gated) {
-    check_gate(node, weight);
-    return {N / 2};
-  }
-  if (variant.outputs == 1) return {N};
-  const std::vector<int64_t> split = node.integers("split");
-  bool good = split.size() == variant.outputs;
-  int64_t left = N;
-  for (size_t i = 0; i < split.size() && good; ++i) {
-    good = split[i] >= 1 && split[i] <= left && (split[i] == left || split[i] % block == 0);
-    left -= split[i];
-  }
-  if (!good || left != 0) {
-    node.fail("attribute split is " + text_of(split) + ", expected " + std::to_string(variant.outputs) +
-              " sizes that add up to N = " + std::to_string(N) + ", all but the last multiples of block " +
-              std::to_string(block));
-  }
-  return split;
-}
 
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
   isa_ = node.isa();
-  read_weight(node, variant.activation, weight_);
-  weight_.weight.gated = variant.gated;
-  split_ = read_split(node, variant, weight_.weight);
+  if (variant.gated) {
+    const auto halves = read_halves(node);
+    read_gated_weight(node, variant.activation, weight_, halves);
+    split_ = {halves[0]};
+  } else if (variant.outputs > 1) {
+    split_ = node.integers("split");
+    const std::string name = "split is " + text_of(split_);
+    if (split_.size() != variant.outputs) {
+      node.fail("attribute " + name + ", expected " + std::to_string(variant.outputs) + " sizes");
+    }
+    read_weight(node, variant.activation, weight_, name, split_);
+  } else {
+    read_weight(node, variant.activation, weight_);
+    split_ = {static_cast<int64_t>(weight_.weight.N)};
+  }
   node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight_.weight, SIZE_MAX).name);
 }
 
@@ -100,9 +90,9 @@ void Kernel::compute(OrtKernelContext* context) const {
   }
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, isa_);
+  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, isa_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   const std::span<const spmm::Output> used(outputs, split_.size());
   if (!spmm::run(plan, weight, x.data, used, scratch.get(), workers)) check_status(workers.status());
 }

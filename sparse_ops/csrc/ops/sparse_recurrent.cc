@@ -63,6 +63,7 @@ class Kernel {
   const Variant& variant_;
   std::string where_;
   Isa isa_;
+  mutable ThreadCount threads_;
   Cell cell_;
   bool reverse_;
   size_t directions_;
@@ -164,8 +165,9 @@ void Kernel::compute(OrtKernelContext* context) const {
       problem.batch * (lengths == nullptr
                            ? problem.steps
                            : static_cast<size_t>(*std::max_element(lengths, lengths + problem.batch)));
-  const spmm::Plan products = spmm::make_plan(input, rows, isa_);
-  const recurrent::Plan plan = recurrent::make_plan(problem, isa_);
+  const size_t threads = threads_.expected();
+  const spmm::Plan products = spmm::make_plan(input, rows, isa_, threads);
+  const recurrent::Plan plan = recurrent::make_plan(problem, isa_, threads);
   size_t size, bytes;
   if (__builtin_mul_overflow(rows, input.N, &size) || __builtin_mul_overflow(size, sizeof(float), &bytes)) {
     throw InvalidError{where_ + ": input X of shape " + text_of(x.dims) + " is too large"};
@@ -175,7 +177,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* projected = static_cast<float*>(scratch.get());
   void* rest = static_cast<char*>(scratch.get()) + round_up(bytes, kCacheLine);
   problem.x = projected;
-  SessionWorkers workers(api_, context);
+  SessionWorkers workers(api_, context, &threads_);
   if ((rows > 0 && !spmm::run(products, input, x.data, projected, rest, workers)) ||
       !recurrent::run(plan, problem, rest, workers)) {
     check_status(workers.status());

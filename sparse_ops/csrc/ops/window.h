@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/spconv/spconv.h"
@@ -13,7 +14,7 @@ namespace sparse_ops {
 
 inline size_t size_of(int64_t value) { return static_cast<size_t>(value); }
 
-// As a node has them, named with a prefix where there are two windows.
+// As a node has them, for one axis or two; named with a prefix where there are two windows.
 struct Window {
   // Far more than any image has, and so little that sums and products of sizes cannot overflow.
   static constexpr int64_t kLargest = int64_t{1} << 24;
@@ -34,6 +35,8 @@ struct Window {
     return window;
   }
 
+  size_t axes() const { return kernel_shape.size() == 1 ? 1 : 2; }
+
   // What is wrong with them, or "".
   std::string problem() const {
     const auto check = [&](const char* name, const std::vector<int64_t>& values, size_t count,
@@ -42,23 +45,24 @@ struct Window {
       for (int64_t value : values) good = good && value >= least && value <= kLargest;
       return good ? ""
                   : "attribute " + prefix + name + " is " + text_of(values) + ", expected " +
-                        std::to_string(count) + " numbers from " + std::to_string(least) + " to " +
-                        std::to_string(kLargest);
+                        std::to_string(count) + (count == 1 ? " number from " : " numbers from ") +
+                        std::to_string(least) + " to " + std::to_string(kLargest);
     };
     for (const std::string& problem :
-         {check("kernel_shape", kernel_shape, 2, 1), check("strides", strides, 2, 1),
-          check("pads", pads, 4, 0), check("dilations", dilations, 2, 1)}) {
+         {check("kernel_shape", kernel_shape, axes(), 1), check("strides", strides, axes(), 1),
+          check("pads", pads, 2 * axes(), 0), check("dilations", dilations, axes(), 1)}) {
       if (!problem.empty()) return problem;
     }
     return "";
   }
 
   spconv::Axis axis(size_t i) const {
-    return {size_of(kernel_shape[i]), size_of(strides[i]), size_of(pads[i]), size_of(pads[i + 2]),
+    return {size_of(kernel_shape[i]), size_of(strides[i]), size_of(pads[i]), size_of(pads[i + axes()]),
             size_of(dilations[i])};
   }
-  spconv::Axis rows() const { return axis(0); }
-  spconv::Axis columns() const { return axis(1); }
+  // What has one axis is an image of one row.
+  spconv::Axis rows() const { return axes() == 1 ? spconv::Axis{1, 1, 0, 0, 1} : axis(0); }
+  spconv::Axis columns() const { return axis(axes() - 1); }
 
   // The weight's K must hold whole windows.
   void check_fits(const NodeReader& node, size_t K) const {
@@ -69,14 +73,14 @@ struct Window {
     }
   }
 
-  // `shape` [batch, channels, height, width] of the input to the one of an output with N channels.
+  // `shape` [batch, channels, sizes...] of the input to the one of an output with N channels.
   void infer(SymbolicShape& shape, int64_t N) const {
     shape.dims[1] = N;
-    for (size_t i = 0; i < 2; ++i) {
+    for (size_t i = 0; i < axes(); ++i) {
       int64_t& size = shape.dims[2 + i];
       if (size >= 0) size = static_cast<int64_t>(spconv::output_size(axis(i), size_of(size)));
     }
-    for (size_t dim = 1; dim < 4; ++dim) shape.names[dim] = "";
+    for (size_t dim = 1; dim < 2 + axes(); ++dim) shape.names[dim] = "";
   }
 };
 
@@ -89,15 +93,31 @@ inline spmm::MapEpilogue read_epilogue(const NodeReader& node, spmm::MapEpilogue
   return epilogue;
 }
 
-// Input X [batch, channels, height, width]; `where` names the node in the error.
-inline InputTensor images_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                                size_t channels) {
+// Input X [batch, channels, height, width], or [batch, channels, width] where windows have one axis.
+struct Images {
+  InputTensor x;
+  size_t batch, height, width;
+};
+// `where` names the node in the error.
+inline Images images_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                           size_t channels, size_t axes) {
   InputTensor x = float_input(api, context, 0);
-  if (x.dims.size() != 4 || x.dims[1] != static_cast<int64_t>(channels)) {
+  if (x.dims.size() != 2 + axes || x.dims[1] != static_cast<int64_t>(channels)) {
     throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
-                       std::to_string(channels) + ", height, width]"};
+                       std::to_string(channels) + (axes == 1 ? ", width]" : ", height, width]")};
   }
-  return x;
+  const size_t batch = size_of(x.dims[0]), width = size_of(x.dims.back());
+  const size_t height = axes == 1 ? 1 : size_of(x.dims[2]);
+  return {std::move(x), batch, height, width};
+}
+
+// The shape of an output of that many axes.
+inline std::vector<int64_t> images_dims(size_t axes, size_t batch, size_t channels, size_t height,
+                                        size_t width) {
+  std::vector<int64_t> dims = {static_cast<int64_t>(batch), static_cast<int64_t>(channels)};
+  if (axes == 2) dims.push_back(static_cast<int64_t>(height));
+  dims.push_back(static_cast<int64_t>(width));
+  return dims;
 }
 
 }  // namespace sparse_ops

@@ -9,8 +9,8 @@ import pytest
 
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.passes.calibration import Layout, Options, Samples
-from sparse_onnx.passes.calibration.memory import inferred_shapes
 from sparse_onnx.passes.solvers.statistics import InputStatistics
+from sparse_onnx.shapes import Shapes
 
 
 def test_all_layers_of_an_encoder_without_its_padding(encoder, tokens, calibrator, assert_moments):
@@ -257,7 +257,7 @@ def test_a_float_mask_is_not_used_and_that_is_said(from_text, calibrator):
 
 
 def test_shapes_follow_from_the_data(encoder, tokens):
-    shapes = inferred_shapes(encoder.model, tokens)
+    shapes = Shapes(encoder.model, inputs={name: array.shape for name, array in tokens.items()}).sizes()
     assert shapes["h0"] == (12, 9, 16)
     assert shapes["a1"] == (12, 9, 40)
     assert shapes["s0"] == (12, 9, 9)

@@ -211,18 +211,19 @@ Plan make_plan(const Problem& problem, const Kernel& gates, const spmm::Kernel& 
   Plan plan{&gates, &full, &last, false, 0};
   const size_t chains = problem.directions * tiles(plan, problem);
   plan.scratch_bytes = chains * chain_size(plan, problem) * sizeof(float) + kCacheLine;
-  const spmm::Weight& weight = *problem.weight;
-  plan.steps_are_split =
-      chains < processors() && weight.entries * weight.width * problem.batch >= kStepProducts;
   return plan;
 }
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, Isa isa) {
-  const spmm::Kernel& full = spmm::select_kernel(isa, *problem.weight, problem.batch);
-  const spmm::Kernel& last = spmm::select_last(full, *problem.weight, problem.batch % full.tile);
-  return make_plan(problem, select_kernel(isa), full, last);
+Plan make_plan(const Problem& problem, Isa isa, size_t threads) {
+  const spmm::Weight& weight = *problem.weight;
+  const spmm::Kernel& full = spmm::select_kernel(isa, weight, problem.batch);
+  const spmm::Kernel& last = spmm::select_last(full, weight, problem.batch % full.tile);
+  Plan plan = make_plan(problem, select_kernel(isa), full, last);
+  plan.steps_are_split = problem.directions * tiles(plan, problem) < threads &&
+                         weight.entries * weight.width * problem.batch >= kStepProducts;
+  return plan;
 }
 
 Plan make_plan(const Problem& problem, const Kernel& gates, const spmm::Kernel& kernel,

@@ -42,7 +42,8 @@ struct Plan {
   bool steps_are_split;  // among workers, one step after the other; else each tile is one task
   size_t scratch_bytes;  // memory that run() needs, any alignment
 };
-Plan make_plan(const Problem& problem, Isa isa);
+// For as many `threads` as the caller's workers have.
+Plan make_plan(const Problem& problem, Isa isa, size_t threads);
 Plan make_plan(const Problem& problem, const Kernel& gates, const spmm::Kernel& kernel, bool steps_are_split);
 
 // False only if `workers` failed. A row without steps ends in a state of zeros, as in ONNX Runtime.

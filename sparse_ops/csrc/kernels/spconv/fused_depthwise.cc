@@ -100,7 +100,7 @@ void compute(const Call& call, size_t task, float* panels, float* maps) {
   }
 }
 
-// Takes tasks until none is left: scratch memory is needed for as many as there are processors only.
+// Takes tasks until none is left: scratch memory is needed for as many as there are threads only.
 void job(void* context, size_t index) {
   Call& call = *static_cast<Call*>(context);
   float* panels = call.scratch + index * call.plan.task_floats;
@@ -115,7 +115,7 @@ PaddedMap between(const FusedDepthwise& fused, size_t height, size_t width) {
 }
 
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const Kernel& full, bool narrow_last) {
+                    const Kernel& full, bool narrow_last, size_t threads) {
   const Weight& weight = fused.first.weight;
   const PaddedMap map = between(fused, height, width);
   const auto map_floats = [&](size_t rows) {  // an odd number of cache lines: maps do not compete for sets
@@ -133,8 +133,8 @@ FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, s
   while (rows > 1 && task_floats(rows) * sizeof(float) > kTaskBytes) rows -= divide_up(rows, 8);
   const size_t band_rows = divide_up(map.out_height, divide_up(map.out_height, rows));
   const size_t bands = divide_up(map.out_height, band_rows);
-  const size_t parts = std::min(weight.blocks, divide_up(processors(), images * bands));
-  const size_t jobs = std::min(processors(), images * bands * parts);
+  const size_t parts = std::min(weight.blocks, divide_up(threads, images * bands));
+  const size_t jobs = std::min(threads, images * bands * parts);
   return {&full,
           narrow_last,
           images,
@@ -152,14 +152,16 @@ FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, s
 
 }  // namespace
 
-FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa) {
+FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa,
+                    size_t threads) {
   const size_t map = output_size(fused.first.rows, height) * output_size(fused.first.columns, width);
-  return make_plan(fused, images, height, width, spmm::select_kernel(isa, fused.first.weight, map), true);
+  const Kernel& kernel = spmm::select_kernel(isa, fused.first.weight, map);
+  return make_plan(fused, images, height, width, kernel, true, threads);
 }
 
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const Kernel& kernel) {
-  return make_plan(fused, images, height, width, kernel, false);
+                    const Kernel& kernel, size_t threads) {
+  return make_plan(fused, images, height, width, kernel, false, threads);
 }
 
 bool run(const FusedPlan& plan, const FusedDepthwise& fused, const float* x, float* y, void* scratch,

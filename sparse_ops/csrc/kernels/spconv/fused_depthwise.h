@@ -31,9 +31,11 @@ struct FusedPlan {
   size_t jobs;                   // tasks at a time
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
-FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa);
+// `threads`: as in spconv.h; no more than these work at a time.
+FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa,
+                    size_t threads = 1);
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const spmm::Kernel& kernel);
+                    const spmm::Kernel& kernel, size_t threads = 1);
 
 // `x` [images, channels, height, width] to `y` [images, N, out_height, out_width]. Nothing may be empty.
 // False only if `workers` failed.

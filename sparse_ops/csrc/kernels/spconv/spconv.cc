@@ -12,7 +12,7 @@ namespace {
 
 using spmm::Kernel;
 
-// Panels in memory at a time: few enough to stay in the second-level cache, enough for every processor.
+// Panels in memory at a time: few enough to stay in the second-level cache, enough for every thread.
 constexpr size_t kPanelBytes = size_t{1} << 19;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kSlice = 256;  // rows of a panel gathered by one task, about
@@ -99,10 +99,10 @@ void multiply_task(void* context, size_t index) {
 }
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& full,
-               const Kernel& last) {
+               const Kernel& last, size_t threads) {
   const size_t out_height = output_size(c.rows, height), out_width = output_size(c.columns, width);
   const size_t panel_bytes = panel_size(c, full) * c.group * sizeof(float);
-  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(processors(), c.weight.blocks));
+  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(threads, c.weight.blocks));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
   const size_t strip = std::min({wanted, possible, tiles});
@@ -117,14 +117,17 @@ size_t output_size(const Axis& axis, size_t size) {
   return padded < window ? 0 : (padded - window) / axis.stride + 1;
 }
 
-Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Isa isa) {
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Isa isa,
+               size_t threads) {
   const size_t positions = images * output_size(c.rows, height) * output_size(c.columns, width);
   const Kernel& full = spmm::select_kernel(isa, c.weight, positions);
-  return make_plan(c, images, height, width, full, spmm::select_last(full, c.weight, positions % full.tile));
+  const Kernel& last = spmm::select_last(full, c.weight, positions % full.tile);
+  return make_plan(c, images, height, width, full, last, threads);
 }
 
-Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& kernel) {
-  return make_plan(c, images, height, width, kernel, kernel);
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& kernel,
+               size_t threads) {
+  return make_plan(c, images, height, width, kernel, kernel, threads);
 }
 
 bool run(const Plan& plan, const Convolution& conv, const float* x, const float* residual, float* y,

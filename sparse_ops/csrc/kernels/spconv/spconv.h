@@ -40,9 +40,11 @@ struct Plan {
   size_t strip;                  // tiles whose panels are in memory at a time
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
-Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width, Isa isa);
+// `threads`: those that the tasks are cut for; any number may run them.
+Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width, Isa isa,
+               size_t threads = 1);
 Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width,
-               const spmm::Kernel& kernel);
+               const spmm::Kernel& kernel, size_t threads = 1);
 
 // `x` [images, channels, height, width] to `y` [images, N, out_height, out_width]; `residual` is nullptr or
 // has y's shape. Nothing may be empty. False only if `workers` failed.

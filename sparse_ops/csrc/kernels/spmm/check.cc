@@ -1,6 +1,7 @@
 #include "kernels/spmm/check.h"
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 
 namespace sparse_ops::spmm {
@@ -43,6 +44,35 @@ bool is_permutation(const uint8_t* rows, size_t size) {
   return static_cast<size_t>(found) == size;
 }
 
+// What is wrong with the sizes of parts that shall add up to N, or an empty string.
+std::string check_parts(std::span<const int64_t> parts, int64_t N) {
+  std::string sizes;
+  bool good = true;
+  int64_t left = N;
+  for (int64_t outputs : parts) {
+    sizes += (sizes.empty() ? "" : ", ") + std::to_string(outputs);
+    good = good && outputs >= 1 && outputs <= left;
+    if (good) left -= outputs;
+  }
+  if (good && left == 0) return {};
+  return text({"the linears have ", sizes, " outputs, expected sizes that add up to N = ",
+               std::to_string(N)});
+}
+
+// The bias of all stored outputs, of which some lie behind each part: zeros there.
+std::vector<float> padded_bias(const StoredWeight& s, const Weight& weight) {
+  std::vector<float> bias(weight.N);
+  const auto* from = static_cast<const unsigned char*>(s.bias);
+  size_t first = 0;
+  for (int64_t outputs : s.parts) {
+    const auto size = static_cast<size_t>(outputs);
+    std::memcpy(bias.data() + first, from, size * sizeof(float));
+    from += size * sizeof(float);
+    first += (size + weight.block - 1) / weight.block * weight.block;
+  }
+  return bias;
+}
+
 }  // namespace
 
 std::string check(const StoredWeight& s, Activation activation, CheckedWeight& result) {
@@ -67,6 +97,14 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   w.width = static_cast<size_t>(s.width);
   w.chunks = w.K / w.chunk + (w.K % w.chunk != 0);
   w.blocks = w.N / w.block + (w.N % w.block != 0);
+  if (!s.parts.empty()) {
+    if (std::string problem = check_parts(s.parts, s.N); !problem.empty()) return problem;
+    w.blocks = 0;
+    for (int64_t outputs : s.parts) {
+      w.N = w.blocks * w.block + static_cast<size_t>(outputs);
+      w.blocks += (static_cast<size_t>(outputs) - 1) / w.block + 1;
+    }
+  }
   const size_t rows_of_group = w.block / w.width;
   size_t groups, segments;
   if (__builtin_mul_overflow(w.chunks, w.blocks, &groups) ||
@@ -78,7 +116,8 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   }
   if (s.row_count != segments)
     return wrong_length("rows", s.row_count, segments, " (chunks * blocks * block / width)");
-  if (s.bias_count != w.N) return wrong_length("bias", s.bias_count, w.N, " (N)");
+  const auto outputs = static_cast<size_t>(s.N);
+  if (s.bias_count != outputs) return wrong_length("bias", s.bias_count, outputs, " (N)");
 
   // Counts and rows, group by group; the sum of counts says where each block and segment begins.
   uint64_t entries = 0;
@@ -131,6 +170,10 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   w.counts = s.counts;
   w.rows = s.rows;
   w.bias = static_cast<const unsigned char*>(s.bias);
+  if (w.N != outputs) {
+    result.bias = padded_bias(s, w);
+    w.bias = reinterpret_cast<const unsigned char*>(result.bias.data());
+  }
   w.activation = activation;
   w.block_entries = result.block_entries.data();
   w.entries = entries;

@@ -1,6 +1,7 @@
 // Turning stored tensors, which may say anything, into a Weight that kernels can trust.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,11 +22,15 @@ struct StoredWeight {
   size_t row_count;
   const void* bias;  // float32, any alignment
   size_t bias_count;
+  // Outputs of each of several linears, of which every one begins a block of its own, behind outputs of
+  // zeros; they add up to N. Empty: one linear, or whole blocks of all but the last.
+  std::span<const int64_t> parts = {};
 };
 
 struct CheckedWeight {
   Weight weight;
   std::vector<uint64_t> block_entries;  // what weight.block_entries points to
+  std::vector<float> bias;              // what weight.bias points to where outputs of zeros lie between parts
 };
 
 // Check every rule of the format in one pass over everything but the values. Returns an empty string and

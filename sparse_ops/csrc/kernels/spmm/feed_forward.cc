@@ -90,10 +90,10 @@ void tile_task(void* context, size_t tile) {
   for (size_t block = 0; block < strip.second.blocks; ++block) compute_output(strip, tile, block);
 }
 
-Plan make_plan(const Weight& first, size_t tokens, const Kernel& full, const Kernel& last) {
+Plan make_plan(const Weight& first, size_t tokens, const Kernel& full, const Kernel& last, size_t threads) {
   const size_t panel_bytes = (panel_size(full, first.K) + hidden_size(full, first)) * sizeof(float);
-  const size_t busy = tiles_are_enough(divide_up(tokens, full.tile)) ? processors() : 1;
-  return plan_strips(full, last, tokens, panel_bytes, busy);
+  const size_t busy = tiles_are_enough(divide_up(tokens, full.tile), threads) ? threads : 1;
+  return plan_strips(full, last, tokens, panel_bytes, busy, threads);
 }
 
 }  // namespace
@@ -106,21 +106,21 @@ const Kernel& select_kernel(Isa isa, const Weight& first, const Weight& second, 
   return select_kernel(isa, larger(first, second), tokens);
 }
 
-Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa) {
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa, size_t threads) {
   const Weight both = larger(first, second);
   const Kernel& full = select_kernel(isa, both, tokens);
-  return make_plan(first, tokens, full, select_last(full, both, tokens % full.tile));
+  return make_plan(first, tokens, full, select_last(full, both, tokens % full.tile), threads);
 }
 
-Plan make_plan(const Weight& first, const Weight&, size_t tokens, const Kernel& kernel) {
-  return make_plan(first, tokens, kernel, kernel);
+Plan make_plan(const Weight& first, const Weight&, size_t tokens, const Kernel& kernel, size_t threads) {
+  return make_plan(first, tokens, kernel, kernel, threads);
 }
 
 bool run(const Plan& plan, const Weight& first, const Weight& second, const float* x, float* y, void* scratch,
          Workers& workers) {
   return for_each_strip(plan, x, first.K, scratch, [&](const Tokens& tokens, float* panels) {
     Strip strip{tokens, first, second, y, panels};
-    if (tiles_are_enough(tokens.tiles())) return workers.run(tokens.tiles(), tile_task, &strip);
+    if (tiles_are_enough(tokens.tiles(), plan.threads)) return workers.run(tokens.tiles(), tile_task, &strip);
     return run_steps<transpose>(strip, tokens.slices(), workers) &&
            run_steps<compute_hidden>(strip, output_blocks(first), workers) &&
            run_steps<compute_output>(strip, second.blocks, workers);

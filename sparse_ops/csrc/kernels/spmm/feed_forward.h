@@ -8,8 +8,10 @@ namespace sparse_ops::spmm {
 
 // `first` may have an activation and be gated, `second` may not, and has an input channel for each output of
 // `first`.
-Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa);
-Plan make_plan(const Weight& first, const Weight& second, size_t tokens, const Kernel& kernel);
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa,
+               size_t threads = 1);
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, const Kernel& kernel,
+               size_t threads = 1);
 
 // `x` [tokens, first.K] to `y` [tokens, second.N], both row-major. False only if `workers` failed.
 bool run(const Plan& plan, const Weight& first, const Weight& second, const float* x, float* y, void* scratch,

@@ -24,6 +24,8 @@ void activate(Activation activation, float* data, size_t size) {
       return apply<kLanes, gelu_tanh<kLanes>>(data, size);
     case Activation::silu:
       return apply<kLanes, silu<kLanes>>(data, size);
+    case Activation::quick_gelu:
+      return apply<kLanes, quick_gelu<kLanes>>(data, size);
   }
 }
 

@@ -15,12 +15,12 @@
 
 namespace sparse_ops::spmm {
 
-enum class Activation { none, relu, gelu, gelu_tanh, silu };
+enum class Activation { none, relu, gelu, gelu_tanh, silu, quick_gelu };
 
 // A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any
 // alignment.
 struct Weight {
-  size_t K, N;
+  size_t K, N;  // N with the zeros that fill the last block of each of several linears but the last
   size_t chunk, block, width;
   size_t chunks, blocks;        // K / chunk and N / block, rounded up
   const unsigned char* values;  // float32, `width` of each entry
@@ -29,9 +29,9 @@ struct Weight {
   const uint8_t* rows;
   const uint64_t* block_entries;  // [blocks] index of the first entry of each block
   uint64_t entries;
-  const unsigned char* bias;  // float32 [N]
+  const unsigned char* bias;  // float32 [N], 0 for outputs of zeros
   Activation activation;
-  bool gated;  // Y = act(first half of X . W + bias) * second half; each half has whole blocks
+  bool gated;  // Y = act(first half of the blocks of X . W + bias) * second half
 };
 
 // How accumulators become feature maps: y = act(acc + residual).

@@ -24,6 +24,8 @@ double activated(Activation activation, double h) {
       return 0.5 * h * (1 + std::tanh(std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h)));
     case Activation::silu:
       return h / (1 + std::exp(-h));
+    case Activation::quick_gelu:
+      return h / (1 + std::exp(-1.702 * h));
   }
   return h;
 }

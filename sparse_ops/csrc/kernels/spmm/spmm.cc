@@ -35,8 +35,10 @@ void transpose_task(void* context, size_t index) {
 // A block of Y in one tile, activated, from accumulators to the output that has its columns.
 void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
   const Output* output = strip.outputs.data();
-  size_t channel = block * strip.weight.block;
-  for (; channel >= output->channels; ++output) channel -= output->channels;
+  const auto blocks = [&] { return divide_up(output->channels, strip.weight.block); };
+  size_t first = block;  // among the blocks of `output`
+  for (; first >= blocks(); ++output) first -= blocks();
+  const size_t channel = first * strip.weight.block;
   const Tokens& tokens = strip.tokens;
   tokens.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output->channels - channel),
                                    tokens.in_tile(tile), output->channels,
@@ -56,12 +58,12 @@ void multiply_task(void* context, size_t index) {
   multiply(strip, index % strip.tokens.tiles(), index / strip.tokens.tiles());
 }
 
-// Whether whole tiles are tasks: if they keep every processor busy, the panel of a tile then stays with the
-// one that made it. With few entries, panels that travel between processors cost more than a weight that each
-// of them reads.
-bool tiles_are_tasks(const Weight& weight, size_t tiles) {
+// Whether whole tiles are tasks: if they keep all threads busy, the panel of a tile then stays with the one
+// that made it. With few entries, panels that travel between processors cost more than a weight that each of
+// them reads.
+bool tiles_are_tasks(const Weight& weight, size_t tiles, size_t threads) {
   const bool few_entries = weight.entries * weight.width < weight.K * weight.N / 4;
-  return few_entries && tiles_are_enough(tiles);
+  return few_entries && tiles_are_enough(tiles, threads);
 }
 
 // One tile from its activations to its outputs.
@@ -73,12 +75,12 @@ void tile_task(void* context, size_t tile) {
   for (size_t block = 0; block < output_blocks(strip.weight); ++block) multiply(strip, tile, block);
 }
 
-Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last) {
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last, size_t threads) {
   const size_t panel_bytes = panel_size(full, weight.K) * sizeof(float);
   const size_t tiles = divide_up(tokens, full.tile);
   const size_t busy =
-      tiles_are_tasks(weight, tiles) ? processors() : divide_up(processors(), output_blocks(weight));
-  return plan_strips(full, last, tokens, panel_bytes, busy);
+      tiles_are_tasks(weight, tiles, threads) ? threads : divide_up(threads, output_blocks(weight));
+  return plan_strips(full, last, tokens, panel_bytes, busy, threads);
 }
 
 }  // namespace
@@ -125,13 +127,13 @@ const Kernel& select_last(const Kernel& full, const Weight& weight, size_t token
   return *best;
 }
 
-Plan make_plan(const Weight& weight, size_t tokens, Isa isa) {
+Plan make_plan(const Weight& weight, size_t tokens, Isa isa, size_t threads) {
   const Kernel& full = select_kernel(isa, weight, tokens);
-  return make_plan(weight, tokens, full, select_last(full, weight, tokens % full.tile));
+  return make_plan(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
 }
 
-Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel) {
-  return make_plan(weight, tokens, kernel, kernel);
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {
+  return make_plan(weight, tokens, kernel, kernel, threads);
 }
 
 bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
@@ -139,7 +141,7 @@ bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const
   return for_each_strip(plan, x, weight.K, scratch, [&](const Tokens& tokens, float* panels) {
     Strip strip{tokens, weight, outputs, panels};
     const size_t tiles = tokens.tiles();
-    if (tiles_are_tasks(weight, tiles)) return workers.run(tiles, tile_task, &strip);
+    if (tiles_are_tasks(weight, tiles, plan.threads)) return workers.run(tiles, tile_task, &strip);
     return workers.run(tiles * tokens.slices(), transpose_task, &strip) &&
            workers.run(tiles * output_blocks(weight), multiply_task, &strip);
   });

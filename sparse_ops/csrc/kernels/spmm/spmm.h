@@ -31,9 +31,10 @@ struct Plan {
   size_t tokens;
   size_t strip;          // tokens whose panels are in memory at a time, a multiple of full->tile
   size_t scratch_bytes;  // memory that run() needs, any alignment
+  size_t threads;        // that the tasks are cut for; any number may run them
 };
-Plan make_plan(const Weight& weight, size_t tokens, Isa isa);
-Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel);
+Plan make_plan(const Weight& weight, size_t tokens, Isa isa, size_t threads = 1);
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads = 1);
 
 // Part of Y: `channels` of its columns as a matrix of their own, `y` [tokens, channels], row-major.
 struct Output {
@@ -41,13 +42,13 @@ struct Output {
   size_t channels;
 };
 
-// `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order. Together
-// they have N channels (N / 2 if the weight is gated), and all but the last one whole blocks. False only if
+// `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order, each from
+// a block of its own on. Together they have all blocks (half of them if the weight is gated). False only if
 // `workers` failed.
 bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
          void* scratch, Workers& workers);
 
-// All of Y as one output.
+// All of Y as one output; a gated weight has two halves of whole blocks.
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);
 
 }  // namespace sparse_ops::spmm

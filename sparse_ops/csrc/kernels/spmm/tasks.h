@@ -9,7 +9,7 @@
 namespace sparse_ops::spmm {
 
 // Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
-// read, but enough to give every processor a task.
+// read, but enough to give every thread a task.
 constexpr size_t kPanelBytes = size_t{1} << 20;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kSlice = 64;  // input channels transposed by one task
@@ -24,13 +24,13 @@ inline size_t panel_size(const Kernel& kernel, size_t rows) {
 inline size_t output_blocks(const Weight& weight) { return weight.gated ? weight.blocks / 2 : weight.blocks; }
 
 // Of all tokens, as many tiles at a time as may have their panels in memory, `panel_bytes` each; a multiple
-// of `busy` tiles, which are enough for all processors, unless there are fewer.
+// of `busy` tiles, which are enough for all `threads`, unless there are fewer.
 inline Plan plan_strips(const Kernel& full, const Kernel& last, size_t tokens, size_t panel_bytes,
-                        size_t busy) {
+                        size_t busy, size_t threads) {
   const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t at_once = std::min({wanted, possible, std::max<size_t>(1, divide_up(tokens, full.tile))});
-  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine};
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
 }
 
 // The tokens of one strip, in tiles.
@@ -64,8 +64,10 @@ bool for_each_strip(const Plan& plan, const float* x, size_t K, void* scratch, R
   return true;
 }
 
-// Whether tiles keep every processor busy if each is one task.
-inline bool tiles_are_enough(size_t tiles) { return tiles % processors() == 0 || tiles >= 4 * processors(); }
+// Whether tiles keep all threads busy if each is one task.
+inline bool tiles_are_enough(size_t tiles, size_t threads) {
+  return tiles % threads == 0 || tiles >= 4 * threads;
+}
 
 // acc *= the block of a gated weight that belongs to `block`, its gate.
 inline void apply_gate(const Kernel& kernel, const Weight& weight, size_t block, const float* panel,

@@ -1,0 +1,1 @@
+../../src/sparse_onnx/compiler_error.py

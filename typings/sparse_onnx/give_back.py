@@ -1,0 +1,1 @@
+../../src/sparse_onnx/give_back.py

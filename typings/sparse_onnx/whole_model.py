@@ -1,0 +1,1 @@
+../../src/sparse_onnx/whole_model.py
