@@ -1,4 +1,4 @@
-"""``clean.fold-weights``: compute the weight of a linear or convolution once, not by nodes at every start of a session.
+"""``clean.fold-weights``: compute the weight of a layer once, not by nodes at every start of a session.
 
 Before::                                       After::
 
@@ -8,9 +8,10 @@ Before::                                       After::
     m = Mul(weight_mask, weight_orig)              Y = Gemm(X, weight)          # the product; masks of pruned
     Y = Gemm(X, m)                                                              # torch modules look like this
 
-Folded are Identity, Transpose, Reshape, Squeeze, Unsqueeze, Cast to a float type, and Mul, as long as all
-that they start from is constant: initializers and Constant nodes. The result takes the name of the weight,
-without the suffix ``_orig``. Biases are folded the same way.
+Folded are Identity, Transpose, Reshape, Squeeze, Unsqueeze, Slice, Concat, Cast to a float type, and Mul, as
+long as all that they start from is constant: initializers and Constant nodes. (Exporters order the gates of an
+LSTM by Slice and Concat.) The result takes the name of the weight, without the suffix ``_orig``. Biases are
+folded the same way.
 
 Left alone, with the reason: quantized weights, weights that a caller may replace, other operators, and
 weights that something else still needs: folding would store them twice (an embedding tied to the output).
@@ -33,7 +34,9 @@ from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Sta
 __all__ = ["FoldWeights"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-_FOLDED = ("Cast", "Identity", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_FOLDED = ("Cast", "Concat", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_OPERANDS = {"MatMul": (1,), "Gemm": (1,), "Conv": (1,), "LSTM": (1, 2), "GRU": (1, 2)}
+"""Where operators have weights."""
 _MAX_DEPTH = 32
 
 
@@ -82,7 +85,7 @@ class FoldWeights(Pass):
                     if value not in group:
                         group.append(value)
             for values in groups.values():
-                reason = _fold(values, model, context)
+                reason = _fold(values, model, context, may_grow=kind == "biases")
                 if reason is None:
                     folded[kind] += 1
                 elif kind == "weights":
@@ -93,19 +96,24 @@ class FoldWeights(Pass):
 
 
 def _weight_operands(model: ir.Model) -> list[tuple[ir.Value, ir.Node]]:
-    """Second operands of MatMul, Gemm and Conv that a node computes."""
+    """Operands in the place of weights that a node computes."""
     return [
         (value, node)
         for node in model.graph.all_nodes()
-        if is_standard(node, "MatMul", "Gemm", "Conv") and (value := _computed(node, 1)) is not None
+        if is_standard(node, *_OPERANDS)
+        for index in _OPERANDS[node.op_type]
+        if (value := _computed(node, index)) is not None
     ]
 
 
 def _bias_operands(model: ir.Model, known: _Known) -> list[tuple[ir.Value, ir.Node]]:
-    """What a node computes of: third operands of Gemm and Conv, and what is added to a MatMul with a constant."""
+    """What a node computes of: third operands of Gemm and Conv, fourth of LSTM and GRU, and what is added to a MatMul
+    with a constant."""
     operands = []
     for node in model.graph.all_nodes():
         if is_standard(node, "Gemm", "Conv") and (value := _computed(node, 2)) is not None:
+            operands.append((value, node))
+        if is_standard(node, "LSTM", "GRU") and (value := _computed(node, 3)) is not None:
             operands.append((value, node))
         if is_standard(node, "Add"):
             for index in (0, 1):
@@ -165,17 +173,22 @@ def _constants(model: ir.Model) -> _Known:
     return known
 
 
-def _fold(values: Sequence[ir.Value], model: ir.Model, context: PassContext) -> str | None:
+def _fold(values: Sequence[ir.Value], model: ir.Model, context: PassContext, *, may_grow: bool) -> str | None:
     """Replace ``values``, which are computed the same way, by one initializer; the reason if they must stay."""
     nodes = list(_nodes_behind(values))
     leaves = _leaves(values, nodes)
     weight = _weight(leaves)
     reason, array = None, np.empty(0)
-    if blocker := _other_use(weight, values, set(nodes)):
-        reason = f"{weight.name} {blocker}: folding would store it twice"
+    joined = any(is_standard(node, "Concat") for node in nodes)
+    for leaf in [leaf for leaf in leaves if _tensor(leaf).dtype in _FLOATS] if joined else [weight]:
+        if blocker := _other_use(leaf, values, set(nodes)):
+            reason = f"{leaf.name} {blocker}: folding would store it twice"
+            break
     else:
         try:
             array = _evaluate(values[0])
+            if not may_grow and array.size > sum(_tensor(leaf).size for leaf in leaves):
+                reason = "would grow when folded"
         except _NotFoldedError as error:
             reason = str(error)
     for leaf in leaves:
@@ -314,6 +327,22 @@ def _multiply(_node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
     return product
 
 
+def _concat(node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(inputs, axis=node.attributes["axis"].as_int())
+
+
+def _slice(_node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
+    data, starts, ends, *rest = inputs
+    axes = rest[0] if rest else np.arange(len(starts))
+    steps = rest[1] if len(rest) > 1 else np.ones(len(starts), np.int64)
+    if (steps < 1).any():
+        raise _NotFoldedError("a Slice that goes backwards")
+    parts = [slice(None)] * data.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        parts[axis] = slice(int(start), int(end), int(step))
+    return data[tuple(parts)]
+
+
 def _reshape(node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
     data = inputs[0]
     wanted: list[int] = inputs[1].tolist()
@@ -332,9 +361,11 @@ def _transpose(node: ir.Node, inputs: list[np.ndarray]) -> np.ndarray:
 
 _OPERATORS: dict[str, Callable[[ir.Node, list[np.ndarray]], np.ndarray]] = {
     "Cast": _cast,
+    "Concat": _concat,
     "Identity": lambda _node, inputs: inputs[0],
     "Mul": _multiply,
     "Reshape": _reshape,
+    "Slice": _slice,
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": lambda _node, inputs: np.expand_dims(inputs[0], tuple(inputs[1].tolist())),

@@ -148,6 +148,11 @@ class Candidate:
         return self.layers[0].parts
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all weights that are lowered together; by the first one the candidate is known."""
+        return tuple(part.weight.name for part in self.parts)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(K, N) of all parts as one matrix, which multiplies what each of them does side by side."""
         return sum(part.weight.shape[0] for part in self.parts), self.weight.shape[1]

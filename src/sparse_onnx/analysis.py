@@ -396,7 +396,11 @@ class _Job:
             tuple(anchors),
             tuple((place.place, place.reason) for place in declined),
             tuple(
-                untouched(self.node_work, forecast.by_name, {place.place: place.reason for place in declined})
+                untouched(
+                    self.node_work,
+                    {name for layer in forecast.layers for name in (layer.name, *layer.others)},
+                    {place.place: place.reason for place in declined},
+                )
             ),
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
@@ -521,7 +525,7 @@ class _Job:
                     dense_ms=measured.dense_ms,
                     share=None if profile is None else profile.share(weight.name),
                     curves=measured.curves,
-                    others=tuple(part.weight.name for part in candidate.parts[1:]),
+                    others=candidate.names[1:],
                 )
             )
             for part in candidate.parts:

@@ -494,7 +494,7 @@ class Compilation:
         """Give weights that stay dense their originals back, in ``models``, copies of one another, if the outputs are
         nearer to the original's then. Where that was done, also the new outputs of the last model on ``samples``;
         ``reference`` are those before."""
-        sparse = {decision.candidate.weight.name for decision in decisions if decision.sparse}
+        sparse = {name for decision in decisions if decision.sparse for name in decision.candidate.names}
         states = prepared.originals.changed(models[0], prepared.pruned.layers, sparse)
         if self.recipe.goal.keep_pruned or not states:
             return list(decisions), None

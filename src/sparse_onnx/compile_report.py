@@ -121,7 +121,7 @@ def kernel_names(
 ) -> dict[str, str]:
     """The kernels that a session here computes the sparse layers of ``model`` with, by the name of the layer's weight;
     ``shapes`` are those of the layers' inputs."""
-    known = [decision.candidate.weight.name for decision in decisions if decision.sparse]
+    known = [name for decision in decisions if decision.sparse for name in decision.candidate.names]
     found: dict[str, str] = {}
     for node in sparse_nodes(model):
         x = node.inputs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import onnx_ir as ir
@@ -92,7 +92,7 @@ class Originals:
         return found
 
 
-def without_zeros(decisions: Sequence[Decision], names: Collection[str]) -> list[Decision]:
+def without_zeros(decisions: Sequence[Decision], names: Set[str]) -> list[Decision]:
     """``decisions`` after the weights ``names`` were given back: what is known of their zeros no longer holds."""
     return [
         dataclasses.replace(
@@ -100,17 +100,17 @@ def without_zeros(decisions: Sequence[Decision], names: Collection[str]) -> list
             candidate=dataclasses.replace(decision.candidate),
             reason=f"{decision.reason}; {GIVEN_BACK}",
         )
-        if decision.candidate.weight.name in names
+        if not names.isdisjoint(decision.candidate.names)
         else decision
         for decision in decisions
     ]
 
 
-def keeping_zeros(decisions: Sequence[Decision], names: Collection[str], why: str) -> list[Decision]:
+def keeping_zeros(decisions: Sequence[Decision], names: Set[str], why: str) -> list[Decision]:
     """``decisions`` where the weights ``names`` stay dense and keep their zeros all the same."""
     return [
         dataclasses.replace(decision, reason=f"{decision.reason}; its zeros are kept: {why}")
-        if decision.candidate.weight.name in names
+        if not names.isdisjoint(decision.candidate.names)
         else decision
         for decision in decisions
     ]

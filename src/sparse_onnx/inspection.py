@@ -310,7 +310,7 @@ def _states(
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder, model_io.Spool(folder) as spool:
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
         candidates, declined = find_candidates(model)
-        layers = {candidate.weight.name for candidate in candidates}
+        layers = {name for candidate in candidates for name in candidate.names}
         work = Work(model, known_shapes(model)).count()
         left_over = untouched(work, layers, {place.place: place.reason for place in declined})
         if any(part.products is None for part in work):  # shares of the rest would say nothing

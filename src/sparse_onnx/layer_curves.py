@@ -158,7 +158,6 @@ def measure_curves(
     """
     dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
     weight = candidate.weight
-    names = tuple(part.weight.name for part in candidate.parts)
     models: dict[tuple[str, float], ir.Model] = {}
     if candidate.companion or (not prunable and candidate.sparsity >= MIN_SPARSITY):
         models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
@@ -166,7 +165,7 @@ def measure_curves(
         for structure, sparsity in _points(weight, sparsities, structures):
             pruned = dense.clone()
             options = {"sparsity": sparsity, "mask_structure": structure}
-            done = Magnitude(**options, targets=names, ignore=())(pruned)  # type: ignore[arg-type]
+            done = Magnitude(**options, targets=candidate.names, ignore=())(pruned)  # type: ignore[arg-type]
             # Zeros that were there before may make two points one.
             models.setdefault((structure, float(done.statistics["sparsity"])), pruned)
     for sparse in models.values():

@@ -46,7 +46,7 @@ def prunes(modifiers: Iterable[Pass]) -> bool:
 def without_kernel(model: ir.Model) -> dict[str, str]:
     """The weights that pruning could take and no kernel could, by name, with the reason."""
     candidates, declined = find_candidates(model)
-    takable = {id(candidate.weight.value) for candidate in candidates}
+    takable = {id(part.weight.value) for candidate in candidates for part in candidate.parts}
     why = {place.place: place.reason for place in declined}
     return {
         weight.name: f"{NO_KERNEL} ({why.get(weight.name, 'no lowering does')})"
@@ -82,9 +82,11 @@ def below_break_even(
         if asked is None or candidate.companion or candidate.sparsity >= asked[0]:
             continue
         share, structure = asked
-        name, zeros = candidate.weight.name, f"{share:.1%} zeros"
+        zeros = f"{share:.1%} zeros"
         if share < MIN_SPARSITY:
-            against[name] = f"not pruned: {zeros} are too few for any sparse kernel"
+            against |= dict.fromkeys(
+                candidate.names, f"not pruned: {zeros} are too few for any sparse kernel"
+            )
             continue
 
         def find(
@@ -100,10 +102,11 @@ def below_break_even(
             continue
         timing, _ = overall(times, weights)
         if timing.quiet and timing.high < min_speedup:
-            against[name] = (
+            reason = (
                 f"not pruned: with {zeros} its sparse form would be {timing.median:.2f}x dense "
                 f"(at most {timing.high:.2f}), below min_speedup {min_speedup}"
             )
+            against |= dict.fromkeys(candidate.names, reason)
     return against
 
 

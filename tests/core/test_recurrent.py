@@ -13,6 +13,8 @@ from sparse_onnx.layer_timing import time_sparse_layers
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.guard import Bench, decide, find_candidates
 from sparse_onnx.passes.lowering import Packer
+from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.worth_pruning import below_break_even, without_kernel
 
 S, B, K, H = 6, 2, 40, 64
 SHAPES = {"X": (S, B, K), "lens": (B,), "h0": (2, B, H), "c0": (2, B, H)}
@@ -97,6 +99,8 @@ def test_report_and_inspection_have_every_weight(source, tmp_path):
     assert all(row["decision"] == "sparse" and row["rows"] == S * B for row in rows.values())
     assert all(row["sparsity"] == pytest.approx(0.9, abs=0.02) for row in rows.values())
     assert rows["W"]["reason"] == rows["R"]["reason"]
+    assert rows["W"]["kernel"] == rows["R"]["kernel"] != "sparse"
+    assert all(row["pruning"] in ("pruned", "never") for row in rows.values())
     assert result.report["summary"]["sparse_flops_fraction"] == 1.0
     found = {row["name"]: row for row in inspect_model(result.folder / "model.onnx", metrics=True)["weights"]}
     assert {name: row["shape"] for name, row in found.items()} == {n: row["shape"] for n, row in rows.items()}
@@ -135,3 +139,14 @@ def test_the_guard_times_the_whole_node(source, tmp_path):
             assert decision.dense_ms > 0
             assert decision.sparse_ms > 0
             assert "x dense" in decision.reason
+
+
+def test_both_weights_or_none_are_worth_pruning(source):
+    model = model_io.load_model(source)
+    assert without_kernel(model) == {}
+    shapes = SHAPES | {"P": (S, B, 2 * H)}
+    against = below_break_even(
+        model, [Magnitude(sparsity=0.2)], [shapes], lambda *_: None, weights=None, min_speedup=1.02
+    )
+    zeros = find_candidates(model)[0][0].sparsity
+    assert set(against) == (set() if zeros else {"W", "R", "V", "T"})

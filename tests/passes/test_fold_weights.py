@@ -236,6 +236,22 @@ STAYS = {
         {"u": W[:, :1], "v": W[:1]},
         "an outer product, which would grow when folded",
     ),
+    "a part of a weight": (
+        "T = Slice(w, zero, four, one) S = Slice(w, four, eight, one) A = MatMul(X, T) B = MatMul(X, S) Y = Add(A, B)",
+        {"w": np.tile(W, 2), "zero": shape(0), "four": shape(4), "eight": shape(8), "one": shape(1)},
+        "w is also used by Slice: folding would store it twice",
+    ),
+    "a part, backwards": (
+        "T = Slice(w, end, start, one, back) Y = MatMul(X, T)",
+        {"w": W, "end": shape(-1), "start": shape(-5), "one": shape(1), "back": shape(-1)},
+        "a Slice that goes backwards",
+    ),
+    "joined with one that is used elsewhere": (
+        "T = Concat<axis = 1>(u, w) A = MatMul(X, T) B = MatMul(X, u) Y = Concat<axis = 1>(A, B)",
+        {"u": W[:, :1], "w": W[:, 1:]},
+        "u is also used by MatMul: folding would store it twice",
+    ),
+    "joined with itself": ("T = Concat<axis = 1>(w, w) Y = MatMul(X, T)", {"w": W}, "would grow when folded"),
     "too long a chain": (
         "a0 = Identity(w) "
         + " ".join(f"a{i + 1} = Identity(a{i})" for i in range(40))
@@ -293,6 +309,42 @@ def test_one_mask_for_two_weights(from_text, run):
     assert FoldWeights()(model).statistics["weights"] == 2
     assert sorted(model.graph.initializers) == ["u", "w"]
     np.testing.assert_array_equal(run(model, {"X": X})["Y"], before)
+
+
+def test_gates_that_an_exporter_has_put_in_order(from_text, run):
+    """Two directions of a GRU, whose first two gates change places; the bias is computed, too."""
+    hidden, inputs = 3, 6
+    tensors = {
+        name: RNG.standard_normal(size).astype(np.float32)
+        for name, size in {
+            "w": (9, inputs), "r": (9, hidden), "b": (18,), "w_back": (9, inputs), "r_back": (9, hidden),
+        }.items()
+    }  # fmt: skip
+    bounds = {"s0": shape(0), "s3": shape(3), "s6": shape(6), "s9": shape(9), "front": shape(0)}
+
+    def ordered(name):
+        return f"""{name}_a = Slice({name}, s3, s6, front) {name}_b = Slice({name}, s0, s3, front)
+            {name}_c = Slice({name}, s6, s9, front) {name}_d = Concat<axis = 0>({name}_a, {name}_b, {name}_c)
+            {name}_e = Unsqueeze({name}_d, front)"""
+
+    body = "\n".join(ordered(name) for name in ("w", "r", "w_back", "r_back"))
+    body += f""" W = Concat<axis = 0>(w_e, w_back_e) R = Concat<axis = 0>(r_e, r_back_e)
+        b_e = Unsqueeze(b, front) B = Concat<axis = 0>(b_e, b_e)
+        Y = GRU<hidden_size = {hidden}, direction = "bidirectional">(X, W, R, B)"""
+    model = build(
+        from_text, body, inputs="float[S, B, 6] X", outputs="float[S, 2, B, 3] Y", **tensors, **bounds
+    )
+    x = np.random.default_rng(1).standard_normal((4, 2, 6)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    result = FoldWeights()(model)
+    assert result.statistics == {"weights": 2, "biases": 1}
+    assert [node.op_type for node in model.graph] == ["GRU"]
+    assert [weight.name for weight in find_weights(model)[0]] == ["w", "r"]
+    first = np.split(tensors["w"], 3)
+    np.testing.assert_array_equal(
+        model.graph.initializers["w"].const_value.numpy()[0], np.concatenate([first[1], first[0], first[2]])
+    )
+    np.testing.assert_array_equal(run(model, {"X": x})["Y"], before)
 
 
 def test_inside_a_subgraph(from_text, run):
