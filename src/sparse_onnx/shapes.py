@@ -19,9 +19,9 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from sparse_onnx import model_io
+from sparse_onnx.axis_lengths import axis_lengths
 from sparse_onnx.constants import constant_number, constant_tensor
 from sparse_onnx.graph import is_standard
-from sparse_onnx.axis_lengths import axis_lengths
 
 __all__ = ["Dim", "Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
 

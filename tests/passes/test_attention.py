@@ -618,7 +618,7 @@ def test_queries_whose_rows_are_not_known(from_text, run):
     """The width of q has a name only, so that nothing says what its rows are; per head all is known."""
     body = f"""{SPLIT_Q} {PER_HEAD_KEYS} {SPLIT_V} K = Transpose<perm = [0, 1, 3, 2]>(K4) {SCORES} {SOFTMAX} {MERGE}"""
     model = build(from_text, body, inputs=INPUTS.replace(f"S, {E}] q", "S, W] q"))
-    sizes = [{x: (b, s, E) for x in "qkv"} for b, s in SIZES]
+    sizes = [dict.fromkeys("qkv", (b, s, E)) for b, s in SIZES]
     rng = np.random.default_rng(1)
     given = [{x: rng.standard_normal(s).astype(np.float32) for x, s in size.items()} for size in sizes]
     expected = [run(model, feed) for feed in given]
