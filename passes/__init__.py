@@ -9,6 +9,7 @@ from sparse_onnx.passes.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.cleanup import Constants, Duplicates, Identities, Unused
 from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.foreign_functions import ForeignFunctions
 from sparse_onnx.passes.gemm_rows import GemmRows
 from sparse_onnx.passes.gradient import Gradient
 from sparse_onnx.passes.idle_nodes import IdleNodes
@@ -30,6 +31,7 @@ PASSES: tuple[type[Pass], ...] = tuple(
             Duplicates,
             FoldConstants,
             FoldWeights,
+            ForeignFunctions,
             Identities,
             IdleNodes,
             Unused,

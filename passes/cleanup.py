@@ -29,6 +29,7 @@ from sparse_onnx.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.fold_constants import FoldConstants
 from sparse_onnx.passes.fold_weights import FoldWeights
+from sparse_onnx.passes.foreign_functions import ForeignFunctions
 from sparse_onnx.passes.gemm_rows import GemmRows
 from sparse_onnx.passes.idle_nodes import IdleNodes
 from sparse_onnx.passes.reshapes import Reshapes
@@ -123,6 +124,7 @@ class Unused(Pass):
 
 
 CLEAN_PASSES: tuple[Pass, ...] = (
+    ForeignFunctions(),
     Constants(),
     Identities(),
     FoldWeights(),

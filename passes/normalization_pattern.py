@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from sparse_onnx.constants import constant_array, constant_number, constant_tensor
 from sparse_onnx.graph import is_standard
+from sparse_onnx.shapes import Shapes
 
 __all__ = ["Normalization", "is_vector", "match_normalization"]
 
@@ -47,15 +48,15 @@ class Normalization:
     output: ir.Value
 
 
-def match_normalization(node: ir.Node) -> Normalization | str | None:
+def match_normalization(node: ir.Node, shapes: Shapes) -> Normalization | str | None:
     """The normalization that ``node`` is or, if it is the Sqrt of one, that it is part of; None if it is neither.
 
     A reason instead if it is a normalization of another kind.
     """
     if is_standard(node, *_OPERATORS):
-        return _match_operator(node)
+        return _match_operator(node, shapes)
     if is_standard(node, "Sqrt"):
-        return _match_steps(node)
+        return _match_steps(node, shapes)
     return None
 
 
@@ -65,10 +66,10 @@ def is_vector(value: ir.Value | None) -> bool:
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1
 
 
-def _match_operator(node: ir.Node) -> Normalization | str:
+def _match_operator(node: ir.Node, shapes: Shapes) -> Normalization | str:
     source, gamma = node.inputs[:2]
     beta = node.inputs[2] if len(node.inputs) > 2 else None
-    if source is None or not _is_last(node.attributes.get_int("axis", -1), source):
+    if source is None or not _is_last(node.attributes.get_int("axis", -1), source, shapes):
         return "is not known to normalize over the last axis alone"
     if node.attributes.get_int("stash_type", 1) != 1:
         return "computes in another type than float32"
@@ -82,24 +83,24 @@ def _match_operator(node: ir.Node) -> Normalization | str:
     return Normalization(source, gamma, beta, rms, epsilon, (node,), node.outputs[0])
 
 
-def _match_steps(root: ir.Node) -> Normalization | str | None:
+def _match_steps(root: ir.Node, shapes: Shapes) -> Normalization | str | None:
     raised = _producer(root.inputs[0], "Add")
     if raised is None:
         return None
     for variance, constant in _both_ways(raised):
         epsilon, mean = _scalar(constant), _producer(variance, "ReduceMean")
-        if epsilon is None or mean is None or not _is_mean_of_last(mean):
+        if epsilon is None or mean is None or not _is_mean_of_last(mean, shapes):
             continue
         square = _producer(mean.inputs[0], "Pow") or _producer(mean.inputs[0], "Mul")
         if square is None or (deviation := _squared(square)) is None:
             continue
         steps = (square, mean, raised, root)
-        return _match_result(deviation, epsilon, steps)
+        return _match_result(deviation, epsilon, steps, shapes)
     return None
 
 
 def _match_result(
-    deviation: ir.Value, epsilon: float, steps: tuple[ir.Node, ...]
+    deviation: ir.Value, epsilon: float, steps: tuple[ir.Node, ...], shapes: Shapes
 ) -> Normalization | str | None:
     normalized = _divided(deviation, steps[-1].outputs[0])
     if normalized is None:
@@ -111,7 +112,7 @@ def _match_result(
     nodes = [*steps, *normalized, scale]
     source, rms, beta = deviation, True, None
     subtract = _producer(deviation, "Sub")
-    if subtract is not None and (mean := _mean_subtracted(subtract)) is not None:
+    if subtract is not None and (mean := _mean_subtracted(subtract, shapes)) is not None:
         source, rms = subtract.inputs[0] or source, False
         nodes[:0] = [mean, subtract]
         shift = _only_user(scale.outputs[0], "Add")
@@ -160,20 +161,11 @@ def _scalar(value: ir.Value | None) -> float | None:
     )
 
 
-def _rank(value: ir.Value) -> int | None:
-    if value.shape is not None:
-        return value.shape.rank()
-    add = _producer(value, "Add")  # exporters leave out the shapes of inner values
-    shapes = [operand.shape for operand in add.inputs if operand is not None] if add is not None else []
-    ranks = [shape.rank() for shape in shapes if shape is not None]
-    return max(ranks) if len(ranks) == 2 else None
+def _is_last(axis: int, value: ir.Value, shapes: Shapes) -> bool:
+    return axis == -1 or (axis >= 0 and axis + 1 == shapes.rank(value))
 
 
-def _is_last(axis: int, value: ir.Value) -> bool:
-    return axis == -1 or (axis >= 0 and axis + 1 == _rank(value))
-
-
-def _is_mean_of_last(node: ir.Node) -> bool:
+def _is_mean_of_last(node: ir.Node, shapes: Shapes) -> bool:
     """Whether a ReduceMean goes over the last axis alone and keeps it, with size 1."""
     source = node.inputs[0]
     if source is None or not node.attributes.get_int("keepdims", 1):
@@ -182,7 +174,7 @@ def _is_mean_of_last(node: ir.Node) -> bool:
     if len(node.inputs) > 1 and (given := node.inputs[1]) is not None:
         array = constant_array(given)
         axes = [] if array is None else array.reshape(-1).tolist()
-    return len(axes) == 1 and _is_last(axes[0], source)
+    return len(axes) == 1 and _is_last(axes[0], source, shapes)
 
 
 def _squared(node: ir.Node) -> ir.Value | None:
@@ -209,9 +201,9 @@ def _divided(deviation: ir.Value, root: ir.Value) -> list[ir.Node] | None:
     return [inverse, multiply]
 
 
-def _mean_subtracted(node: ir.Node) -> ir.Node | None:
+def _mean_subtracted(node: ir.Node, shapes: Shapes) -> ir.Node | None:
     """The ReduceMean of ``Sub(s, ReduceMean[-1](s))``."""
     source, mean = node.inputs[0], _producer(node.inputs[1], "ReduceMean")
-    if mean is None or mean.inputs[0] is not source or not _is_mean_of_last(mean):
+    if mean is None or mean.inputs[0] is not source or not _is_mean_of_last(mean, shapes):
         return None
     return mean

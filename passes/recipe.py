@@ -317,7 +317,9 @@ def _build(cls: type[_T], options: Mapping[str, Any]) -> _T:
 
 
 def _fields(cls: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+    return {
+        field.name for field in dataclasses.fields(cls) if field.compare
+    }  # others are handed over, no options
 
 
 def _frozen(value: Any) -> Any:

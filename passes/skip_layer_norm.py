@@ -25,10 +25,18 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.constants import constant_tensor
-from sparse_onnx.graph import add_function, add_initializer, is_standard, name_of, new_name
+from sparse_onnx.graph import (
+    add_function,
+    add_initializer,
+    drop_if_unused,
+    is_standard,
+    name_of,
+    new_name,
+)
 from sparse_onnx.metadata_keys import MODULE_KEY
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.normalization_pattern import Normalization, is_vector, match_normalization
+from sparse_onnx.shapes import Dims, Shapes
 from sparse_onnx.sparse_ops import skip_layer_norm
 from sparse_onnx.sparse_ops.skip_layer_norm import DOMAIN, Signature
 
@@ -67,9 +75,11 @@ class FuseSkipLayerNorm(Pass):
         opset = model.opset_imports.get("", 0)
         fused: list[Signature] = []
         declined: list[Declined] = []
+        shapes = Shapes(model)
         for graph in model.graphs():
+            zeros: dict[int, ir.Value] = {}
             for node in tuple(graph):
-                match = _match(node)
+                match = _match(node, shapes)
                 if match is None:
                     continue
                 if not isinstance(match, str) and opset not in _OPSETS:
@@ -77,7 +87,7 @@ class FuseSkipLayerNorm(Pass):
                 if isinstance(match, str):
                     declined.append(self.declined(name_of(node), match))
                 else:
-                    fused.append(_fuse(model, graph, match))
+                    fused.append(_fuse(model, graph, match, zeros))
         for signature in sorted(set(fused), key=_OP_TYPES.__getitem__):
             body = skip_layer_norm.function_body(_OP_TYPES[signature], opset)
             add_function(model, body, skip_layer_norm.VERSION)
@@ -85,20 +95,20 @@ class FuseSkipLayerNorm(Pass):
         return PassResult(model, bool(fused), statistics, tuple(declined))
 
 
-def _match(node: ir.Node) -> _Residual | str | None:
+def _match(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
     """What to fuse at ``node``, or why not, or None if there is no addition and normalization at all."""
     if node.graph is None:
         return None  # part of what was fused before
-    match = _match_contrib(node) if node.domain == _CONTRIB else _match_standard(node)
+    match = _match_contrib(node) if node.domain == _CONTRIB else _match_standard(node, shapes)
     if not isinstance(match, _Residual):
         return match
-    if (problem := _type_problem(match) or _shape_problem(match)) is not None:
+    if (problem := _type_problem(match) or _shape_problem(match, shapes)) is not None:
         return problem
     return match
 
 
-def _match_standard(node: ir.Node) -> _Residual | str | None:
-    norm = match_normalization(node)
+def _match_standard(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
+    norm = match_normalization(node, shapes)
     if norm is None:
         return None
     source = norm.source if isinstance(norm, Normalization) else node.inputs[0]
@@ -108,7 +118,7 @@ def _match_standard(node: ir.Node) -> _Residual | str | None:
     if isinstance(norm, str) or add.graph is not node.graph:
         return norm if isinstance(norm, str) else "adds in another graph"
     a, b = add.inputs
-    if a is None or b is None or any(_is_constant(value) and len(value.shape or ()) < 2 for value in (a, b)):
+    if a is None or b is None or any(_is_constant(value) and len(shapes.dims(value)) < 2 for value in (a, b)):
         return None  # a bias
     outside = source.is_graph_output() or any(use.node not in norm.nodes for use in source.uses())
     return _Residual(norm, a, b, None, source if outside else None, add, (add, *norm.nodes))
@@ -145,37 +155,42 @@ def _type_problem(residual: _Residual) -> str | None:
     return None
 
 
-def _shape_problem(residual: _Residual) -> str | None:
+def _shape_problem(residual: _Residual, shapes: Shapes) -> str | None:
     """Why the operands may have, or have, shapes that the operator is not for."""
-    a, b, channels = residual.a.shape, residual.b.shape, _size(residual.norm.gamma)
-    for shape in (a, b):
-        last = shape[-1] if shape is not None and shape.rank() > 0 else None
+    channels = _size(residual.norm.gamma)
+    a, b = (shapes.dims(value) if shapes.rank(value) else None for value in (residual.a, residual.b))
+    known = [dims[-1] for dims in (a, b) if dims is not None]
+    for last in known:
         if isinstance(last, int) and last != channels:
             return f"has channels {last}, gamma {channels}"
-    known = [shape[-1] for shape in (a, b) if shape is not None and shape.rank() > 0]
     if channels == 1 and 1 not in known:
         return "has one gamma for channels whose number is unknown"
     if residual.norm.beta is not None and _size(residual.norm.beta) != channels:
         return "has gamma and beta of different sizes"
     if a is None or b is None or _may_repeat(a, b) or _may_repeat(b, a):
         return None
-    return f"adds shapes {a} and {b}, which broadcast"
+    return f"adds shapes {_text(a)} and {_text(b)}, which broadcast"
 
 
-def _may_repeat(part: ir.Shape, whole: ir.Shape) -> bool:
+def _text(dims: Dims) -> str:
+    return f"[{','.join('?' if dim is None else str(dim) for dim in dims)}]"
+
+
+def _may_repeat(part: Dims, whole: Dims) -> bool:
     """Whether, as far as known, ``part`` is as ``whole`` but for leading axes, which it lacks or has with size 1."""
     axes = list(part)
     while len(axes) > 1 and axes[0] == 1:
         axes.pop(0)
-    if len(axes) > whole.rank():
+    if len(axes) > len(whole):
         return False
-    pairs = zip(reversed(axes), reversed(tuple(whole)), strict=False)
+    pairs = zip(reversed(axes), reversed(whole), strict=False)
     return all(
         m == n or (1 not in (m, n) and not (isinstance(m, int) and isinstance(n, int))) for m, n in pairs
     )
 
 
-def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
+def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual, zeros: dict[int, ir.Value]) -> Signature:
+    """``zeros`` are those of the graph by their width, which all its normalizations without a beta share."""
     norm = residual.norm
     signature = Signature(norm.rms, residual.total is not None)
     new_nodes = []
@@ -186,9 +201,14 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
         new_nodes.append(ir.node("Add", [b, residual.bias], outputs=[biased], name=name))
         b = biased
     inputs = [residual.a, b, _initializer(model, norm.gamma)]
-    if not norm.rms:
-        beta = norm.beta
-        inputs.append(_zeros(model, graph, norm.gamma) if beta is None else _initializer(model, beta))
+    if not norm.rms and norm.beta is not None:
+        inputs.append(_initializer(model, norm.beta))
+    elif not norm.rms:
+        size = _size(norm.gamma)
+        if size not in zeros:
+            name = new_name(model, f"{DOMAIN}.zeros.{size}")
+            zeros[size] = add_initializer(graph, name, ir.tensor(np.zeros(size, np.float32), name=name))
+        inputs.append(zeros[size])
     old = [norm.output] + ([residual.total] if residual.total is not None else [])
     node = ir.node(
         _OP_TYPES[signature],
@@ -203,9 +223,12 @@ def _fuse(model: ir.Model, graph: ir.Graph, residual: _Residual) -> Signature:
         after.metadata_props.update(before.metadata_props)
     if module := norm.nodes[-1].metadata_props.get(MODULE_KEY):
         node.metadata_props[MODULE_KEY] = module
+    read = [value for replaced in residual.nodes for value in replaced.inputs if value is not None]
     ir.convenience.replace_nodes_and_values(
         graph, residual.anchor, residual.nodes, [*new_nodes, node], old, node.outputs
     )
+    for value in dict.fromkeys(read):
+        drop_if_unused(value)
     return signature
 
 
@@ -221,13 +244,3 @@ def _initializer(model: ir.Model, value: ir.Value) -> ir.Value:
     if value.is_initializer() or not isinstance(graph, ir.Graph) or tensor is None:
         return value
     return add_initializer(graph, new_name(model, f"{value.name}.value"), tensor)
-
-
-def _zeros(model: ir.Model, graph: ir.Graph, gamma: ir.Value) -> ir.Value:
-    """An initializer of zeros like ``gamma``, which all normalizations of this width in the graph share."""
-    size = _size(gamma)
-    name = f"{DOMAIN}.zeros.{size}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    name = new_name(model, name)
-    return add_initializer(graph, name, ir.tensor(np.zeros(size, np.float32), name=name))

@@ -33,11 +33,11 @@ from sparse_onnx.sparse_ops import (
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION, FormatError
 from sparse_onnx.stored_weights import StoredWeight, stored_weights, weight_prefixes
 
-__all__ = ["dense_reference"]
+__all__ = ["CONTRACTS", "dense_reference"]
 
 _DENSE_DOMAIN = f"{DOMAIN}.dense"
 
-_CONTRACTS: Mapping[str, Callable[[str, int], onnx.FunctionProto]] = {
+CONTRACTS: Mapping[str, Callable[[str, int], onnx.FunctionProto]] = {
     op_type: contract.function_body
     for contract in (
         sparse_matmul,
@@ -65,11 +65,11 @@ def dense_reference(model: ir.Model, store: Callable[[np.ndarray, str], ir.Tenso
     weights: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     bodies: dict[str, onnx.FunctionProto] = {}
     for node in [node for node in result.graph.all_nodes() if node.domain == DOMAIN]:
-        if node.op_type not in _CONTRACTS:
+        if node.op_type not in CONTRACTS:
             raise ModelFileError(
                 f"{name_of(node)}: there is no operator {DOMAIN}.{node.op_type} in this version"
             )
-        body = _CONTRACTS[node.op_type](node.op_type, result.opset_imports[""])
+        body = CONTRACTS[node.op_type](node.op_type, result.opset_imports[""])
         before, inputs = list(node.inputs), list(node.inputs)
         stored = stored_weights(node)
         for weight in stored:

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+
 __all__ = [
     "Names",
     "add_function",
@@ -40,9 +42,10 @@ def all_graphs(model: ir.Model) -> list[ir.Graph]:
 
 
 def value_names(model: ir.Model) -> set[str]:
-    """All names of values, in functions and subgraphs as well; a new value needs another one."""
+    """All names of values, in subgraphs and in functions of the model's own as well; a new value needs another one."""
     names: set[str | None] = set()
-    for graph in all_graphs(model):
+    functions = [function for function in model.functions.values() if function.domain != DOMAIN]
+    for graph in (*model.graphs(), *(graph for f in functions for graph in (f.graph, *f.subgraphs()))):
         names.update(value.name for value in graph.inputs)
         names.update(graph.initializers)
         names.update(value.name for node in graph for value in node.outputs)

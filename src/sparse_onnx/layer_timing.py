@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx import model_io
-from sparse_onnx.graph import name_of
+from sparse_onnx.graph import name_of, value_names
 from sparse_onnx.inputs import Feeds, InputSpec, generate
 from sparse_onnx.machine_load import OtherLoad
 from sparse_onnx.metadata_keys import MODULE_KEY
@@ -42,7 +43,9 @@ __all__ = [
     "with_shape_outputs",
 ]
 
-_SHAPE_OUTPUT = "sparse_onnx.shape."
+# In front of a colon and the name of a value: its shape, or an output of the model that begins like one of these.
+_SHAPE_OUTPUT = "sparse_onnx.shape"
+_OWN_OUTPUT = "sparse_onnx.shape.own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +133,15 @@ def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
     probe = model.clone()
     made = [value for node in probe.graph for value in node.outputs]
     values = {value.name: value for value in (*probe.graph.inputs, *made)}
+    for value in made:
+        if value.is_graph_output() and (value.name or "").startswith(_SHAPE_OUTPUT):
+            value.name = f"{_OWN_OUTPUT}:{value.name}"
+    kind, taken = _SHAPE_OUTPUT, value_names(probe)
+    while any(f"{kind}:{name}" in taken for name in names):
+        kind += "_"
     for name in sorted(names):
         node = ir.node("Shape", [values[name]])
-        node.outputs[0].name = _SHAPE_OUTPUT + name
+        node.outputs[0].name = f"{kind}:{name}"
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         node.outputs[0].shape = ir.Shape([None])
         probe.graph.append(node)
@@ -142,12 +151,13 @@ def with_shape_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
 
 def shapes_in(outputs: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:
     """Outputs of a model made by :func:`with_shape_outputs`: those of the model itself, and the shapes by name."""
-    own = {name: value for name, value in outputs.items() if not name.startswith(_SHAPE_OUTPUT)}
-    shapes = {
-        name.removeprefix(_SHAPE_OUTPUT): tuple(int(size) for size in value)
-        for name, value in outputs.items()
-        if name.startswith(_SHAPE_OUTPUT)
-    }
+    own, shapes = dict[str, np.ndarray](), dict[str, tuple[int, ...]]()
+    for output, value in outputs.items():
+        kind, _, name = output.partition(":")
+        if kind.rstrip("_") == _SHAPE_OUTPUT:
+            shapes[name] = tuple(int(size) for size in value)
+        else:
+            own[name if kind == _OWN_OUTPUT else output] = value
     return own, shapes
 
 

@@ -24,6 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sparse_onnx import model_io
 from sparse_onnx.comparison import compare
+from sparse_onnx.graph import Names
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.layer_timing import shapes_in, with_shape_outputs
 from sparse_onnx.metadata_keys import MODULE_KEY
@@ -249,9 +250,9 @@ def _forced(
     copy = candidate.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
-    fed = {}
+    fed, free = {}, Names(copy)
     for name in matched:
-        stand_in = ir.Value(name=f"{_NAME}{name}")
+        stand_in = ir.Value(name=free.new(f"{_NAME}{name}"))
         values[name].replace_all_uses_with(stand_in)
         fed[stand_in] = name
     copy.graph.outputs.extend(values[name] for name in names)

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
+from sparse_onnx.graph import value_names
 from sparse_onnx.inputs import Feeds
 from sparse_onnx.runtime import run_session, session_options
 from sparse_onnx.session import import_onnxruntime
@@ -87,7 +88,8 @@ def profile_model(
     """
     scratch = Path(tempfile.mkdtemp(prefix="profile-", dir=work))
     try:
-        model_io.save_model(_marked(model), scratch)
+        marked, mark = _marked(model)
+        model_io.save_model(marked, scratch)
         options = session_options(threads=threads, library=library)
         options.enable_profiling = True
         options.profile_file_prefix = str(scratch / "profile")
@@ -110,27 +112,32 @@ def profile_model(
             run_session(session, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         optimized = onnx.load(scratch / "optimized.onnx", load_external_data=False)
-        return _add_up(events, _owners(optimized, model, layers))
+        return _add_up(events, _owners(optimized, model, layers, mark))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _marked(model: ir.Model) -> ir.Model:
-    """A copy in which every node of the main graph and what it makes are named by the node's position."""
+def _marked(model: ir.Model) -> tuple[ir.Model, str]:
+    """A copy in which every node of the main graph and what it makes are named by the node's position, and what is in
+    front of the position: it is in no name that the model has."""
     copy = model.clone()
     outputs = {value.name for value in copy.graph.outputs}
+    taken, mark = value_names(copy), _MARK
+    while any(mark in name for name in taken):
+        mark = f"{_MARK}{mark}"
     for index, node in enumerate(copy.graph):
-        node.name = f"{_MARK}{index}."
+        node.name = f"{mark}{index}."
         for position, value in enumerate(node.outputs):
             if value.name not in outputs:
-                value.name = f"{_MARK}{index}.{position}"
-    return copy
+                value.name = f"{mark}{index}.{position}"
+    return copy, mark
 
 
 def _owners(
-    optimized: onnx.ModelProto, model: ir.Model, layers: Mapping[str, Sequence[ir.Node]]
+    optimized: onnx.ModelProto, model: ir.Model, layers: Mapping[str, Sequence[ir.Node]], mark: str
 ) -> dict[str, str]:
-    """The layer of every node of the ``optimized`` copy that computes one, by the node's name."""
+    """The layer of every node of the ``optimized`` copy that computes one, by the node's name. ``mark`` stands in front
+    of the position of a node of ``model``."""
     layer_of = {id(node): name for name, nodes in layers.items() for node in nodes}
     outputs = {value.name: index for index, node in enumerate(model.graph) for value in node.outputs}
     by_position = [layer_of.get(id(node)) for node in model.graph]
@@ -139,7 +146,7 @@ def _owners(
         # What it makes says more than its name, which may be that of the first node in it. But a kernel with a layout
         # of its own makes a value of its own.
         for text in (*node.output[:1], node.name):
-            found = re.search(rf"{_MARK}(\d+)\.", text)
+            found = re.search(rf"{re.escape(mark)}(\d+)\.", text)
             position = int(found[1]) if found else outputs.get(text)
             if position is not None and (layer := by_position[position]) is not None:
                 owners[node.name] = layer

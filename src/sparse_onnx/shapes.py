@@ -76,7 +76,8 @@ class Shapes:
     They are what ONNX shape inference finds, on the model without its large weights, when first asked.
 
     Args:
-        model: Values are looked up by name, so that copies of the model may ask, too.
+        model: Values are looked up by name, so that copies of the model may ask, too. Of others, those of subgraphs
+            among them, what they say themselves is known.
         inputs: Shapes that inputs have, in place of those that the model declares; what it declares for other values
             is then left out, since it may hold for other inputs.
         runs: What runs of the model have shown. Used where inference knows nothing: the rank, and each size that no
@@ -140,19 +141,19 @@ class Shapes:
             return None
         if (tensor := constant_tensor(value)) is not None:
             return tuple(int(size) for size in tensor.shape.numpy())
-        if value.shape is not None and value.shape.is_static() and self._inputs is None:
-            return tuple(int(size) for size in value.shape.numpy())  # needs no inference
+        noted = None if value.shape is None else tuple(map(_noted, value.shape))
+        if noted is not None and self._inputs is None and all(map(_is_size, noted)):
+            return noted  # needs no inference
         name = value.name or ""
-        dims, _ = self._known.get(name, (None, 0))
-        seen = self._seen(name) if self._runs and (dims is None or not all(map(_is_size, dims))) else None
+        dims, _ = self._known.get(name, (noted, 0))
+        seen = None if dims is not None and all(map(_is_size, dims)) else self._seen(name)
         if seen is None or (dims is not None and len(dims) != len(seen)):
             return dims
-        merged = seen
         if dims is not None:
-            merged = tuple(d if _is_size(d) or s is None else s for d, s in zip(dims, seen, strict=True))
-        if merged != dims:
+            seen = tuple(d if _is_size(d) or s is None else s for d, s in zip(dims, seen, strict=True))
+        if seen != dims:
             self.assumed.add(name)
-        return merged
+        return seen
 
     def rank(self, value: ir.Value | None) -> int | None:
         """The number of axes, if it is known."""
@@ -249,6 +250,14 @@ def _prefer_newer_reshape(proto: onnx.ModelProto) -> None:
             opset.version = 14
 
 
+_ANY_SIZE = ("", "?", "-1", "None")
+
+
+def _noted(dim: int | ir.SymbolicDim) -> Dim:
+    size = dim if isinstance(dim, int) else dim.value
+    return None if size in _ANY_SIZE or (isinstance(size, int) and size < 0) else size
+
+
 def _is_size(dim: Dim) -> bool:
     return isinstance(dim, int)
 
@@ -262,7 +271,7 @@ def _forget_unknown(value: onnx.ValueInfoProto) -> None:
     for dim in value.type.tensor_type.shape.dim:
         if dim.HasField("dim_value") and dim.dim_value < 0:
             dim.ClearField("dim_value")
-        elif dim.dim_param.strip() in ("?", "-1", "None"):
+        elif dim.dim_param.strip() in _ANY_SIZE:
             dim.ClearField("dim_param")
 
 

@@ -74,6 +74,18 @@ def test_shapes_of_values(tmp_path, library, budget):
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.parametrize("start", ["sparse_onnx.shape:", "sparse_onnx.shape_:", "sparse_onnx.shape.own:"])
+def test_shapes_of_values_in_a_model_with_names_like_ours(tmp_path, start):
+    model = chain()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values["Y"].name, values["c"].name = f"{start}c", f"{start}Y"
+    probe = with_shape_outputs(model, {"X", f"{start}c", f"{start}Y"})
+    with open_runner(probe, threads=1, library=False, budget=1 << 30, work=tmp_path) as runner:
+        own, shapes = shapes_in(runner.run(FEEDS))
+    assert shapes == {"X": (2, 3, 32), f"{start}c": (2, 3, 16), f"{start}Y": (2, 3, 32)}
+    assert {name: value.shape for name, value in own.items()} == {f"{start}c": (2, 3, 16)}
+
+
 def test_pair_is_timed_and_nothing_left(tmp_path):
     found = time_pair(
         [chain(), lowered("A")], [False, True], FEEDS, threads=1, work=tmp_path, rounds=5, seconds=0

@@ -84,3 +84,15 @@ def test_shares_of_sparse_and_dense_layers_and_of_the_rest(tmp_path, library):
     assert "Softmax" in operators
     assert not any("MatMul" in name or "Gemm" in name for name in operators)
     assert 0 < found["layers_ms"] < found["wall_ms"]
+
+
+def test_a_model_with_names_like_ours(tmp_path):
+    x = np.ones((1, 32, 64), np.float32)
+    model = load(LINEARS, (64, 64))
+    model.graph.inputs[0].name, model.graph.initializers["a"].name = (
+        "sparse_onnx.0.0",
+        "sparse_onnx.sparse_onnx.4.0",
+    )
+    found = profiled(model, tmp_path, **{"sparse_onnx.0.0": x})
+    assert set(found.layers) == {"A", "B"}
+    assert "Softmax" in found.others

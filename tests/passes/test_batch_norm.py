@@ -108,3 +108,25 @@ def test_normalization_after_something_else_is_not_looked_at(from_text):
     model = from_text(f"{HEAD} g (float[B, 4, 6, 7] X) => (float[B, 4, 6, 7] Y) {{ {body} }}", **four)
     result = FuseBatchNorm()(model)
     assert (result.modified, result.declined) == (False, ())
+
+
+def test_parameters_in_constant_nodes(from_text, run):
+    """As exporters write those of few channels; the folded ones are initializers."""
+    vector = lambda name: f"{name} = Constant<value = float[2] {{0.5, 1.5}}>() "  # noqa: E731
+    body = "".join(map(vector, ("c", "g", "s", "m", "v")))
+    body += "h = Conv(X, F, c) Y = BatchNormalization(h, g, s, m, v)"
+    F = RNG.standard_normal((2, 4, 3, 3)).astype(np.float32)
+    model = build(from_text, body, y="float[B, 2, 4, 5] Y", F=F)
+    before = run(model, {"X": X})
+    assert FuseBatchNorm()(model).statistics == {"folded": 1}
+    assert [node.op_type for node in model.graph] == ["Conv"]
+    np.testing.assert_allclose(run(model, {"X": X})["Y"], before["Y"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_in_a_constant_node_stays(from_text):
+    body = (
+        "F = Constant<value = float[1, 1, 1, 1] {2.0}>() h = Conv(Z, F) Y = BatchNormalization(h, o, o, o, o)"
+    )
+    model = build(from_text, body, "float[B, 1, 4, 5] Z", "float[B, 1, 4, 5] Y", o=np.ones(1, np.float32))
+    (declined,) = FuseBatchNorm()(model).declined
+    assert declined.reason == "follows a convolution whose weight F is no initializer"

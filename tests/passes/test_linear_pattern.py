@@ -1,11 +1,14 @@
 """Which linears are recognised, with which bias and activation, and which are left alone, with which reason."""
 
+import re
+
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.linear_pattern import match_linear
+from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.weights import find_weights
 from sparse_onnx.shapes import Shapes
 
@@ -85,6 +88,124 @@ def test_fires(body, bias, activation, nodes):
     assert linear.activation == activation
     assert len(linear.nodes) == len(set(linear.nodes)) == nodes
     assert linear.output.name == "Y"
+
+
+HIGH = {
+    "one": 1.0,
+    "half": 0.5,
+    "root": 2**0.5,
+    "inv_root": 0.5**0.5,
+    "three": 3,
+    "cubic": 0.044715,
+    "tanh_scale": (2 / np.pi) ** 0.5,
+}
+
+
+def with_constants(body, shape, *, nodes):
+    """The model of ``body`` with every number of ``shape``, as an initializer or as a Constant node."""
+    model = build("h = MatMul(X, W) " + body)
+    for name, number in HIGH.items():
+        if name not in model.graph.initializers:
+            continue
+        value = model.graph.initializers[name]
+        tensor = ir.tensor(np.full(shape, number, np.float32), name=name)
+        if nodes:
+            node = ir.node("Constant", [], {"value": tensor})
+            model.graph.insert_before(model.graph[0], node)
+            value.replace_all_uses_with(node.outputs[0])
+            del model.graph.initializers[name]
+        else:
+            value.const_value, value.shape = tensor, ir.Shape(shape)
+    return model
+
+
+@pytest.mark.parametrize("nodes", [False, True], ids=["initializers", "Constant nodes"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("body", "activation"),
+    [(body, "gelu") for body in GELU_ERF.values()] + [(body, "gelu_tanh") for body in GELU_TANH.values()],
+)
+def test_a_number_with_more_axes_than_the_value_it_meets_is_none(body, activation, shape, nodes):
+    """X has two axes."""
+    linear = only_match(with_constants(body, shape, nodes=nodes))
+    assert linear.activation == (activation if len(shape) <= 2 else "none")
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (body, name)
+        for body in (*GELU_ERF.values(), *GELU_TANH.values())
+        for name in HIGH
+        if re.search(rf"\b{name}\b", body)
+    ],
+)
+def test_one_number_with_more_axes_is_enough(body, wrong):
+    model = build("h = MatMul(X, W) " + body)
+    value = model.graph.initializers[wrong]
+    value.const_value = ir.tensor(np.full((1, 1, 1), HIGH[wrong], np.float32), name=wrong)
+    value.shape = ir.Shape((1, 1, 1))
+    assert only_match(model).activation == "none"
+
+
+def bias_model(x, shape):
+    return ir.from_proto(
+        onnx.helper.make_model(
+            onnx.helper.make_graph(
+                [
+                    onnx.helper.make_node("MatMul", ["X", "W"], ["h"]),
+                    onnx.helper.make_node("Add", ["h", "b"], ["i"]),
+                    onnx.helper.make_node("Relu", ["i"], ["Y"]),
+                ],
+                "g",
+                [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, x)],
+                [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)],
+                [
+                    onnx.numpy_helper.from_array(np.ones((K, N), np.float32), "W"),
+                    onnx.numpy_helper.from_array(np.ones(shape, np.float32), "b"),
+                ],
+            ),
+            opset_imports=[onnx.helper.make_opsetid("", 17)],
+            ir_version=9,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "fires"),
+    [
+        ([K], (N,), True),
+        ([K], (1, N), False),
+        (["B", K], (1, N), True),
+        (["B", K], (1, 1, N), False),
+        (["B", "S", K], (1, 1, N), True),
+        (["B", "S", K], (1, 1, 1, N), False),
+        (None, (N,), True),  # whatever X is, the product has an axis
+        (None, (1, N), False),
+        (["B", "S", K], (2, 1, N), False),
+        (["B", "S", K], (N, 1), False),
+    ],
+)
+def test_a_bias_adds_no_axes(x, shape, fires):
+    linear = only_match(bias_model(x, shape))
+    assert (linear.bias is not None) is fires
+    assert linear.activation == ("relu" if fires else "none")
+
+
+def test_a_bias_that_is_a_constant_node(from_text, run):
+    """It becomes an initializer, which is known wherever the operator stands."""
+    rng = np.random.default_rng(0)
+    W = np.where(rng.random((K, N)) < 0.6, 0, rng.standard_normal((K, N))).astype(np.float32)
+    model = from_text(
+        """<ir_version: 9, opset_import: ["" : 17]> g (float[B, 6] X) => (float[B, 4] Y) {
+            h = MatMul(X, W) b = Constant<value = float[1, 4] {1.0, -2.0, 3.0, -4.0}>() i = Add(h, b) Y = Relu(i) }""",
+        W=W,
+    )
+    x = rng.standard_normal((3, K)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    LowerSparseMatMul(min_sparsity=0.3)(model)
+    assert [node.op_type for node in model.graph] == ["SparseMatMulRelu"]
+    np.testing.assert_allclose(run(model, {"X": x})["Y"], before, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

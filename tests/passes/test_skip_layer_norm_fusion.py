@@ -308,7 +308,7 @@ def test_what_is_no_residual_normalization_is_left_alone(case):
 DECLINED = {
     "another axis": ("s = Add(X, R) Y = LayerNormalization<axis = 1>(s, wide)", "over the last axis"),
     "an axis of unknown meaning": (
-        "a = Neg(X) s = Add(a, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)",
+        "a = com.microsoft.Whatever(X) s = Add(a, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)",
         "over the last axis",
     ),
     "another type inside": (
@@ -392,3 +392,29 @@ def test_taken_names_are_not_used_again(run):
     model = build("a = Neg(X) y = com.microsoft.SkipLayerNormalization(a, R, gamma, beta, bias) Y = Neg(y)")
     model.graph[0].outputs[0].name = "y.biased"
     assert_fused(model, run, "Neg", "Add", LAYER, "Neg")
+
+
+def test_vectors_in_constant_nodes_behind_the_addition(run):
+    numbers = ", ".join(f"{x}" for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0))
+    vectors = "".join(f"{name} = Constant<value = float[{C}] {{{numbers}}}>() " for name in ("g1", "b1"))
+    model = build(f"s = Add(X, R) {vectors} Y = LayerNormalization(s, g1, b1)")
+    assert_fused(model, run, LAYER)
+    assert [node.op_type for node in model.graph] == [LAYER]
+
+
+@pytest.mark.parametrize("name", ["small", "two", "unit"])
+@pytest.mark.parametrize("kind", ["layer", "RMS"])
+def test_steps_with_a_number_that_adds_an_axis_stay(kind, name):
+    steps = layer_steps if kind == "layer" else rms_steps
+    divide = f"i = Div(unit, r) n = Mul({'d' if kind == 'layer' else 's'}, i)"
+    body = steps(square=f"Pow({'d' if kind == 'layer' else 's'}, two)", divide=divide)
+    number = {"small": "1e-5", "two": "2.0", "unit": "1.0"}[name]
+    high = f"{name} = Constant<value = float[1, 1, 1, 1] {{{number}}}>()"
+    old = next(part for part in SCALARS.replace("\n", " ").split(")") if f"{name} =" in part).strip() + ")"
+    model = build(body.replace(old, high), outputs=f"float[O, B, S, {C}] Y")
+    assert not FuseSkipLayerNorm()(model).modified
+
+
+def test_an_axis_is_the_last_where_inference_knows_the_rank(run):
+    model = build("a = Neg(X) c = Neg(a) s = Add(c, R) Y = LayerNormalization<axis = 2>(s, gamma, beta)")
+    assert_fused(model, run, "Neg", "Neg", LAYER)

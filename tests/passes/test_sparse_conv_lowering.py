@@ -1,6 +1,7 @@
 """Lowering to SparseConv: what is fused, right answers on plain ONNX Runtime, and what must not fire."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.guard import decide_by_table, find_candidates
@@ -136,6 +137,21 @@ def test_not_fused(case, from_text, run):
     body, lowered = NOT_FUSED[case]
     row = {"row": B.reshape(1, 8, 1, 1)} if "row" in body else {}
     check(run, build(from_text, body, **used(body), **row), lowered)
+
+
+@pytest.mark.parametrize("batches", [("?", "?"), (-1, -1), (None, None), ("", ""), ("B", "C")])
+def test_residual_whose_batch_is_any_is_not_fused(from_text, run, batches):
+    """Names for any size are not the same size: here one of the two is 1."""
+    body = f"h = {PAD}(X, W, B) s = Add(h, R) Y = Relu(s)"
+    model = build(from_text, body, x="float[N, 4, 6, 7] X, float[N, 8, 6, 7] R", W=W, B=B)
+    for value, batch in zip(model.graph.inputs, batches, strict=True):
+        value.shape = ir.Shape([batch, *list(value.shape)[1:]])
+    R = RNG.standard_normal((1, 8, 6, 7)).astype(np.float32)
+    LowerSparseConv(min_sparsity=0.5)(model)
+    assert op_types(model) == ["SparseConv", "Add", "Relu"]
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([f"batch of {value.name}", *list(value.shape)[1:]])
+    assert run(model, {"X": X, "R": R})["Y"].shape == (2, 8, 6, 7)
 
 
 def test_residual_of_unknown_shape_is_not_fused(from_text, run):

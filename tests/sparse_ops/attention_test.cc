@@ -50,6 +50,7 @@ struct Problem {
   bool split;  // keys and values lie head by head, else row by row
   float scale;
   std::vector<float> q, k, v, mask;
+  bool one_batch = false, one_query = false, one_key = false;  // of q, q and k: there is one, which is repeated
 };
 
 Problem random_problem(const Sizes& s, const MaskForm& form, bool split = false) {
@@ -75,8 +76,11 @@ Arguments arguments_of(const Problem& p, const void* q, const void* k, const voi
                        float* y) {
   const Sizes& s = p.sizes;
   Arguments a{};
-  a.q = operand(q, s.heads, s.queries, s.size, false);
-  a.k = operand(k, s.heads, s.keys, s.size, p.split);
+  a.q = operand(q, s.heads, p.one_query ? 1 : s.queries, s.size, false);
+  a.k = operand(k, s.heads, p.one_key ? 1 : s.keys, s.size, p.split);
+  if (p.one_batch) a.q.batch = 0;
+  if (p.one_query) a.q.row = 0;
+  if (p.one_key) a.k.row = 0;
   a.v = operand(v, s.heads, s.keys, s.value_size, p.split);
   if (p.form.present) {
     const size_t row = p.form.key ? s.keys : 1, head = row * (p.form.row ? s.queries : 1);
@@ -215,6 +219,23 @@ void test_masks() {
       for (size_t keys : List{3, 70}) {
         compare(random_problem({2, 3, queries, keys, 8, 16}, form));
         compare(random_problem({2, 3, queries, keys, 8, 16}, form, true), 1);
+      }
+    }
+  }
+}
+
+// One batch of queries, one query or one key, repeated for a larger mask: nothing behind it is read.
+void test_repeated() {
+  for (int bits = 1; bits < 8; ++bits) {
+    for (size_t queries : List{1, 3, 5, 70}) {
+      for (size_t keys : List{5, 70}) {
+        for (bool split : {false, true}) {
+          Problem p = random_problem({2, 3, queries, keys, 8, 16}, {true, true, false, true, true}, split);
+          p.one_batch = (bits & 1) != 0, p.one_query = (bits & 2) != 0, p.one_key = (bits & 4) != 0;
+          p.q.resize((p.one_batch ? 1 : 2) * (p.one_query ? 1 : queries) * 3 * 8);
+          p.k.resize(2 * 3 * (p.one_key ? 1 : keys) * 8);
+          compare(p);
+        }
       }
     }
   }
@@ -380,6 +401,7 @@ int main() {
   test_queries_and_keys();
   test_channels();
   test_masks();
+  test_repeated();
   test_strong_scores();
   test_masked_keys();
   test_blocks_without_a_key();

@@ -136,9 +136,10 @@ def test_a_mask_for_more_batches_or_queries_repeats_them(op_type, library, sq, s
 
 @masked_ops
 @both_ways
-def test_a_mask_for_more_keys_than_one_repeats_it(op_type, library, open_session):
-    given = feeds(op_type, SQ, SK)
-    given["k"] = feeds(op_type, SQ, 1)["k"]
+@pytest.mark.parametrize(("sq", "sk"), [(1, 9), (6, 10), (40, 130)])
+def test_a_mask_for_more_keys_than_one_repeats_it(op_type, library, sq, sk, open_session):
+    given = feeds(op_type, sq, sk)
+    given["k"] = feeds(op_type, sq, 1)["k"]
     assert_close(open_session(model(op_type), library=library).run(None, given)[0], expected(given))
 
 
