@@ -164,18 +164,22 @@ def _swap_transpose(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     *heads, size, length = sizes
     if shapes.dims(source) != (math.prod(heads), length, size):
         return False
-    apart = ir.node("Reshape", [source, _target(model, [*heads, length, size])], name=node.name)
-    name = None if transpose.name is None else transpose.name
-    turned = ir.node("Transpose", [apart.outputs[0]], {"perm": [0, 1, 3, 2]}, name=name)
-    apart.outputs[0].name = new_name(model, f"{output.name}.heads")
-    new = turned.outputs[0]
+    if (first := _before(transpose, "Reshape")) is not None and first.inputs[0] is not None:
+        source = first.inputs[0]  # of which both make other axes
+    nodes = []
+    if shapes.dims(source) != (*heads, length, size):
+        nodes = [ir.node("Reshape", [source, _target(model, [*heads, length, size])], name=node.name)]
+        source = nodes[0].outputs[0]
+        source.name = new_name(model, f"{output.name}.heads")
+    nodes.append(ir.node("Transpose", [source], {"perm": [0, 1, 3, 2]}, name=transpose.name))
+    new = nodes[-1].outputs[0]
     new.type, new.shape, new.doc_string = output.type, output.shape, output.doc_string
     new.metadata_props.update(output.metadata_props)
-    model.graph.insert_before(node, [apart, turned])
+    model.graph.insert_before(node, nodes)
     output.replace_all_uses_with(new, replace_graph_outputs=True)
     output.name, new.name = None, output.name
-    _remove(model, node)
-    _remove(model, transpose)
+    for old in (node, transpose, *([first] if first is not None else [])):
+        _remove(model, old)
     return True
 
 

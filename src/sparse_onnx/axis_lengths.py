@@ -99,9 +99,9 @@ class _Reader:
                 and self._names_length(node.input[1], length)
             ):
                 return True
-            if taken or (node.op_type in _SAME_AXES and node.input[0] == name):
-                if self._is_broadcast_with(node.output[0], length, depth - 1):
-                    return True
+            goes_on = taken or (node.op_type in _SAME_AXES and node.input[0] == name)
+            if goes_on and self._is_broadcast_with(node.output[0], length, depth - 1):
+                return True
         return False
 
     def _is_sum_of(self, name: str, length: str | int, depth: int = _MAX_DEPTH) -> bool:

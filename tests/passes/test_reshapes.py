@@ -162,6 +162,75 @@ def test_the_transposed_is_read_elsewhere(from_text, run):
     assert op_types(model).count("Transpose") == 2
 
 
+SOFTMAX = "f = Flatten<axis = 2>(X) p = Softmax<axis = -1>(f)"
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs"),
+    [
+        (f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)", "float[B, S, 12] X"),
+        (f"{SOFTMAX} Q = Reshape(p, whole) Y = Relu(Q)", "float[2, 3, 12] X"),
+        (
+            f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)".replace("axis = 2", "axis = -1"),
+            "float[B, S, 12] X",
+        ),
+    ],
+)
+def test_a_softmax_of_opset_12(from_text, run, body, inputs):
+    """The converter of onnx makes a matrix in front of it and takes that back behind it."""
+    model = build(from_text, body, inputs=inputs, outputs="float[N, M, 12] Y", whole=np.array([2, 3, 12]))
+    assert check(model, run, [{"X": x(2, 3, 12)}]).statistics["softmax"] == 1
+    assert op_types(model) == ["Softmax", "Relu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)".replace("axis = 2", "axis = 1"),
+        f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)".replace(
+            "Softmax<axis = -1>", "Softmax<axis = 0>"
+        ),
+        f"{SOFTMAX} Q = Reshape(p, apart) Y = Relu(Q)",
+    ],
+)
+def test_a_softmax_over_something_else(from_text, run, body):
+    model = build(from_text, body, outputs="float[N, M, K] Y", apart=np.array([3, 2, 12]))
+    assert check(model, run, [{"X": x(2, 3, 12)}]).statistics["softmax"] == 0
+    assert "Flatten" in op_types(model)
+
+
+EXPANDED = "q = Equal(t, less) w = Where(q, ones, t) Y = Expand(X, w)"
+EXPAND = {"less": np.array([-1, -1, -1]), "ones": np.array([1, 1, 1])}
+
+
+def test_sizes_of_expand(from_text, run):
+    body = f"s = Shape(Z) b = Slice(s, c0, c1) t = Concat<axis = 0>(b, rest, c12) {EXPANDED}"
+    inputs = "float[1, S, 12] X, float[B, 3] Z"
+    model = build(from_text, body, inputs=inputs, outputs="float[N, M, K] Y", **EXPAND)
+    check(model, run, [{"X": x(1, 4, 12), "Z": x(b, 3)} for b in (1, 5)])
+    assert op_types(model) == ["Shape", "Slice", "Concat", "Expand"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"t = Concat<axis = 0>(given, rest, c12) {EXPANDED}",  # a caller may give -1, too
+        f"s = Shape(X) b = Slice(s, c0, c1) m = Neg(b) t = Concat<axis = 0>(m, rest, c12) {EXPANDED}",
+        f"s = Shape(X) b = Slice(s, c0, c1) t = Concat<axis = 0>(b, rest, c12) {EXPANDED}".replace(
+            "ones", "twos"
+        ),
+        f"s = Shape(X) b = Slice(s, c0, c1) t = Concat<axis = 0>(b, rest, c12) {EXPANDED}".replace(
+            "less", "lower"
+        ),
+    ],
+)
+def test_sizes_that_may_be_anything(from_text, body):
+    more = {"twos": np.array([2, 1, 1]), "lower": np.array([-2, -1, -1])}
+    inputs = "float[1, S, 12] X, int64[1] given"
+    model = build(from_text, body, inputs=inputs, outputs="float[N, M, K] Y", **EXPAND, **more)
+    assert Reshapes()(model).statistics["expanded"] == 0
+
+
 # -- clean.gemm-rows ---------------------------------------------------------------------------------
 
 W, BIAS = x(12, 8, seed=1), x(8, seed=2)

@@ -2,8 +2,10 @@
 
 ``python -m sparse_onnx.tools.benchmarks.make_bert FOLDER --sparsity 0.5 --sparsity 0.9`` writes
 ``FOLDER/dense/model.onnx``, ``FOLDER/s50/model.onnx`` and so on. ``--legacy`` uses the TorchScript exporter
-at opset 14 and IR version 8 instead, which older engines need. Speed does not depend on what the weights
-say, only on where the zeros are, so a random model is enough.
+at opset 14 and IR version 8 instead, which older engines need; ``--fixed`` does, too, with all inputs [1, 128] and
+with the attention and masks that transformers chooses, as most files in the world are made.
+
+Speed does not depend on what the weights say, only on where the zeros are, so a random model is enough.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ __all__ = ["command"]
 
 LEGACY_OPSET = 14
 LEGACY_IR_VERSION = 8
+FIXED_SHAPE = (1, 128)
 DYNAMIC_AXES = {0: "batch", 1: "sequence"}
 
 
-def build() -> Any:
+def build(attention: str = "eager") -> Any:
     """BERT-base with a head of two classes, random weights of seed 0, in evaluation mode."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    # "eager" attention is the only one that the legacy exporter can trace.
-    return BertForSequenceClassification(BertConfig(attn_implementation="eager")).eval()
+    # "eager" is the only one that the legacy exporter can trace for sizes that may change.
+    return BertForSequenceClassification(BertConfig(attn_implementation=attention)).eval()
 
 
 def prune(module: Any, sparsity: float) -> Any:
@@ -47,11 +50,11 @@ def prune(module: Any, sparsity: float) -> Any:
     return pruned
 
 
-def example_inputs(module: Any) -> dict[str, Any]:
+def example_inputs(module: Any, shape: tuple[int, int] = (2, 16)) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, module.config.vocab_size, (2, 16), generator=generator)
+    tokens = torch.randint(1, module.config.vocab_size, shape, generator=generator)
     return {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
@@ -59,12 +62,19 @@ def example_inputs(module: Any) -> dict[str, Any]:
     }
 
 
-def save_legacy(module: Any, path: Path) -> None:
-    """Write ``path`` with the TorchScript exporter, opset 14, IR version 8, weights inside the file."""
+def save_fixed(module: Any, path: Path) -> None:
+    """As :func:`save_legacy`, for one batch of 128 tokens and nothing else."""
+    save_legacy(module, path, FIXED_SHAPE)
+
+
+def save_legacy(module: Any, path: Path, fixed: tuple[int, int] | None = None) -> None:
+    """Write ``path`` with the TorchScript exporter, opset 14, IR version 8, weights inside the file; for any batch and
+    length, or for ``fixed`` ones."""
     import onnx
     import torch
 
-    inputs = example_inputs(module)
+    inputs = example_inputs(module) if fixed is None else example_inputs(module, fixed)
+    free = {**dict.fromkeys(inputs, DYNAMIC_AXES), "logits": {0: "batch"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -75,7 +85,7 @@ def save_legacy(module: Any, path: Path) -> None:
             opset_version=LEGACY_OPSET,
             input_names=list(inputs),
             output_names=["logits"],
-            dynamic_axes={**dict.fromkeys(inputs, DYNAMIC_AXES), "logits": {0: "batch"}},
+            dynamic_axes=free if fixed is None else None,
         )
     model = onnx.load(path)
     model.ir_version = LEGACY_IR_VERSION
@@ -101,13 +111,17 @@ def save(module: Any, path: Path) -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--sparsity", multiple=True, type=click.FloatRange(0, 1, max_open=True), help="Repeatable.")
 @click.option("--legacy", is_flag=True, help="TorchScript exporter, opset 14, IR version 8.")
-def command(folder: Path, sparsity: tuple[float, ...], legacy: bool) -> None:
+@click.option(
+    "--fixed", is_flag=True, help="The same for inputs [1, 128], with the attention that models get."
+)
+def command(folder: Path, sparsity: tuple[float, ...], legacy: bool, fixed: bool) -> None:
     """Write BERT-base into FOLDER, dense and at each --sparsity."""
-    module = build()
+    module = build("sdpa") if fixed else build()
+    write = save_fixed if fixed else save_legacy if legacy else save
     for level in (0.0, *sparsity):
         path = folder / (f"s{round(100 * level)}" if level else "dense") / "model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        (save_legacy if legacy else save)(prune(module, level), path)
+        write(prune(module, level), path)
         click.echo(path, err=True)
 
 
