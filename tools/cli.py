@@ -49,7 +49,7 @@ EXIT_CODES = {
     2: "usage, recipe, or model file",
     3: "verification failed; nothing was written",
     4: "a goal was not met; the best so far was written",
-    5: "nothing was faster; the dense model was written",
+    5: "not proven faster; where no layer is sparse, the dense model was written",
     6: "environment: permissions, disk, a missing package or library",
     130: "interrupted (Ctrl-C; 143 when terminated); nothing was written",
 }
