@@ -51,7 +51,7 @@ def choose_weights(
     for entry in selection.unmatched(found):
         if entry in reasons:
             raise UsageError(f"targets: {entry!r} cannot be pruned: it {reasons[entry]}")
-        known = "the model has no linear or convolution with a constant weight"
+        known = "the model has no linear, convolution, LSTM or GRU with a constant weight"
         if found:
             known = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
         raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}")

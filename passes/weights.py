@@ -171,7 +171,7 @@ def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise
     """Why a weight of that shape must stay as it is, or None."""
     if any(node.op_type in RECURRENT for node in nodes):
         if len(nodes) > 1:
-            return "shared by a recurrent layer and others"
+            return "shared by an LSTM or GRU and others"
         if len(tensor.shape) != 3:
             return f"has rank {len(tensor.shape)}, not 3"
     elif any(node.op_type == "Conv" for node in nodes):

@@ -190,7 +190,7 @@ STAYS = {
     "shared": (
         f"Z = LSTM<hidden_size = {H}>(X, W, R) z = Neg(Z) {LSTM}<hidden_size = {H}>(X, W, R, B)",
         {},
-        "shared by a recurrent layer and others",
+        "shared by an LSTM or GRU and others",
     ),
 }
 

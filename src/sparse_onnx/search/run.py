@@ -302,7 +302,7 @@ class _Job:
             if not weights:
                 why = "; ".join(f"{place} {reason}" for place, reason in left[:5])
                 raise UsageError(
-                    f"no layer of the model can be pruned: {why or 'it has no linear or convolution'}"
+                    f"no layer of the model can be pruned: {why or 'it has no linear, convolution, LSTM or GRU'}"
                 )
             analysis = analyze(
                 self.path,
