@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 VERSIONS = ("1.17.3", "1.20.1", "1.24.1", "newest")
-WIDTHS = (96, 160, 45, 130, 64, 33)
+WIDTHS = (96, 160, 45, 130, 64, 72, 33)
 NODE = "encoder.layer.7"
 
 
