@@ -148,6 +148,16 @@ def test_one_number_with_more_axes_is_enough(body, wrong):
     assert only_match(model).activation == "none"
 
 
+@pytest.mark.parametrize("body", [*GELU_ERF.values(), *GELU_TANH.values()])
+def test_numbers_in_constant_nodes_go_with_the_linear(body, run):
+    model = with_constants(body, (), nodes=True)
+    x = np.random.default_rng(3).standard_normal((5, K)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    LowerSparseMatMul(min_sparsity=0)(model)
+    assert [node.domain for node in model.graph] == ["sparse_onnx"]
+    np.testing.assert_allclose(run(model, {"X": x})["Y"], before, rtol=1e-4, atol=1e-5)
+
+
 def bias_model(x, shape):
     return ir.from_proto(
         onnx.helper.make_model(
