@@ -99,7 +99,8 @@ def case(op_type):
         fed = []
         for b, sq, sk in HEADS.values():
             key = (b, H, sk, C // H) if signature.split else (b, sk, C)
-            fed.append(({"q": (b, sq, C), "k": key, "v": key, "mask": (b, 1, 1, sk)}, (b, sq, C)))
+            query = (b, H, sq, C // H) if signature.heads else (b, sq, C)
+            fed.append(({"q": query, "k": key, "v": key, "mask": (b, 1, 1, sk)}, (b, sq, C)))
         return {}, {"num_heads": H, "scale": 0.5}, {"Y": C}, fed
     if op_type in skip_layer_norm.OP_TYPES:
         constants = {name: np.ones(C, np.float32) for name in ("gamma", "beta")}
