@@ -94,8 +94,8 @@ class Target(_Section):
     )
     threads: int | None = None
     weights: tuple[float, ...] | None = None
-    input_values: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    fixed_inputs: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    input_values: Mapping[str, object] | None = None
+    fixed_inputs: Mapping[str, object] | None = None
 
     @property
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -111,7 +111,7 @@ class Target(_Section):
                     all(size >= 1 for size in shape), f"{where}.{name}", list(shape), "sizes of 1 or more"
                 )
         for option in ("input_values", "fixed_inputs"):
-            for name, value in getattr(self, option).items():
+            for name, value in (getattr(self, option) or {}).items():
                 require(
                     holds_numbers(value),
                     f"{option}.{name}",

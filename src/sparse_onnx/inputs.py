@@ -202,11 +202,13 @@ def _frozen(value: Any) -> Value:
 
 def _steps(value: ir.Value) -> Dim:
     """The size of the first axis of what an LSTM or GRU reads, where ``value`` says how long its sequences are."""
-    for use in value.uses():
-        if is_standard(use.node, "LSTM", "GRU") and use.idx == 4:
-            return _size(use.node.inputs[0], 0)
-        if is_standard(use.node, "Cast", "Identity") and (found := _steps(use.node.outputs[0])) is not None:
-            return found
+    waiting = [value]
+    for current in waiting:  # grows
+        for use in current.uses():
+            if is_standard(use.node, "LSTM", "GRU") and use.idx == 4:
+                return _size(use.node.inputs[0], 0)
+            if is_standard(use.node, "Cast", "Identity"):
+                waiting.append(use.node.outputs[0])
     return None
 
 

@@ -181,6 +181,7 @@ def test_activations_that_hardly_vary(model, data, tmp_path, case, method, calib
         method=method,
         calibration=calibration,
         sparsity=0.6,
+        keep_pruned=True,
         calibration_data=tmp_path / "degenerate.npz",
     )
     for row in result.report["layers"]:
@@ -196,7 +197,14 @@ def test_a_single_sample_does_not_make_the_model_constant(model, data, tmp_path)
     """The bias alone could give its output."""
     with np.load(data) as arrays:
         np.savez(tmp_path / "one.npz", X=arrays["X"][:1, :1])
-    optimize(model, tmp_path / "out", method="auto", sparsity=0.6, calibration_data=tmp_path / "one.npz")
+    optimize(
+        model,
+        tmp_path / "out",
+        method="auto",
+        sparsity=0.6,
+        keep_pruned=True,
+        calibration_data=tmp_path / "one.npz",
+    )
     initializers = onnx.load(tmp_path / "out" / "model.onnx").graph.initializer
     weights = [numpy_helper.to_array(tensor) for tensor in initializers if tensor.name in ("W1", "W2")]
     assert [np.count_nonzero(array) / array.size for array in weights] == [pytest.approx(0.4, abs=0.01)] * 2

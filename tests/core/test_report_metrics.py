@@ -63,6 +63,7 @@ def distance(x, weight, other):
 @pytest.mark.parametrize("calibration", ["oneshot", "sequential"])
 def test_errors_on_held_out_data_are_those_of_the_pruned_weights(model, tmp_path, calibration):
     options = {"method": "sparsegpt", "sparsity": 0.5, "ignore": ["U"], "calibration": calibration}
+    options["keep_pruned"] = True
     report = optimize(model, tmp_path / "out", calibration_data=write(tmp_path), **options)
     pruned = {}
     for tensor in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer:
@@ -106,7 +107,13 @@ def test_failure_on_held_out_data_does_not_lose_the_result(model, tmp_path, monk
 
 def test_perplexity_of_a_language_model(model, tmp_path):
     report = optimize(
-        model, tmp_path / "out", method="wanda", sparsity=0.5, calibration_data=write(tmp_path), ignore=["U"]
+        model,
+        tmp_path / "out",
+        method="wanda",
+        sparsity=0.5,
+        keep_pruned=True,
+        calibration_data=write(tmp_path),
+        ignore=["U"],
     )
     (found,) = report["verification"]["against_original"]["predictions"]
     assert found["output"] == "logits"
@@ -127,7 +134,7 @@ def test_perplexity_of_a_language_model(model, tmp_path):
 
 
 def test_generated_tokens_have_no_perplexity(model, tmp_path):
-    report = optimize(model, tmp_path / "out", method="magnitude", sparsity=0.5)
+    report = optimize(model, tmp_path / "out", method="magnitude", sparsity=0.5, keep_pruned=True)
     (found,) = report["verification"]["against_original"]["predictions"]
     assert found["kl_divergence"] > 0
     assert found["reference_perplexity"] is None

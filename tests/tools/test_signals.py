@@ -99,7 +99,18 @@ def write_model(path, layers=2, width=64):
     return path
 
 
-PRUNE = ("--method", "magnitude", "--sparsity", "0.9", "--threads", "1", "--no-timing-cache")
+# With every layer sparse, so that there is a whole model to time.
+PRUNE = (
+    "--method",
+    "magnitude",
+    "--sparsity",
+    "0.9",
+    "--min-speedup",
+    "0.01",
+    "--threads",
+    "1",
+    "--no-timing-cache",
+)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +262,8 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short():
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        print('cleaned up', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=_heed_signals
+    )
     assert done.stdout == "cleaned up\n"
     assert "_Interrupted" in done.stderr
