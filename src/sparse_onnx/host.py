@@ -123,8 +123,13 @@ def memory_limit(root: Path = _ROOT) -> int | None:
     return min((limit for limit, _ in _memory_limits(root)), default=None)
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes."""
+def peak_rss_bytes(root: Path = _ROOT) -> int:
+    """The largest resident set of this program so far, in bytes."""
+    for line in _lines(root / "proc/self/status"):
+        key, _, value = line.partition(":")
+        if key == "VmHWM" and (number := _number(value.split()[:1])) is not None:
+            return number * 1024
+    # Begins with what the process had before it became this program.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -252,10 +252,9 @@ def _varint(value: int) -> bytes:
 
 
 MEASURE = """
-import resource, sys
+import sys
+from sparse_onnx.host import peak_rss_bytes as peak
 from sparse_onnx.tools.cli import main
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 import numpy, onnx, onnx_ir, onnxruntime
 before = peak()
 try:

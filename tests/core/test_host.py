@@ -319,3 +319,10 @@ def test_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
     assert host.file_system(inner / "below", tmp_path) == "tmpfs"
     assert host.file_system(real.parent, tmp_path) == "overlay"
     assert host.file_system(real, inner) == ""
+
+
+def test_peak_memory_is_that_of_this_program(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("Name:\tpython\nVmPeak:\t  900 kB\nVmHWM:\t  12345 kB\n")
+    assert host.peak_rss_bytes(tmp_path) == 12345 * 1024
+    assert host.peak_rss_bytes(tmp_path / "none") > 10 << 20

@@ -13,13 +13,13 @@ pytestmark = pytest.mark.slow
 
 # A process of its own: the peak of this one says nothing about the command.
 _OPTIMIZE = """
-import json, resource, sys
+import json, sys
 import sparse_onnx
+from sparse_onnx.host import peak_rss_bytes
 result = sparse_onnx.optimize(
     sys.argv[1], sys.argv[2], method="magnitude", sparsity=0.9, input_shapes={"x": (32, 4096)}, threads=2
 )
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"exit_code": result.exit_code, "peak": peak, "report": result.report}))
+print(json.dumps({"exit_code": result.exit_code, "peak": peak_rss_bytes(), "report": result.report}))
 """
 
 
