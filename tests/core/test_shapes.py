@@ -4,7 +4,7 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_onnx.shapes import Shapes, agree, broadcast, keeps, same
@@ -33,7 +33,6 @@ def result(shapes):
 
 
 @given(st.lists(SHAPES, min_size=1, max_size=3), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_broadcast_holds_for_all_sizes(shapes, random):
     told = broadcast(*shapes)
     for sizes, names in concrete(shapes, random):
