@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.exporter._extras import require
-from sparse_onnx.model_io import save_model
-from sparse_onnx.runtime import open_session
+from sparse_onnx.model.model_io import save_model
+from sparse_onnx.running.runtime import open_session
 
 __all__ = ["check_parity", "difference"]
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.exporter._extras import require
-from sparse_onnx.metadata_keys import MODULE_KEY
+from sparse_onnx.model.metadata_keys import MODULE_KEY
 
 __all__ = ["tidy"]
 

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.data.gradient_file import WeightGradients
 from sparse_onnx.errors import UsageError
 from sparse_onnx.exporter._extras import require
 from sparse_onnx.exporter._inference_copy import inference_copy
 from sparse_onnx.exporter.huggingface import load_pretrained
-from sparse_onnx.gradient_file import WeightGradients
 
 __all__ = ["LABELS", "Loss", "loss_gradients"]
 

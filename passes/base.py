@@ -23,11 +23,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
-from sparse_onnx.passes.options import check_types
+from sparse_onnx.options import check_types
 
 if TYPE_CHECKING:
+    from sparse_onnx.data.samples import Samples
     from sparse_onnx.passes.calibration import Options as CalibrationOptions
-    from sparse_onnx.passes.calibration import Samples
 
 __all__ = [
     "CalibrationData",

@@ -25,8 +25,8 @@ from sparse_onnx.tools.console import (
 from sparse_onnx.units import format_bytes, format_ms, format_share
 
 if TYPE_CHECKING:
-    from sparse_onnx.analysis import Analysis
-    from sparse_onnx.forecast import LayerForecast
+    from sparse_onnx.analysis.analyze import Analysis
+    from sparse_onnx.analysis.forecast import LayerForecast
 
 __all__ = ["command", "summary"]
 
@@ -101,11 +101,11 @@ def command(
 ) -> int:
     """Tell how fast and small MODEL (an .onnx file or a Hugging Face folder) would become on this machine with zeros
     that it does not have yet, and with --calibration-data how large the error would be. Nothing is changed."""
-    from sparse_onnx.analysis import analyze
-    from sparse_onnx.layer_curves import STRUCTURES
-    from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity
-    from sparse_onnx.passes.weights import DEFAULT_IGNORE
-    from sparse_onnx.timing_table import write_table
+    from sparse_onnx.analysis.analyze import analyze
+    from sparse_onnx.model.weights import DEFAULT_IGNORE
+    from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
+    from sparse_onnx.timing.curves import STRUCTURES
+    from sparse_onnx.timing.table import write_table
 
     structure = MaskStructure.parse(mask_structure)
     share = 0.7 if sparsity is None and structure.kind != "n:m" else sparsity
@@ -128,7 +128,7 @@ def command(
 
 def summary(analysis: Analysis, sparsity: float | None, structure: str) -> str:
     """The answer, a table of patterns, the layers with most of the time, and what stays as it is: some 25 lines."""
-    from sparse_onnx.analysis import DISTURBED
+    from sparse_onnx.analysis.analyze import DISTURBED
 
     answer = analysis.sentence(sparsity, structure)
     parts = [answer[0].upper() + answer[1:] + ".", _patterns(analysis, sparsity), _layers(analysis)]
@@ -138,7 +138,7 @@ def summary(analysis: Analysis, sparsity: float | None, structure: str) -> str:
 
 def _patterns(analysis: Analysis, asked: float | None) -> str:
     """Unstructured at several shares of zeros, N:M, and blocks at the share that was asked for."""
-    from sparse_onnx.layer_curves import UNSTRUCTURED
+    from sparse_onnx.timing.curves import UNSTRUCTURED
 
     forecast = analysis.forecast
     cases = [case for case in analysis.cases() if case[1] == UNSTRUCTURED or case[0] is None]

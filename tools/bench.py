@@ -27,9 +27,9 @@ from sparse_onnx.units import format_ms, format_share
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from sparse_onnx.input_choice import Choice
-    from sparse_onnx.inputs import Feeds
-    from sparse_onnx.layer_timing import LayerTiming
+    from sparse_onnx.data.inputs import Feeds
+    from sparse_onnx.running.input_choice import Choice
+    from sparse_onnx.timing.layers import LayerTiming
 
 __all__ = ["command"]
 
@@ -82,9 +82,9 @@ def command(
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
     95 % confidence interval.
     """
-    from sparse_onnx.host import available_cores
-    from sparse_onnx.input_choice import explaining_guesses
-    from sparse_onnx.report import environment
+    from sparse_onnx.report.environment import environment
+    from sparse_onnx.running.host import available_cores
+    from sparse_onnx.running.input_choice import explaining_guesses
 
     count = threads or available_cores()
     with progress(quiet) as say:
@@ -121,10 +121,11 @@ def _entries(
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Entry]:
-    from sparse_onnx import inputs, model_io
-    from sparse_onnx.input_choice import choose_inputs
-    from sparse_onnx.layer_timing import uses_library
-    from sparse_onnx.passes.fix_inputs import fixed_values
+    from sparse_onnx.data import inputs
+    from sparse_onnx.model import model_io
+    from sparse_onnx.model.probe import uses_library
+    from sparse_onnx.running.fix_inputs import fixed_values
+    from sparse_onnx.running.input_choice import choose_inputs
 
     loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
     plain = [inputs.input_specs(model) for _, _, model in loaded]
@@ -165,8 +166,9 @@ def _time(
     entries: Sequence[_Entry], threads: int, rounds: int, work: Path, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows of the result, and how many rounds were run."""
-    from sparse_onnx import model_io
-    from sparse_onnx.runtime import interleave, open_runner, ratio, session_budget
+    from sparse_onnx.model import model_io
+    from sparse_onnx.running.runtime import open_runner, session_budget
+    from sparse_onnx.timing.rounds import interleave, ratio
 
     with ExitStack() as stack:
         runners = []
@@ -213,9 +215,9 @@ def _run(milliseconds: Callable[[Feeds], float], feeds: Feeds) -> Callable[[], f
 def _time_layers(
     entries: Sequence[_Entry], threads: int, work: Path, say: Callable[[str], None]
 ) -> dict[str, list[LayerTiming]]:
-    from sparse_onnx import model_io
-    from sparse_onnx.layer_timing import time_sparse_layers
-    from sparse_onnx.runtime import session_budget
+    from sparse_onnx.model import model_io
+    from sparse_onnx.running.runtime import session_budget
+    from sparse_onnx.timing.layers import time_sparse_layers
 
     return {
         entry.label: time_sparse_layers(

@@ -46,13 +46,13 @@ def if_any(
 
 
 def _shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.inputs import parse_shape_flags
+    from sparse_onnx.data.inputs import parse_shape_flags
 
     return parse_shape_flags(values) or None
 
 
 def _several_shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.inputs import parse_target_flags
+    from sparse_onnx.data.inputs import parse_target_flags
 
     targets = parse_target_flags(values)
     return targets if len(targets) > 1 else targets[0] or None
@@ -69,7 +69,7 @@ def input_shape_option(
 
 
 def _values(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.inputs import parse_value_flags
+    from sparse_onnx.data.inputs import parse_value_flags
 
     return parse_value_flags(values, option.opts[0]) or None
 

@@ -51,7 +51,7 @@ def _run(
     import numpy as np
 
     import sparse_onnx
-    from sparse_onnx.host import available_cores
+    from sparse_onnx.running.host import available_cores
 
     threads = threads or available_cores()
     assets = resources.files("sparse_onnx.tools") / "demo_model"
@@ -94,7 +94,7 @@ def _accuracy(
     path: Path, text: Any, classes: Any, threads: int, say: Callable[[str], None], *, library: bool
 ) -> float:
     """Share of the bytes ``text`` [windows, 128] for which the model's best class is the right one."""
-    from sparse_onnx.runtime import open_session
+    from sparse_onnx.running.runtime import open_session
 
     session = open_session(path, threads=threads, library=library)
     right = 0

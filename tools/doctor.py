@@ -22,8 +22,8 @@ from urllib.parse import unquote, urlparse
 
 import click
 
-from sparse_onnx import host
 from sparse_onnx.errors import HostError, SparseOnnxError
+from sparse_onnx.running import host
 from sparse_onnx.tools import machine
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 from sparse_onnx.units import format_bytes
@@ -336,9 +336,9 @@ def _library() -> Iterator[Finding]:
 
 def _self_test() -> Iterator[Finding]:
     """In a process of its own: a broken library may take that down."""
-    from sparse_onnx.self_test import MAX_ERROR
+    from sparse_onnx.running.self_test import MAX_ERROR
 
-    child = [sys.executable, "-m", "sparse_onnx.self_test", "--while-stdin-is-open"]
+    child = [sys.executable, "-m", "sparse_onnx.running.self_test", "--while-stdin-is-open"]
     for_child, kept = os.pipe()  # closed with this process, however that ends
     try:
         done = subprocess.run(

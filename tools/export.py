@@ -13,9 +13,9 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 
 if TYPE_CHECKING:
+    from sparse_onnx.data.inputs import InputSpec
+    from sparse_onnx.data.samples import Samples
     from sparse_onnx.exporter import ExportResult
-    from sparse_onnx.inputs import InputSpec
-    from sparse_onnx.passes.calibration import Samples
 
 __all__ = ["command"]
 
@@ -67,9 +67,9 @@ def command(
     with ExitStack() as stack:
         say = stack.enter_context(progress(quiet))
         say("loading torch")
+        from sparse_onnx.data.gradient_file import write_gradients
         from sparse_onnx.exporter.gradients import loss_gradients
-        from sparse_onnx.gradient_file import write_gradients
-        from sparse_onnx.model_io import OutputFolder, save_model
+        from sparse_onnx.model.model_io import OutputFolder, save_model
 
         sources = [source] if Path(source).exists() else []
         folder = stack.enter_context(OutputFolder(output, overwrite=overwrite, sources=sources))
@@ -122,8 +122,8 @@ def _gradient_target(gradients: Path, output: Path, folder: Path, overwrite: boo
 
 def _samples(result: ExportResult, data: str, tokenizer: Path | None, limit: int | None) -> Samples:
     """One sample in a batch: the gradients of several would be averaged before they are squared."""
-    from sparse_onnx.inputs import input_specs
-    from sparse_onnx.passes.calibration import open_samples
+    from sparse_onnx.data.inputs import input_specs
+    from sparse_onnx.data.samples import open_samples
 
     specs = (*input_specs(result.model), *_label_specs(data))
     return open_samples(data, specs, limit=limit, batch=1, tokenizer=tokenizer)
@@ -133,8 +133,8 @@ def _label_specs(data: str) -> list[InputSpec]:
     """Labels that an .npz holds beside the inputs of the model."""
     import numpy as np
 
+    from sparse_onnx.data.inputs import InputSpec
     from sparse_onnx.exporter.gradients import LABELS
-    from sparse_onnx.inputs import InputSpec
 
     if not Path(data).is_file() or Path(data).suffix != ".npz":
         return []

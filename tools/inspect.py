@@ -31,7 +31,7 @@ def command(model: Path, show_all: bool, metrics: bool, output_format: str, quie
 
     Nothing is run, and ONNX Runtime is not needed.
     """
-    from sparse_onnx.inspection import inspect_model
+    from sparse_onnx.analysis.inspection import inspect_model
 
     with progress(quiet) as say:
         document = inspect_model(model_file(model), metrics=metrics or output_format == "json", progress=say)

@@ -65,7 +65,7 @@ class LiveLine:
     On a terminal the newest line is redrawn in place, twice a second and fitted to the terminal's width; it is gone at
     the end, also after an error. Elsewhere every stage has its line, and steps have one a second. If nothing is said
     for two seconds, the last line is said again with how long it has been going on, then ever more rarely, up to every
-    ten seconds. Lasting lines (:func:`.progress.is_lasting`) stay in both.
+    ten seconds. Lasting lines (:func:`sparse_onnx.progress.is_lasting`) stay in both.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

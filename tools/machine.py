@@ -1,4 +1,4 @@
-"""How fast this machine is, measured; what it is, :mod:`sparse_onnx.host` reads."""
+"""How fast this machine is, measured; what it is, :mod:`sparse_onnx.running.host` reads."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def command(
     --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same. With a
     --method and goals but no --sparsity, the zeros of every layer are searched for.
     """
-    from sparse_onnx.compiler import optimize
+    from sparse_onnx.api import optimize
 
     context = click.get_current_context()
     if output is None and not options["dry_run"]:
@@ -206,7 +206,7 @@ def _outcome(summary: dict[str, Any]) -> str:
         return "No layer is faster in sparse form: the pruned model was written, dense (--keep-pruned)."
     if summary["speedup"] is None or summary["speedup_low"] > 1:
         return ""
-    from sparse_onnx.whole_model import speed_sentence
+    from sparse_onnx.compilation.whole_model import speed_sentence
 
     said = speed_sentence(summary["speedup"], summary["speedup_low"], summary["speedup_high"])
     return f"{said[:1].upper()}{said[1:]}. It was written as compiled."
@@ -249,7 +249,7 @@ def summary_table(report: dict[str, Any]) -> str:
             "inf" if metric[k] is None else f"{metric[k]:.4g}" for k in ("before", "after", "drop")
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
-    from sparse_onnx.worth_pruning import NO_KERNEL
+    from sparse_onnx.compilation.worth_pruning import NO_KERNEL
 
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
     reasons.update(
@@ -264,7 +264,7 @@ def summary_table(report: dict[str, Any]) -> str:
         text += f"\n{others}"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
-    from sparse_onnx.report_notes import run_notes
+    from sparse_onnx.report.notes import run_notes
 
     return "\n".join([text, *run_notes(report)])
 

@@ -30,10 +30,10 @@ def command(run: Path, other: Path | None, output: Path | None, output_format: s
     page of it is written if -o says where. RUN and OTHER are output folders of `sparse-onnx optimize`, or a
     report.json.
     """
-    from sparse_onnx.report_html import render_comparison, render_html
-    from sparse_onnx.report_schema import read_report
-    from sparse_onnx.report_view import verdict
-    from sparse_onnx.storage import write_whole
+    from sparse_onnx.model.storage import write_whole
+    from sparse_onnx.report.html import render_comparison, render_html
+    from sparse_onnx.report.schema import read_report
+    from sparse_onnx.report.view import verdict
 
     report = read_report(run)
     document: dict[str, Any]
@@ -45,7 +45,7 @@ def command(run: Path, other: Path | None, output: Path | None, output_format: s
         text = "\n".join((f"{found.word}: {found.sentence}", *found.notes))
         warnings: list[str] = []
     else:
-        from sparse_onnx.report_comparison import compare_reports
+        from sparse_onnx.report.comparison import compare_reports
 
         document = compare_reports(report, read_report(other))
         target, page = output, render_comparison(document)
@@ -64,7 +64,7 @@ def command(run: Path, other: Path | None, output: Path | None, output_format: s
 
 def comparison_text(comparison: dict[str, Any], run: Path, other: Path) -> str:
     """What differs, in at most 15 lines."""
-    from sparse_onnx.report_comparison import comparison_rows, comparison_verdict
+    from sparse_onnx.report.comparison import comparison_rows, comparison_verdict
 
     found = comparison_verdict(comparison)
     decisions = [

@@ -23,7 +23,7 @@ from sparse_onnx.units import format_number, format_share
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sparse_onnx.verification import VerifyResult
+    from sparse_onnx.verification.verify import VerifyResult
 
 __all__ = ["command", "layers_table", "metric_table", "predictions_table", "result_table"]
 
@@ -90,7 +90,7 @@ def command(
     and without it. Two differences are judged apart: against the pruned dense model that OPTIMIZED stands for (the
     compiler's error) and against ORIGINAL (the loss). Exit code 3 if a threshold is missed.
     """
-    from sparse_onnx.verification import verify
+    from sparse_onnx.verification.verify import verify
 
     with progress(quiet) as say:
         result = verify(model_file(original), model_file(optimized), progress=say, **options)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.graph import is_standard, read_values, subgraphs
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.model.graph import is_standard, read_values, subgraphs
+from sparse_onnx.model.weights import Weight
 
 __all__ = ["Block", "Cutter"]
 

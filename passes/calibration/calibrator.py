@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io
+from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
-from sparse_onnx.host import available_cores, available_memory
-from sparse_onnx.inputs import Feeds
+from sparse_onnx.model import model_io
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import RECURRENT, Weight
 from sparse_onnx.passes.calibration.blocks import Block, Cutter
 from sparse_onnx.passes.calibration.captures import Capture, View, find_captures
-from sparse_onnx.passes.calibration.data import Samples
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.memory import (
     Demand,
@@ -39,10 +40,9 @@ from sparse_onnx.passes.calibration.spill import Loader, Spill, Statistics, at_h
 from sparse_onnx.passes.calibration.statistics_file import Header
 from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.two_streams import Plan, Step, TwoStreams
-from sparse_onnx.passes.weights import RECURRENT, Weight
 from sparse_onnx.progress import Progress
-from sparse_onnx.runtime import session_budget
-from sparse_onnx.shapes import Shapes
+from sparse_onnx.running.host import available_cores, available_memory
+from sparse_onnx.running.runtime import session_budget
 from sparse_onnx.units import format_bytes
 
 __all__ = ["BlockStatistics", "Calibrator", "Options"]

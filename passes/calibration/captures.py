@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.graph import name_of, new_name
+from sparse_onnx.model.graph import name_of, new_name
+from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
 from sparse_onnx.passes.calibration.rows import Recurrence, Window
-from sparse_onnx.passes.weights import CONVOLUTIONS, RECURRENT, Weight
 
 __all__ = ["Capture", "View", "find_captures"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.storage import write_whole
+from sparse_onnx.model.storage import write_whole
 
 __all__ = ["Checkpoint"]
 

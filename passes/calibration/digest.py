@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import all_graphs
-from sparse_onnx.model_io import release_mapping
+from sparse_onnx.model.graph import all_graphs
+from sparse_onnx.model.model_io import release_mapping
 
 __all__ = ["model_digest"]
 

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import HostError
-from sparse_onnx.inputs import Feeds
 from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.units import format_bytes

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model.storage import write_error
 from sparse_onnx.passes.calibration.captures import Capture
 from sparse_onnx.passes.calibration.moments import Layout, Moments
 from sparse_onnx.passes.calibration.statistics_file import Entry, Header, StatisticsFile, write_statistics
-from sparse_onnx.storage import write_error
 
 __all__ = ["Record"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.passes.conv_pattern import same_pads
+from sparse_onnx.passes.patterns.match import same_pads
 
 __all__ = ["Recurrence", "Window", "linear_rows", "unfolded_rows"]
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.graph import is_standard, read_values
+from sparse_onnx.model.graph import is_standard, read_values
 
 __all__ = ["Part", "Schedule"]
 

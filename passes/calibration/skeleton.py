@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io
+from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import UsageError
-from sparse_onnx.graph import read_values
-from sparse_onnx.inputs import Feeds
-from sparse_onnx.runtime import run_session, session_options
-from sparse_onnx.session import import_onnxruntime
+from sparse_onnx.model import model_io
+from sparse_onnx.model.graph import read_values
+from sparse_onnx.running.runtime import run_session, session_options
+from sparse_onnx.running.session import import_onnxruntime
 
 __all__ = ["PartSession", "extract"]
 

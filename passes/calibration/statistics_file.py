@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.model.storage import write_whole
 from sparse_onnx.passes.calibration.moments import Layout, Moments
-from sparse_onnx.storage import write_whole
 
 __all__ = ["Entry", "Header", "StatisticsFile", "merge", "write_statistics"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_onnx.inputs import Feeds
-from sparse_onnx.storage import write_error
+from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.model.storage import write_error
 
 __all__ = ["Streams"]
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from sparse_onnx.passes.linear_pattern import is_bias, only_user, other_operand
-from sparse_onnx.passes.weights import RECURRENT, Weight
+from sparse_onnx.model.weights import RECURRENT, Weight
+from sparse_onnx.passes.patterns.match import is_bias, only_user, other_operand
 
 __all__ = ["Target", "find_target"]
 

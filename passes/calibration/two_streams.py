@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.inputs import Feeds
+from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.data.samples import Samples
+from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.calibration.captures import Capture, View
-from sparse_onnx.passes.calibration.data import Samples
 from sparse_onnx.passes.calibration.moments import CrossMoments, Layout, Moments
 from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.schedule import Part, Schedule
@@ -25,7 +26,6 @@ from sparse_onnx.passes.calibration.skeleton import PartSession
 from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.solvers.statistics import InputStatistics
-from sparse_onnx.passes.weights import Weight
 from sparse_onnx.progress import Progress
 
 __all__ = ["Aim", "Plan", "Step", "TwoStreams"]

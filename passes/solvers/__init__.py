@@ -8,7 +8,7 @@ with any of them.
 from __future__ import annotations
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.options import unknown
+from sparse_onnx.options import unknown
 from sparse_onnx.passes.solvers.admm import Admm
 from sparse_onnx.passes.solvers.alps import Alps
 from sparse_onnx.passes.solvers.auto import Auto

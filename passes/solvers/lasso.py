@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_onnx.passes.options import require
+from sparse_onnx.options import require
 from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.iht import lipschitz
 from sparse_onnx.passes.solvers.refit import conjugate_gradients

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_onnx.passes.options import require
+from sparse_onnx.options import require
 from sparse_onnx.passes.solvers import scores
 from sparse_onnx.passes.solvers.solver import Problem, Solver
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from sparse_onnx.passes.masks import MaskStructure, expand, keep_mask, unit_scores
+from sparse_onnx.passes.solvers.masks import MaskStructure, expand, keep_mask, unit_scores
 
 __all__ = ["Scope", "Selection", "smallest"]
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from sparse_onnx.errors import PassError, UsageError
-from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity, structure_reason
-from sparse_onnx.passes.options import check_types, require
+from sparse_onnx.options import check_types, require
+from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity, structure_reason
 from sparse_onnx.passes.solvers.scores import wanda_score
 from sparse_onnx.passes.solvers.selection import Scope, Selection
 from sparse_onnx.passes.solvers.statistics import InputStatistics

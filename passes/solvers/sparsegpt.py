@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_onnx.passes.masks import keep_mask
-from sparse_onnx.passes.options import require
+from sparse_onnx.options import require
 from sparse_onnx.passes.solvers.gram import damped, inverse_factor
+from sparse_onnx.passes.solvers.masks import keep_mask
 from sparse_onnx.passes.solvers.selection import smallest
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 

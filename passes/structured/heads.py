@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.graph import is_standard
+from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import LINEARS, Weight
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
-from sparse_onnx.passes.weights import LINEARS, Weight
-from sparse_onnx.shapes import Shapes
 
 __all__ = ["Heads"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sparse_onnx.constants import constant_tensor
-from sparse_onnx.graph import is_standard
+from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.graph import is_standard
 
 __all__ = [
     "PER_CHANNEL",

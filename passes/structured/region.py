@@ -6,7 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.model.weights import Weight
 
 __all__ = ["Blocks", "Cut", "Divided", "Region", "Reshaped", "Swapped"]
 

@@ -6,9 +6,9 @@ import math
 
 import onnx_ir as ir
 
-from sparse_onnx.constants import constant_array
-from sparse_onnx.graph import is_standard
-from sparse_onnx.shapes import Dims, Shapes
+from sparse_onnx.model.constants import constant_array
+from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.shapes import Dims, Shapes
 
 __all__ = ["constant_piece", "counterpart", "product", "template"]
 

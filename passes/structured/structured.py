@@ -11,17 +11,17 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
+from sparse_onnx.options import require
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.targets import find_target
-from sparse_onnx.passes.options import require
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.passes.structured.groups import Fit, Reader, choose, fit, kept_units
 from sparse_onnx.passes.structured.region import Region
 from sparse_onnx.passes.structured.surgery import cut_region, shift_bias, write_reader
 from sparse_onnx.passes.structured.tracer import Unsuitable, follow
-from sparse_onnx.passes.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
-from sparse_onnx.shapes import Shapes
 
 __all__ = ["Seed", "StructuredPass"]
 
@@ -43,7 +43,7 @@ class StructuredPass(Pass):
     Attributes:
         sparsity: Share of the units of each layer to remove, in [0, 1).
         multiple_of: What stays is a multiple of it, if there are that many.
-        targets, ignore: Choose places by any of their weights, see :class:`~sparse_onnx.passes.weights.Selection`.
+        targets, ignore: Choose places by any of their weights, see :class:`~sparse_onnx.model.weights.Selection`.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
         bias_correction: Whether the bias of a layer that reads units takes up the mean of those that go.
     """

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph import add_initializer, drop_if_unused, new_name
-from sparse_onnx.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.model.graph import add_initializer, drop_if_unused, new_name
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.structured.groups import rows_of
 from sparse_onnx.passes.structured.region import Blocks, Cut, Region, Reshaped, Swapped
-from sparse_onnx.passes.weights import Weight
 
 __all__ = ["cut_region", "shift_bias", "write_reader"]
 

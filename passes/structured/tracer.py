@@ -25,8 +25,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.constants import constant_array
-from sparse_onnx.graph import is_standard
+from sparse_onnx.model.constants import constant_array
+from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.shapes import Dims, Shapes
+from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.structured.operators import (
     PER_CHANNEL,
     POOLS,
@@ -39,8 +41,6 @@ from sparse_onnx.passes.structured.operators import (
 )
 from sparse_onnx.passes.structured.region import Blocks, Cut, Divided, Region, Reshaped, Swapped
 from sparse_onnx.passes.structured.shapes import constant_piece, counterpart, product, template
-from sparse_onnx.passes.weights import Weight
-from sparse_onnx.shapes import Dims, Shapes
 
 __all__ = ["Unsuitable", "follow"]
 

@@ -9,12 +9,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_onnx.analysis import Analysis, analyze
-    from sparse_onnx.compiler import OptimizeResult, optimize
+    from sparse_onnx.analysis.analyze import Analysis, analyze
+    from sparse_onnx.api import optimize
+    from sparse_onnx.compilation.compile import OptimizeResult
     from sparse_onnx.errors import SparseOnnxError
-    from sparse_onnx.session import InferenceSession
+    from sparse_onnx.running.session import InferenceSession
     from sparse_onnx.sparse_ops import library_path
-    from sparse_onnx.verification import VerifyResult, verify
+    from sparse_onnx.verification.verify import VerifyResult, verify
 
 __all__ = [
     "Analysis",
@@ -30,15 +31,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Analysis": "sparse_onnx.analysis",
-    "InferenceSession": "sparse_onnx.session",
-    "OptimizeResult": "sparse_onnx.compiler",
+    "Analysis": "sparse_onnx.analysis.analyze",
+    "InferenceSession": "sparse_onnx.running.session",
+    "OptimizeResult": "sparse_onnx.compilation.compile",
     "SparseOnnxError": "sparse_onnx.errors",
-    "VerifyResult": "sparse_onnx.verification",
-    "analyze": "sparse_onnx.analysis",
+    "VerifyResult": "sparse_onnx.verification.verify",
+    "analyze": "sparse_onnx.analysis.analyze",
     "library_path": "sparse_onnx.sparse_ops",
-    "optimize": "sparse_onnx.compiler",
-    "verify": "sparse_onnx.verification",
+    "optimize": "sparse_onnx.api",
+    "verify": "sparse_onnx.verification.verify",
 }
 
 

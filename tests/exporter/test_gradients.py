@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402
 from sparse_onnx.errors import UsageError  # noqa: E402
 from sparse_onnx.exporter import export_huggingface, export_torch  # noqa: E402
 from sparse_onnx.exporter.gradients import loss_gradients  # noqa: E402
-from sparse_onnx.passes.weights import find_weights  # noqa: E402
+from sparse_onnx.model.weights import find_weights  # noqa: E402
 
 RNG = np.random.default_rng(3)
 SMALL = {

@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 
 from sparse_onnx.errors import UsageError  # noqa: E402
 from sparse_onnx.exporter import ExportResult, export_torch  # noqa: E402
-from sparse_onnx.metadata_keys import MODULE_KEY  # noqa: E402
+from sparse_onnx.model.metadata_keys import MODULE_KEY  # noqa: E402
 
 BATCH = {0: "batch"}
 

@@ -1,4 +1,4 @@
-"""Models written as ONNX text, and a way to run them."""
+"""What passes that join nodes are held to."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,37 +12,6 @@ import pytest
 from sparse_onnx import sparse_ops
 from sparse_onnx.passes.base import Pass, PassResult
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
-
-
-def _from_text(text: str, **tensors: np.ndarray) -> ir.Model:
-    """A checked model; ``tensors`` become initializers of the main graph."""
-    proto = onnx.parser.parse_model(text)
-    for name, array in tensors.items():
-        proto.graph.initializer.append(ir.serde.serialize_tensor(ir.tensor(array, name=name)))
-    onnx.checker.check_model(proto)
-    return ir.from_proto(proto)
-
-
-def _run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All outputs by name, from ONNX Runtime without its own optimizations."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-
-@pytest.fixture
-def from_text() -> Callable[..., ir.Model]:
-    return _from_text
-
-
-@pytest.fixture
-def run() -> Callable[[ir.Model, Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    return _run
 
 
 def _answers(model: ir.Model, feeds: Mapping[str, np.ndarray], *, library: bool) -> list[np.ndarray]:

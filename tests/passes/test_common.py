@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.passes import PASSES
 from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.gradient import Gradient
-from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.random_pruning import Random
-from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.passes.threshold import Threshold
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.prune.gradient import Gradient
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.random import Random
+from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.registry import PASSES
 
 RNG = np.random.default_rng(11)
 

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from sparse_onnx.graph import Names, value_names
-from sparse_onnx.passes.attention import FuseAttention
+from sparse_onnx.model.graph import Names, value_names
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.batch_norm import FuseBatchNorm
-from sparse_onnx.passes.cleanup import CLEAN_PASSES
-from sparse_onnx.passes.fuse_feed_forward import FuseFeedForward
-from sparse_onnx.passes.merge_linears import MergeLinears
-from sparse_onnx.passes.skip_layer_norm import FuseSkipLayerNorm
-from sparse_onnx.passes.sparse_conv import LowerSparseConv
-from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.fuse.attention import FuseAttention
+from sparse_onnx.passes.fuse.batch_norm import FuseBatchNorm
+from sparse_onnx.passes.fuse.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
+from sparse_onnx.passes.lower.merge_linears import MergeLinears
+from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 
 E, H = 64, 4
 PASSES = Pipeline(

@@ -8,8 +8,8 @@ import pytest
 
 import sparse_onnx.passes
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes import PASSES, pass_by_name
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
+from sparse_onnx.passes.registry import PASSES, pass_by_name
 
 
 def test_names_are_sorted_and_unique():

@@ -10,9 +10,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from sparse_onnx import model_io
-from sparse_onnx.metadata_keys import MODULE_KEY
-from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.model import model_io
+from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.tools import cli
 
 _CHAIN = """<ir_version: 9, opset_import: ["" : 20]>

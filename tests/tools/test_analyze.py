@@ -8,7 +8,7 @@ SHAPE = ("--input-shape", "X:1,16,64", "--threads", "1", "--quiet")
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_the_answer_comes_first_and_fits_a_screen(quiet, run_cli, dense, monkeypatch):
-    monkeypatch.setattr("sparse_onnx.machine_load.OtherLoad.spared", lambda _self, _threads: quiet)
+    monkeypatch.setattr("sparse_onnx.running.machine_load.OtherLoad.spared", lambda _self, _threads: quiet)
     ran = run_cli("analyze", dense, *SHAPE)
     assert ran.code == 0
     assert ran.err == ""

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sparse_onnx import model_io
-from sparse_onnx.passes.sparse_conv import LowerSparseConv
+from sparse_onnx.model import model_io
+from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 
 SHAPE = ("--input-shape", "X:1,16,64")
 QUICK = ("--rounds", "5", "--threads", "1", *SHAPE)

@@ -12,9 +12,9 @@ import onnx.parser
 import pytest
 from click.testing import CliRunner, Result
 
-from sparse_onnx.model_io import save_model
-from sparse_onnx.passes.sparse_recurrent import LowerSparseRecurrent
-from sparse_onnx.runtime import open_session
+from sparse_onnx.model.model_io import save_model
+from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
+from sparse_onnx.running.runtime import open_session
 from sparse_onnx.sparse_ops import info
 from sparse_onnx.tools.benchmarks import recurrent_layers, single_layers, tables, whole_models
 from sparse_onnx.tools.benchmarks.engines import Engine, EngineError, EngineSpec, compare

@@ -69,7 +69,7 @@ def test_speed_is_measured_in_two_seconds(monkeypatch):
     monkeypatch.setattr(library, "peak", peak)
     monkeypatch.setattr(doctor.machine, "read_bandwidth", read)
     monkeypatch.setattr(doctor, "_BUFFER", 1 << 12)
-    monkeypatch.setattr("sparse_onnx.host.available_cores", lambda: 3)
+    monkeypatch.setattr("sparse_onnx.running.host.available_cores", lambda: 3)
     found = by_key(doctor._speed())
     assert found["memory"].values == {"gb_per_s_one_thread": 1.0, "gb_per_s_all_threads": 3.0}
     assert found["arithmetic"].values == {"gflop_per_s_one_thread": 2.0, "gflop_per_s_all_threads": 6.0}
@@ -391,8 +391,8 @@ def test_plain_installation(monkeypatch):
     [(None, "ok", 4), (4.0, "ok", 4), (2.5, "note", 2), (0.5, "note", 1)],
 )
 def test_container_with_fewer_processors_than_are_visible(monkeypatch, limit, status, threads):
-    monkeypatch.setattr("sparse_onnx.host.processors", lambda: (0, 1, 2, 3))
-    monkeypatch.setattr("sparse_onnx.host.cpu_limit", lambda *_root: limit)
+    monkeypatch.setattr("sparse_onnx.running.host.processors", lambda: (0, 1, 2, 3))
+    monkeypatch.setattr("sparse_onnx.running.host.cpu_limit", lambda *_root: limit)
     found = find("cpu_limit", doctor._machine)
     assert found.status == status
     assert found.values == {"limit": limit}

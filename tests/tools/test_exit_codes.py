@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_onnx import model_io
+from sparse_onnx.model import model_io
 from sparse_onnx.tools import cli
 
 README = Path(__file__).parents[2] / "README.md"

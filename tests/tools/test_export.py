@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from sparse_onnx import model_io
+from sparse_onnx.data.gradient_file import open_gradients
 from sparse_onnx.errors import SparseOnnxError, UsageError
-from sparse_onnx.gradient_file import open_gradients
-from sparse_onnx.passes.gradient import Gradient
-from sparse_onnx.passes.weights import find_weights
+from sparse_onnx.model import model_io
+from sparse_onnx.model.weights import find_weights
+from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.tools.export import command
 
 SOURCE = """

@@ -7,7 +7,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from sparse_onnx import inspection
+from sparse_onnx.analysis import inspection
 
 
 def rows_by_name(document):
@@ -139,8 +139,8 @@ def test_compiled_model(run_cli, pruned, compiled):
 
 def test_empty_segments_are_not_taken_for_weights(run_cli, tmp_path, save_chain):
     """At 99.9 % zeros most stored values are the explicit zeros of empty segments."""
-    from sparse_onnx import model_io
-    from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
+    from sparse_onnx.model import model_io
+    from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 
     source = save_chain("sparser", sparsity=0.999)
     model = model_io.load_model(source)

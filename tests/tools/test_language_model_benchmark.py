@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from sparse_onnx import model_io
+from sparse_onnx.model import model_io
 from sparse_onnx.tools.benchmarks import pruned_language_model
 from sparse_onnx.tools.benchmarks.pruned_language_model import (
     calibration_samples,

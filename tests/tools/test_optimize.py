@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from sparse_onnx.passes.recipe import Target, load_recipe
+from sparse_onnx.compilation.recipe import Target, load_recipe
 from sparse_onnx.tools.cli import main
 
 
@@ -127,7 +127,7 @@ def test_bad_options(tmp_path, capsys, options, message):
 
 
 def test_several_shapes_and_a_cache_of_ones_own(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_onnx.machine_load.OtherLoad.spared", lambda self, threads: True)
+    monkeypatch.setattr("sparse_onnx.running.machine_load.OtherLoad.spared", lambda self, threads: True)
     model = write_model(tmp_path / "in", sparsity=0.97)
     shapes = ("--input-shape", "X:64,256", "--input-shape", "X:2,256", "--shape-weights", "1,0.5")
     options = (*shapes, "--threads", "1", "--min-speedup", "0.001", "--timing-cache", tmp_path / "times")
@@ -146,7 +146,7 @@ def test_several_shapes_and_a_cache_of_ones_own(tmp_path, capsys, monkeypatch):
 
 def test_no_timing_cache_leaves_the_default_place_empty(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SPARSE_ONNX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sparse_onnx.machine_load.OtherLoad.spared", lambda self, threads: True)
+    monkeypatch.setattr("sparse_onnx.running.machine_load.OtherLoad.spared", lambda self, threads: True)
     model = write_model(tmp_path / "in", sparsity=0.97)
     call(capsys, model, "-o", tmp_path / "a", *SHAPE, "--no-timing-cache")
     assert not (tmp_path / "cache").exists()
@@ -241,7 +241,7 @@ def test_no_write_permission_is_exit_6(tmp_path, capsys, monkeypatch):
 def test_full_disk_is_exit_6(tmp_path, capsys, monkeypatch):
     import errno
 
-    from sparse_onnx import model_io
+    from sparse_onnx.model import model_io
 
     model = write_model(tmp_path / "in", sparsity=0.97)
 
@@ -262,7 +262,7 @@ def test_nm_that_does_not_divide_is_declined_by_name(tmp_path, capsys):
 
 
 def test_internal_errors_are_exit_1_without_a_traceback(tmp_path, capsys, monkeypatch):
-    from sparse_onnx import model_io
+    from sparse_onnx.model import model_io
 
     def broken(_path):
         raise ZeroDivisionError("planted")

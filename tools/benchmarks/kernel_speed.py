@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity
+from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
 from sparse_onnx.sparse_ops import library
 from sparse_onnx.sparse_ops.sparse_matmul import pack
 from sparse_onnx.tools.benchmarks.section import Settings, Table, percent

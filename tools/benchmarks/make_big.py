@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io
+from sparse_onnx.model import model_io
 
 __all__ = ["big_model"]
 

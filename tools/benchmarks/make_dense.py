@@ -51,7 +51,7 @@ def command(folder: Path, network: str, batch: int) -> None:
     import torch
 
     from sparse_onnx.exporter import export_torch
-    from sparse_onnx.model_io import save_model
+    from sparse_onnx.model.model_io import save_model
 
     module, name, shape = build(network)
     result = export_torch(module, {name: torch.randn(batch, *shape)}, output_names=["logits"])

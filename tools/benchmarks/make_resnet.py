@@ -101,7 +101,7 @@ def save_legacy(module: Any, path: Path) -> None:
 def save(module: Any, path: Path) -> None:
     """Write ``path`` and its data file with :func:`sparse_onnx.exporter.export_torch`."""
     from sparse_onnx.exporter import export_torch
-    from sparse_onnx.model_io import save_model
+    from sparse_onnx.model.model_io import save_model
 
     result = export_torch(
         module,

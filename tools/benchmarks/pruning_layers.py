@@ -22,8 +22,8 @@ import click
 import numpy as np
 
 from sparse_onnx.errors import SparseOnnxError, UsageError
-from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error
+from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.tools.benchmarks.section import Table
 
 __all__ = ["command", "measure"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_onnx.runtime import Ratio
+from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.tools.console import table
 
 __all__ = ["Settings", "Table", "band", "count", "percent"]

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import sparse_onnx
-from sparse_onnx import model_io
 from sparse_onnx.exporter import export_huggingface
+from sparse_onnx.model import model_io
 from sparse_onnx.tools.console import table
 from sparse_onnx.units import format_bytes, format_ms
 

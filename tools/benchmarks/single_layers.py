@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx import model_io
-from sparse_onnx.layer_timing import time_pair
-from sparse_onnx.passes.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.runtime import Ratio, interleave, open_session, ratio
+from sparse_onnx.model import model_io
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.running.runtime import open_session
+from sparse_onnx.timing.layers import time_pair
+from sparse_onnx.timing.rounds import Ratio, interleave, ratio
 from sparse_onnx.tools.benchmarks.section import Settings, Table, band, count, percent
 
 __all__ = ["above_trend", "few_rows", "random_weight", "shapes"]

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparse_onnx import model_io
 from sparse_onnx.exporter import export_torch
+from sparse_onnx.model import model_io
 
 __all__ = ["CONTEXT", "language_model", "merges", "pieces"]
 

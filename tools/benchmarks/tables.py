@@ -32,7 +32,7 @@ from typing import Any
 import click
 
 from sparse_onnx.errors import SparseOnnxError
-from sparse_onnx.report import environment
+from sparse_onnx.report.environment import environment
 from sparse_onnx.sparse_ops import info
 from sparse_onnx.tools.benchmarks.kernel_speed import kernels
 from sparse_onnx.tools.benchmarks.recurrent_layers import recurrent

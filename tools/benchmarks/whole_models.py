@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import sparse_onnx
-from sparse_onnx import inputs, model_io
-from sparse_onnx.runtime import ratio
+from sparse_onnx.data import inputs
+from sparse_onnx.model import model_io
 from sparse_onnx.sparse_ops import library_path
+from sparse_onnx.timing.rounds import ratio
 from sparse_onnx.tools.benchmarks.engines import EngineSpec, Measurement, compare
 from sparse_onnx.tools.benchmarks.section import Settings, Table, band, count, percent
 

@@ -19,15 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_onnx.analysis.forecast import Plan
 from sparse_onnx.errors import SparseOnnxError, VerificationError
-from sparse_onnx.forecast import Plan
+from sparse_onnx.model.storage import write_whole
 from sparse_onnx.progress import format_duration
-from sparse_onnx.runtime import Ratio
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.plans import Family
 from sparse_onnx.search.strategy import Goals, Outcome, best, next_points
 from sparse_onnx.search.workers import Workers
-from sparse_onnx.storage import write_whole
+from sparse_onnx.timing.rounds import Ratio
 
 __all__ = ["Measured", "Search", "Trial"]
 

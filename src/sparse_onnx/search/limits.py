@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparse_onnx.passes.options import require
+from sparse_onnx.options import require
 
 __all__ = ["Limits"]
 

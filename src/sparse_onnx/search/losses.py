@@ -1,7 +1,7 @@
 """What each layer loses with zeros, in units that add up: squares of relative errors of the model's outputs.
 
-On real inputs as :mod:`sparse_onnx.sensitivity` measures them. Without, every layer counts as much as the share of its
-weight that goes, as if its inputs were uncorrelated and alike and its output as important as any other's.
+On real inputs as :mod:`sparse_onnx.analysis.sensitivity` measures them. Without, every layer counts as much as the
+share of its weight that goes, as if its inputs were uncorrelated and alike and its output as important as any other's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sparse_onnx.forecast import Choice
-from sparse_onnx.passes.masks import MaskStructure, keep_mask, resolve_sparsity, structure_reason
-from sparse_onnx.passes.weights import Weight
+from sparse_onnx.analysis.forecast import Choice
+from sparse_onnx.analysis.sensitivity import Loss
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity, structure_reason
 from sparse_onnx.search.plans import SPARSITIES, LossOf
-from sparse_onnx.sensitivity import Loss
 
 __all__ = ["measured_losses", "weight_losses"]
 

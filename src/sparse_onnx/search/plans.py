@@ -11,14 +11,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from sparse_onnx.forecast import Choice, Forecast, Plan
-from sparse_onnx.layer_curves import UNSTRUCTURED
+from sparse_onnx.analysis.forecast import Choice, Forecast, Plan
 from sparse_onnx.passes.base import Pass
-from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.masks import MaskStructure, resolve_sparsity
-from sparse_onnx.passes.oneshot import OneShot
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot import OneShot
+from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.search.frontier import Option, frontier
 from sparse_onnx.search.strategy import Expected, Goals
+from sparse_onnx.timing.curves import UNSTRUCTURED
 
 __all__ = ["SPARSITIES", "Family", "LossOf", "allocated", "modifiers", "uniform"]
 

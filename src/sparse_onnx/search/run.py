@@ -13,34 +13,34 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sparse_onnx import inputs, model_io
-from sparse_onnx.analysis import Analysis, analyze
-from sparse_onnx.compilation import PREPARATION_PASSES, source_file
-from sparse_onnx.compile_report import target_rows, times, write_report
-from sparse_onnx.compiler import OptimizeResult, compile_into
+from sparse_onnx.analysis.analyze import Analysis, analyze
+from sparse_onnx.analysis.forecast import Plan
+from sparse_onnx.compilation.compile import OptimizeResult, compile_into
+from sparse_onnx.compilation.goals import gates, goal_document
+from sparse_onnx.compilation.recipe import Goal, Recipe, RecipeStage, recipe_document
+from sparse_onnx.compilation.report_rows import target_rows, times, write_report
+from sparse_onnx.compilation.whole_model import exit_code, settle
+from sparse_onnx.data import inputs
+from sparse_onnx.data.samples import open_samples
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
-from sparse_onnx.forecast import Plan
-from sparse_onnx.goals import gates, goal_document
-from sparse_onnx.host import available_cores
-from sparse_onnx.input_choice import choose_inputs, explaining_guesses
-from sparse_onnx.layer_curves import UNSTRUCTURED
-from sparse_onnx.metrics import MetricResult
-from sparse_onnx.model_timing import time_models
-from sparse_onnx.outputs import check_outputs
-from sparse_onnx.passes import guard
+from sparse_onnx.exporter.source import source_file
+from sparse_onnx.model import model_io
+from sparse_onnx.model.storage import write_whole
+from sparse_onnx.model.weights import Selection, Weight
 from sparse_onnx.passes.base import PassContext, Pipeline, Stage
-from sparse_onnx.passes.calibration.data import open_samples
 from sparse_onnx.passes.calibration.digest import model_digest
-from sparse_onnx.passes.fix_inputs import fix_inputs
-from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.masks import MaskStructure
-from sparse_onnx.passes.oneshot import OneShot
-from sparse_onnx.passes.pruning import choose_weights
-from sparse_onnx.passes.recipe import Goal, Recipe, RecipeStage, recipe_document
-from sparse_onnx.passes.weights import Selection, Weight
+from sparse_onnx.passes.presets import PREPARATION_PASSES
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot import OneShot
+from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.report_schema import read_report
-from sparse_onnx.runtime import Ratio, session_budget
+from sparse_onnx.report.schema import read_report
+from sparse_onnx.running.fix_inputs import fix_inputs
+from sparse_onnx.running.host import available_cores
+from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
+from sparse_onnx.running.outputs import check_outputs
+from sparse_onnx.running.runtime import session_budget
 from sparse_onnx.search.driver import Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
@@ -48,10 +48,13 @@ from sparse_onnx.search.losses import measured_losses, weight_losses
 from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.search.workers import choose_workers
-from sparse_onnx.storage import write_whole
-from sparse_onnx.timing_table import TimingTable, read_table, write_table
+from sparse_onnx.timing import choose
+from sparse_onnx.timing.curves import UNSTRUCTURED
+from sparse_onnx.timing.models import time_models
+from sparse_onnx.timing.rounds import Ratio
+from sparse_onnx.timing.table import TimingTable, read_table, write_table
 from sparse_onnx.units import parse_size
-from sparse_onnx.whole_model import exit_code, settle
+from sparse_onnx.verification.metrics import MetricResult
 
 __all__ = ["optimize_to_goals", "search_recipe"]
 
@@ -71,7 +74,7 @@ def search_recipe(
     progress: Callable[[str], None],
 ) -> OptimizeResult:
     """Search for the zeros of ``recipe``'s one pruning method, whose own share of them does not count, in one of the
-    patterns ``mask_structure`` (with commas). The others as for :func:`.compiler.optimize`."""
+    patterns ``mask_structure`` (with commas). The others as for :func:`sparse_onnx.api.optimize`."""
     pruning = [modifier for modifier in recipe.modifiers() if modifier.stage is Stage.PRUNE]
     template = pruning[0]
     if len(pruning) != 1 or not isinstance(template, Magnitude | OneShot):
@@ -116,7 +119,7 @@ def optimize_to_goals(
         template: A pruning method with its options; its own share of zeros does not count.
         structures: The patterns to choose from.
         limits: When to stop, and where trials run.
-        overwrite, command, progress: As for :func:`.compiler.optimize`.
+        overwrite, command, progress: As for :func:`sparse_onnx.api.optimize`.
 
     Raises:
         SparseOnnxError: With one clear message and its exit code; nothing is written then.
@@ -373,7 +376,7 @@ class _Job:
             )
 
         def overall(timings: Sequence[Ratio]) -> Ratio:
-            return guard.overall(timings, self.recipe.target.weights)[0]
+            return choose.overall(timings, self.recipe.target.weights)[0]
 
         timings = settle(once, overall, progress=self.say)
         return overall(timings), timings

@@ -9,9 +9,10 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.inputs import Feeds, input_specs, split_batches
-from sparse_onnx.passes.calibration import Calibrator, Options, Samples
-from sparse_onnx.passes.weights import find_weights
+from sparse_onnx.data.inputs import Feeds, input_specs, split_batches
+from sparse_onnx.data.samples import Samples
+from sparse_onnx.model.weights import find_weights
+from sparse_onnx.passes.calibration import Calibrator, Options
 
 LAYERS, VOCABULARY, WIDTH, HIDDEN = 2, 50, 16, 40
 

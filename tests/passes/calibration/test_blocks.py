@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.calibration import Cutter
-from sparse_onnx.passes.weights import find_weights
 
 
 def _pruned(name: str, array: np.ndarray) -> np.ndarray:

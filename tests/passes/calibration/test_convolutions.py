@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.calibration.rows import Window, unfolded_rows
-from sparse_onnx.passes.weights import find_weights
 
 CASES = {
     "plain": ("kernel_shape = [3, 3]", (2, 4, 7, 6), (5, 4, 3, 3)),

@@ -7,10 +7,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.passes.calibration import Layout, Options, Samples
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.passes.calibration import Layout, Options
 from sparse_onnx.passes.solvers.statistics import InputStatistics
-from sparse_onnx.shapes import Shapes
 
 
 def test_all_layers_of_an_encoder_without_its_padding(encoder, tokens, calibrator, assert_moments):

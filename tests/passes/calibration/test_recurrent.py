@@ -4,12 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.data.samples import Samples
+from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext
-from sparse_onnx.passes.calibration import Samples
 from sparse_onnx.passes.calibration.rows import Recurrence
-from sparse_onnx.passes.magnitude import Magnitude
-from sparse_onnx.passes.oneshot_methods import SparseGPT, Wanda
-from sparse_onnx.passes.weights import find_weights
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot_methods import SparseGPT, Wanda
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_recurrent
 
 S, B, K, H, OUT = 7, 8, 10, 12, 6

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx import model_io
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model import model_io
 from sparse_onnx.passes.calibration.skeleton import PartSession, extract
 
 _CHAIN = """<ir_version: 9, opset_import: ["" : 17]>

@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from sparse_onnx.data.inputs import input_specs, split_batches
+from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.inputs import input_specs, split_batches
-from sparse_onnx.passes.calibration import Layout, Samples, StatisticsFile, merge
+from sparse_onnx.passes.calibration import Layout, StatisticsFile, merge
 
 
 def _grams(statistics) -> dict[str, np.ndarray]:

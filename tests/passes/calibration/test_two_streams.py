@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import HostError
-from sparse_onnx.inputs import Feeds
-from sparse_onnx.passes.calibration import Calibrator, Layout, Samples, Step
+from sparse_onnx.passes.calibration import Calibrator, Layout, Step
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 16, 24, 40, 2
 

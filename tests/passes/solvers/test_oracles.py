@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sparse_onnx.passes.masks import MaskStructure
 from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, refit, relative_error
+from sparse_onnx.passes.solvers.masks import MaskStructure
 
 DAMPING = 0.01
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparse_onnx.passes.masks import MaskStructure, keep_mask, obeys
+from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, obeys
 from sparse_onnx.passes.solvers.selection import Selection, smallest
 
 SCORES = hnp.arrays(

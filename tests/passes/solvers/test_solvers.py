@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.masks import MaskStructure, obeys
 from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error, solver_by_name
+from sparse_onnx.passes.solvers.masks import MaskStructure, obeys
 
 STRUCTURES = [
     MaskStructure.parse(text) for text in ("unstructured", "2:4", "4:8", "1:4", "block:4x2", "channel")

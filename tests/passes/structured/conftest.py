@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.data.samples import Samples
 from sparse_onnx.passes.base import CalibrationData, Pass, PassContext, PassResult
-from sparse_onnx.passes.calibration import Samples
 
 
 @pytest.fixture

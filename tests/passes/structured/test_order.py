@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes import pass_by_name
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.magnitude import Magnitude
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.passes.structured import STRUCTURED_PASSES, Ffn
 
 

@@ -1,0 +1,1 @@
+"""Clean up a graph without changing what it computes."""

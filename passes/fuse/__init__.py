@@ -1,0 +1,1 @@
+"""Join nodes into one operator."""

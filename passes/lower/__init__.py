@@ -1,0 +1,1 @@
+"""Replace nodes by operators of the kernel library."""

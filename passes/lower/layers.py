@@ -1,0 +1,28 @@
+"""Lower the layers that were chosen, and join those that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from sparse_onnx.passes.base import Declined, PassContext
+from sparse_onnx.passes.lower.candidates import LOWERINGS
+from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
+from sparse_onnx.passes.lower.lowering import Candidate, Packer
+from sparse_onnx.passes.lower.merge_linears import MergeLinears
+
+__all__ = ["lower_layers"]
+
+
+def lower_layers(
+    model: ir.Model, chosen: Sequence[Candidate], packer: Packer, context: PassContext
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """A copy of ``model`` with the ``chosen`` candidates sparse, those that share an input merged and those in a row
+    fused, and the places where that could not be done."""
+    lowered = model.clone()
+    for lowering in LOWERINGS:
+        if names := tuple(c.weight.name for c in chosen if c.lowering is lowering):
+            lowering(layers=names, packer=packer)(lowered, context)
+    together = (MergeLinears(), FuseFeedForward())
+    return lowered, tuple(place for step in together for place in step(lowered, context).declined)

@@ -1,0 +1,60 @@
+"""Lower convolutions with enough zeros to ``SparseConv``.
+
+Before::                                       After::
+
+    h = Conv<...>(X, W, bias)                      Y = sparse_onnx.SparseConvAddRelu<kernel_shape, ..., K, N, ...>(
+    s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
+    Y = Relu(s)
+
+A convolution and the depthwise one behind it become one operator, ``SparseConvDepthwise``, see
+:mod:`sparse_onnx.passes.patterns.depthwise`. Other depthwise convolutions go along where others are lowered, whatever
+their zeros: one group has one block of one output channel then, and the operator computes it without a panel.
+
+See :mod:`sparse_onnx.passes.lower.lowering` for what is the same for all operators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx
+import onnx_ir as ir
+
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import CONVOLUTIONS, find_weights
+from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
+from sparse_onnx.passes.patterns.conv import match_conv
+from sparse_onnx.passes.patterns.depthwise import join_depthwise
+from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
+
+__all__ = ["LowerSparseConv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSparseConv(Lowering):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.sparse-conv"
+    kind: ClassVar[str] = "convolution"
+
+    @classmethod
+    def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        weights, declined = find_weights(model, CONVOLUTIONS, depthwise=True)
+        shapes = Shapes(model)
+        found = match_layers(
+            weights, lambda weight, node: match_conv(weight, node, model.graph, shapes), declined
+        )
+        alike = []
+        for weight, layers in found:
+            if len({layer.window.group for layer in layers}) > 1:  # blocks are cut to fit the groups
+                declined.append((weight.name, "shared by convolutions with different groups"))
+            else:
+                alike.append((weight, layers))
+        return [Candidate(weight, layers, cls) for weight, layers in join_depthwise(alike)], declined
+
+    @staticmethod
+    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
+        if op_type in sparse_conv_depthwise.OP_TYPES:
+            return sparse_conv_depthwise.function_body(op_type, opset)
+        return sparse_conv.function_body(op_type, opset)

@@ -1,0 +1,216 @@
+"""Recognise a linear layer with what can be fused into it: ``act(X · W + bias)``.
+
+Patterns, h being the linear's result and every value in between having a single user::
+
+    MatMul(X, W)                         Add(MatMul(X, W), bias [N])        Gemm(X, W, bias [N] or [1, N])
+    Relu(h)                              Gelu(h), approximate none or tanh (opset 20, or com.microsoft)
+    Mul(h, Sigmoid(h))                   Mul(h, Sigmoid(Mul(h, 1.702))), the GELU of CLIP
+                                         Mul(Mul(h, Add(Erf(Div(h, √2)), 1)), 0.5), and its other associations
+    Mul(Mul(h, Add(Tanh(√(2/π) · (h + 0.044715 h³)), 1)), 0.5), and its other associations
+
+An Add whose other operand is no constant [N], or [1, ..., 1, N] with no more axes than h, is not a bias and stays
+outside. Constants are initializers or Constant nodes; a number has one element and no more axes than h, or it would
+add some.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.match import is_bias, is_scalar, only_user, other_operand, users_of
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, best_block
+
+__all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Layer):
+    """A linear layer of the graph."""
+
+    @property
+    def op_type(self) -> str:
+        return OP_TYPES[self.activation]
+
+    @property
+    def inputs(self) -> tuple[ir.Value, ...]:
+        x = self.nodes[0].inputs[0]
+        assert x is not None
+        return (x,)
+
+    @property
+    def block(self) -> int:
+        return best_block(self.weight.shape[1])
+
+    def products(self, x_shape: tuple[int, ...]) -> int:
+        return math.prod(x_shape[:-1])
+
+
+def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Linear | str:
+    """The linear that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
+    if node.graph is not main_graph:
+        return "lies in the body of If, Loop or Scan, where it cannot be timed"
+    if weight.tensor.dtype != ir.DataType.FLOAT:
+        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
+    if weight.tensor.size > MAX_ELEMENTS:
+        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    x, output = node.inputs[0], node.outputs[0]
+    if x is None or constant_tensor(x) is not None:
+        return "has a constant activation"
+    nodes = [node]
+    bias: ir.Value | None = None
+    N = weight.shape[1]
+    if node.op_type == "Gemm":
+        if node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1:
+            return "is a Gemm with alpha or beta other than 1"
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and not is_bias(bias, N):
+            return "is a Gemm whose C is no constant bias"
+    elif (add := only_user(output, "Add")) is not None:
+        other = other_operand(add, output)
+        if other is not None and is_bias(other, N) and not shapes.may_add_axes(other, output):
+            bias, output = other, add.outputs[0]
+            nodes.append(add)
+    for activation, matcher in _ACTIVATIONS.items():
+        matched = matcher(output, shapes)
+        if matched is not None:
+            return Linear(weight, (*nodes, *matched), bias, activation, matched[-1].outputs[0])
+    return Linear(weight, tuple(nodes), bias, "none", output)
+
+
+def match_relu(h: ir.Value) -> list[ir.Node] | None:
+    """The node of ``Relu(h)``, if nothing else reads h."""
+    node = only_user(h, "Relu")
+    return [node] if node is not None else None
+
+
+def _gelu_node(h: ir.Value, approximate: str) -> list[ir.Node] | None:
+    node = only_user(h, "Gelu")
+    if node is not None and node.attributes.get_string("approximate", "none") == approximate:
+        return [node]
+    contrib = only_user(h, "Gelu" if approximate == "none" else "FastGelu", "com.microsoft")
+    if contrib is not None and len([value for value in contrib.inputs if value is not None]) == 1:
+        return [contrib]
+    return None
+
+
+def match_silu(h: ir.Value) -> list[ir.Node] | None:
+    """The nodes of ``Mul(h, Sigmoid(h))``, if nothing else reads h."""
+    users = users_of(h)
+    if len(users) != 2 or {node.op_type for node in users} != {"Sigmoid", "Mul"}:
+        return None
+    sigmoid, mul = sorted(users, key=lambda node: node.op_type == "Mul")
+    if only_user(sigmoid.outputs[0], "Mul") is not mul:
+        return None
+    return [sigmoid, mul]
+
+
+def _quick_gelu(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
+    for scale in users_of(h):
+        if scale.op_type != "Mul" or not is_scalar(other_operand(scale, h), 1.702, h, shapes):
+            continue
+        sigmoid = only_user(scale.outputs[0], "Sigmoid")
+        product = only_user(sigmoid.outputs[0], "Mul") if sigmoid is not None else None
+        if sigmoid is None or product is None or other_operand(product, sigmoid.outputs[0]) is not h:
+            continue
+        return _covered(h, [scale, sigmoid, product])
+    return None
+
+
+def _gate(h: ir.Value, inner: list[ir.Node], gate: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
+    """``0.5 · h · (1 + gate)`` in any association; ``inner`` are the nodes that make ``gate`` from h."""
+    shift = only_user(gate, "Add")
+    if shift is None or not is_scalar(other_operand(shift, gate), 1.0, h, shapes):
+        return None
+    first = only_user(shift.outputs[0], "Mul")
+    if first is None:
+        return None
+    other = other_operand(first, shift.outputs[0])
+    if other is h:  # (h · (1 + gate)) · 0.5
+        last = only_user(first.outputs[0], "Mul")
+        if last is None or not is_scalar(other_operand(last, first.outputs[0]), 0.5, h, shapes):
+            return None
+        return [*inner, shift, first, last]
+    if is_scalar(other, 0.5, h, shapes):  # h · (0.5 · (1 + gate))
+        last = only_user(first.outputs[0], "Mul")
+        if last is None or other_operand(last, first.outputs[0]) is not h:
+            return None
+        return [*inner, shift, first, last]
+    half = other.producer() if other is not None else None  # (0.5 · h) · (1 + gate)
+    if (
+        half is None
+        or half.op_type != "Mul"
+        or h not in half.inputs
+        or not is_scalar(other_operand(half, h), 0.5, h, shapes)
+    ):
+        return None
+    if only_user(half.outputs[0], "Mul") is not first:
+        return None
+    return [*inner, half, shift, first]
+
+
+def _covered(h: ir.Value, nodes: list[ir.Node] | None) -> list[ir.Node] | None:
+    """``nodes`` if they are all that reads h: nothing outside the pattern may need it."""
+    if nodes is None or any(user not in nodes for user in users_of(h)):
+        return None
+    return nodes
+
+
+def _gelu_erf(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
+    def is_number(value: ir.Value | None, expected: float) -> bool:
+        return is_scalar(value, expected, h, shapes)
+
+    for scale in users_of(h):
+        if not (
+            (scale.op_type == "Div" and scale.inputs[0] is h and is_number(scale.inputs[1], math.sqrt(2)))
+            or (scale.op_type == "Mul" and is_number(other_operand(scale, h), math.sqrt(0.5)))
+        ):
+            continue
+        erf = only_user(scale.outputs[0], "Erf")
+        if erf is not None:
+            return _covered(h, _gate(h, [scale, erf], erf.outputs[0], shapes))
+    return None
+
+
+def _gelu_tanh(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
+    def is_number(value: ir.Value | None, expected: float) -> bool:
+        return is_scalar(value, expected, h, shapes)
+
+    for cube in users_of(h):
+        cubes = [cube]
+        if cube.op_type == "Mul" and list(cube.inputs) == [h, h]:
+            second = only_user(cube.outputs[0], "Mul")
+            if second is None or other_operand(second, cube.outputs[0]) is not h:
+                continue
+            cubes.append(second)
+        elif not (cube.op_type == "Pow" and cube.inputs[0] is h and is_number(cube.inputs[1], 3.0)):
+            continue
+        small = only_user(cubes[-1].outputs[0], "Mul")
+        if small is None or not is_number(other_operand(small, cubes[-1].outputs[0]), 0.044715):
+            continue
+        total = only_user(small.outputs[0], "Add")
+        if total is None or other_operand(total, small.outputs[0]) is not h:
+            continue
+        scale = only_user(total.outputs[0], "Mul")
+        if scale is None or not is_number(other_operand(scale, total.outputs[0]), math.sqrt(2 / math.pi)):
+            continue
+        tanh = only_user(scale.outputs[0], "Tanh")
+        if tanh is not None:
+            return _covered(h, _gate(h, [*cubes, small, total, scale, tanh], tanh.outputs[0], shapes))
+    return None
+
+
+_ACTIVATIONS: dict[str, Callable[[ir.Value, Shapes], list[ir.Node] | None]] = {
+    "relu": lambda h, _: match_relu(h),
+    "silu": lambda h, _: match_silu(h),
+    "quick_gelu": _quick_gelu,
+    "gelu": lambda h, shapes: _gelu_node(h, "none") or _gelu_erf(h, shapes),
+    "gelu_tanh": lambda h, shapes: _gelu_node(h, "tanh") or _gelu_tanh(h, shapes),
+}

@@ -1,0 +1,387 @@
+"""One-shot pruning with calibration data: choose the weights, gather statistics, solve layer by layer, write.
+
+``calibration`` says what a layer is solved for:
+
+- ``oneshot``: its output on the inputs that it has in the dense model; one pass over the data.
+- ``sequential``: its output on the inputs that it has behind the layers pruned so far; two passes.
+- ``asymmetric``: the *dense* model's output, from the inputs that it has behind the layers pruned so far. Where a
+  residual is added to the output, the sum is what is aimed at, so that the layer makes up for what the residual
+  carries of earlier errors. Two passes. LSTM and GRU are solved as by ``oneshot``, before all others.
+
+With ``bias_correction`` the bias of a layer, if it has one, takes up the shift of the mean, and the weights only have
+to fit what varies. Weights that cannot be calibrated are pruned by magnitude, and named.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.model.constants import constant_array, constant_tensor
+from sparse_onnx.model.graph import add_initializer, drop_if_unused, new_name
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.model.weights import DEFAULT_IGNORE, RECURRENT, Selection, Weight
+from sparse_onnx.options import require
+from sparse_onnx.passes import solvers
+from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.calibration.calibrator import Calibrator
+from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
+from sparse_onnx.passes.calibration.checkpoint import Checkpoint
+from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.calibration.moments import Layout
+from sparse_onnx.passes.calibration.targets import Target, find_target
+from sparse_onnx.passes.calibration.two_streams import Aim
+from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
+from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
+from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram, centred_pull
+from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
+from sparse_onnx.progress import done_of
+
+__all__ = ["OneShot"]
+
+_PULL, _NOISE = 0.05, 2
+"""How strongly weights that aim at the dense model's output are drawn to the dense weights, of the mean diagonal of the
+Gram: the first, or less where there are many tokens, the second times inputs / tokens, since what is fitted to noise
+falls with these. Measured: with 63 tokens an input a sentence encoder is best at .05 (.01 fits the calibration data too
+closely, .2 gives up a tenth of the gain); with 93 to 256 a language model loses 15 % more at .05."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneShot(Pass):
+    """Base of the passes that prune with calibration data; see the module's docstring.
+
+    Attributes:
+        sparsity: Share of zeros to reach, in [0, 1); N:M implies it.
+        mask_structure: ``unstructured``, ``N:M``, ``block:RxC`` or ``channel``.
+        scope: Where the share is kept: in every ``row`` (output channel) or in the ``layer``.
+        calibration: What layers are solved for.
+        allocation: How the zeros are spread over the layers, see :mod:`sparse_onnx.passes.prune.allocation`;
+            ``sparsity`` is their mean. N:M leaves nothing to spread.
+        sparsities: The share of zeros of some weights, by name or ``re:`` pattern; the others make up for it.
+        bias_correction: Whether biases change.
+        dampening_frac: Added to the diagonal of the Gram, of its mean.
+        preserve_mask: Weights that are zero stay zero; what is left of the budget comes on top, and all are refitted.
+        targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
+    """
+
+    stage: ClassVar[Stage] = Stage.PRUNE
+    idempotent: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = True
+
+    sparsity: float | None = None
+    mask_structure: str = "unstructured"
+    scope: Literal["row", "layer"] = "layer"
+    calibration: Literal["oneshot", "sequential", "asymmetric"] = "oneshot"
+    allocation: Allocation = "uniform"
+    sparsities: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    bias_correction: bool = False
+    dampening_frac: float = 0.01
+    preserve_mask: bool = False
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    @property
+    @abc.abstractmethod
+    def solver(self) -> type[Solver]:
+        """The method that is applied to each layer."""
+
+    def check(self) -> None:
+        Selection(self.targets, self.ignore)
+        resolve_sparsity(self.sparsity, self.structure)
+        require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
+        kind = self.structure.kind
+        if kind == "n:m" and (self.allocation != "uniform" or self.sparsities):
+            raise UsageError(
+                f"mask_structure {self.structure} fixes the zeros of every layer: give no allocation"
+            )
+        if self.sparsities and self.allocation != "uniform":
+            raise UsageError("give sparsities or an allocation, not both")
+        require(
+            kind in self.solver.structures, "mask_structure", self.mask_structure, "one that the method takes"
+        )
+
+    @property
+    def structure(self) -> MaskStructure:
+        return MaskStructure.parse(self.mask_structure)
+
+    @property
+    def expected_share(self) -> float | None:
+        """The share of zeros that every chosen weight will have; None where that is not known beforehand."""
+        alike = self.allocation == "uniform" and not self.sparsities
+        return resolve_sparsity(self.sparsity, self.structure) if alike else None
+
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        selection = Selection(self.targets, self.ignore)
+        weights, left = choose_weights(model, selection, self.structure, context.spared)
+        declined = [self.declined(place, reason) for place, reason in left]
+        if not weights:
+            return PassResult(model, False, {"weights": 0}, tuple(declined))
+        data = context.calibration_for(self.name)
+        finite = []
+        for weight in weights:
+            if weight.is_finite():
+                finite.append(weight)
+            else:
+                declined.append(self.declined(weight.name, "holds NaN or Inf: not pruned"))
+        selected, _ = choose_weights(model, selection, self.structure)
+        spared = [weight for weight in selected if weight.name in context.spared]
+        job = _Job(self, model, context, data, finite, spared)
+        for layer in job.layers():
+            job.prune(layer)
+            del layer  # with its sums, before the next ones are made
+        declined += [
+            self.declined(name, f"pruned by magnitude: {reason}") for name, reason in job.uncalibrated
+        ]
+        size = sum(change.size for change in job.changes)
+        zeros = sum(change.zeros_after for change in job.changes)
+        statistics: dict[str, int | float] = {
+            "weights": len(finite),
+            "changed": len(job.changes),
+            "elements": size,
+            "zeros_before": sum(change.zeros_before for change in job.changes),
+            "zeros_after": zeros,
+            "sparsity": zeros / size if size else 0.0,
+            "biases": job.biases,
+        }
+        changes = tuple(
+            change
+            for change in job.changes
+            if change.zeros_after > change.zeros_before or change.bias is not None
+        )
+        return PassResult(model, bool(finite), statistics, tuple(declined), changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A weight at its turn: statistics of its input for every group, and what its output is aimed at, if anything."""
+
+    weight: Weight
+    inputs: tuple[InputStatistics, ...]
+    target: Target | None = None
+    aim: Aim | None = None
+
+
+class _Job:
+    """One run of a pass."""
+
+    def __init__(
+        self,
+        options: OneShot,
+        model: ir.Model,
+        context: PassContext,
+        data: CalibrationData,
+        weights: list[Weight],
+        spared: list[Weight],
+    ) -> None:
+        self.options, self.model, self.context, self.weights = options, model, context, weights
+        self._spared = spared
+        self.changes: list[LayerChange] = []
+        self.biases = 0
+        self._start = time.perf_counter()
+        how = data.options or CalibrationOptions()
+        if options.solver.needs == "diagonal" and options.allocation != "error" and data.statistics is None:
+            how = dataclasses.replace(how, layout=Layout.DIAGONAL)  # a whole Gram takes three times as long
+        self._calibrator = Calibrator(
+            model, weights, data.samples, how, work=data.work, progress=context.progress
+        )
+        self.uncalibrated = self._calibrator.declined
+        self._statistics_file = data.statistics
+        self._checkpoint = None
+        if data.checkpoint is not None:
+            key = f"{model_digest(model)} {data.samples.digest()} {options!r}"
+            self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
+        self._known: Mapping[str, Sequence[InputStatistics]] | None = None
+        self._sparsity = self._allocate()
+
+    def _allocate(self) -> dict[str, float | None]:
+        """The share of zeros of every weight by name; None where the structure implies it."""
+        options, sparsity = self.options, self.options.sparsity
+        if sparsity is None or options.structure.kind == "n:m":
+            return {weight.name: sparsity for weight in self.weights}
+        if options.sparsities:
+            # Zeros that spared weights do not get are no reason for more in the others.
+            return {**explicit([*self.weights, *self._spared], sparsity, options.sparsities)}
+        known: Mapping[str, Sequence[InputStatistics]] = {}
+        if options.allocation in NEED_STATISTICS:
+            known = self._calibrator.oneshot(self._statistics_file)
+            if options.calibration == "oneshot":
+                self._known = known  # they serve the layers, too
+
+        def statistics(weight: Weight) -> InputStatistics | None:
+            return known[weight.name][0] if weight.name in known else None
+
+        return {**allocate(options.allocation, self.weights, sparsity, statistics)}
+
+    def layers(self) -> Iterator[_Layer]:
+        """The weights in the order in which they are to be pruned, each when its statistics are there."""
+        calibrator, options = self._calibrator, self.options
+        # The dense model beside the pruned one is the model as it is now.
+        steps = calibrator.steps() if options.calibration == "asymmetric" else None
+        names = dict(calibrator.declined)
+        for weight in self.weights:
+            if weight.name in names:
+                yield _Layer(weight, ())
+        if steps is not None:
+            recurrent = [weight for weight in self.weights if weight.nodes[0].op_type in RECURRENT]
+            if recurrent:
+                apart = calibrator.oneshot(weights=recurrent)
+                yield from (
+                    self._plain(weight, apart[weight.name]) for weight in recurrent if weight.name in apart
+                )
+                del apart
+            for step in steps:
+                for weight in step.weights:
+                    aim = step.aims.get(weight.name)
+                    yield _Layer(weight, step.inputs, aim.target if aim is not None else None, aim)
+                del step, aim
+        elif options.calibration == "sequential":
+            for block in calibrator.blocks():
+                yield from (self._plain(weight, block.statistics[weight.name]) for weight in block.weights)
+        else:
+            known = calibrator.oneshot(self._statistics_file) if self._known is None else self._known
+            yield from (
+                self._plain(weight, known[weight.name]) for weight in self.weights if weight.name in known
+            )
+
+    def _plain(self, weight: Weight, statistics: Sequence[InputStatistics]) -> _Layer:
+        target = find_target(weight, lambda _residual: False) if self.options.bias_correction else None
+        return _Layer(weight, tuple(statistics), target)
+
+    def prune(self, layer: _Layer) -> None:
+        options, weight = self.options, layer.weight
+        done = done_of(len(self.changes), len(self.weights), self._start)
+        self.context.progress(f"solving {weight.name} ({done})")
+        W = np.asarray(weight.matrix(), np.float32)
+        if layer.inputs:
+            pruned, error, bias = self._solve(layer, W)
+        else:
+            keep = keep_mask(np.abs(W), self._sparsity[weight.name], options.structure)
+            pruned, error, bias = np.where(keep, W, np.float32(0)), None, None
+        zeros = int(W.size - np.count_nonzero(pruned))
+        before = int(W.size - np.count_nonzero(W))
+        del W
+        stored = weight.stored(pruned).astype(weight.tensor.dtype.numpy(), copy=False)
+        weight.release()
+        weight.value.const_value = self.context.store(stored, weight.name)
+        if options.structure.kind != "unstructured":
+            weight.value.metadata_props[STRUCTURE_KEY] = str(options.structure)
+        self.changes.append(LayerChange(weight.name, pruned.size, before, zeros, error, bias))
+        self._say(weight, zeros / pruned.size, error)
+
+    def _say(self, weight: Weight, share: float, error: float | None) -> None:
+        done, total = len(self.changes), len(self.weights)
+        told = "no error known" if error is None else f"error {error:.3f}"
+        self.context.progress(
+            f"solved {weight.name}: {self.options.structure}, {100 * share:.1f} % zeros, {told} "
+            f"({done_of(done, total, self._start)})"
+        )
+
+    def _solve(
+        self, layer: _Layer, W: np.ndarray
+    ) -> tuple[np.ndarray, float | None, tuple[str, ir.TensorProtocol] | None]:
+        """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known. If the
+        bias is changed on the way, also what holds it now, and what it was."""
+        biased = self.options.bias_correction and layer.target is not None and layer.target.bias is not None
+        width = W.shape[1] // len(layer.inputs)
+        name = layer.weight.name
+        kept = self._checkpoint.get(name, W.shape) if self._checkpoint is not None else None
+        parts, shifts, errors = [], [], []
+        for index, statistics in enumerate(layer.inputs):
+            part = slice(index * width, (index + 1) * width)
+            aim = layer.aim
+            pull = None if aim is None else aim.pull[:, part]
+            mean = None if aim is None else aim.mean[part]
+            own = np.ascontiguousarray(W[:, part])
+            parts.append(
+                kept[:, part]
+                if kept is not None
+                else self._solve_group(own, self._sparsity[name], statistics, pull, mean, biased)
+            )
+            if biased and statistics.mean is not None:
+                assert layer.target is not None
+                old = _bias_of(layer.target)[part]
+                wanted = statistics.mean @ own + old if mean is None else mean
+                shifts.append(wanted - statistics.mean @ parts[-1])
+            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
+                errors.append(relative_error(own, parts[-1], statistics.gram))
+        bias = None
+        if shifts:
+            assert layer.target is not None
+            bias = self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
+        pruned = np.concatenate(parts, axis=1)
+        if self._checkpoint is not None and kept is None:
+            self._checkpoint.put(name, pruned)
+        return pruned, float(np.mean(errors)) if errors else None, bias
+
+    def _solve_group(
+        self,
+        W: np.ndarray,
+        sparsity: float | None,
+        statistics: InputStatistics,
+        pull: np.ndarray | None,
+        mean: np.ndarray | None,
+        biased: bool,
+    ) -> np.ndarray:
+        options = self.options
+        target = None
+        damping = options.dampening_frac
+        if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
+            gram, count = np.asarray(statistics.gram, np.float64), statistics.count
+            if biased and statistics.mean is not None:
+                centred = centred_gram(gram, statistics.mean, count)
+                # Where nothing varies, the data does not tell what the weights are for: the bias would do all.
+                if centred.any():
+                    if pull is not None and mean is not None:
+                        pull = centred_pull(pull, statistics.mean, mean, centred, count)
+                    gram = centred
+            if pull is not None:
+                gram, target = aimed_target(W, gram, pull, min(_PULL, _NOISE * len(W) / count))
+                damping = 0.0
+            statistics = InputStatistics(gram, statistics.mean, count)
+        kind = options.solver
+        solver = kind(damping=damping) if issubclass(kind, solvers.DampedSolver) else kind()
+        pruned = solver.solve(W, statistics, options.structure, sparsity, options.scope, target=target)
+        if not options.preserve_mask:
+            return pruned
+        shape, share = (W.shape[0], W.shape[1]), resolve_sparsity(sparsity, options.structure)
+        selection = solvers.Selection.of(shape, options.structure, share, options.scope)
+        present = W != 0
+        # As many as asked stay, even where the method kept fewer of those that are present.
+        score = np.abs(pruned) + 1e-6 * np.abs(W)
+        mask = selection.keep(np.where(present, score, 0)) & present
+        aim = W if target is None else target
+        return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
+
+    def _write_bias(self, target: Target, bias: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+        """Returns the name of the initializer that holds the bias now, and the tensor that it was before."""
+        old, node = target.bias, target.bias_node
+        assert old is not None
+        assert node is not None
+        before = constant_tensor(old)
+        assert before is not None
+        array = bias.reshape(before.shape.numpy())
+        self.biases += 1
+        if len(old.uses()) == 1 and not old.is_graph_output() and old.is_initializer():
+            old.const_value = self.context.store(array, old.name or "bias")
+            return old.name or "bias", before
+        name = new_name(self.model, f"{old.name}.corrected")
+        node.replace_input_with(
+            target.bias_index, add_initializer(self.model.graph, name, self.context.store(array, name))
+        )
+        drop_if_unused(old)
+        return name, before
+
+
+def _bias_of(target: Target) -> np.ndarray:
+    array = constant_array(target.bias)
+    assert array is not None
+    return array.reshape(-1).astype(np.float64)

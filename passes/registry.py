@@ -1,0 +1,60 @@
+"""The passes that recipes can name."""
+
+from __future__ import annotations
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.options import unknown
+from sparse_onnx.passes.base import Pass
+from sparse_onnx.passes.clean.cleanup import Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.clean.fold_constants import FoldConstants
+from sparse_onnx.passes.clean.fold_weights import FoldWeights
+from sparse_onnx.passes.clean.foreign_functions import ForeignFunctions
+from sparse_onnx.passes.clean.gemm_rows import GemmRows
+from sparse_onnx.passes.clean.idle_nodes import IdleNodes
+from sparse_onnx.passes.clean.reshapes import Reshapes
+from sparse_onnx.passes.fuse.attention import FuseAttention
+from sparse_onnx.passes.fuse.batch_norm import FuseBatchNorm
+from sparse_onnx.passes.fuse.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.passes.prune.gradient import Gradient
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot_methods import ONE_SHOT_PASSES
+from sparse_onnx.passes.prune.random import Random
+from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.structured import STRUCTURED_PASSES
+
+__all__ = ["PASSES", "pass_by_name"]
+
+PASSES: tuple[type[Pass], ...] = tuple(
+    sorted(
+        (
+            Constants,
+            Duplicates,
+            FoldConstants,
+            FoldWeights,
+            ForeignFunctions,
+            Identities,
+            IdleNodes,
+            Unused,
+            FuseAttention,
+            FuseBatchNorm,
+            FuseSkipLayerNorm,
+            GemmRows,
+            Gradient,
+            Magnitude,
+            Random,
+            Reshapes,
+            Threshold,
+            *ONE_SHOT_PASSES,
+            *STRUCTURED_PASSES,
+        ),
+        key=lambda cls: cls.name,
+    )
+)
+
+
+def pass_by_name(name: str) -> type[Pass]:
+    """The pass that recipes call ``name``; UsageError with the nearest name and the list if there is none."""
+    by_name = {cls.name: cls for cls in PASSES}
+    if name not in by_name:
+        raise UsageError(unknown("modifier", name, by_name))
+    return by_name[name]

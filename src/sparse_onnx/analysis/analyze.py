@@ -1,0 +1,646 @@
+"""Know before pruning: how fast and small a model would become on this machine, and which layers that comes from.
+
+The model is cleaned and fused as ``optimize`` would do it, but its weights stay. Then three things are measured: where
+the dense model's time goes (:mod:`sparse_onnx.timing.profile`), how fast every layer is with zeros that it does not
+have yet (:mod:`sparse_onnx.timing.curves`), and, as a whole, a few models compiled for the occasion, the *anchors*,
+which turn sums over layers into times of models (:mod:`.time_model`). Any plan can be asked about afterwards
+(:mod:`.forecast`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sparse_onnx import sparse_ops
+from sparse_onnx.analysis.forecast import Forecast, LayerForecast, Outlook, Plan
+from sparse_onnx.analysis.sensitivity import measure_losses
+from sparse_onnx.analysis.time_model import ROUGH, Anchor, Sums, TimeModel, fit
+from sparse_onnx.data import inputs
+from sparse_onnx.data.inputs import InputSpec, Value, plain_values
+from sparse_onnx.data.samples import Samples, open_samples
+from sparse_onnx.exporter.source import source_file
+from sparse_onnx.model import model_io
+from sparse_onnx.model.opset_conversion import CONVERTED_FROM, conversion_note
+from sparse_onnx.model.probe import shapes_in, with_shape_outputs
+from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, find_weights
+from sparse_onnx.model.work import NodeWork, Untouched, Work, untouched
+from sparse_onnx.options import require
+from sparse_onnx.passes.base import PassContext, Pipeline
+from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.lower.layers import lower_layers
+from sparse_onnx.passes.lower.lowering import Candidate, Packer
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
+from sparse_onnx.passes.presets import FUSION_PASSES, PREPARATION_PASSES
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
+from sparse_onnx.progress import Progress, format_duration
+from sparse_onnx.report.environment import environment
+from sparse_onnx.running.fix_inputs import fix_inputs
+from sparse_onnx.running.host import available_cores
+from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
+from sparse_onnx.running.runtime import Runner, open_runner, session_budget
+from sparse_onnx.running.stages import StageClock
+from sparse_onnx.timing.curves import (
+    SPARSITIES,
+    STRUCTURES,
+    UNSTRUCTURED,
+    LayerCurves,
+    combine,
+    count_points,
+    measure_curves,
+)
+from sparse_onnx.timing.models import time_models
+from sparse_onnx.timing.profile import NodeProfile, profile_model
+from sparse_onnx.timing.rounds import Ratio, pool
+from sparse_onnx.timing.table import TimingTable
+
+__all__ = ["Analysis", "analyze"]
+
+SCHEMA_VERSION = 1
+
+SHOWN = (0.5, 0.7, 0.8, 0.9)
+"""Shares of zeros in a table of predictions."""
+
+ANCHORS = (0.5, 0.7, 0.8, 0.9)
+"""Shares of zeros at which models are compiled and timed as a whole."""
+
+DISTURBED = (
+    "other programs took processors, so predictions are rough: run again when the machine is idle, or with fewer "
+    "--threads"
+)
+
+_WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
+_POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What :func:`analyze` found. ``forecast`` answers for any plan; the methods here for what people ask first.
+
+    Attributes:
+        source: The name of the model file or folder.
+        environment: Machine and software that the numbers hold for, as in ``report.json``.
+        input_shapes: What was timed for.
+        forecast: Layers, their curves, and the time of the whole.
+        profile: Where the dense model's time goes; None for a model too large for one session.
+        anchors: The models that were timed as a whole, by their share of zeros (None: not pruned).
+        declined: (place, reason) of what no kernel can take.
+        untouched: Operators with matrix-like work that are no layer, see :func:`sparse_onnx.model.work.untouched`.
+        seconds: What the analysis took, by step.
+        kinds: The curves by kind of layer, see :func:`sparse_onnx.passes.patterns.layer.layer_kind`.
+        quiet: False if other programs took processors in the meantime: then the predictions are rough.
+    """
+
+    source: str
+    environment: Mapping[str, Any]
+    input_shapes: Mapping[str, tuple[int, ...]]
+    forecast: Forecast
+    profile: NodeProfile | None
+    anchors: tuple[tuple[float | None, Anchor], ...]
+    declined: tuple[tuple[str, str], ...]
+    untouched: tuple[Untouched, ...]
+    seconds: Mapping[str, float]
+    kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
+    quiet: bool = True
+
+    def predict(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> Outlook:
+        """With the same share of zeros, in [0, 1), in all layers that may be pruned; N:M implies it.
+
+        Raises UsageError for a pattern that was not measured, and a share of zeros at odds with it.
+        """
+        return self.forecast.outlook(self.forecast.uniform(sparsity, mask_structure))
+
+    def sentence(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> str:
+        """The answer in words, see :meth:`predict`."""
+        found = self.predict(sparsity, mask_structure)
+        share = resolve_sparsity(sparsity, MaskStructure.parse(mask_structure))
+        where = f"at {100 * share:.0f} % {mask_structure}"
+        if found.sparse:
+            speed = f"{found.speedup:.2f}x faster ({found.low:.2f} to {found.high:.2f})"
+            text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
+        else:
+            text = f"{where} no layer of this model would be faster in sparse form"
+        if not self.forecast.uniform(sparsity, mask_structure):
+            return f"{text}; nothing in it can be pruned like this"
+        if found.error is None:
+            return f"{text}; for the error to expect, give --calibration-data"
+        return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers."""
+        forecast = self.forecast
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "environment": dict(self.environment),
+            "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
+            "dense_ms": forecast.dense_ms,
+            "dense_bytes": forecast.dense_bytes,
+            "min_speedup": forecast.min_speedup,
+            "predictions": [self._prediction(*case) for case in self.cases()],
+            "layers": [self._layer(layer) for layer in forecast.layers],
+            "curves": [
+                _curve_row(layer, structure, forecast.min_speedup)
+                for layer in forecast.layers
+                for structure in layer.curves
+            ],
+            "time_model": dataclasses.asdict(forecast.times),
+            "anchors": [{"sparsity": share, **dataclasses.asdict(anchor)} for share, anchor in self.anchors],
+            "profile": None
+            if self.profile is None
+            else {
+                "wall_ms": self.profile.wall_ms,
+                "covered": self.profile.covered,
+                "others": [{"op_type": name, "ms": ms} for name, ms in self.profile.others.items()],
+            },
+            "declined": [{"place": place, "reason": reason} for place, reason in self.declined],
+            "untouched": [dataclasses.asdict(row) for row in self.untouched],
+            "quiet": self.quiet,
+            "seconds": dict(self.seconds),
+        }
+
+    def cases(self) -> list[tuple[float | None, str]]:
+        """What a table of predictions shows: (share of zeros, pattern) for all that was measured."""
+        found: list[tuple[float | None, str]] = []
+        for structure in self.forecast.structures:
+            fixed = MaskStructure.parse(structure).kind == "n:m"
+            found += [(None, structure)] if fixed else [(share, structure) for share in SHOWN]
+        return found
+
+    def _prediction(self, sparsity: float | None, structure: str) -> dict[str, Any]:
+        found = self.predict(sparsity, structure)
+        return {
+            "mask_structure": structure,
+            "sparsity": resolve_sparsity(sparsity, MaskStructure.parse(structure)),
+            "ms": found.milliseconds,
+            "speedup": found.speedup,
+            "speedup_low": found.low,
+            "speedup_high": found.high,
+            "bytes": found.nbytes,
+            "smaller": found.smaller,
+            "sparse_layers": len(found.sparse),
+            "given_up": list(found.given_up),
+            "relative_error": found.error,
+        }
+
+    def _layer(self, layer: LayerForecast) -> dict[str, Any]:
+        limit = self.forecast.min_speedup
+        return {
+            "name": layer.name,
+            "module": layer.module,
+            "op_type": layer.op_type,
+            "shape": list(layer.shape),
+            "rows": layer.rows,
+            "products": layer.products,
+            "bytes": layer.nbytes,
+            "sparsity": layer.sparsity,
+            "companion": layer.companion,
+            "left_alone": layer.reason or None,
+            "dense_ms": layer.dense_ms,
+            "share": layer.share,
+            "break_even": {structure: layer.break_even(structure, limit) for structure in layer.curves},
+            "loss": None if layer.loss is None else dataclasses.asdict(layer.loss),
+        }
+
+    def table(self) -> TimingTable:
+        """The curves, to decide by on another machine, see :mod:`sparse_onnx.timing.table`."""
+        return TimingTable(self.environment, self.kinds)
+
+    def speedup(self, plan: Plan) -> float:
+        """Dense / optimized time with the (share of zeros, pattern) that ``plan`` gives layers by the name of their
+        weight. Raises UsageError for what was not measured."""
+        return self.forecast.outlook(plan).speedup
+
+    def size(self, plan: Plan) -> float:
+        """Bytes of the optimized model's files with ``plan``, see :meth:`speedup`."""
+        return self.forecast.outlook(plan).nbytes
+
+
+def _curve_row(layer: LayerForecast, structure: str, min_speedup: float) -> dict[str, Any]:
+    curve = layer.curves[structure]
+    points = zip(curve.sparsities, curve.times, curve.low, curve.high, strict=True)
+    return {
+        "layer": layer.name,
+        "mask_structure": structure,
+        "points": [
+            {"sparsity": share, "speedup": 1 / time, "speedup_low": 1 / high, "speedup_high": 1 / low}
+            for share, time, low, high in points
+        ],
+        "break_even": layer.break_even(structure, min_speedup),
+    }
+
+
+def analyze(
+    model: str | Path,
+    *,
+    mask_structures: Sequence[str] = STRUCTURES,
+    sparsities: Sequence[float] = SPARSITIES,
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_values: Mapping[str, Any] | None = None,
+    fixed_inputs: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    min_speedup: float = 1.02,
+    anchors: bool = True,
+    calibration_data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    num_calibration_samples: int | None = 64,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Analysis:
+    """Measure what zeros would be worth in ``model`` on this machine; nothing is pruned for good, nothing written.
+
+    Args:
+        model: An ``.onnx`` file or a Hugging Face model folder.
+        mask_structures: The patterns to measure.
+        sparsities: The shares of zeros to measure at, each in (0, 1).
+        targets, ignore: The layers that pruning may touch, see :class:`sparse_onnx.model.weights.Selection`.
+        input_shapes: Shapes to time for, by input name.
+        input_values, fixed_inputs: Values for inputs that steer the graph, as ``optimize`` takes them.
+        threads: Intra-op threads to time for; None: all cores of this process.
+        min_speedup: From which speedup on a layer counts as faster.
+        anchors: Compile and time whole models; without them the prediction is rough, and says so.
+        calibration_data: Real inputs, to tell what zeros do to the outputs: as ``optimize`` takes them.
+        tokenizer: A folder, for a text file.
+        num_calibration_samples, batch_size: How many of them to use, and at a time.
+        seed: Of generated inputs.
+        progress: Called with one line of text at every step.
+
+    Raises:
+        SparseOnnxError: With one clear message and its exit code.
+    """
+    for share in sparsities:
+        require(0 < share < 1, "sparsities", share, "above 0 and below 1")
+    require(len(sparsities) > 0, "sparsities", sparsities, "at least one share of zeros")
+    require(threads is None or threads > 0, "threads", threads, "1 or more")
+    require(min_speedup > 0, "min_speedup", min_speedup, "above 0")
+    selection = Selection(tuple(targets), tuple(ignore))
+    structures = tuple(
+        dict.fromkeys(str(MaskStructure.parse(text)) for text in (UNSTRUCTURED, *mask_structures))
+    )
+    with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as work:
+        job = _Job(
+            Path(model),
+            structures,
+            tuple(sorted(sparsities)),
+            selection,
+            threads or available_cores(),
+            min_speedup,
+            Path(work),
+            progress or (lambda _line: None),
+        )
+        given = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+
+        def samples(specs: Sequence[InputSpec]) -> Samples | None:
+            if calibration_data is None:
+                return None
+            return open_samples(
+                calibration_data,
+                specs,
+                limit=num_calibration_samples,
+                batch=batch_size,
+                tokenizer=tokenizer,
+            )
+
+        values, fixed = plain_values(input_values) or {}, plain_values(fixed_inputs) or {}
+        return job.run(given, values, fixed, ANCHORS if anchors else (), seed, samples)
+
+
+class _Job:
+    """One analysis: the state that its steps share."""
+
+    def __init__(
+        self,
+        source: Path,
+        structures: tuple[str, ...],
+        sparsities: tuple[float, ...],
+        selection: Selection,
+        threads: int,
+        min_speedup: float,
+        work: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self.source, self.structures, self.sparsities = source, structures, sparsities
+        self.selection, self.threads, self.min_speedup = selection, threads, min_speedup
+        self.work, self.clock = work, StageClock(say)
+        self.say = self.clock.say
+        self.disturbed = False
+        self.node_work: tuple[NodeWork, ...] = ()
+
+    def run(
+        self,
+        given: Mapping[str, tuple[int, ...]],
+        values: Mapping[str, Value],
+        fixed: Mapping[str, Value],
+        wanted: Sequence[float],
+        seed: int,
+        open_data: Callable[[Sequence[InputSpec]], Samples | None],
+    ) -> Analysis:
+        with self.clock("load"):
+            self.path = source_file(self.source, self.work)
+            original = model_io.load_model(self.path)
+            if (opset := original.meta.get(CONVERTED_FROM)) is not None:
+                self.say(conversion_note(opset))
+            self.nbytes = model_io.file_bytes(self.path, original)
+            self.budget = session_budget(model_io.weight_bytes(original))
+            specs = inputs.input_specs(original, values, fixed)
+            steered = original.clone()
+            fix_inputs(steered, specs)
+            samples = open_data(specs)
+            first = [] if samples is None else [next(iter(samples))]
+            self.choice = choose_inputs(steered, specs, given, first)
+            self.feeds = self.choice.feeds(seed)
+        for line in self.choice.notes("to measure for another"):
+            self.say(f"note: {line}")
+        with model_io.Spool(self.work) as spool:
+            context = PassContext(spool.put)
+            with self.clock("clean up"):
+                cleaned = steered.clone()
+                Pipeline(PREPARATION_PASSES)(cleaned, context)
+                fused = cleaned.clone()
+                changed = Pipeline(FUSION_PASSES)(fused, context).modified or bool(fixed)
+                candidates, declined = find_candidates(fused)
+                _, left = choose_weights(fused, self.selection, MaskStructure())
+                self.reasons = {candidate.weight.name: "" for candidate in candidates} | dict(left)
+            with self.clock("run dense"):
+                known = find_candidates(cleaned)[0]
+                values, dense_ms = self.run_dense(cleaned, known)
+            kinds = self.kinds(candidates, values)
+            self.say(f"note: this takes about {format_duration(self.seconds(kinds, dense_ms, wanted))}")
+            with self.clock("profile"):
+                profile = self.profile(cleaned, known)
+            with self.clock("time layers"):
+                curves = self.measure(fused, kinds)
+            forecast = self.forecast(candidates, values, curves, profile)
+            with self.clock("time whole models"):
+                forecast, anchors = self.fit(original, fused, forecast, wanted, changed, context)
+            if samples is not None:
+                with self.clock("losses"):
+                    forecast = self.with_losses(cleaned, forecast, samples)
+        if self.disturbed:
+            self.say(f"warning: {DISTURBED}")
+            times = dataclasses.replace(forecast.times, error=max(forecast.times.error, ROUGH))
+            forecast = dataclasses.replace(forecast, times=times)
+        return Analysis(
+            self.source.name,
+            environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
+            self.choice.shapes,
+            forecast,
+            profile,
+            tuple(anchors),
+            tuple((place.place, place.reason) for place in declined),
+            tuple(
+                untouched(
+                    self.node_work,
+                    {name for layer in forecast.layers for name in (layer.name, *layer.others)},
+                    {place.place: place.reason for place in declined},
+                )
+            ),
+            {stage["name"]: stage["seconds"] for stage in self.clock.stages},
+            tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
+            not self.disturbed,
+        )
+
+    def open(self, model: ir.Model, path: Path | None, *, library: bool) -> AbstractContextManager[Runner]:
+        return open_runner(
+            model,
+            threads=self.threads,
+            library=library,
+            budget=self.budget,
+            work=self.work,
+            path=path,
+            progress=self.say,
+        )
+
+    def run_dense(
+        self, model: ir.Model, candidates: Sequence[Candidate]
+    ) -> tuple[dict[str, tuple[int, ...]], float]:
+        """The shape of every layer's inputs by the name of the value, and the time of a run."""
+        names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
+        work = Work(model, {name: array.shape for name, array in self.feeds.items()})
+        names |= work.unknown()
+        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
+            with explaining_guesses([self.choice]):
+                values = shapes_in(runner.run(self.feeds))[1]
+            self.node_work = work.count(values)
+            return values, runner.milliseconds(self.feeds)
+
+    def kinds(self, candidates: Sequence[Candidate], values: Mapping[str, tuple[int, ...]]) -> _Kinds:
+        """One candidate and layer of every kind that has to be timed."""
+        kinds: _Kinds = {}
+        for candidate in candidates:
+            for layer in candidate.layers:
+                inputs = [values[value.name or ""] for value in layer.inputs]
+                kinds.setdefault(self.kind(candidate, layer, inputs), (candidate, layer, inputs))
+        return kinds
+
+    def kind(self, candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> str:
+        """Equal for layers with equal curves."""
+        zeros, reason = round(candidate.sparsity, 2), self.reasons[candidate.weight.name]
+        return json.dumps([layer_kind(layer, shapes), candidate.companion, zeros, reason], sort_keys=True)
+
+    def seconds(self, kinds: _Kinds, dense_ms: float, wanted: Sequence[float]) -> float:
+        """A guess at how long the rest takes."""
+        points = sum(
+            1
+            if self.reasons[candidate.weight.name]
+            else count_points(candidate.weight, self.sparsities, self.structures)
+            for candidate, _, _ in kinds.values()
+        )
+        run = dense_ms / 1e3
+        layers = (points + len(kinds)) * (_POINT_SECONDS + _POINT_RUNS * run / max(len(kinds), 1) / 2)
+        whole = (1 + len(wanted)) * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
+        return layers + whole
+
+    def profile(self, model: ir.Model, candidates: Sequence[Candidate]) -> NodeProfile | None:
+        """Of a model that one session can hold."""
+        if model_io.weight_bytes(model) > self.budget:
+            self.say("note: too large for one session: no profile, and no model is timed as a whole")
+            return None
+        nodes = {c.weight.name: [node for layer in c.layers for node in layer.nodes] for c in candidates}
+        return profile_model(model, nodes, self.feeds, threads=self.threads, work=self.work)
+
+    def measure(self, model: ir.Model, kinds: _Kinds) -> dict[str, LayerCurves]:
+        told = Progress(self.say, "kinds of layers", len(kinds), interval=0)
+        curves = {}
+        for kind, (candidate, layer, shapes) in kinds.items():
+            curves[kind] = measure_curves(
+                model,
+                candidate,
+                layer,
+                shapes,
+                sparsities=self.sparsities,
+                structures=self.structures,
+                prunable=not self.reasons[candidate.weight.name],
+                threads=self.threads,
+                work=self.work,
+            )
+            self.disturbed |= not curves[kind].quiet
+            told.step()
+        return curves
+
+    def forecast(
+        self,
+        candidates: Sequence[Candidate],
+        values: Mapping[str, tuple[int, ...]],
+        curves: Mapping[str, LayerCurves],
+        profile: NodeProfile | None,
+    ) -> Forecast:
+        """All but the time and the size of the whole."""
+        places = {kind: place for place, kind in enumerate(curves)}
+        layers = []
+        for candidate in candidates:
+            weight = candidate.weight
+            shapes = [[values[v.name or ""] for v in layer.inputs] for layer in candidate.layers]
+            kinds = [
+                self.kind(candidate, layer, given)
+                for layer, given in zip(candidate.layers, shapes, strict=True)
+            ]
+            measured = combine([curves[kind] for kind in kinds])
+            layers.append(
+                LayerForecast(
+                    name=weight.name,
+                    module=weight.module,
+                    op_type=weight.nodes[0].op_type,
+                    kind=candidate.lowering.kind,
+                    shape=candidate.shape,
+                    rows=sum(
+                        layer.products(given[0])
+                        for layer, given in zip(candidate.layers, shapes, strict=True)
+                    ),
+                    sparsity=candidate.sparsity,
+                    reason=self.reasons[weight.name],
+                    companion=candidate.companion,
+                    block=candidate.layers[0].block,
+                    packed_bytes=sum(part.pack().nbytes for part in candidate.parts)
+                    if _has_zeros(candidate)
+                    else 0,
+                    key=places[kinds[0]],
+                    dense_ms=measured.dense_ms,
+                    share=None if profile is None else profile.share(weight.name),
+                    curves=measured.curves,
+                    others=candidate.names[1:],
+                )
+            )
+            for part in candidate.parts:
+                part.weight.release()
+        rest = self.nbytes - sum(layer.nbytes for layer in layers)
+        sums = sum(layer.dense_ms for layer in layers)
+        times = TimeModel(0.0, 1.0, 1.0, (0.0,), (1.0,), 0.0)
+        return Forecast(
+            tuple(layers), self.structures, times, sums, self.nbytes, max(0, rest), self.min_speedup, ()
+        )
+
+    def fit(
+        self,
+        original: ir.Model,
+        fused: ir.Model,
+        forecast: Forecast,
+        wanted: Sequence[float],
+        changed: bool,
+        context: PassContext,
+    ) -> tuple[Forecast, list[tuple[float | None, Anchor]]]:
+        """Compile and time models as a whole. ``changed`` says whether ``fused`` differs from the original without any
+        zeros."""
+        plans: list[tuple[float | None, Plan]] = [(share, forecast.uniform(share)) for share in wanted]
+        plans = [(share, plan) for share, plan in plans if forecast.decide(plan)[1]]
+        if changed:
+            plans.insert(0, (None, {}))
+        timed: list[tuple[float | None, Sums, Ratio]] = []
+        rest = forecast.rest_bytes
+        told = Progress(self.say, "models", len(plans), interval=0)
+        with self.open(original, self.path, library=False) as dense:
+            whole = dense.whole
+            first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
+        for share, plan in plans if whole else ():
+            choices, sparse = forecast.decide(plan)
+            path = self.compile(fused, share, sparse, context)
+            found = self.time_whole(original, fused, path)
+            timed.append((share, forecast.sums(choices, sparse), found))
+            kept = sum(forecast.layer_bytes(layer.name, choices[layer.name]) for layer in forecast.layers)
+            rest = sum(file.stat().st_size for file in path.parent.iterdir()) - kept
+            told.step()
+        self.disturbed |= any(not found.quiet for _, _, found in timed)
+        dense_ms = statistics.median([found.first_ms for _, _, found in timed] or first)
+        anchors = [
+            (share, Anchor(sums, dense_ms / found.median, (found.high - found.low) / 2 / found.median))
+            for share, sums, found in timed
+        ]
+        if not changed or not whole:
+            anchors.insert(0, (None, Anchor(forecast.sums(*forecast.decide({})), dense_ms, 0.0)))
+        fitted = dataclasses.replace(
+            forecast,
+            times=fit([anchor for _, anchor in anchors]),
+            dense_ms=dense_ms,
+            rest_bytes=rest,
+            anchored=(UNSTRUCTURED,) if timed else (),
+        )
+        return fitted, anchors
+
+    def time_whole(self, original: ir.Model, fused: ir.Model, path: Path) -> Ratio:
+        """The original against the model at ``path``, made of ``fused``; again if other programs were in the way."""
+        found: list[Ratio] = []
+        while sum(ratio.quiet for ratio in found) < _WHOLE_STARTS and len(found) < _MOST_WHOLE_STARTS:
+            found += time_models(
+                [(original, self.path), (fused, path)],
+                [self.feeds],
+                threads=self.threads,
+                budget=self.budget,
+                work=self.work,
+                progress=self.say,
+            )
+        return pool([ratio for ratio in found if ratio.quiet][:_WHOLE_STARTS] or found)
+
+    def with_losses(self, model: ir.Model, forecast: Forecast, samples: Samples) -> Forecast:
+        """With what zeros in each layer that may be pruned do to the outputs."""
+        wanted = {layer.name for layer in forecast.layers if not layer.reason}
+        found = measure_losses(
+            model,
+            [weight for weight in find_weights(model)[0] if weight.name in wanted],
+            samples,
+            CalibrationOptions(threads=self.threads),
+            sparsities=self.sparsities,
+            structures=self.structures,
+            work=self.work,
+            progress=self.say,
+        )
+        layers = [dataclasses.replace(layer, loss=found.get(layer.name)) for layer in forecast.layers]
+        return dataclasses.replace(forecast, layers=tuple(layers))
+
+    def compile(
+        self, fused: ir.Model, share: float | None, sparse: Sequence[str], context: PassContext
+    ) -> Path:
+        """Write ``fused`` with this share of zeros in all its layers and the chosen ones sparse."""
+        pruned = fused.clone()
+        if share is not None:
+            Magnitude(sparsity=share, targets=self.selection.targets, ignore=self.selection.ignore)(
+                pruned, context
+            )
+        chosen = [c for c in find_candidates(pruned)[0] if c.weight.name in sparse]
+        lowered, _ = lower_layers(pruned, chosen, Packer(context), context)
+        folder = self.work / "whole"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return model_io.save_model(lowered, folder)
+
+
+_Kinds = dict[str, tuple[Candidate, Layer, list[tuple[int, ...]]]]
+
+
+def _has_zeros(candidate: Candidate) -> bool:
+    """Whether its size in sparse form may be asked for as it is."""
+    return candidate.companion or candidate.sparsity >= MIN_SPARSITY

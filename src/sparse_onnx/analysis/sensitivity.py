@@ -1,0 +1,217 @@
+"""What zeros in each layer do to the outputs of the whole model, on real inputs.
+
+Every layer is pruned alone, by Wanda, in one session of the whole model that takes the weights as inputs: the relative
+error of the model's outputs against that of the layer's own output is its *gain*. The layer's own error with other
+zeros is much cheaper, from the second moments of its input: with SparseGPT as the method, on some of its outputs, and
+for other patterns than unstructured in proportion to what Wanda loses with them. Their product is what the layer does
+to the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.data.inputs import Feeds, InputSpec, input_specs, sample_count
+from sparse_onnx.data.samples import Samples
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.calibration import Calibrator, Options
+from sparse_onnx.passes.calibration.skeleton import PartSession
+from sparse_onnx.passes.prune.allocation import error_curve
+from sparse_onnx.passes.solvers import InputStatistics, wanda_score
+from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity, structure_reason
+from sparse_onnx.progress import Progress
+from sparse_onnx.running.host import available_cores
+from sparse_onnx.running.outputs import tensor_outputs
+from sparse_onnx.verification.comparison import compare
+
+__all__ = ["Loss", "measure_losses"]
+
+_PROBE = 0.7
+"""Zeros with which the gain is measured: enough for an error well above rounding, where it still grows linearly."""
+
+_SAMPLES = 8
+_CHANNELS, _TOGETHER = 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Of one layer: ``errors`` by pattern, the relative errors of its own output at ``sparsities`` (N:M has one), and
+    ``gain``, the relative error of the model's worst output for a unit of it."""
+
+    gain: float
+    sparsities: Mapping[str, tuple[float, ...]]
+    errors: Mapping[str, tuple[float, ...]]
+
+    def error(self, sparsity: float, structure: str) -> float:
+        """Relative error of the model's outputs where only this layer has these zeros."""
+        known, errors = self.sparsities[structure], self.errors[structure]
+        # No error without zeros.
+        return self.gain * float(np.interp(sparsity, (0.0, *known), (0.0, *errors)))
+
+
+def measure_losses(
+    model: ir.Model,
+    weights: Sequence[Weight],
+    samples: Samples,
+    options: Options,
+    *,
+    sparsities: Sequence[float],
+    structures: Sequence[str],
+    work: Path,
+    progress: Callable[[str], None],
+) -> dict[str, Loss]:
+    """The loss of every weight of ``model`` that has statistics, by name.
+
+    Raises UsageError if ORT refuses the model or the samples do not fit it.
+    """
+    calibrator = Calibrator(model, weights, samples, options, work=work, progress=progress)
+    statistics = calibrator.oneshot()
+    batches = _first(samples, input_specs(model))
+    known = [weight for weight in weights if weight.name in statistics]
+    told = Progress(progress, "losses of layers", len(known))
+    losses = {}
+    with _Swapped(model, known, batches[0], options.threads or available_cores()) as whole:
+        reference = [whole.run(feeds, {}) for feeds in batches]
+        for weight in known:
+            groups = statistics[weight.name]
+            W = np.asarray(weight.matrix(), np.float32)
+            probe = _wanda(W, groups, MaskStructure(), _PROBE)
+            own = _own_error(W, probe, groups)
+            found = compare(
+                reference, [whole.run(feeds, {weight.name: weight.stored(probe)}) for feeds in batches]
+            )
+            gain = found.relative_error / own if own and math.isfinite(found.relative_error) else 0.0
+            losses[weight.name] = _loss(W, groups[0], len(groups), gain, sparsities, structures)
+            del W, probe
+            weight.release()
+            told.step()
+    return losses
+
+
+def _first(samples: Samples, specs: Sequence[InputSpec]) -> list[Feeds]:
+    """The first batches with some samples in all."""
+    batches: list[Feeds] = []
+    for feeds in samples:
+        batches.append(feeds)
+        if sum(sample_count(batch, specs) for batch in batches) >= _SAMPLES:
+            break
+    return batches
+
+
+class _Swapped:
+    """One session of ``model`` in which the ``weights`` are inputs, so that others can take their place."""
+
+    def __init__(self, model: ir.Model, weights: Sequence[Weight], example: Feeds, threads: int) -> None:
+        copy = model.clone()
+        self._weights = weights
+        for weight in weights:
+            value = copy.graph.initializers.pop(weight.name)
+            value.const_value = None
+            copy.graph.inputs.append(value)
+        own = {weight.name: weight.tensor.numpy() for weight in weights}
+        wanted = {
+            value.name or "" for value in copy.graph.inputs if value.name not in copy.graph.initializers
+        }
+        inputs = [name for name in (*example, *own) if name in wanted]
+        outputs = list(tensor_outputs(copy))
+        self._own = own
+        self._session = PartSession(copy, inputs, outputs, {**example, **own}, threads=threads)
+
+    def run(self, feeds: Feeds, others: Feeds) -> Feeds:
+        """The outputs with ``others`` in place of the weights of these names."""
+        return self._session.run({**feeds, **self._own, **others})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+        self._own = {}
+        for weight in self._weights:
+            weight.release()
+
+
+def _wanda(
+    W: np.ndarray, groups: Sequence[InputStatistics], structure: MaskStructure, sparsity: float | None
+) -> np.ndarray:
+    """W [K, N] pruned by |w| · ‖x‖, each group of outputs by its own inputs."""
+    width = W.shape[1] // len(groups)
+    score = np.concatenate(
+        [
+            wanda_score(W[:, index * width : (index + 1) * width], group.diagonal)
+            for index, group in enumerate(groups)
+        ],
+        axis=1,
+    )
+    return np.where(keep_mask(score, sparsity, structure), W, np.float32(0))
+
+
+def _own_error(W: np.ndarray, pruned: np.ndarray, groups: Sequence[InputStatistics]) -> float:
+    """The root of the mean over output channels of ‖X(w − w′)‖² / ‖Xw‖², as in
+    :func:`sparse_onnx.passes.prune.allocation.error_curve`."""
+    width = W.shape[1] // len(groups)
+    shares = []
+    for index, group in enumerate(groups):
+        part = slice(index * width, (index + 1) * width)
+        energy, lost = _energy(W[:, part], group), _energy(W[:, part] - pruned[:, part], group)
+        shares.append(lost[energy > 0] / energy[energy > 0])
+    found = np.concatenate(shares)
+    return float(np.sqrt(found.mean())) if found.size else 0.0
+
+
+def _energy(W: np.ndarray, statistics: InputStatistics) -> np.ndarray:
+    """‖Xw‖² of every column of W [K, N]: [N], float64. Inputs whose products are not known count as independent."""
+    w, gram = W.astype(np.float64), statistics.gram
+    known = isinstance(gram, np.ndarray) and gram.ndim == 2
+    moved = gram @ w if known else statistics.diagonal[:, None] * w
+    return np.asarray(np.maximum(np.einsum("kn,kn->n", w, moved), 0))
+
+
+def _loss(
+    W: np.ndarray,
+    statistics: InputStatistics,
+    groups: int,
+    gain: float,
+    sparsities: Sequence[float],
+    structures: Sequence[str],
+) -> Loss:
+    """Of a layer with that ``gain``, judged by its first group."""
+    own = W[:, : W.shape[1] // groups]
+    shares = tuple(sparsities)
+    solved = np.sqrt(error_curve(own, statistics, np.array(shares)))
+    part = own[:, _some_columns(own.shape[1])]
+    plain = [
+        _own_error(part, _wanda(part, [statistics], MaskStructure(), share), [statistics]) for share in shares
+    ]
+    known: dict[str, tuple[float, ...]] = {}
+    errors: dict[str, tuple[float, ...]] = {}
+    for structure in map(MaskStructure.parse, structures):
+        if structure_reason((part.shape[0], part.shape[1]), structure) is not None:
+            continue
+        if structure.kind == "unstructured":
+            known[str(structure)], errors[str(structure)] = shares, tuple(map(float, solved))
+            continue
+        points = (resolve_sparsity(None, structure),) if structure.kind == "n:m" else shares
+        found = []
+        for share in points:
+            given = None if structure.kind == "n:m" else share
+            lost = _own_error(part, _wanda(part, [statistics], structure, given), [statistics])
+            worse = lost / max(float(np.interp(share, shares, plain)), 1e-12)
+            found.append(min(1.0, worse * float(np.interp(share, shares, solved))))
+        known[str(structure)], errors[str(structure)] = points, tuple(found)
+    return Loss(gain, known, errors)
+
+
+def _some_columns(count: int) -> np.ndarray:
+    """Up to 64 of ``count`` output channels in runs of 8, so that blocks stay whole: their places."""
+    if count <= _CHANNELS:
+        return np.arange(count)
+    starts = np.linspace(0, (count - _TOGETHER) // _TOGETHER, _CHANNELS // _TOGETHER).astype(int) * _TOGETHER
+    return (starts[:, None] + np.arange(_TOGETHER)).reshape(-1)

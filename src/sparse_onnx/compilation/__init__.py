@@ -1,0 +1,1 @@
+"""One compilation: recipe, steps, decisions about the whole, rows of the report."""

@@ -1,0 +1,189 @@
+"""What a compilation puts into its report; :mod:`sparse_onnx.report.schema` describes every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model import model_io
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
+from sparse_onnx.model.work import NodeWork, sparse_share, untouched
+from sparse_onnx.passes.base import Declined
+from sparse_onnx.progress import Progress
+from sparse_onnx.report.environment import write_json
+from sparse_onnx.timing.choose import Decision
+from sparse_onnx.timing.layers import kernel_of
+from sparse_onnx.timing.rounds import Ratio
+from sparse_onnx.verification.metrics import MetricResult
+
+__all__ = ["kernel_names", "layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
+
+
+def summary(
+    layers: Sequence[Mapping[str, Any]],
+    work: Sequence[NodeWork],
+    timing: Ratio | None,
+    nbytes: int,
+    size: int | None,
+    loss: Mapping[str, Any],
+    metric: MetricResult | None,
+) -> dict[str, Any]:
+    """The ``summary`` of a report. ``layers`` are its rows, ``work`` is that of all operators, ``timing`` that of the
+    whole model, ``nbytes`` and ``size`` are bytes before and after, ``loss`` is the difference from the original's
+    outputs."""
+    weights = sum(math.prod(row["shape"]) for row in layers)
+    zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
+    sparse = {row["name"] for row in layers if row["decision"] == "sparse"}
+    return {
+        **times(timing),
+        "bytes_before": nbytes,
+        "bytes_after": size,
+        "sparsity": zeros / weights if weights else 0.0,
+        "sparse_flops_fraction": sparse_share(work, sparse),
+        "relative_error": loss.get("relative_error"),
+        "cosine": loss.get("cosine"),
+        "metric": None if metric is None else metric.to_dict(),
+    }
+
+
+def untouched_rows(
+    layers: Sequence[Mapping[str, Any]], work: Sequence[NodeWork], declined: Sequence[Declined]
+) -> list[dict[str, Any]]:
+    """The ``untouched`` of a report: what is no layer, by operator and reason. ``declined`` has reasons by place."""
+    reasons = {place.place: place.reason for place in declined}
+    return [dataclasses.asdict(row) for row in untouched(work, {row["name"] for row in layers}, reasons)]
+
+
+def layer_rows(
+    decisions: Sequence[Decision],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    before: Mapping[str, ir.TensorProtocol | None],
+    errors: Mapping[str, float | None],
+    held_out_errors: Mapping[str, float],
+    kernels: Mapping[str, str],
+    progress: Callable[[str], None] = lambda _line: None,
+) -> list[dict[str, Any]]:
+    """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
+    weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs, ``kernels``
+    see :func:`kernel_names`."""
+    rows = []
+    steps = Progress(progress, "layer", len(decisions))
+    for decision in decisions:
+        candidate = decision.candidate
+        for part, (zeros, non_finite) in zip(candidate.parts, candidate.counts, strict=True):
+            weight = part.weight
+            original = before.get(weight.name)
+            first = weight is candidate.weight  # the node is timed as a whole
+            row = {
+                "name": weight.name,
+                "module": weight.module,
+                "op_type": weight.nodes[0].op_type,
+                "shape": list(weight.shape),
+                "rows": None
+                if shapes is None
+                else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
+                "activations": sorted({layer.activation for layer in candidate.layers}),
+                "sparsity": zeros / weight.tensor.size,
+                "non_finite": non_finite,
+                "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
+                "decision": "sparse" if decision.sparse else "dense",
+                "reason": decision.reason,
+                "kernel": kernels.get(weight.name, "sparse") if decision.sparse else "dense",
+                "dense_ms": decision.dense_ms if first else None,
+                "sparse_ms": decision.sparse_ms if first else None,
+                "speedup_low": decision.low if first else None,
+                "speedup_high": decision.high if first else None,
+                "close": decision.close,
+                "cached": decision.cached,
+                "quiet": decision.quiet,
+                "output_error": errors.get(weight.name),
+                "output_error_held_out": held_out_errors.get(weight.name),
+                "relative_error": 0.0
+                if original is weight.tensor
+                else _weight_error(original, weight.tensor),
+            }
+            rows.append(row)
+        steps.step()
+    return rows
+
+
+def kernel_names(
+    model: ir.Model, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The kernels that a session here computes the sparse layers of ``model`` with, by the name of the layer's weight;
+    ``shapes`` are those of the layers' inputs."""
+    known = [name for decision in decisions if decision.sparse for name in decision.candidate.names]
+    found: dict[str, str] = {}
+    for node in sparse_nodes(model):
+        x = node.inputs[0]
+        if x is not None and x.name and x.name in shapes:
+            kernel = kernel_of(node, shapes[x.name])
+            found |= {name: kernel for weight in stored_weights(node) for name in _parts(weight.name, known)}
+    return found
+
+
+def _parts(name: str, known: Sequence[str]) -> list[str]:
+    """The weights in ``known`` that a stored weight of that name was made of, see
+    :func:`sparse_onnx.model.own_operators.joined`."""
+    if name in known:
+        return [name]
+    first, *others = name.split("+")
+    start = max(first.rfind("."), first.rfind("/")) + 1
+    return [part for part in known if part == first or any(part == first[:start] + other for other in others)]
+
+
+def times(timing: Ratio | None) -> dict[str, float | None]:
+    """The times of a whole model as a report has them; None where it was not timed."""
+    return {
+        "dense_ms": timing.first_ms if timing else None,
+        "optimized_ms": timing.second_ms if timing else None,
+        "speedup": timing.median if timing else None,
+        "speedup_low": timing.low if timing else None,
+        "speedup_high": timing.high if timing else None,
+    }
+
+
+def target_rows(
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
+    weights: Sequence[float] | None,
+    timings: Sequence[Ratio],
+) -> list[dict[str, Any]]:
+    """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed."""
+    untold = [None] * len(targets)
+    return [
+        {
+            "input_shapes": {name: list(shape) for name, shape in shapes.items()},
+            "weight": weight,
+            **times(timing),
+            "quiet": timing.quiet if timing else None,
+        }
+        for shapes, weight, timing in zip(targets, weights or untold, timings or untold, strict=True)
+    ]
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.html."""
+    from sparse_onnx.report.html import write_html
+
+    write_json(report, folder / "report.json")
+    write_html(report, folder / "report.html")
+
+
+def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
+    """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
+    if original is None or original.shape != pruned.shape:  # structured pruning took a part of it away
+        return None
+    before, after = np.array(original.numpy(), np.float64), np.array(pruned.numpy(), np.float64)
+    norm = float(np.linalg.norm(before))
+    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    del before, after
+    for tensor in (original, pruned):
+        model_io.release_mapping(tensor)
+    return error if math.isfinite(error) else None

@@ -1,0 +1,154 @@
+"""What pruning would gain nothing from: known before a single weight is changed.
+
+A weight that no sparse kernel can take stays dense whatever its zeros (float16, inside an If or a Loop, a shape that
+the kernels do not have), and so does one whose sparse form is slower at the share of zeros that it would get. Their
+zeros would cost accuracy and buy neither time nor bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from sparse_onnx.model.weights import Selection, Weight, find_weights
+from sparse_onnx.passes.base import Pass, Stage
+from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.lower.lowering import Candidate
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
+from sparse_onnx.passes.prune.oneshot import OneShot
+from sparse_onnx.passes.prune.pruning import PruningPass
+from sparse_onnx.passes.solvers.masks import MaskStructure
+from sparse_onnx.progress import Progress
+from sparse_onnx.timing.choose import Bench, expected_times, overall
+from sparse_onnx.timing.curves import LayerCurves, measure_curves
+from sparse_onnx.timing.table import TimingTable
+
+__all__ = [
+    "NO_KERNEL",
+    "CurvesOf",
+    "below_break_even",
+    "measured_curves",
+    "prunes",
+    "tabulated_curves",
+    "without_kernel",
+]
+
+NO_KERNEL = "not pruned: no sparse kernel could take it"
+
+CurvesOf = Callable[[Candidate, Layer, Sequence[tuple[int, ...]], float, str], LayerCurves | None]
+"""How fast one layer of a candidate is with inputs of these shapes, a share of zeros and a pattern; None: not known."""
+
+
+def prunes(modifiers: Iterable[Pass]) -> bool:
+    """Whether any of these passes makes zeros."""
+    return any(modifier.stage is Stage.PRUNE for modifier in modifiers)
+
+
+def without_kernel(model: ir.Model) -> dict[str, str]:
+    """The weights that pruning could take and no kernel could, by name, with the reason."""
+    candidates, declined = find_candidates(model)
+    takable = {id(part.weight.value) for candidate in candidates for part in candidate.parts}
+    why = {place.place: place.reason for place in declined}
+    return {
+        weight.name: f"{NO_KERNEL} ({why.get(weight.name, 'no lowering does')})"
+        for weight in find_weights(model)[0]
+        if id(weight.value) not in takable
+    }
+
+
+def below_break_even(
+    model: ir.Model,
+    modifiers: Iterable[Pass],
+    targets: Sequence[Mapping[str, tuple[int, ...]]],
+    curves_of: CurvesOf,
+    *,
+    weights: Sequence[float] | None,
+    min_speedup: float,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> dict[str, str]:
+    """The weights whose sparse form would surely miss ``min_speedup`` with the zeros that ``modifiers`` give them, by
+    name, with the reason.
+
+    Surely: even the fastest repetition at the target that decides, or in the mean by ``weights``, is too slow.
+    ``targets`` has the shape of every layer's inputs by the name of the value. A weight whose share of zeros is not
+    known beforehand is not judged.
+    """
+    pruning = [modifier for modifier in modifiers if isinstance(modifier, PruningPass | OneShot)]
+    candidates, _ = find_candidates(model)
+    against: dict[str, str] = {}
+    steps = Progress(progress, "what can pay: layer", len(candidates))
+    for candidate in candidates:
+        steps.step()
+        asked = _asked(pruning, candidate.weight)
+        if asked is None or candidate.companion or candidate.sparsity >= asked[0]:
+            continue
+        share, structure = asked
+        zeros = f"{share:.1%} zeros"
+        if share < MIN_SPARSITY:
+            against |= dict.fromkeys(
+                candidate.names, f"not pruned: {zeros} are too few for any sparse kernel"
+            )
+            continue
+
+        def find(
+            layer: Layer,
+            shapes: Sequence[tuple[int, ...]],
+            candidate: Candidate = candidate,
+            asked: tuple[float, str] = asked,
+        ) -> LayerCurves | None:
+            return curves_of(candidate, layer, shapes, *asked)
+
+        times = expected_times(candidate, find, targets, share, structure)
+        if times is None:
+            continue
+        timing, _ = overall(times, weights)
+        if timing.quiet and timing.high < min_speedup:
+            reason = (
+                f"not pruned: with {zeros} its sparse form would be {timing.median:.2f}x dense "
+                f"(at most {timing.high:.2f}), below min_speedup {min_speedup}"
+            )
+            against |= dict.fromkeys(candidate.names, reason)
+    return against
+
+
+def _asked(modifiers: Sequence[PruningPass | OneShot], weight: Weight) -> tuple[float, str] | None:
+    """The zeros that ``weight`` will have, and their pattern; None if that is not known, or nothing prunes it."""
+    choosing = [m for m in modifiers if Selection(m.targets, m.ignore).reason_against(weight) is None]
+    shares = [modifier.expected_share for modifier in choosing]
+    if not choosing or None in shares:
+        return None
+    share, pattern = max(
+        zip(shares, (str(m.structure) for m in choosing), strict=True), key=lambda s: s[0] or 0
+    )
+    return share or 0.0, pattern
+
+
+def tabulated_curves(table: TimingTable) -> CurvesOf:
+    """Curves as ``table`` has them."""
+    return lambda _candidate, layer, shapes, _share, _structure: table.find(layer, shapes)
+
+
+def measured_curves(model: ir.Model, bench: Bench) -> CurvesOf:
+    """Curves of ``model``'s layers, pruned by magnitude for it, as measured here; equal layers are measured once."""
+    known: dict[str, LayerCurves] = {}
+
+    def curves_of(
+        candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]], share: float, structure: str
+    ) -> LayerCurves | None:
+        key = repr((layer_kind(layer, shapes), round(share, 2), structure))
+        if key not in known:
+            parsed = MaskStructure.parse(structure)
+            known[key] = measure_curves(
+                model,
+                candidate,
+                layer,
+                shapes,
+                sparsities=() if parsed.kind == "n:m" else (share,),
+                structures=(structure,),
+                threads=bench.threads,
+                work=bench.work,
+            )
+        return known[key]
+
+    return curves_of

@@ -1,0 +1,1 @@
+"""What a model is run on: inputs, their sizes, samples, text, gradients."""

@@ -1,0 +1,240 @@
+"""Find the weights of linears, convolutions and recurrent layers, and the places to leave alone, with the reason.
+
+A *linear* is a ``MatMul(X, W)`` or ``Gemm(X, W, ...)`` whose second operand is a constant matrix. Passes see
+its weight as W [K, N]: K input channels (the axis that is summed over), N output channels. A *convolution* is a
+``Conv(X, W, ...)`` with a constant weight [N, C / group, window...]; W is then [K, N] with K = C / group · window.
+An ``LSTM(X, W, R, ...)`` or ``GRU`` has two weights [directions, gates · hidden, K]; both are seen as [K, N] with all
+gates of all directions side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.model.model_io import release_mapping
+from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+
+__all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "RECURRENT", "Selection", "Weight", "find_weights"]
+
+LINEARS = ("MatMul", "Gemm")
+CONVOLUTIONS = ("Conv",)
+RECURRENT = ("LSTM", "GRU")
+
+DEFAULT_IGNORE = ("re:.*lm_head.*",)
+"""The output head of a language model reacts badly to pruning and is left out by default, as the field does."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight matrix and all linears, all convolutions or all recurrent layers that use it.
+
+    ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB), as [N, ...], K
+    being the product of all axes but the first (Conv), or as [..., K], N being that of the first ``leading`` axes (LSTM
+    and GRU).
+    """
+
+    value: ir.Value
+    nodes: tuple[ir.Node, ...]
+    transposed: bool
+    leading: int = 1
+
+    @property
+    def name(self) -> str:
+        assert self.value.name is not None
+        return self.value.name
+
+    @property
+    def module(self) -> str:
+        return self.nodes[0].metadata_props.get(MODULE_KEY, "")
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        assert self.value.const_value is not None
+        return self.value.const_value
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        dims = self.tensor.shape.numpy()
+        rows, columns = math.prod(dims[: self.leading]), math.prod(dims[self.leading :])
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self) -> np.ndarray:
+        """W [K, N], a view of the stored tensor."""
+        stored = self.tensor.numpy()
+        return stored.reshape(self.shape[::-1]).T if self.transposed else stored
+
+    def is_finite(self) -> bool:
+        """Whether no element is NaN or Inf in float32."""
+        finite = bool(np.isfinite(np.asarray(self.matrix(), np.float32)).all())
+        self.release()
+        return finite
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """W [K, N] in the shape and order in which the tensor is stored."""
+        stored = np.ascontiguousarray(matrix.T if self.transposed else matrix)
+        return stored.reshape(self.tensor.shape.numpy())
+
+    def release(self) -> None:
+        """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
+
+        A mapping lives as long as the last array that was read from it.
+        """
+        release_mapping(self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which weights a pass may touch. An entry is a name (of node, initializer or module), an op type, or
+    ``re:`` and a regular expression that one of the names must match from the start."""
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    def __post_init__(self) -> None:
+        for entry in (*self.targets, *self.ignore):
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise UsageError(f"{entry!r} is not a regular expression: {error}") from error
+
+    def reason_against(self, weight: Weight) -> str | None:
+        """Why ``weight`` is not selected, or None if it is."""
+        if self.targets and not _matches(self.targets, weight):
+            return "not among targets"
+        if _matches(self.ignore, weight):
+            return "listed in ignore"
+        return None
+
+    def unmatched(self, weights: Iterable[Weight]) -> list[str]:
+        """Entries of ``targets`` that match no weight: most likely a typing error."""
+        known = list(weights)
+        return [entry for entry in self.targets if not any(_matches((entry,), weight) for weight in known)]
+
+
+def _matches(entries: Sequence[str], weight: Weight) -> bool:
+    names = {weight.name, weight.module}
+    for node in weight.nodes:
+        names |= {node.name or "", node.op_type}
+    names.discard("")
+    return any(
+        any(re.match(entry[3:], name) for name in names) if entry.startswith("re:") else entry in names
+        for entry in entries
+    )
+
+
+def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
+    """(stored transposed, "") if input ``index`` of ``node`` is the weight of a layer, else (None, reason)."""
+    if node.domain not in ("", "ai.onnx"):
+        return None, f"used by {node.domain}::{node.op_type}"
+    if node.op_type == "MatMul" and index == 1:
+        return False, ""
+    if node.op_type == "Gemm" and index == 1:
+        if node.attributes.get_int("transA", 0):
+            return None, "Gemm with transA"
+        return bool(node.attributes.get_int("transB", 0)), ""
+    if (node.op_type == "Conv" and index == 1) or (node.op_type in RECURRENT and index in (1, 2)):
+        return True, ""
+    if node.op_type == "MatMul":
+        return None, "the constant is the left operand of MatMul"
+    return None, f"also used by {node.op_type}"
+
+
+def _is_weight(node: ir.Node, index: int) -> bool:
+    """Whether a node of that kind may have a weight there."""
+    return index == 1 or (index == 2 and node.op_type in RECURRENT)
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()
+
+
+def _is_depthwise(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> bool:
+    """Whether each output channel sees one of several input channels."""
+    return tensor.shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes)
+
+
+def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise: bool) -> str | None:
+    """Why a weight of that shape must stay as it is, or None."""
+    if any(node.op_type in RECURRENT for node in nodes):
+        if len(nodes) > 1:
+            return "shared by an LSTM or GRU and others"
+        if len(tensor.shape) != 3:
+            return f"has rank {len(tensor.shape)}, not 3"
+    elif any(node.op_type == "Conv" for node in nodes):
+        if any(node.op_type != "Conv" for node in nodes):
+            return "shared by convolutions and linears"
+        if len(tensor.shape) < 3:
+            return f"has rank {len(tensor.shape)}, less than 3"
+        if not depthwise and _is_depthwise(tensor, nodes):
+            return "belongs to a depthwise convolution"  # nothing to gain, and too few weights to lose any
+    elif len(tensor.shape) != 2:
+        return f"has rank {len(tensor.shape)}, not 2"
+    return "is empty" if tensor.size == 0 else None
+
+
+def find_weights(
+    model: ir.Model,
+    op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS, *RECURRENT),
+    *,
+    depthwise: bool = False,
+) -> tuple[list[Weight], list[tuple[str, str]]]:
+    """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
+
+    Left alone: weights that a caller may override (also a graph input), that are a graph output, that are no
+    float matrix or filters, that belong to a depthwise convolution (unless ``depthwise``), or that have a user
+    which is no such layer or sees the matrix the other way round (a tied embedding): a change would reach that
+    user too. Layers inside functions are left alone as well.
+    """
+    found: list[Weight] = []
+    declined: list[tuple[str, str]] = []
+    for value in _initializers(model):
+        uses = value.uses()
+        if not any(use.node.op_type in op_types and _is_weight(use.node, use.idx) for use in uses):
+            continue
+        name = value.name or "?"
+        tensor = value.const_value
+        if value.is_graph_input():
+            declined.append((name, "is also a graph input, so a caller may replace it"))
+        elif value.is_graph_output():
+            declined.append((name, "is also a graph output"))
+        elif tensor is None or tensor.dtype not in _FLOATS:
+            declined.append(
+                (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
+            )
+        elif reason := _shape_reason(
+            tensor, [use.node for use in uses if _is_weight(use.node, use.idx)], depthwise
+        ):
+            declined.append((name, reason))
+        else:
+            kinds = [_weight_input(use.node, use.idx) for use in uses]
+            reasons = sorted({reason for stored, reason in kinds if stored is None})
+            if reasons:
+                declined.append((name, "; ".join(reasons)))
+            elif len({stored for stored, _ in kinds}) > 1:
+                declined.append((name, "shared by linears that see it transposed and not"))
+            else:
+                nodes = tuple(use.node for use in uses)
+                leading = 2 if nodes[0].op_type in RECURRENT else 1
+                found.append(Weight(value, nodes, bool(kinds[0][0]), leading))
+    for function in model.functions.values():
+        layers = Counter(node.op_type for node in function.all_nodes() if node.op_type in op_types)
+        if layers and function.domain != DOMAIN:  # the bodies of our own operators are no layers
+            what = ", ".join(f"{count} {op_type}" for op_type, count in layers.items())
+            declined.append((f"{function.domain}::{function.name}", f"{what} inside a function"))
+    order = {id(node): index for index, node in enumerate(model.graph.all_nodes())}
+    found.sort(key=lambda weight: min(order.get(id(node), len(order)) for node in weight.nodes))
+    return found, declined

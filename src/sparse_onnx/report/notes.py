@@ -1,0 +1,32 @@
+"""What a report has to say of how the model was read and run, where that is out of the ordinary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_onnx.model.check import MIN_OPSET
+
+__all__ = ["run_notes"]
+
+
+def run_notes(report: Mapping[str, Any]) -> list[str]:
+    """Sentences for a reader of ``report``, the content of ``report.json``."""
+    notes = []
+    if (opset := report.get("converted_from_opset")) is not None:
+        notes.append(
+            f"The model's file is of opset {opset}: it was converted to {MIN_OPSET} inside, and so is the result."
+        )
+    verification = report["verification"]
+    if others := verification.get("left_out"):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in others.items())
+        notes.append(f"Outputs that are no tensors were not compared: {listed}.")
+    if levels := verification.get("optimization_levels"):
+        low = ", ".join(
+            f"{way.replace('_', ' ')}: {level}" for way, level in levels.items() if level != "all"
+        )
+        notes.append(
+            "ONNX Runtime's own optimizations break this model, so it ran with fewer "
+            f"(graph_optimization_level; {low}). Run it so, too."
+        )
+    return notes

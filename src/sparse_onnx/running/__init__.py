@@ -1,0 +1,1 @@
+"""Running models: sessions, recordings, the machine that they run on."""

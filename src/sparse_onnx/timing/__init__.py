@@ -1,0 +1,1 @@
+"""How long models, layers and nodes take; which layers become sparse."""

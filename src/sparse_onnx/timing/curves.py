@@ -1,0 +1,218 @@
+"""How fast each layer would be with zeros that it does not have yet: measured at a few sparsities, read off between.
+
+A layer is cut out of the dense model, pruned by magnitude to every sparsity and pattern in question, lowered with the
+real kernels, and all of these are timed in turn with the dense layer, at the shape that it has in the model. Layers
+that differ in nothing that matters to a kernel are measured once.
+
+Between the measured sparsities the time *relative to dense* is read off straight lines. It cannot rise with the
+sparsity, so where noise says it does, neighbours are averaged first (isotonic regression). Below the first point the
+first line is continued, beyond the last one nothing more is gained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.lowering import Candidate, Packer
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.solvers.masks import MaskStructure, structure_reason
+from sparse_onnx.running.machine_load import OtherLoad
+from sparse_onnx.timing.layers import cut_layer, time_together
+from sparse_onnx.timing.rounds import Ratio, pool, ratio
+
+__all__ = [
+    "SPARSITIES",
+    "STRUCTURES",
+    "UNSTRUCTURED",
+    "Curve",
+    "LayerCurves",
+    "combine",
+    "count_points",
+    "measure_curves",
+]
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+"""Where a curve is measured by default."""
+
+STRUCTURES = ("unstructured", "2:4", "1:4", "1:8", "block:4x1", "block:8x1")
+"""The patterns that are measured by default."""
+
+UNSTRUCTURED = "unstructured"
+
+_STARTS, _MOST_STARTS, _ROUNDS = 3, 5, 5
+"""What memory and threads a session happens to get shifts all its times: so sessions are made anew, and more often
+while other programs are in the way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Times of one layer with one pattern. ``sparsities`` rise; ``times`` are those of the sparse layer, in units of
+    the dense one's, between ``low`` and ``high``, the range that repetitions scatter in. N:M has a single point.
+
+    All arrays have one entry a point.
+    """
+
+    sparsities: tuple[float, ...]
+    times: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def time(self, sparsity: float) -> float:
+        """Time at ``sparsity``, dense = 1."""
+        return _read_off(self.sparsities, self.times, sparsity)
+
+    def spread(self, sparsity: float) -> tuple[float, float]:
+        """What repetitions of :meth:`time` scatter in."""
+        return tuple(_read_off(self.sparsities, side, sparsity) for side in (self.low, self.high))  # type: ignore[return-value]
+
+    def break_even(self, min_speedup: float) -> float | None:
+        """The least sparsity from which on the layer is ``min_speedup`` times as fast as dense, up to the last point;
+        None if it never is."""
+        limit, times = 1 / min_speedup, _falling(self.times)
+        if times[-1] > limit:
+            return None
+        if times[0] <= limit:
+            if len(times) == 1 or times[0] == times[1]:
+                return self.sparsities[0]
+            step = (times[0] - times[1]) / (self.sparsities[1] - self.sparsities[0])
+            return float(max(0.0, self.sparsities[0] - (limit - times[0]) / step))
+        # Times fall, np.interp wants them to rise.
+        return float(np.interp(-limit, -times, self.sparsities))
+
+
+def _falling(times: Sequence[float]) -> np.ndarray:
+    """The non-increasing sequence nearest to ``times`` in squares: neighbours that rise become their mean."""
+    groups: list[tuple[float, int]] = []
+    for value in times:
+        mean, count = value, 1
+        while groups and groups[-1][0] < mean:
+            before, size = groups.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        groups.append((mean, count))
+    return np.repeat([mean for mean, _ in groups], [count for _, count in groups])
+
+
+def _read_off(sparsities: Sequence[float], times: Sequence[float], at: float) -> float:
+    smooth = _falling(times)
+    if at < sparsities[0] and len(sparsities) > 1:
+        slope = (smooth[1] - smooth[0]) / (sparsities[1] - sparsities[0])
+        return float(smooth[0] + slope * (at - sparsities[0]))
+    return float(np.interp(at, sparsities, smooth))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCurves:
+    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight takes."""
+
+    dense_ms: float
+    curves: Mapping[str, Curve]
+    quiet: bool = dataclasses.field(default=True, compare=False)
+    """Whether no other program was in the way."""
+
+
+def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
+    """All layers that use one weight as one: sums of times. They must have been measured at the same points."""
+    total = sum(use.dense_ms for use in uses)
+    curves = {}
+    for structure, first in uses[0].curves.items():
+        sides = [
+            tuple(
+                sum(use.dense_ms * getattr(use.curves[structure], side)[point] for use in uses) / total
+                for point in range(len(first.sparsities))
+            )
+            for side in ("times", "low", "high")
+        ]
+        curves[structure] = Curve(first.sparsities, *sides)
+    return LayerCurves(total, curves)
+
+
+def count_points(weight: Weight, sparsities: Sequence[float], structures: Sequence[str]) -> int:
+    """How many points :func:`measure_curves` measures."""
+    return sum(1 for _ in _points(weight, sparsities, structures))
+
+
+def measure_curves(
+    model: ir.Model,
+    candidate: Candidate,
+    layer: Layer,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    sparsities: Sequence[float],
+    structures: Sequence[str],
+    prunable: bool = True,
+    threads: int,
+    work: Path,
+) -> LayerCurves:
+    """Time one layer of ``model``; see the module's docstring. Scratch files go to ``work``.
+
+    What can be lowered with the zeros that it has, has a point with these: a companion, and a layer that is not
+    ``prunable``, which has no other.
+    """
+    dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
+    weight = candidate.weight
+    models: dict[tuple[str, float], ir.Model] = {}
+    if candidate.companion or (not prunable and candidate.sparsity >= MIN_SPARSITY):
+        models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
+    if prunable:
+        for structure, sparsity in _points(weight, sparsities, structures):
+            pruned = dense.clone()
+            options = {"sparsity": sparsity, "mask_structure": structure}
+            done = Magnitude(**options, targets=candidate.names, ignore=())(pruned)  # type: ignore[arg-type]
+            # Zeros that were there before may make two points one.
+            models.setdefault((structure, float(done.statistics["sparsity"])), pruned)
+    for sparse in models.values():
+        candidate.lowering(layers=(weight.name,), packer=Packer(PassContext()))(sparse)
+    measured: list[list[Ratio]] = [[] for _ in models]
+    dense_ms: list[float] = []
+    quiet = 0
+    for _ in range(_MOST_STARTS):
+        load = OtherLoad()
+        dense_times, *others = time_together(
+            [dense, *models.values()],
+            [False, *(True for _ in models)],
+            feeds,
+            threads=threads,
+            work=work,
+            rounds=_ROUNDS,
+        )
+        spared = load.spared(threads)
+        dense_ms += dense_times
+        for found, times in zip(measured, others, strict=True):
+            found.append(ratio(times, dense_times, quiet=spared))
+        quiet += spared
+        if quiet >= _STARTS:
+            break
+    pooled = [pool(found) for found in measured]
+    curves: dict[str, Curve] = {}
+    for structure in dict.fromkeys(structure for structure, _ in models):
+        points = [
+            (sparsity, found)
+            for (kind, sparsity), found in zip(models, pooled, strict=True)
+            if kind == structure
+        ]
+        points.sort(key=lambda point: point[0])
+        curves[structure] = Curve(
+            tuple(sparsity for sparsity, _ in points),
+            tuple(found.median for _, found in points),
+            tuple(found.low for _, found in points),
+            tuple(found.high for _, found in points),
+        )
+    return LayerCurves(statistics.median(dense_ms), curves, quiet >= _STARTS)
+
+
+def _points(
+    weight: Weight, sparsities: Sequence[float], structures: Sequence[str]
+) -> Iterator[tuple[str, float | None]]:
+    for structure in map(MaskStructure.parse, structures):
+        if structure_reason(weight.shape, structure) is None:
+            for sparsity in (None,) if structure.kind == "n:m" else sparsities:
+                yield str(structure), sparsity

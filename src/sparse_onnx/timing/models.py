@@ -1,0 +1,48 @@
+"""Time whole models: the original against what was made of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.running.machine_load import OtherLoad
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.timing.rounds import Ratio, interleave, ratio
+
+__all__ = ["time_models"]
+
+_WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
+
+
+def time_models(
+    pair: Sequence[tuple[ir.Model, Path]],
+    feeds: Sequence[Feeds],
+    *,
+    threads: int,
+    budget: int,
+    work: Path,
+    progress: Callable[[str], None],
+) -> list[Ratio]:
+    """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``."""
+    (original, source), (compiled, written) = pair
+    options: dict[str, Any] = {"threads": threads, "budget": budget, "work": work, "progress": progress}
+    with (
+        open_runner(original, path=source, library=False, **options) as dense,
+        open_runner(compiled, path=written, library=True, **options) as sparse,
+    ):
+        runs = [
+            functools.partial(runner.milliseconds, values) for values in feeds for runner in (dense, sparse)
+        ]
+        load = OtherLoad()
+        if dense.whole and sparse.whole:
+            seconds = _WHOLE_SECONDS * len(feeds)
+            found = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=seconds, progress=progress)
+        else:
+            found = [[run()] for run in runs]
+    quiet = load.spared(threads)
+    return [ratio(first, second, quiet=quiet) for first, second in zip(found[::2], found[1::2], strict=True)]

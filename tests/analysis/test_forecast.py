@@ -1,0 +1,189 @@
+"""Speed, size and error of plans, from curves that are given: arithmetic, decisions, and bad plans."""
+
+import pytest
+
+from sparse_onnx.analysis.forecast import Forecast, LayerForecast
+from sparse_onnx.analysis.sensitivity import Loss
+from sparse_onnx.analysis.time_model import Anchor, Sums, fit
+from sparse_onnx.errors import UsageError
+from sparse_onnx.sparse_ops.sparse_matmul import expected_nbytes
+from sparse_onnx.timing.curves import Curve
+
+
+def curve(*times, sparsities=(0.5, 0.7, 0.9)):
+    return Curve(sparsities, times, times, times)
+
+
+FAST = {"unstructured": curve(0.8, 0.5, 0.2), "2:4": curve(0.7, sparsities=(0.5,))}
+SLOW = {"unstructured": curve(1.4, 1.1, 0.9)}
+
+
+def layer(name, curves, **changes):
+    values = {
+        "name": name,
+        "module": "",
+        "op_type": "MatMul",
+        "kind": "linear",
+        "shape": (64, 128),
+        "rows": 10,
+        "sparsity": 0.0,
+        "reason": "",
+        "companion": False,
+        "block": 64,
+        "packed_bytes": 0,
+        "key": 0,
+        "dense_ms": 10.0,
+        "share": None,
+        "curves": curves,
+        **changes,
+    }
+    return LayerForecast(**values)
+
+
+def forecast(*layers, rest=5.0, dense_ms=None, **changes):
+    """A model whose time is ``rest`` and the sum of its layers' times."""
+    total = sum(each.dense_ms for each in layers)
+    values = {
+        "layers": layers,
+        "structures": ("unstructured", "2:4"),
+        "times": fit([Anchor(Sums(total, 0.0, 0.0), rest + total, 0.0)]),
+        "dense_ms": rest + total if dense_ms is None else dense_ms,
+        "dense_bytes": 100_000,
+        "rest_bytes": 1000.0,
+        "min_speedup": 1.02,
+        "anchored": ("unstructured",),
+        **changes,
+    }
+    return Forecast(**values)
+
+
+def test_times_and_bytes_add_up():
+    model = forecast(layer("a", FAST), layer("b", SLOW), layer("c", FAST))
+    found = model.outlook(model.uniform(0.7))
+    assert found.sparse == ("a", "c")
+    assert found.milliseconds == pytest.approx(5 + 5 + 10 + 5)
+    assert found.speedup == pytest.approx(35 / 25)
+    assert found.low < found.speedup < found.high
+    assert found.nbytes == pytest.approx(1000 + 4 * 64 * 128 + 2 * expected_nbytes(64, 128, 0.7))
+    assert model.layer_milliseconds("a", (0.7, "unstructured")) == pytest.approx(5)
+    assert model.layer_milliseconds("b", (0.7, "unstructured")) == pytest.approx(10)
+    assert model.layer_bytes("b", (0.9, "unstructured")) == pytest.approx(expected_nbytes(64, 128, 0.9))
+
+
+def test_plans_may_differ_by_layer_and_pattern():
+    model = forecast(layer("a", FAST), layer("b", FAST), layer("c", FAST))
+    found = model.outlook({"a": (0.9, "unstructured"), "b": (0.5, "2:4")})
+    assert found.milliseconds == pytest.approx(5 + 2 + 7 + 10)
+    assert found.sparse == ("a", "b")
+
+
+def test_nothing_changes_without_zeros():
+    model = forecast(layer("a", FAST), rest_bytes=500.0)
+    found = model.outlook({})
+    assert (found.speedup, found.low, found.high, found.sparse) == (1, 1, 1, ())
+    assert (found.nbytes, found.smaller) == (model.dense_bytes, 1), "the file is written as it was"
+    # Few zeros prune the layer but leave it dense.
+    assert model.outlook({"a": (0.2, "unstructured")}).sparse == ()
+
+
+def test_zeros_that_are_there_count():
+    model = forecast(layer("a", FAST, sparsity=0.7, packed_bytes=123), layer("b", FAST))
+    found = model.outlook({})
+    assert found.sparse == ("a",)
+    assert found.milliseconds == pytest.approx(5 + 5 + 10)
+    assert found.nbytes == 1000 + 123 + 4 * 64 * 128
+    assert model.outlook({"a": (0.5, "unstructured")}).milliseconds == pytest.approx(found.milliseconds)
+
+
+def test_layers_that_pruning_leaves_alone_are_in_no_uniform_plan():
+    model = forecast(layer("a", FAST), layer("b", FAST, reason="listed in ignore"), layer("c", SLOW))
+    assert model.uniform(0.7) == {"a": (0.7, "unstructured"), "c": (0.7, "unstructured")}
+    assert model.uniform(None, "2:4") == {"a": (0.5, "2:4")}  # c cannot have the pattern
+
+
+def test_companions_follow_the_layers_of_their_kind():
+    why = "belongs to a depthwise convolution"
+    beside = layer("d", {"unstructured": curve(0.5, sparsities=(0.0,))}, companion=True, reason=why)
+    model = forecast(layer("a", FAST), beside)
+    assert model.outlook(model.uniform(0.9)).sparse == ("a", "d")
+    assert model.outlook({}).sparse == ()
+    assert model.outlook({"d": (0.9, "unstructured")}).sparse == ()
+    other = forecast(layer("a", FAST), beside, layer("e", FAST, kind="convolution"))
+    assert other.outlook({"e": (0.9, "unstructured")}).sparse == ("e",)
+
+
+def test_a_companion_that_is_pruned_is_a_layer_like_others():
+    narrow = layer("n", {"unstructured": curve(0.9, 0.8, 0.4, sparsities=(0.0, 0.5, 0.9))}, companion=True)
+    model = forecast(narrow, layer("a", FAST))
+    assert model.outlook({"n": (0.5, "unstructured")}).sparse == ("n",)
+    assert model.outlook({}).sparse == ()
+    assert model.outlook({"a": (0.9, "unstructured")}).sparse == ("n", "a")  # with the zeros that it has
+
+
+def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():
+    anchors = [
+        Anchor(Sums(30, 0, 0), 20, 0),
+        Anchor(Sums(0, 21, 0.9), 22, 0),
+        Anchor(Sums(15, 10, 0.5), 21, 0),
+    ]
+    layers = [layer(name, FAST, dense_ms=ms) for name, ms in (("a", 5.0), ("b", 10.0), ("c", 15.0))]
+    model = forecast(*layers, times=fit(anchors), dense_ms=20.0)
+    found = model.outlook(model.uniform(0.5))
+    assert found.given_up[:2] == ("a", "b")
+    assert not set(found.given_up) & set(found.sparse)
+    assert found.speedup <= 1.05
+
+
+def test_patterns_that_no_anchor_has_are_less_sure():
+    model = forecast(layer("a", {name: curve(0.5, sparsities=(0.5,)) for name in FAST}))
+    first, second = model.outlook(model.uniform(0.5)), model.outlook(model.uniform(None, "2:4"))
+    assert first.speedup == pytest.approx(second.speedup)
+    assert second.high > first.high
+
+
+def test_errors_add_up_in_squares():
+    def loss(gain):
+        shares = (0.5, 0.9)
+        return Loss(
+            gain, {"unstructured": shares, "2:4": (0.5,)}, {"unstructured": (0.1, 0.5), "2:4": (0.2,)}
+        )
+
+    model = forecast(layer("a", FAST, loss=loss(0.3)), layer("b", FAST, loss=loss(0.4)))
+    found = model.outlook(model.uniform(0.5)).error
+    assert found == pytest.approx(2 / 3 * 0.05, rel=2e-3)
+    assert model.error({"a": (0.7, "unstructured")}) == pytest.approx(2 / 3 * 0.3 * 0.3, rel=5e-3)
+    assert model.error({"a": (0.5, "2:4")}) == pytest.approx(2 / 3 * 0.06, rel=2e-3)
+    assert model.error({}) == 0
+    huge = forecast(layer("a", FAST, loss=loss(1e3)))
+    assert huge.error({"a": (0.9, "unstructured")}) == pytest.approx(1, rel=1e-3)
+
+
+def test_no_error_is_made_up():
+    model = forecast(layer("a", FAST))
+    assert model.outlook(model.uniform(0.5)).error is None
+    assert model.outlook({}).error is None
+    left_alone = forecast(layer("a", FAST, reason="listed in ignore"))
+    assert left_alone.outlook(left_alone.uniform(0.5)).error is None
+    assert forecast().outlook({}).error is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"z": (0.5, "unstructured")}, "unknown layer"),
+        ({"a": (1.0, "unstructured")}, "below 1"),
+        ({"a": (0.7, "2:4")}, "implies sparsity 0.5"),
+        ({"a": (0.5, "block:4x1")}, "valid: 2:4, unstructured"),
+    ],
+)
+def test_bad_plans_say_what_is_wrong(plan, message):
+    with pytest.raises(UsageError, match=message):
+        forecast(layer("a", FAST)).outlook(plan)
+
+
+def test_uniform_plans_are_checked():
+    model = forecast(layer("a", FAST))
+    with pytest.raises(UsageError, match="needs a sparsity"):
+        model.uniform(None)
+    with pytest.raises(UsageError, match="was measured"):
+        model.uniform(0.5, "block:8x1")

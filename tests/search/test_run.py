@@ -1,0 +1,167 @@
+"""A whole search on a small model: what is written, what the report says, and that it can be interrupted."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import sparse_onnx
+from sparse_onnx.errors import UsageError
+from sparse_onnx.report.schema import check_report
+from sparse_onnx.search import run
+from sparse_onnx.search.driver import Search
+
+WIDTH, LAYERS = 384, 3
+SHAPES = {"X": (128, WIDTH)}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A chain of MatMul + bias + GELU layers; the last weight is named so that pruning leaves it alone."""
+    rng = np.random.default_rng(0)
+    steps, arrays, last = [], {}, "X"
+    for i in range(LAYERS):
+        name = "lm_head" if i == LAYERS - 1 else f"W{i}"
+        arrays[name] = (rng.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5).astype(np.float32)
+        arrays[f"b{i}"] = rng.standard_normal(WIDTH).astype(np.float32)
+        out = "Y" if i == LAYERS - 1 else f"g{i}"
+        steps.append(f"m{i} = MatMul({last}, {name}) a{i} = Add(m{i}, b{i}) {out} = Gelu(a{i})")
+        last = out
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        chain (float[batch, {WIDTH}] X) => (float[batch, {WIDTH}] Y) {{ {" ".join(steps)} }}"""
+    )
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    onnx.save(proto, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(
+        tmp_path / "data.npz", X=np.random.default_rng(1).standard_normal((48, WIDTH)).astype(np.float32)
+    )
+    return tmp_path / "data.npz"
+
+
+def _optimize(model, output, **options):
+    return sparse_onnx.optimize(
+        model, output, **{"method": "magnitude", "input_shapes": SHAPES, "threads": 1} | options
+    )
+
+
+def _faster(result):
+    """The exit code of a result that meets its goals: whatever else runs on the machine, what was measured decides."""
+    return 0 if result.report["summary"]["speedup_low"] > 1 else 5
+
+
+def _zeros(path):
+    loaded = onnx.load(path)
+    return sum(node.domain == "sparse_onnx" for node in loaded.graph.node)
+
+
+def test_a_search_writes_the_best_and_the_front(model, tmp_path):
+    result = _optimize(model, tmp_path / "out", max_drop=0.2, search_trials=6)
+    report = result.report
+    check_report(report)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert {path.name for path in result.folder.iterdir()} == {
+        "model.onnx", "model.onnx.data", "recipe.yaml", "report.json", "report.html",
+    }  # fmt: skip
+    search = report["search"]
+    assert search["evaluated"] <= 6
+    assert search["budget"] == {"target_speedup": None, "target_bytes": None, "max_drop": 0.2}
+    (chosen,) = (point for point in search["pareto"] if point["chosen"])
+    assert chosen["drop"] == pytest.approx(1 - report["summary"]["cosine"])
+    assert chosen["speedup"] == report["summary"]["speedup"]
+    assert result.exit_code == _faster(result)
+    assert chosen["drop"] <= 0.2
+    assert search["met"]
+    assert report["goal"]["met"]
+    assert report["source"] == "model.onnx"
+    assert _zeros(tmp_path / "out" / "model.onnx") == sum(r["decision"] == "sparse" for r in report["layers"])
+    (head,) = (row for row in report["layers"] if row["name"] == "lm_head")
+    assert head["sparsity"] == 0
+
+
+def test_the_written_recipe_makes_the_same_model(model, data, tmp_path):
+    found = _optimize(
+        model, tmp_path / "found", method="wanda", calibration_data=data, target_speedup=1.2, search_trials=3
+    )
+    again = sparse_onnx.optimize(model, tmp_path / "again", recipe=tmp_path / "found" / "recipe.yaml")
+    shares = [{row["name"]: row["sparsity"] for row in r.report["layers"]} for r in (found, again)]
+    assert shares[0] == shares[1]
+    assert found.report["search"]["pareto"]
+
+
+def test_goals_out_of_reach_are_exit_4_and_the_best_is_written(model, tmp_path):
+    result = _optimize(model, tmp_path / "out", target_speedup=50, max_drop=1e-4, search_trials=8)
+    assert result.exit_code == 4
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    reached = {gate["name"]: gate["met"] for gate in result.report["goal"]["gates"]}
+    assert reached["target_speedup"] is False
+    assert not result.report["search"]["met"]
+    drops = [point["drop"] for point in result.report["search"]["pareto"]]
+    assert max(drops) > 1e-4  # the front shows what the speed would cost
+
+
+def test_processes_find_what_one_finds(model, tmp_path):
+    pytest.importorskip("joblib")
+    result = _optimize(model, tmp_path / "out", target_size=0.5, search_trials=2, jobs=2)
+    assert result.report["summary"]["bytes_after"] <= 0.5 * result.report["summary"]["bytes_before"]
+    assert result.exit_code == _faster(result)
+
+
+def test_an_interrupted_search_goes_on(model, tmp_path, monkeypatch):
+    original, added = Search._add, []
+
+    def stop_after_two(self, trial, folder):
+        original(self, trial, folder)
+        added.append(trial)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+
+    options = {"max_drop": 0.05, "search_trials": 4, "checkpoint": tmp_path / "kept"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_add", stop_after_two)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            _optimize(model, tmp_path / "out", **options)
+    assert "to go on: finished trials are kept" in stopped.value.__notes__[0]
+    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    lines = []
+    monkeypatch.setattr(run, "analyze", lambda *_args, **_options: pytest.fail("planned again"))
+    result = _optimize(model, tmp_path / "out", progress=lines.append, **options)
+    assert "note: going on after 2 trials" in lines
+    assert result.report["search"]["evaluated"] <= 4
+    (tmp_path / "kept" / "letters.txt").write_text("dear")
+    with pytest.raises(UsageError, match="not of a search"):
+        _optimize(model, tmp_path / "other", **options)
+
+
+def test_a_choice_of_patterns(model, tmp_path):
+    result = _optimize(model, tmp_path / "out", mask_structure="2:4, 1:4", target_size=0.6, search_trials=2)
+    patterns = {row["mask_structure"] for row in result.report["layers"] if row["sparsity"]}
+    assert patterns <= {"2:4", "1:4"}
+    assert patterns
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "random", "target_speedup": 2}, "no share of zeros to search"),
+        ({"target_speedup": 2, "dry_run": True}, "a search measures"),
+        ({"target_speedup": 2, "benchmark": False}, "a search measures"),
+        ({"target_speedup": 2, "search_trials": 0}, "search_trials"),
+        ({"sparsity": 0.5, "jobs": 2}, "jobs is for a search"),
+        ({"target_speedup": 2, "mask_structure": "unstructured,3-4"}, "mask_structure"),
+        ({"target_speedup": 2, "targets": ["W9"]}, "W9"),
+        ({"target_speedup": 2, "ignore": ["re:.*"]}, "no layer of the model can be pruned"),
+    ],
+)
+def test_what_cannot_be_searched_for(model, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        _optimize(model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -1,1 +1,0 @@
-../../src/sparse_onnx/dense_reference.py

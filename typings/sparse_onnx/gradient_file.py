@@ -1,1 +1,0 @@
-../../src/sparse_onnx/gradient_file.py

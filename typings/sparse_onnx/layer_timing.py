@@ -1,1 +1,0 @@
-../../src/sparse_onnx/layer_timing.py

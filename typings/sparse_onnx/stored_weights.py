@@ -1,1 +1,0 @@
-../../src/sparse_onnx/stored_weights.py
