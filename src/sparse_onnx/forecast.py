@@ -298,9 +298,16 @@ class Forecast:
     def _milliseconds(self, choices: Mapping[str, Choice], sparse: Collection[str]) -> float:
         return self.times.milliseconds(self.sums(choices, sparse))
 
+    def _is_undecided(self, layer: LayerForecast, choice: Choice) -> bool:
+        """Whether its repetitions scatter around what it has to gain, so that ``optimize`` may find otherwise."""
+        if not layer.companion and choice[0] < MIN_SPARSITY:
+            return False
+        low, high = layer.curves[choice[1]].spread(choice[0])
+        return low * self.min_speedup <= 1 <= high * self.min_speedup
+
     def _error(self, choices: Mapping[str, Choice], sparse: Collection[str], ms: float) -> float:
-        """Relative error to expect: of the whole, and for patterns that no anchor has that of their curves (layers
-        measured together err together)."""
+        """Relative error to expect: of the whole, of layers that ``optimize`` may decide on otherwise, and for patterns
+        that no anchor has that of their curves. Layers measured together err together."""
         by_key: dict[int, float] = collections.defaultdict(float)
         for name in sparse:
             layer, (sparsity, structure) = self.by_name[name], choices[name]
@@ -308,4 +315,10 @@ class Forecast:
                 low, high = layer.curves[structure].spread(sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
-        return math.hypot(self.times.error, other)
+        undecided: dict[int, float] = collections.defaultdict(float)
+        for name, choice in choices.items():
+            layer = self.by_name[name]
+            if self._is_undecided(layer, choice):
+                changed = layer.dense_ms * (1 - self._time(layer, choice))
+                undecided[layer.key] += self.times.dense_factor * changed
+        return math.hypot(self.times.error, other, *(changed / ms for changed in undecided.values()))
