@@ -9,11 +9,11 @@ whole, and the three numbers are those that fit them best: least squares of the 
 scatter, the less they may say against what is expected beforehand: that both factors are nearly equal, since all layers
 were timed in the same minutes, and not far from 1.
 
-Sessions that are made anew differ, even of the same file: by 3 to 6 % where no other program runs, by more on a busy host.
-:func:`scatter` of repeated timings tells by how much here, and three things follow. What is left of the anchors' errors
-is corrected in proportion, between them by their share of zeros, but only the part of it that scatter does not explain.
-An anchor's own time is no better known than its repetitions allow. And a prediction is compared with another timing,
-which scatters as well: the expected error holds that, too.
+Sessions that are made anew differ, even of the same file: by 3 to 6 % on a virtual machine where no other program runs,
+by more where some do. :func:`scatter` of repeated timings tells by how much here, and three things follow. What is left
+of the anchors' errors is corrected in proportion, between them by their share of zeros, but only the part of it that
+scatter does not explain. An anchor's own time is no better known than its repetitions allow. And a prediction is
+compared with another timing, which scatters as well: the expected error holds that, too.
 """
 
 from __future__ import annotations
