@@ -243,7 +243,7 @@ class Forecast:
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the time of the whole, sparse or dense, whichever would be chosen; times of the whole
-        are sums of these and a constant, as long as nothing is given up."""
+        are sums of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
         if self._wins(layer, choice):
@@ -298,16 +298,9 @@ class Forecast:
     def _milliseconds(self, choices: Mapping[str, Choice], sparse: Collection[str]) -> float:
         return self.times.milliseconds(self.sums(choices, sparse))
 
-    def _is_undecided(self, layer: LayerForecast, choice: Choice) -> bool:
-        """Whether its repetitions scatter around what it has to gain, so that ``optimize`` may find otherwise."""
-        if not layer.companion and choice[0] < MIN_SPARSITY:
-            return False
-        low, high = layer.curves[choice[1]].spread(choice[0])
-        return low * self.min_speedup <= 1 <= high * self.min_speedup
-
     def _error(self, choices: Mapping[str, Choice], sparse: Collection[str], ms: float) -> float:
-        """Relative error to expect: of the whole, of layers that ``optimize`` may decide on otherwise, and for patterns
-        that no anchor has that of their curves. Layers measured together err together."""
+        """Relative error to expect: of the whole, beyond the anchors, and for patterns that no anchor has that of their
+        curves (layers measured together err together)."""
         by_key: dict[int, float] = collections.defaultdict(float)
         for name in sparse:
             layer, (sparsity, structure) = self.by_name[name], choices[name]
@@ -315,10 +308,4 @@ class Forecast:
                 low, high = layer.curves[structure].spread(sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
-        undecided: dict[int, float] = collections.defaultdict(float)
-        for name, choice in choices.items():
-            layer = self.by_name[name]
-            if self._is_undecided(layer, choice):
-                changed = layer.dense_ms * (1 - self._time(layer, choice))
-                undecided[layer.key] += self.times.dense_factor * changed
-        return math.hypot(self.times.error, other, *(changed / ms for changed in undecided.values()))
+        return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, sparse)), other)

@@ -14,6 +14,9 @@ by more where some do. :func:`scatter` of repeated timings tells by how much her
 of the anchors' errors is corrected in proportion, between them by their share of zeros, but only the part of it that
 scatter does not explain. An anchor's own time is no better known than its repetitions allow. And a prediction is
 compared with another timing, which scatters as well: the expected error holds that, too.
+
+What a call costs alone is no constant, so a rest below zero says too much about sums that are smaller than those of all
+anchors: the line would reach zero. There the time lies between the line and proportion to the sum, and is as unsure.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ _INTERVAL = 2.2
 """Half a 95 % interval in standard deviations that were estimated from ten repetitions or a few more."""
 
 ROUGH, _FINE = 0.15, 0.05
-"""Relative errors to expect of fewer than three anchors, and at best: nine of ten models were predicted that well."""
+"""Relative errors to expect at least: of fewer than three anchors, and of more, by which nine of ten models were
+predicted that well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Anchor:
 @dataclasses.dataclass(frozen=True)
 class TimeModel:
     """See the module's docstring. ``zeros`` (rising) and ``corrections`` have an entry an anchor; ``error`` is the
-    relative error to expect of :meth:`milliseconds` against one timing of the model."""
+    relative error to expect of :meth:`milliseconds` against one timing of the model, ``least_ms`` the least sum of an
+    anchor's layers."""
 
     rest_ms: float
     dense_factor: float
@@ -69,9 +74,28 @@ class TimeModel:
     zeros: tuple[float, ...]
     corrections: tuple[float, ...]
     error: float
+    least_ms: float = 0.0
 
     def milliseconds(self, sums: Sums) -> float:
         """Time of a whole model."""
+        return math.sqrt(math.prod(self._ends(sums)))
+
+    def error_beyond(self, sums: Sums) -> float:
+        """The relative error that comes on top where ``sums`` are smaller than those of all anchors."""
+        line, proportional = self._ends(sums)
+        return math.sqrt(max(line / proportional, proportional / line)) - 1
+
+    def _ends(self, sums: Sums) -> tuple[float, float]:
+        """The time by the line and by proportion, which are the same up to the least anchor."""
+        line = self._corrected(sums)
+        total = sums.dense_ms + sums.sparse_ms
+        if self.rest_ms >= 0 or not 0 < total < self.least_ms:
+            return line, line
+        scale = self.least_ms / total
+        least = Sums(sums.dense_ms * scale, sums.sparse_ms * scale, sums.zeros)
+        return line, self._corrected(least) / scale
+
+    def _corrected(self, sums: Sums) -> float:
         return self._fitted(sums) * float(np.interp(sums.zeros, self.zeros, self.corrections))
 
     def _fitted(self, sums: Sums) -> float:
@@ -115,11 +139,13 @@ def fit(anchors: Sequence[Anchor], noise: float = 0.0) -> TimeModel:
     variance = sum((value - 1) ** 2 for value in fitted) / max(1, count - 2)
     unexplained = max(0.0, variance - (spread / _INTERVAL) ** 2)
     share = unexplained / variance if variance else 0.0
+    expected = math.hypot(math.sqrt(unexplained) / 2, spread, _INTERVAL * noise)
     return TimeModel(
         rest,
         dense,
         sparse,
         tuple(anchor.sums.zeros for anchor in anchors),
         tuple(1 + share * (value - 1) for value in fitted),
-        ROUGH if count < 3 else max(_FINE, math.hypot(math.sqrt(unexplained) / 2, spread, _INTERVAL * noise)),
+        max(ROUGH if count < 3 else _FINE, expected),
+        min(anchor.sums.dense_ms + anchor.sums.sparse_ms for anchor in anchors),
     )

@@ -1,7 +1,5 @@
 """Speed, size and error of plans, from curves that are given: arithmetic, decisions, and bad plans."""
 
-import math
-
 import pytest
 
 from sparse_onnx.errors import UsageError
@@ -143,45 +141,13 @@ def test_patterns_that_no_anchor_has_are_less_sure():
     assert second.high > first.high
 
 
-def scattering(low, time, high):
-    """A curve of 0.5, 0.7 and 0.9 with the same time and repetitions at each."""
-    return {"unstructured": Curve((0.5, 0.7, 0.9), *((value,) * 3 for value in (time, low, high)))}
-
-
-def test_layers_that_may_be_decided_on_otherwise_make_the_whole_less_sure():
-    sure = layer("a", FAST)
-    (low, alone, high) = (
-        forecast(sure, layer("b", scattering(*times), key=1)).outlook(
-            dict.fromkeys("ab", (0.9, "unstructured"))
-        )
-        for times in ((0.5, 0.6, 0.7), (0.6, 0.7, 1.1), (0.9, 1.1, 1.3))
-    )
-    assert low.high / low.speedup == pytest.approx(1.15), "surely faster"
-    error = math.hypot(0.15, 10 * 0.3 / alone.milliseconds)
-    assert alone.sparse == ("a", "b")
-    assert alone.high / alone.speedup == pytest.approx(1 + error)
-    assert high.sparse == ("a",)
-    assert high.high / high.speedup == pytest.approx(1 + math.hypot(0.15, 10 * 0.1 / high.milliseconds))
-
-
-def test_layers_without_enough_zeros_are_decided_on():
-    dense = layer("b", scattering(0.6, 0.7, 1.1), key=1)
-    found = forecast(layer("a", FAST), dense).outlook(
-        {"a": (0.9, "unstructured"), "b": (0.2, "unstructured")}
-    )
-    assert found.high / found.speedup == pytest.approx(1.15)
-
-
-def test_equal_layers_are_decided_on_together_and_others_apart():
-    def width(*keys):
-        layers = [layer(str(i), scattering(0.6, 0.7, 1.1), key=key) for i, key in enumerate(keys)]
-        model = forecast(*layers)
-        found = model.outlook(model.uniform(0.9))
-        return (found.high / found.speedup - 1) * found.milliseconds
-
-    for keys, expected in (((0, 0), 2 * 3), ((0, 1), math.sqrt(2) * 3)):
-        ms = 5 + len(keys) * 7
-        assert width(*keys) == pytest.approx(math.hypot(0.15 * ms, expected))
+def test_sums_beyond_all_anchors_are_less_sure():
+    anchors = [Anchor(Sums(20, 0, 0), 16, 0), Anchor(Sums(0, 16, 0.5), 12, 0), Anchor(Sums(0, 10, 0.7), 6, 0)]
+    model = forecast(layer("a", FAST), layer("b", FAST), times=fit(anchors), dense_ms=16.0)
+    inside, beyond = (model.outlook(model.uniform(share)) for share in (0.7, 0.9))
+    assert inside.high / inside.speedup == pytest.approx(1.05)
+    assert beyond.high / beyond.speedup > 1.2
+    assert beyond.speedup > 16 / 2.4, "4 ms alone: proportion makes it 2.4"
 
 
 def test_errors_add_up_in_squares():

@@ -32,7 +32,8 @@ def test_one_anchor_leaves_the_factors_at_one_and_says_that_it_is_rough():
     found = fit([anchor(20, 0, 0, whole=26)])
     assert (found.rest_ms, found.dense_factor, found.sparse_factor) == pytest.approx((6, 1, 1))
     assert found.milliseconds(Sums(0, 5, 0.9)) == pytest.approx(11)
-    assert found.error > 0.1
+    assert found.error == 0.15
+    assert fit([anchor(20, 0, 0, whole=26)], noise=0.2).error > 2 * 0.2
 
 
 OFF = [anchor(20, 0, 0), anchor(0, 12, 0.5, whole=19), anchor(0, 8, 0.7, whole=9.5), anchor(0, 4, 0.9)]
@@ -71,6 +72,35 @@ def test_noise_makes_no_layer_free_or_dear():
     found = fit(anchors, noise=0.08)
     assert found.sparse_factor == pytest.approx(found.dense_factor, abs=0.15)
     assert 0.5 < found.sparse_factor < 1.5
+
+
+def steep(spread=0.0):
+    """Layers that cost 8 ms less inside the model than alone."""
+    return [
+        anchor(*each, whole=sum(each[:2]) - 8, spread=spread)
+        for each in ((40, 0, 0), (0, 30, 0.5), (0, 16, 0.9))
+    ]
+
+
+def test_beyond_the_anchors_time_lies_between_the_line_and_proportion():
+    found = fit(steep())
+    assert found.rest_ms == pytest.approx(-8, abs=0.1)
+    for sums in (Sums(0, 16, 0.9), Sums(0, 20, 0.8), Sums(20, 4, 0.3)):
+        assert found.milliseconds(sums) == pytest.approx(sums.dense_ms + sums.sparse_ms - 8, rel=0.02)
+        assert found.error_beyond(sums) == 0
+    sums = Sums(0, 12, 0.95)
+    assert found.milliseconds(sums) == pytest.approx(math.sqrt(4 * 6), rel=0.02)
+    assert found.error_beyond(sums) == pytest.approx(math.sqrt(6 / 4) - 1, rel=0.05)
+    assert found.milliseconds(Sums(0, 15.99, 0.9)) == pytest.approx(8, rel=0.02), "it does not jump"
+    tiny = Sums(0, 1e-3, 0.99)
+    assert 0 < found.milliseconds(tiny) < 1e-3
+    assert found.error_beyond(tiny) > 1
+
+
+def test_a_rest_above_zero_is_believed_everywhere():
+    found = fit(EXACT)
+    assert found.milliseconds(Sums(0, 1, 0.98)) == pytest.approx(4.9, rel=0.02)
+    assert found.error_beyond(Sums(0, 1, 0.98)) == found.error_beyond(Sums(0, 0, 0)) == 0
 
 
 def test_a_model_is_never_free():
