@@ -243,7 +243,7 @@ class Forecast:
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the time of the whole, sparse or dense, whichever would be chosen; times of the whole
-        are sums of these and a constant, as long as nothing is given up."""
+        are sums of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
         if self._wins(layer, choice):
@@ -299,8 +299,8 @@ class Forecast:
         return self.times.milliseconds(self.sums(choices, sparse))
 
     def _error(self, choices: Mapping[str, Choice], sparse: Collection[str], ms: float) -> float:
-        """Relative error to expect: of the whole, and for patterns that no anchor has that of their curves (layers
-        measured together err together)."""
+        """Relative error to expect: of the whole, beyond the anchors, and for patterns that no anchor has that of their
+        curves (layers measured together err together)."""
         by_key: dict[int, float] = collections.defaultdict(float)
         for name in sparse:
             layer, (sparsity, structure) = self.by_name[name], choices[name]
@@ -308,4 +308,4 @@ class Forecast:
                 low, high = layer.curves[structure].spread(sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
-        return math.hypot(self.times.error, other)
+        return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, sparse)), other)
