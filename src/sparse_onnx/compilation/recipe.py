@@ -34,7 +34,7 @@ from sparse_onnx.options import check_types, require, unknown
 from sparse_onnx.passes.base import Pass, Pipeline, Stage
 from sparse_onnx.passes.registry import PASSES, pass_by_name
 from sparse_onnx.units import parse_size
-from sparse_onnx.verification.comparison import MAX_COMPILER_ERROR
+from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 from sparse_onnx.yaml_text import read_yaml, write_yaml
 
 __all__ = [
