@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import sparse_onnx
 from sparse_onnx.compilation import steps, worth_pruning
 from sparse_onnx.compilation.give_back import Originals, exchange
-from sparse_onnx.compilation.recipe import parse_recipe
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.passes.base import LayerChange
 from sparse_onnx.timing import choose, curves
 from sparse_onnx.timing.curves import Curve, LayerCurves

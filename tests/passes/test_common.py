@@ -8,7 +8,8 @@ import pytest
 
 from sparse_onnx.data.gradient_file import WeightGradients, write_gradients
 from sparse_onnx.data.samples import Samples
-from sparse_onnx.model.weights import find_weights
+from sparse_onnx.errors import PassError
+from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Stage
 from sparse_onnx.passes.lower.candidates import LOWERINGS
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
@@ -504,6 +505,51 @@ def test_pruning_reaches_all_it_should_and_nothing_else(build, apply, step, case
 def test_clean_up_changes_what_it_should_and_nothing_else(build, apply, step, case):
     must = step.name in CASES[case].cleaned
     assert apply(step, build(case), case).modified == must
+
+
+# -- what the compiler asks a pass -----------------------------------------------------------------
+
+every_step = pytest.mark.parametrize(
+    "step", {repr(pair.values[0]): pair.values[0] for pair in PAIRS}.values(), ids=lambda step: step.name
+)
+
+
+@every_step
+def test_a_stand_in_needs_no_data_and_keeps_its_place(step):
+    other = step.stand_in()
+    if other is None:
+        assert step.needs_calibration
+    else:
+        assert not other.needs_calibration
+        assert other.stage is step.stage
+        assert (other is step) == (not step.needs_calibration)
+
+
+@every_step
+def test_a_pass_knows_the_zeros_it_makes(build, step):
+    weights = find_weights(build("mlp"))[0]
+    asked = [step.zeros_of(weight) for weight in weights]
+    if step.stage is not Stage.PRUNE:
+        assert asked == [None] * len(weights)
+        return
+    assert all(zeros is not None and zeros.structure == str(step.structure) for zeros in asked)
+    ignoring = dataclasses.replace(step, ignore=("u",))
+    assert [weight.name for weight in weights if ignoring.zeros_of(weight) is None] == ["u"]
+    assert ignoring.selection == Selection((), ("u",))
+
+
+@every_step
+def test_shares_of_single_weights(build, step):
+    shares, sizes = {"u": 0.25, "w": 0.75}, {"u": 64, "w": 32}
+    if not step.takes_shares:
+        with pytest.raises(PassError, match="takes no shares of zeros"):
+            step.with_shares(shares, "unstructured", sizes)
+        return
+    passes = step.with_shares(shares, "unstructured", sizes)
+    assert {type(own) for own in passes} == {type(step)}
+    weights = find_weights(build("mlp"))[0]
+    reached = {weight.name for weight in weights for own in passes if own.zeros_of(weight) is not None}
+    assert reached == {"u", "w"}
 
 
 REBUILDING = [cls for cls in PASSES if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE)]

@@ -6,7 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.compilation.recipe import dump_recipe, override, parse_recipe
+from sparse_onnx.compilation.recipe import dump_recipe
+from sparse_onnx.compilation.recipe_flags import override
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
