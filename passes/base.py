@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import PassError, SparseOnnxError, UsageError
+from sparse_onnx.model.weights import Selection, Weight
 from sparse_onnx.options import check_types
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Stage",
+    "Zeros",
     "fingerprint",
     "in_memory",
 ]
@@ -49,14 +51,18 @@ class Stage(enum.IntEnum):
 
     CLEAN = 0
     STRUCTURE = 1
-    SCALE = 2
-    PERMUTE = 3
-    PRUNE = 4
-    REFIT = 5
-    QUANTIZE = 6
-    CORRECT = 7
-    FUSE = 8
-    LOWER = 9
+    """Remove whole units: neurons, heads, channels."""
+    FACTOR = 2
+    """Write a weight as a product of smaller ones; what follows sees the factors."""
+    SCALE = 3
+    PERMUTE = 4
+    PRUNE = 5
+    REFIT = 6
+    QUANTIZE = 7
+    """Give the weights fewer values: on a grid, or of a codebook. The zeros stay."""
+    CORRECT = 8
+    FUSE = 9
+    LOWER = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +111,10 @@ def _silent(_message: str) -> None:
     return None
 
 
+def _unseen(_name: str, _model: ir.Model) -> None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class CalibrationData:
     """Real inputs of the model, and how to run it on them; scratch files go to ``work``.
@@ -126,13 +136,15 @@ class PassContext:
 
     ``store(array, name)`` turns a new weight into a tensor; a store that spools to disk keeps memory bounded.
     ``progress(message)`` tells the user where a long pass is. ``calibration`` is for passes that need real inputs.
-    ``spared`` are weights that pruning leaves alone, by name, with the reason.
+    ``spared`` are weights that pruning leaves alone, by name, with the reason. ``after(name, model)`` is called behind
+    every pass.
     """
 
     store: Callable[[np.ndarray, str], ir.TensorProtocol] = in_memory
     progress: Callable[[str], None] = _silent
     calibration: CalibrationData | None = None
     spared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    after: Callable[[str, ir.Model], None] = _unseen
 
     def calibration_for(self, pass_name: str) -> CalibrationData:
         """The real inputs that the pass cannot do without; UsageError if there are none."""
@@ -141,18 +153,35 @@ class PassContext:
         return self.calibration
 
 
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """What share of a weight will be zero, in [0, 1], None if that is not known beforehand, and in which pattern."""
+
+    share: float | None
+    structure: str
+
+
 class Pass(abc.ABC):
     """Base of all passes; see the module's docstring.
 
-    A subclass is a frozen dataclass, sets ``name`` (as recipes write it) and ``stage``, and implements
-    :meth:`apply`. ``idempotent`` says that a second run changes nothing, ``needs_calibration`` that the context must
-    have real inputs.
+    A subclass is a frozen dataclass, sets ``name`` and ``stage``, and implements :meth:`apply`. What the compiler
+    wants to know of a pass it asks the pass itself: the other members have answers that fit most.
+
+    Attributes:
+        name: As recipes write it.
+        stage: Where in a pipeline it belongs.
+        in_recipes: Recipes may name it; the compiler runs the others itself.
+        idempotent: A second run changes nothing.
+        needs_calibration: The context must have real inputs.
+        takes_shares: It can give every weight a share of zeros of its own, see :meth:`with_shares`.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    in_recipes: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    takes_shares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         try:
@@ -169,15 +198,43 @@ class Pass(abc.ABC):
         """Change ``model`` in place and tell what was done."""
 
     def __call__(self, model: ir.Model, context: PassContext | None = None) -> PassResult:
+        context = context or PassContext()
         before = fingerprint(model)
         start = time.perf_counter()
-        result = self.apply(model, context or PassContext())
+        result = self.apply(model, context)
+        seconds = time.perf_counter() - start
         if not isinstance(result, PassResult) or result.model is not model:
             raise PassError(f"pass {self.name}: apply() must return a PassResult with the model it was given")
         if result.modified != (fingerprint(model) != before):
             said = "modified" if result.modified else "not modified"
             raise PassError(f"pass {self.name} reports the model as {said}, which is not true")
-        return dataclasses.replace(result, seconds=time.perf_counter() - start)
+        context.after(self.name, model)
+        return dataclasses.replace(result, seconds=seconds)
+
+    @property
+    def selection(self) -> Selection:
+        """The weights that it is for."""
+        return Selection((), ())
+
+    @property
+    def sees_pruned_inputs(self) -> bool:
+        """Whether a layer's inputs are taken for those that it has behind the layers changed before it."""
+        return False
+
+    def stand_in(self) -> Pass | None:
+        """What takes its place in a plan, which has no real inputs and no time; None: it is left out."""
+        return None if self.needs_calibration else self
+
+    def zeros_of(self, weight: Weight) -> Zeros | None:
+        """The zeros that it gives ``weight``; None: it gives it none."""
+        return None
+
+    def with_shares(
+        self, shares: Mapping[str, float], structure: str, sizes: Mapping[str, int]
+    ) -> tuple[Pass, ...]:
+        """Passes with these options that give each weight, by name, its own of ``shares`` in the pattern ``structure``
+        and leave all others alone; ``sizes`` are the elements of the weights. Only where ``takes_shares``."""
+        raise PassError(f"{self.name} takes no shares of zeros")
 
     def options(self) -> dict[str, Any]:
         """The options by name, as a recipe would write them."""

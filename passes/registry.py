@@ -1,4 +1,4 @@
-"""The passes that recipes can name."""
+"""Every pass, and those of them that recipes can name."""
 
 from __future__ import annotations
 
@@ -15,46 +15,76 @@ from sparse_onnx.passes.clean.reshapes import Reshapes
 from sparse_onnx.passes.fuse.attention import FuseAttention
 from sparse_onnx.passes.fuse.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.fuse.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
+from sparse_onnx.passes.lower.merge_linears import MergeLinears
+from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
 from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.passes.prune.magnitude import Magnitude
-from sparse_onnx.passes.prune.oneshot_methods import ONE_SHOT_PASSES
+from sparse_onnx.passes.prune.oneshot_methods import (
+    Admm,
+    Alps,
+    Auto,
+    Iht,
+    Lasso,
+    Omp,
+    Ria,
+    SparseGPT,
+    Taylor,
+    Wanda,
+)
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
-from sparse_onnx.passes.structured import STRUCTURED_PASSES
+from sparse_onnx.passes.structured.channels import Channels
+from sparse_onnx.passes.structured.ffn import Ffn
+from sparse_onnx.passes.structured.heads import Heads
 
 __all__ = ["PASSES", "pass_by_name"]
 
-PASSES: tuple[type[Pass], ...] = tuple(
-    sorted(
-        (
-            Constants,
-            Duplicates,
-            FoldConstants,
-            FoldWeights,
-            ForeignFunctions,
-            Identities,
-            IdleNodes,
-            Unused,
-            FuseAttention,
-            FuseBatchNorm,
-            FuseSkipLayerNorm,
-            GemmRows,
-            Gradient,
-            Magnitude,
-            Random,
-            Reshapes,
-            Threshold,
-            *ONE_SHOT_PASSES,
-            *STRUCTURED_PASSES,
-        ),
-        key=lambda cls: cls.name,
-    )
+PASSES: tuple[type[Pass], ...] = (
+    Constants,
+    Duplicates,
+    FoldConstants,
+    FoldWeights,
+    ForeignFunctions,
+    GemmRows,
+    Identities,
+    IdleNodes,
+    Reshapes,
+    Unused,
+    FuseAttention,
+    FuseBatchNorm,
+    FuseSkipLayerNorm,
+    FuseFeedForward,
+    MergeLinears,
+    LowerSparseConv,
+    LowerSparseMatMul,
+    LowerSparseRecurrent,
+    Admm,
+    Alps,
+    Auto,
+    Channels,
+    Ffn,
+    Gradient,
+    Heads,
+    Iht,
+    Lasso,
+    Magnitude,
+    Omp,
+    Random,
+    Ria,
+    SparseGPT,
+    Taylor,
+    Threshold,
+    Wanda,
 )
+"""Every pass, sorted by name."""
 
 
 def pass_by_name(name: str) -> type[Pass]:
     """The pass that recipes call ``name``; UsageError with the nearest name and the list if there is none."""
-    by_name = {cls.name: cls for cls in PASSES}
+    by_name = {cls.name: cls for cls in PASSES if cls.in_recipes}
     if name not in by_name:
         raise UsageError(unknown("modifier", name, by_name))
     return by_name[name]

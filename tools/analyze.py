@@ -10,18 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparse_onnx.tools.console import (
-    fix_input_option,
-    format_option,
-    if_any,
-    input_shape_option,
-    input_value_option,
-    other_work,
-    progress,
-    quiet_option,
-    show,
-    table,
-)
+from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Target
+from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
+from sparse_onnx.tools.options import option, options
 from sparse_onnx.units import format_bytes, format_ms, format_share
 
 if TYPE_CHECKING:
@@ -35,45 +26,22 @@ _LAYERS, _REASONS, _WIDTH = 5, 2, 28
 
 @click.command(short_help="Predict speed, size and error before any pruning.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--sparsity", type=float, help="Share of zeros that the answer is for, in [0, 1).  [default: 0.7]"
+@option(Prune, "sparsity", "Share of zeros that the answer is for, in [0, 1).  [default: 0.7]")
+@option(Prune, "mask_structure", "Its pattern: N:M, or block:RxC.", default="unstructured")
+@option(Prune, "targets")
+@option(Prune, "ignore", "Layers to leave alone: as --targets; repeatable.")
+@option(
+    Calibration,
+    "data",
+    "Real inputs, for the error: an .npz, a folder of .npz, module:function, or text (with --tokenizer).",
 )
-@click.option(
-    "--mask-structure", default="unstructured", show_default=True, help="Its pattern: N:M, or block:RxC."
-)
-@click.option(
-    "--targets",
-    multiple=True,
-    callback=if_any,
-    help="Layers to prune: name, op type, or re:REGEX; repeatable.",
-)
-@click.option(
-    "--ignore", multiple=True, callback=if_any, help="Layers to leave alone: as --targets; repeatable."
-)
-@click.option(
-    "--calibration-data",
-    help="Real inputs, for the error: an .npz, a folder of .npz, module:function, or text (with --tokenizer).",
-)
-@click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
-)
-@click.option(
-    "--num-calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Use so many."
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Samples run together."
-)
-@input_shape_option("to time for")
-@input_value_option
-@fix_input_option
-@click.option("--threads", type=click.IntRange(1), help="Threads to time for.  [default: all cores]")
-@click.option(
-    "--min-speedup",
-    type=float,
-    default=1.02,
-    show_default=True,
-    help="A layer becomes sparse from this speedup on.",
-)
+@option(Calibration, "tokenizer")
+@option(Calibration, "num_calibration_samples", default=64)
+@option(Calibration, "batch_size", "Samples run together.", default=4)
+@option(Target, "shapes", "NAME:DIM,DIM,.. to time for; repeatable.", kind="shape")
+@options(Target, "input_values", "fixed_inputs")
+@option(Target, "threads", "Threads to time for.  [default: all cores]")
+@option(Goal, "min_speedup", default=1.02)
 @click.option(
     "--anchors/--no-anchors",
     default=True,
@@ -84,7 +52,7 @@ _LAYERS, _REASONS, _WIDTH = 5, 2, 28
     type=click.Path(path_type=Path),
     help="Write the timings to this file, for `optimize --no-benchmark --timing-table` on another machine.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of generated inputs.")
+@option(Calibration, "seed", "Of generated inputs.", default=0)
 @format_option
 @quiet_option
 def command(
@@ -97,7 +65,7 @@ def command(
     save_table: Path | None,
     output_format: str,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:
     """Tell how fast and small MODEL (an .onnx file or a Hugging Face folder) would become on this machine with zeros
     that it does not have yet, and with --calibration-data how large the error would be. Nothing is changed."""
@@ -118,7 +86,7 @@ def command(
             ignore=ignore or DEFAULT_IGNORE,
             input_shapes=input_shapes,
             progress=say,
-            **options,
+            **given,
         )
     if save_table is not None:
         write_table(analysis.table(), save_table)

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparse_onnx.compilation.groups import Calibration, Target
 from sparse_onnx.errors import UsageError
-from sparse_onnx.tools.console import (
-    format_option,
-    input_shape_option,
-    input_value_option,
-    progress,
-    quiet_option,
-    show,
-    table,
-)
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
+from sparse_onnx.tools.options import option
 from sparse_onnx.units import format_ms, format_share
 
 if TYPE_CHECKING:
@@ -50,9 +44,9 @@ class _Entry:
 
 @click.command(short_help="Time models side by side, and sparse layers against dense ones.")
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
-@input_shape_option("to time with")
-@input_value_option
-@click.option("--threads", type=click.IntRange(1), help="Threads to time with.  [default: all cores]")
+@option(Target, "shapes", "NAME:DIM,DIM,.. to time with; repeatable.", kind="shape")
+@option(Target, "input_values")
+@option(Target, "threads", "Threads to time with.  [default: all cores]")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -62,7 +56,7 @@ class _Entry:
 )
 @click.option("--compare", type=click.Choice(["dense"]), help="Time each model without the library, too.")
 @click.option("--layers", is_flag=True, help="Time every sparse layer alone, against its dense form.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the generated inputs.")
+@option(Calibration, "seed", "Of the generated inputs.", default=0)
 @format_option
 @quiet_option
 def command(
@@ -130,9 +124,9 @@ def _entries(
     loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
     plain = [inputs.input_specs(model) for _, _, model in loaded]
     known = {spec.name: spec.describe() for group in plain for spec in group}
-    for option, asked in (("--input-shape", given), ("--input", values)):
+    for flag, asked in (("--input-shape", given), ("--input", values)):
         if strange := [name for name in asked if name not in known]:
-            raise UsageError(f"{option} names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
+            raise UsageError(f"{flag} names {strange[0]!r}; the inputs are {'; '.join(known.values())}")
     constants: dict[str, Any] = {}
     for label, _, model in loaded:
         for name, value in fixed_values(model).items():

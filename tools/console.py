@@ -17,11 +17,7 @@ from sparse_onnx.tools.live_line import LiveLine, display_width
 from sparse_onnx.units import format_rounded
 
 __all__ = [
-    "fix_input_option",
     "format_option",
-    "if_any",
-    "input_shape_option",
-    "input_value_option",
     "other_work",
     "progress",
     "quiet_option",
@@ -36,52 +32,6 @@ format_option = click.option(
     help="json prints one document on stdout; everything else goes to stderr.",
 )  # fmt: skip
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing but errors on stderr.")
-
-
-def if_any(
-    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
-) -> tuple[str, ...] | None:
-    """Callback of repeatable options: None if they are not given."""
-    return values or None
-
-
-def _shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.data.inputs import parse_shape_flags
-
-    return parse_shape_flags(values) or None
-
-
-def _several_shapes(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.data.inputs import parse_target_flags
-
-    targets = parse_target_flags(values)
-    return targets if len(targets) > 1 else targets[0] or None
-
-
-def input_shape_option(
-    purpose: str, *, several: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--input-shape``, given as ``input_shapes``: shapes by name, or None. With ``several`` an input may be given
-    more than once: then a tuple with the shapes of every target."""
-    text = f"NAME:DIM,DIM,.. {purpose}; repeatable" + (", also for several shapes." if several else ".")
-    parse = _several_shapes if several else _shapes
-    return click.option("--input-shape", "input_shapes", multiple=True, callback=parse, help=text)
-
-
-def _values(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
-    from sparse_onnx.data.inputs import parse_value_flags
-
-    return parse_value_flags(values, option.opts[0]) or None
-
-
-input_value_option = click.option(
-    "--input", "input_values", multiple=True, callback=_values,
-    help="NAME=VALUE for an input that steers the graph: a number, true, or a list (1,0); repeatable.",
-)  # fmt: skip
-fix_input_option = click.option(
-    "--fix-input", "fixed_inputs", multiple=True, callback=_values,
-    help="NAME=VALUE, as a constant: the input disappears, with the branches not taken; repeatable.",
-)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ from typing import Any
 
 import click
 
+from sparse_onnx.compilation.groups import Run, Target
 from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
+from sparse_onnx.tools.options import option
 
 __all__ = ["command"]
 
@@ -22,8 +24,8 @@ BATCH = 8
 
 @click.command(short_help="Run the main job on a small trained model that ships with the package.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the results in this folder.")
-@click.option("--threads", type=click.IntRange(1), help="Threads to compile for.  [default: all cores]")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@option(Target, "threads", "Threads to compile for.  [default: all cores]")
+@option(Run, "overwrite")
 @format_option
 @quiet_option
 def command(

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparse_onnx.compilation.groups import Calibration
 from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
+from sparse_onnx.tools.options import options
 
 if TYPE_CHECKING:
     from sparse_onnx.data.inputs import InputSpec
@@ -37,10 +39,7 @@ _OPTIONS = {"dynamic_shapes", "input_names", "output_names"}
     help="Real inputs for the gradients: an .npz (with labels, if there are any), a folder of .npz, module:function, "
     "or a text file (with --tokenizer).",
 )
-@click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
-)
-@click.option("--num-calibration-samples", type=click.IntRange(1), help="Use so many.  [default: all]")
+@options(Calibration, "tokenizer", "num_calibration_samples")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder, and the file of gradients.")
 @quiet_option
 @format_option

@@ -9,30 +9,13 @@ from typing import Any
 
 import click
 
-from sparse_onnx.tools.console import (
-    fix_input_option,
-    format_option,
-    if_any,
-    input_shape_option,
-    input_value_option,
-    other_work,
-    progress,
-    quiet_option,
-    show,
-    table,
-)
+from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
+from sparse_onnx.search.limits import Limits
+from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
+from sparse_onnx.tools.options import options
 from sparse_onnx.units import format_bytes, format_ms, format_rounded
 
 __all__ = ["command", "summary_table"]
-
-
-def _numbers(
-    _context: click.Context, _option: click.Parameter, value: str | None
-) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(number) for number in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: write numbers with commas between them, e.g. 3,1") from None
 
 
 @click.command(short_help="Compile a model into a smaller, faster, verified one.")
@@ -41,126 +24,19 @@ def _numbers(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write (required unless --dry-run)."
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; the other options override it.")
-@click.option(
-    "--method",
-    help="Pruning method. With --calibration-data: auto (the most accurate), alps, admm, sparsegpt, wanda, ria, "
-    "taylor, iht, omp, lasso. Without: magnitude, random, threshold.",
-)
-@click.option("--sparsity", type=float, help="Share of zeros to reach, in [0, 1).")
-@click.option(
-    "--mask-structure",
-    help="unstructured, N:M (keep N of M), or block:RxC; several with commas for a search to choose from.",
-)
-@click.option("--scope", help="Where the share of zeros is kept: row, layer or global, as the method has it.")
-@click.option("--theta", type=float, help="For method threshold: smaller absolute values become zero.")
-@click.option(
-    "--gradients",
-    type=click.Path(path_type=Path),
-    help="For method gradient: a file of `export --gradients`.",
-)
-@click.option(
-    "--targets",
-    multiple=True,
-    callback=if_any,
-    help="Layers to prune: name, op type, or re:REGEX; repeatable.",
-)
-@click.option(
-    "--ignore",
-    multiple=True,
-    callback=if_any,
-    help="Layers to leave alone: name, op type, or re:REGEX; repeatable.",
-)
-@click.option(
-    "--calibration-data",
-    help="Real inputs: an .npz, a folder of .npz, module:function, or a text file (with --tokenizer).",
-)
-@click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
-)
-@click.option("--num-calibration-samples", type=click.IntRange(1), help="Use so many.  [default: all]")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples that are run together.  [default: 4]")
-@click.option("--calibration", help="oneshot, sequential or asymmetric.  [default: as the method has it]")
-@click.option(
-    "--allocation", help="Zeros over layers: uniform, depth, owl, alpha or error.  [default: uniform]"
-)
-@click.option("--bias-correction/--no-bias-correction", default=None, help="Whether biases change.")
-@click.option("--dampening-frac", type=float, help="Added to the diagonal of the Gram.  [default: 0.01]")
-@click.option(
-    "--statistics", type=click.Path(path_type=Path), help="File for the statistics of oneshot calibration."
-)
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Folder for finished layers: run again with it after an interruption.",
-)
-@input_shape_option("to decide and time for", several=True)
-@input_value_option
-@fix_input_option
-@click.option(
-    "--shape-weights",
-    callback=_numbers,
-    help="3,1,..: decide by the weighted mean time over several shapes.  [default: by the worst]",
-)
-@click.option(
-    "--threads", type=click.IntRange(1), help="Threads to decide and time for.  [default: all cores]"
-)
-@click.option(
-    "--min-speedup", type=float, help="A layer becomes sparse from this speedup on.  [default: 1.02]"
-)
-@click.option(
-    "--keep-pruned/--no-keep-pruned",
-    default=None,
-    help="Whether layers that stay dense keep their zeros, for another runtime.  [default: they keep or get back their "
-    "original weights]",
-)
-@click.option(
-    "--max-compiler-error",
-    type=float,
-    help="Relative error against the pruned dense model, at most, unless rounding explains more.  [default: 0.0001]",
-)
-@click.option(
-    "--metric",
-    help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
-)
-@click.option(
-    "--metric-data", help="What it is measured on.  [default: the calibration data that is held out]"
-)
-@click.option("--labels", help="The array of that data with the labels.")
-@click.option("--metric-output", help="The output that the metric is of.")
-@click.option("--max-drop", type=float, help="Goal: what the metric may lose; without one, 1 - cosine.")
-@click.option("--target-speedup", type=float, help="Goal: the whole model so many times faster, at least.")
-@click.option(
-    "--target-size", help="Goal: files of at most 0.5 (or 50%) of the original files, or of 120MB, say."
-)
-@click.option("--seed", type=int, help="Of generated inputs and random pruning.  [default: 0]")
-@click.option(
-    "--benchmark/--no-benchmark",
-    default=True,
-    help="Decide by timing, or by a table, for another machine.  [default: by timing]",
-)
-@click.option(
-    "--timing-cache",
-    type=click.Path(path_type=Path),
-    help="File with timings of earlier runs.  [default: in the user's cache folder, or $SPARSE_ONNX_CACHE]",
-)
-@click.option(
-    "--timing-table",
-    type=click.Path(path_type=Path),
-    help="With --no-benchmark: decide by this file of `analyze --save-table`, made on the target machine.",
-)
+@options(Prune, "method", "sparsity", "mask_structure", "scope", "theta", "gradients", "targets", "ignore")
+@options(Calibration, "data", "tokenizer", "num_calibration_samples", "batch_size")
+@options(Prune, "calibration", "allocation", "bias_correction", "dampening_frac")
+@options(Calibration, "statistics", "checkpoint")
+@options(Target, "shapes", "input_values", "fixed_inputs", "weights", "threads")
+@options(Goal, "min_speedup", "keep_pruned", "max_compiler_error")
+@options(Goal, "metric", "metric_data", "labels", "metric_output")
+@options(Goal, "max_drop", "target_speedup", "target_size")
+@options(Calibration, "seed")
+@options(Run, "settings", "benchmark", "timing_cache", "timing_table")
 @click.option("--no-timing-cache", is_flag=True, help="Time everything anew, and keep nothing.")
-@click.option(
-    "--search-trials",
-    type=click.IntRange(1),
-    help="With a method, goals and no sparsity: stop after so many.  [default: 16]",
-)
-@click.option(
-    "--search-minutes", type=click.FloatRange(0, min_open=True), help="Stop the search then.  [default: 60]"
-)
-@click.option("--jobs", type=int, help="Trials of a search at once.  [default: 1]")
-@click.option("--ray", help="Address of a Ray cluster for trials, or auto.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and the resolved recipe; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@options(Limits, "trials", "minutes", "jobs", "ray")
+@options(Run, "dump_after", "dry_run", "overwrite")
 @format_option
 @quiet_option
 def command(
@@ -170,7 +46,7 @@ def command(
     no_timing_cache: bool,
     output_format: str,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:
     """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
 
@@ -181,13 +57,13 @@ def command(
     from sparse_onnx.api import optimize
 
     context = click.get_current_context()
-    if output is None and not options["dry_run"]:
+    if output is None and not given["dry_run"]:
         raise click.UsageError("say where to write with -o DIR (or --dry-run)", context)
     if timing_cache is not None and no_timing_cache:
         raise click.UsageError("give --timing-cache or --no-timing-cache, not both", context)
-    options["timing_cache"] = timing_cache or not no_timing_cache
+    given["timing_cache"] = timing_cache or not no_timing_cache
     with progress(quiet) as say:
-        result = optimize(model, output or Path(), command=context.obj, progress=say, **options)
+        result = optimize(model, output or Path(), command=context.obj, progress=say, **given)
     show(summary_table(result.report), result.report, output_format, result.exit_code)
     if missed := [gate["text"] for gate in result.report["goal"]["gates"] if gate["met"] is False]:
         click.echo(f"Goal not met: {'; '.join(missed)}. The best so far was written.", err=True)

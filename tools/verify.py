@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparse_onnx.compilation.groups import Calibration, Goal, Target
 from sparse_onnx.errors import VerificationError
-from sparse_onnx.tools.console import (
-    format_option,
-    input_shape_option,
-    input_value_option,
-    progress,
-    quiet_option,
-    show,
-    table,
-)
+from sparse_onnx.tools.console import format_option, progress, quiet_option, show, table
 from sparse_onnx.tools.model_argument import model_file
+from sparse_onnx.tools.options import option
 from sparse_onnx.units import format_number, format_share
+from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,19 +34,11 @@ _SHOWN_LAYERS = 8
     help="Real inputs: an .npz, a folder of .npz, module:function, or a text file (with --tokenizer); generated ones "
     "if absent.",
 )
-@click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of a text file."
-)
+@option(Calibration, "tokenizer")
 @click.option("--num-samples", type=click.IntRange(1), help="Use so many of the data.  [default: all]")
-@input_shape_option("of generated inputs", several=True)
-@input_value_option
-@click.option(
-    "--max-compiler-error",
-    type=float,
-    default=1e-4,
-    show_default=True,
-    help="Relative error against the pruned dense model, at most, unless rounding explains more.",
-)
+@option(Target, "shapes", "NAME:DIM,DIM,.. of generated inputs; repeatable, also for several shapes.")
+@option(Target, "input_values")
+@option(Goal, "max_compiler_error", default=MAX_COMPILER_ERROR)
 @click.option(
     "--max-relative-error",
     type=float,
@@ -61,20 +48,17 @@ _SHOWN_LAYERS = 8
 @click.option("--min-cosine", type=float, help="Mean cosine to the original, at least.")
 @click.option("--min-top1-agreement", type=float, help="Share of rows with the original's top-1, at least.")
 @click.option("--max-kl", type=float, help="KL divergence from the original's predictions, at most (nats).")
-@click.option(
-    "--metric",
-    help="accuracy, recall, f1, recall@K, perplexity, token_agreement, cosine, or your own module:function.",
-)
-@click.option("--labels", help="The array of the data with the labels of the metric.")
-@click.option("--metric-output", help="The output that the metric is of.")
-@click.option("--max-drop", type=float, help="What the metric may lose; without --metric, 1 - cosine.")
+@option(Goal, "metric")
+@option(Goal, "labels", "The array of the data with the labels of the metric.")
+@option(Goal, "metric_output")
+@option(Goal, "max_drop", "What the metric may lose; without --metric, 1 - cosine.")
 @click.option(
     "--layers/--no-layers",
     default=None,
     help="Find the layer where the error comes from.  [default: if a threshold is missed]",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: all cores]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of generated inputs.")
+@option(Target, "threads", "Threads to run with.  [default: all cores]")
+@option(Calibration, "seed", "Of generated inputs.", default=0)
 @format_option
 @quiet_option
 def command(
@@ -82,7 +66,7 @@ def command(
     optimized: Path,
     output_format: str,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:
     """Run ORIGINAL and OPTIMIZED on the same inputs and compare their outputs.
 
@@ -93,7 +77,7 @@ def command(
     from sparse_onnx.verification.verify import verify
 
     with progress(quiet) as say:
-        result = verify(model_file(original), model_file(optimized), progress=say, **options)
+        result = verify(model_file(original), model_file(optimized), progress=say, **given)
     tables = (result_table, predictions_table, metric_table, layers_table)
     text = "\n\n".join(filter(None, (make(result) for make in tables)))
     code = show(text, result.to_dict(), output_format, 0 if result.passed else VerificationError.exit_code)

@@ -40,6 +40,7 @@ class FuseFeedForward(Pass):
 
     name: ClassVar[str] = "lower.feed-forward"
     stage: ClassVar[Stage] = Stage.LOWER
+    in_recipes: ClassVar[bool] = False
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []

@@ -148,6 +148,7 @@ class Lowering(Pass):
     """
 
     stage: ClassVar[Stage] = Stage.LOWER
+    in_recipes: ClassVar[bool] = False
     kind: ClassVar[str]
     """What its layers are called, in the singular."""
 

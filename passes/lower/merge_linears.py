@@ -64,6 +64,7 @@ class MergeLinears(Pass):
 
     name: ClassVar[str] = "lower.merge-linears"
     stage: ClassVar[Stage] = Stage.LOWER
+    in_recipes: ClassVar[bool] = False
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []

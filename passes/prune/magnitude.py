@@ -12,13 +12,14 @@ weights keep more.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.base import Pass
 from sparse_onnx.passes.prune.pruning import PruningPass, global_masks
 from sparse_onnx.passes.solvers.masks import MaskStructure, Norm, keep_mask, resolve_sparsity
 
@@ -33,6 +34,7 @@ class Magnitude(PruningPass):
     """
 
     name: ClassVar[str] = "prune.magnitude"
+    takes_shares: ClassVar[bool] = True
     sparsity: float | None = None
     mask_structure: str = "unstructured"
     scope: Literal["layer", "global"] = "layer"
@@ -60,6 +62,21 @@ class Magnitude(PruningPass):
     @property
     def expected_share(self) -> float | None:
         return None if self.scope == "global" else resolve_sparsity(self.sparsity, self.structure)
+
+    def with_shares(
+        self, shares: Mapping[str, float], structure: str, sizes: Mapping[str, int]
+    ) -> tuple[Pass, ...]:
+        """One pass for each share."""
+        fixed = MaskStructure.parse(structure).kind == "n:m"
+        return tuple(
+            dataclasses.replace(
+                self,
+                mask_structure=structure,
+                targets=tuple(name for name in shares if shares[name] == share),
+                sparsity=None if fixed else share,
+            )
+            for share in dict.fromkeys(shares.values())
+        )
 
     def keep_masks(self, weights: Sequence[Weight]) -> Iterator[np.ndarray]:
         if self.scope == "global":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
@@ -28,10 +29,10 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.constants import constant_array, constant_tensor
 from sparse_onnx.model.graph import add_initializer, drop_if_unused, new_name
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
-from sparse_onnx.model.weights import DEFAULT_IGNORE, RECURRENT, Selection, Weight
+from sparse_onnx.model.weights import DEFAULT_IGNORE, RECURRENT, Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes import solvers
-from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
@@ -40,7 +41,8 @@ from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.two_streams import Aim
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
-from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.pruning import Pruner, choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram, centred_pull
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
@@ -56,7 +58,7 @@ closely, .2 gives up a tenth of the gain); with 93 to 256 a language model loses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneShot(Pass):
+class OneShot(Pruner):
     """Base of the passes that prune with calibration data; see the module's docstring.
 
     Attributes:
@@ -73,9 +75,9 @@ class OneShot(Pass):
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
 
-    stage: ClassVar[Stage] = Stage.PRUNE
     idempotent: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = True
+    takes_shares: ClassVar[bool] = True
 
     sparsity: float | None = None
     mask_structure: str = "unstructured"
@@ -95,7 +97,7 @@ class OneShot(Pass):
         """The method that is applied to each layer."""
 
     def check(self) -> None:
-        Selection(self.targets, self.ignore)
+        super().check()
         resolve_sparsity(self.sparsity, self.structure)
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
         kind = self.structure.kind
@@ -115,13 +117,40 @@ class OneShot(Pass):
 
     @property
     def expected_share(self) -> float | None:
-        """The share of zeros that every chosen weight will have; None where that is not known beforehand."""
         alike = self.allocation == "uniform" and not self.sparsities
         return resolve_sparsity(self.sparsity, self.structure) if alike else None
 
+    @property
+    def sees_pruned_inputs(self) -> bool:
+        return self.calibration != "oneshot"
+
+    def stand_in(self) -> Pass | None:
+        """By magnitude, which gives as many zeros in no time."""
+        return Magnitude(
+            sparsity=self.sparsity,
+            mask_structure=self.mask_structure,
+            targets=self.targets,
+            ignore=self.ignore,
+        )
+
+    def with_shares(
+        self, shares: Mapping[str, float], structure: str, sizes: Mapping[str, int]
+    ) -> tuple[Pass, ...]:
+        """One pass, which prunes all of them together."""
+        fixed = MaskStructure.parse(structure).kind == "n:m"
+        total = sum(sizes[name] for name in shares)
+        mean = math.fsum(share * sizes[name] for name, share in shares.items()) / total
+        own = dataclasses.replace(
+            self,
+            mask_structure=structure,
+            targets=tuple(shares),
+            sparsity=None if fixed else mean,
+            sparsities={} if fixed else shares,
+        )
+        return (own,)
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        selection = Selection(self.targets, self.ignore)
-        weights, left = choose_weights(model, selection, self.structure, context.spared)
+        weights, left = choose_weights(model, self.selection, self.structure, context.spared)
         declined = [self.declined(place, reason) for place, reason in left]
         if not weights:
             return PassResult(model, False, {"weights": 0}, tuple(declined))
@@ -132,7 +161,7 @@ class OneShot(Pass):
                 finite.append(weight)
             else:
                 declined.append(self.declined(weight.name, "holds NaN or Inf: not pruned"))
-        selected, _ = choose_weights(model, selection, self.structure)
+        selected, _ = choose_weights(model, self.selection, self.structure)
         spared = [weight for weight in selected if weight.name in context.spared]
         job = _Job(self, model, context, data, finite, spared)
         for layer in job.layers():

@@ -9,7 +9,6 @@ from sparse_onnx.passes import solvers
 from sparse_onnx.passes.prune.oneshot import OneShot
 
 __all__ = [
-    "ONE_SHOT_PASSES",
     "Admm",
     "Alps",
     "Auto",
@@ -105,18 +104,3 @@ class Taylor(OneShot):
 
     name: ClassVar[str] = "prune.taylor"
     solver = solvers.Obd
-
-
-ONE_SHOT_PASSES: tuple[type[OneShot], ...] = (
-    Admm,
-    Alps,
-    Auto,
-    Iht,
-    Lasso,
-    Omp,
-    Ria,
-    SparseGPT,
-    Taylor,
-    Wanda,
-)
-"""The passes of this module, sorted by name."""

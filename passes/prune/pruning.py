@@ -19,7 +19,7 @@ import onnx_ir as ir
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
-from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage, Zeros
 from sparse_onnx.passes.solvers.masks import (
     MaskStructure,
     Norm,
@@ -32,7 +32,7 @@ from sparse_onnx.passes.solvers.masks import (
 )
 from sparse_onnx.progress import done_of
 
-__all__ = ["PruningPass", "choose_weights", "global_masks"]
+__all__ = ["Pruner", "PruningPass", "choose_weights", "global_masks"]
 
 
 def choose_weights(
@@ -98,33 +98,49 @@ def global_masks(
         yield expand(~pruned, structure, weight.shape)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruningPass(Pass):
-    """Base of passes that set weights to zero and change nothing else.
-
-    ``targets`` and ``ignore`` choose the weights, see :class:`~sparse_onnx.model.weights.Selection`. A
-    subclass implements :meth:`keep_masks`, and :attr:`structure`, :meth:`asked_zeros`, :attr:`expected_share` and
-    :meth:`reasons_against` where they apply.
-    """
+class Pruner(Pass):
+    """Base of passes that make single weights zero; ``targets`` and ``ignore`` choose the weights, see
+    :class:`~sparse_onnx.model.weights.Selection`. The fields are those of the subclasses, in their order."""
 
     stage: ClassVar[Stage] = Stage.PRUNE
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
 
     def check(self) -> None:
-        Selection(self.targets, self.ignore)
+        _ = self.selection
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.targets, self.ignore)
 
     @property
     def structure(self) -> MaskStructure:
         return MaskStructure()
 
-    def asked_zeros(self, size: int) -> int | None:
-        """How many zeros every weight of ``size`` elements shall have, or None if there is no such number."""
-        return None
-
     @property
     def expected_share(self) -> float | None:
         """The share of zeros that every chosen weight will have; None where that is not known beforehand."""
+        return None
+
+    def zeros_of(self, weight: Weight) -> Zeros | None:
+        if self.selection.reason_against(weight) is not None:
+            return None
+        return Zeros(self.expected_share, str(self.structure))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningPass(Pruner):
+    """Base of passes that set weights to zero and change nothing else.
+
+    A subclass implements :meth:`keep_masks`, and :attr:`structure`, :meth:`asked_zeros`, :attr:`expected_share` and
+    :meth:`reasons_against` where they apply.
+    """
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    def asked_zeros(self, size: int) -> int | None:
+        """How many zeros every weight of ``size`` elements shall have, or None if there is no such number."""
         return None
 
     def reasons_against(self, weights: Sequence[Weight]) -> Mapping[str, str]:
@@ -136,8 +152,7 @@ class PruningPass(Pass):
         """For each weight in turn, where to keep it: bool [K, N]. NaN and Inf must be kept."""
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        selection = Selection(self.targets, self.ignore)
-        weights, left = choose_weights(model, selection, self.structure, context.spared)
+        weights, left = choose_weights(model, self.selection, self.structure, context.spared)
         against = self.reasons_against(weights)
         declined = [self.declined(place, reason) for place, reason in (*left, *against.items())]
         weights = [weight for weight in weights if weight.name not in against]

@@ -7,8 +7,6 @@ with any of them.
 
 from __future__ import annotations
 
-from sparse_onnx.errors import UsageError
-from sparse_onnx.options import unknown
 from sparse_onnx.passes.solvers.admm import Admm
 from sparse_onnx.passes.solvers.alps import Alps
 from sparse_onnx.passes.solvers.auto import Auto
@@ -59,7 +57,6 @@ __all__ = [
     "refit",
     "relative_error",
     "ria_score",
-    "solver_by_name",
     "taylor_score",
     "wanda_score",
 ]
@@ -68,10 +65,3 @@ SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
     for solver in (Admm, Alps, Auto, Iht, Lasso, Magnitude, Obd, Omp, Random, Ria, SparseGPT, Wanda)
 }
-
-
-def solver_by_name(name: str) -> type[Solver]:
-    """The method ``name``; UsageError with the nearest name and the list if there is none."""
-    if name not in SOLVERS:
-        raise UsageError(unknown("method", name, SOLVERS))
-    return SOLVERS[name]

@@ -1,19 +1,179 @@
-"""Checks of options: types from the annotations, ranges, and unknown names with the nearest valid one."""
+"""Options as fields of frozen dataclasses: how they are declared once, built from plain data, and checked.
+
+A *group* is a frozen dataclass whose fields are options. Where a field is made with :func:`option`, it can be given
+from outside, and all that is said of it there comes from the field: the flag of the command line, its help, the keyword
+argument of the Python functions and its line in the docstring.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import reprlib
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 from sparse_onnx.errors import UsageError
 
-__all__ = ["check_types", "require", "unknown"]
+__all__ = [
+    "Kind",
+    "Option",
+    "at",
+    "build",
+    "check_types",
+    "documented",
+    "frozen",
+    "holds_numbers",
+    "keywords",
+    "option",
+    "option_names",
+    "option_of",
+    "require",
+    "unknown",
+]
+
+Kind = Literal["plain", "path", "shape", "shapes", "values", "numbers", "settings"]
+"""How the text of a flag is read: as the field's type says, or as a path, shapes of one target or of several, values of
+inputs, numbers with commas, or settings of passes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What is said of an option outside.
+
+    Attributes:
+        help: What it does, for --help.
+        about: The same for a docstring, where a function takes it otherwise; "" is the help.
+        keyword: The keyword argument; "" is the field's name.
+        flag: "" is the keyword with hyphens; None: the command line has none.
+        otherwise: What holds where it is not given; "" is the field's default, if that is a number.
+        kind: How the flag is read.
+        least, above: The smallest whole number, or what a number must exceed.
+    """
+
+    help: str
+    about: str = ""
+    keyword: str = ""
+    flag: str | None = ""
+    otherwise: str = ""
+    kind: Kind = "plain"
+    least: int | None = None
+    above: float | None = None
+
+    @property
+    def with_default(self) -> str:
+        """The help, and what holds where the option is not given."""
+        return f"{self.help}  [default: {self.otherwise}]" if self.otherwise else self.help
+
+    @property
+    def documentation(self) -> str:
+        """The line of a docstring."""
+        if self.about:
+            return self.about
+        return f"{self.help} Default: {self.otherwise}." if self.otherwise else self.help
+
+
+_KEY = "option"
+
+
+def option(default: Any, help: str, *, factory: Callable[[], Any] | None = None, **more: Any) -> Any:
+    """A field with this default, or what ``factory`` makes, that can be given from outside; ``more`` as
+    :class:`Option` has it."""
+    metadata = {_KEY: Option(help, **more)}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option_of(group: type[Any], name: str) -> Option:
+    """What is said of the field ``name``, with nothing left to be filled in."""
+    field = next(field for field in dataclasses.fields(group) if field.name == name)
+    said: Option = field.metadata[_KEY]
+    otherwise, keyword = said.otherwise, said.keyword or name
+    if not otherwise and isinstance(field.default, int | float) and not isinstance(field.default, bool):
+        otherwise = f"{field.default:g}"
+    flag = f"--{keyword.replace('_', '-')}" if said.flag == "" else said.flag
+    return dataclasses.replace(said, keyword=keyword, flag=flag, otherwise=otherwise)
+
+
+def keywords(*groups: type[Any]) -> dict[str, str]:
+    """The fields that can be given from outside, by keyword argument."""
+    return {
+        field.metadata[_KEY].keyword or field.name: field.name
+        for group in groups
+        for field in dataclasses.fields(group)
+        if _KEY in field.metadata
+    }
+
+
+_F = typing.TypeVar("_F", bound=Callable[..., Any])
+
+
+def documented(*groups: type[Any]) -> Callable[[_F], _F]:
+    """Put the options of ``groups`` in place of ``{options}`` in a function's docstring."""
+    lines = []
+    for group in groups:
+        for keyword, name in keywords(group).items():
+            text = f"{keyword}: {option_of(group, name).documentation}"
+            lines += textwrap.wrap(
+                text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
+            )
+
+    def document(function: _F) -> _F:
+        if function.__doc__ is not None:  # there is none with python -OO
+            function.__doc__ = function.__doc__.replace(" " * 8 + "{options}", "\n".join(lines))
+        return function
+
+    return document
+
+
+def option_names(cls: type[Any]) -> set[str]:
+    """The fields that are options; what does not take part in comparisons is handed over."""
+    return {field.name for field in dataclasses.fields(cls) if field.compare}
+
+
+_T = typing.TypeVar("_T")
+
+
+def build(cls: type[_T], options: Mapping[str, Any]) -> _T:
+    """``cls`` with ``options``; those that are None are not given, and lists become tuples."""
+    given = {key: frozen(value) for key, value in options.items() if value is not None}
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # all are dataclasses
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in given]:
+        raise UsageError(f"{getattr(cls, 'name', cls.__name__)}: {' and '.join(missing)} must be given")
+    return cls(**given)
+
+
+def frozen(value: Any) -> Any:
+    """``value`` with tuples in place of all lists."""
+    if isinstance(value, Mapping):
+        return {key: frozen(item) for key, item in value.items()}
+    return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def at(where: str) -> Iterator[None]:
+    """Put the place in front of the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def holds_numbers(value: Any) -> bool:
+    """Whether ``value`` is a number, true or false, or a tuple of such values, none of them empty."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(holds_numbers, value))
+    return isinstance(value, bool | int | float)
 
 
 def require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import sparse_onnx
 from sparse_onnx.analysis.analyze import analyze
-from sparse_onnx.compilation.recipe import dump_recipe, load_recipe, parse_recipe
+from sparse_onnx.compilation.recipe import dump_recipe
+from sparse_onnx.compilation.recipe_reader import load_recipe, parse_recipe
 from sparse_onnx.data.inputs import input_specs, parse_value_flags
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.model_io import load_model

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import sparse_onnx
 from sparse_onnx.compilation import steps, worth_pruning
 from sparse_onnx.compilation.give_back import Originals, exchange
-from sparse_onnx.compilation.recipe import parse_recipe
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.passes.base import LayerChange
 from sparse_onnx.timing import choose, curves
 from sparse_onnx.timing.curves import Curve, LayerCurves
@@ -392,7 +392,7 @@ def tensors(**arrays):
 def test_exchange_is_its_own_inverse():
     model = tensors(W=np.ones(2, np.float32))
     copy = model.clone()
-    originals = Originals(model)
+    originals = Originals.of(model)
     value = model.graph.initializers["W"]
     value.const_value = ir.tensor(np.zeros(2, np.float32), name="W")
     copy.graph.initializers["W"].const_value = value.const_value
@@ -408,7 +408,7 @@ def test_exchange_is_its_own_inverse():
 @pytest.mark.parametrize(("kept", "back"), [((), ["W", "b"]), (("W",), [])])
 def test_a_bias_goes_with_its_weight(kept, back):
     model = tensors(W=np.ones(2, np.float32), b=np.ones(2, np.float32), other=np.ones(2, np.float32))
-    originals = Originals(model)
+    originals = Originals.of(model)
     for name in ("W", "b"):
         model.graph.initializers[name].const_value = ir.tensor(np.zeros(2, np.float32), name=name)
     before = ir.tensor(np.ones(2, np.float32), name="b")
@@ -418,7 +418,7 @@ def test_a_bias_goes_with_its_weight(kept, back):
 
 def test_a_copy_of_a_shared_bias_gets_what_it_was_made_from():
     model = tensors(W=np.ones(2, np.float32), b=np.full(2, 7, np.float32))
-    originals = Originals(model)
+    originals = Originals.of(model)
     old = model.graph.initializers["b"].const_value
     model.graph.initializers["W"].const_value = ir.tensor(np.zeros(2, np.float32), name="W")
     model.graph.register_initializer(

@@ -5,7 +5,10 @@ import math
 import pytest
 
 from sparse_onnx.compilation.goals import Gate, gates, goal_document
-from sparse_onnx.compilation.recipe import Goal, dump_recipe, parse_recipe, recipe_from_flags
+from sparse_onnx.compilation.groups import Goal
+from sparse_onnx.compilation.recipe import Recipe, dump_recipe
+from sparse_onnx.compilation.recipe_flags import override
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.errors import UsageError
 from sparse_onnx.units import parse_size
 
@@ -89,7 +92,7 @@ def test_recipes_carry_goals():
     recipe = parse_recipe("version: 1\ngoal: {target_speedup: 2, target_size: 40%}")
     assert recipe.goal == Goal(target_speedup=2, target_size="40%")
     assert parse_recipe(dump_recipe(recipe)) == recipe
-    assert recipe_from_flags(target_speedup=1.5, target_size="120MB").goal == Goal(
+    assert override(Recipe(), target_speedup=1.5, target_size="120MB").goal == Goal(
         target_speedup=1.5, target_size="120MB"
     )
 
@@ -104,4 +107,4 @@ def test_recipes_carry_goals():
 )
 def test_goals_that_nothing_can_meet_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
-        recipe_from_flags(**flags)
+        override(Recipe(), **flags)

@@ -7,7 +7,9 @@ import onnxruntime as ort
 import pytest
 
 import sparse_onnx
-from sparse_onnx.compilation.recipe import Calibration, Goal, Recipe, parse_recipe
+from sparse_onnx.compilation.groups import Calibration, Goal
+from sparse_onnx.compilation.recipe import Recipe
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.errors import UsageError
 
 WIDTH, CLASSES, SAMPLES = 256, 8, 64

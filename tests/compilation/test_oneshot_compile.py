@@ -9,7 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import sparse_onnx
-from sparse_onnx.compilation.recipe import load_recipe, parse_recipe
+from sparse_onnx.compilation.recipe_reader import load_recipe, parse_recipe
 from sparse_onnx.errors import UsageError
 
 D = 64

@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_onnx.compilation.recipe import (
-    Calibration,
-    Goal,
-    Recipe,
-    RecipeStage,
-    Target,
-    dump_recipe,
-    load_recipe,
-    override,
-    parse_recipe,
-    recipe_from_flags,
-)
+from sparse_onnx.compilation.groups import Calibration, Goal, Target
+from sparse_onnx.compilation.recipe import Recipe, RecipeStage, dump_recipe
+from sparse_onnx.compilation.recipe_flags import override
+from sparse_onnx.compilation.recipe_reader import load_recipe, parse_recipe
 from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.passes.base import Pipeline
 from sparse_onnx.passes.clean.cleanup import Unused
@@ -93,7 +85,7 @@ def test_several_targets_are_read_and_written():
     assert recipe.target == Target(shapes, weights=(3, 0.5))
     assert recipe.target.all_shapes == shapes
     assert parse_recipe(dump_recipe(recipe)) == recipe
-    assert override(Recipe(), shapes=list(shapes), shape_weights=[3, 0.5]) == recipe
+    assert override(Recipe(), input_shapes=list(shapes), shape_weights=[3, 0.5]) == recipe
     assert "weights" not in dump_recipe(Recipe())
 
 
@@ -128,7 +120,7 @@ def test_targets_that_do_not_fit(target, message):
 
 def test_other_shapes_need_other_weights():
     with pytest.raises(UsageError, match=r"weights \(--shape-weights\) must be numbers above 0, as many"):
-        override(parse_recipe(SEVERAL), shapes={"input_ids": (1, 64)})
+        override(parse_recipe(SEVERAL), input_shapes={"input_ids": (1, 64)})
 
 
 # Words that some YAML reader takes for a number, a date, a list, nothing at all, ...
@@ -330,14 +322,14 @@ def test_a_file_that_cannot_be_read_is_the_hosts_fault(tmp_path):
     ],
 )
 def test_flags_alone_make_a_recipe(flags, passes):
-    recipe = recipe_from_flags(**flags)
+    recipe = override(Recipe(), **flags)
     assert tuple(recipe.modifiers()) == passes
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
 def test_flags_reach_the_sections():
     flags = {
-        "shapes": {"x": [1, 2]},
+        "input_shapes": {"x": [1, 2]},
         "threads": 2,
         "calibration_data": "a.npz",
         "num_calibration_samples": 5,
@@ -345,7 +337,7 @@ def test_flags_reach_the_sections():
         "max_drop": 0.1,
         "min_speedup": 1.5,
     }
-    recipe = recipe_from_flags(**flags)
+    recipe = override(Recipe(), **flags)
     assert recipe == Recipe((), Target({"x": (1, 2)}, 2), Calibration("a.npz", 5, seed=3), Goal(0.1, 1.5))
 
 

@@ -14,9 +14,10 @@ from sparse_onnx.data.inputs import (
     input_specs,
     parse_shape_flags,
     parse_target_flags,
-    read_samples,
+    read_arrays,
     resolve_shapes,
 )
+from sparse_onnx.data.samples import open_samples
 from sparse_onnx.errors import UsageError
 
 
@@ -244,6 +245,10 @@ def write(folder, **arrays):
     return folder / "data.npz"
 
 
+def read_samples(path, specs, *, batch=8):
+    return list(open_samples(path, specs, batch=batch))
+
+
 def test_samples_are_cut_into_batches(tmp_path):
     ids, x = np.arange(22).reshape(11, 2), np.arange(33, dtype=np.float32).reshape(11, 3)
     batches = read_samples(write(tmp_path, ids=ids, x=x, unused=np.zeros(4)), [IDS, X])
@@ -342,7 +347,7 @@ def test_missing_file(tmp_path):
 
 def test_folder(tmp_path):
     with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
-        read_samples(tmp_path, [X])
+        read_arrays(tmp_path, [X])
 
 
 def test_pickled_objects_are_never_loaded(tmp_path):

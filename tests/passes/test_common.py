@@ -6,13 +6,23 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.passes.base import PassContext
+from sparse_onnx.data.gradient_file import WeightGradients, write_gradients
+from sparse_onnx.data.samples import Samples
+from sparse_onnx.errors import PassError
+from sparse_onnx.model.weights import Selection, find_weights
+from sparse_onnx.passes.base import CalibrationData, PassContext, Stage
+from sparse_onnx.passes.lower.candidates import LOWERINGS
+from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.registry import PASSES
+from sparse_onnx.passes.structured.channels import Channels
+from sparse_onnx.passes.structured.ffn import Ffn
+from sparse_onnx.passes.structured.heads import Heads
 
 RNG = np.random.default_rng(11)
 
@@ -48,6 +58,10 @@ class Case:
     left: tuple[str, ...] = ()
     cleaned: tuple[str, ...] = ()
     """Passes of the clean-up that must change the model."""
+    changed: tuple[str, ...] = ()
+    """Passes of other stages that must."""
+    lowered: tuple[type, ...] = ()
+    """Lowerings that are applied first, whatever the zeros."""
 
     def text(self):
         head = f'<ir_version: 9, opset_import: ["" : {self.opset}, "local" : 1]>'
@@ -178,6 +192,86 @@ CASES = {
     "empty": Case("", inputs="", outputs=""),
 }
 
+# For what is no step of the clean-up and makes no zeros: one place, at least, for each of these passes.
+WIDE = {"u": weight(8, 16), "v": weight(16, 8), "w": weight(8, 16), "b": weight(16), "c": weight(8)}
+PLACES = {
+    "neurons": Case(
+        "A = Gemm(X, u, b) H = Relu(A) Y = Gemm(H, v, c)",
+        {name: WIDE[name] for name in "ubvc"},
+        outputs="float[B, 8] Y",
+        prunable=("u", "v"),
+        changed=("prune.ffn", "lower.sparse-matmul"),
+    ),
+    "images": Case(
+        "A = Conv<pads = [1, 1, 1, 1]>(P, k, b) H = Relu(A) Y = Conv(H, l)",
+        {"k": weight(16, 4, 3, 3), "b": weight(16), "l": weight(4, 16, 1, 1)},
+        inputs="float[B, 4, 8, 8] P",
+        outputs="float[B, 4, 8, 8] Y",
+        prunable=("k", "l"),
+        changed=("prune.channels", "lower.sparse-conv"),
+    ),
+    "heads": Case(
+        """q = MatMul(S, wq) k = MatMul(S, wk) v = MatMul(S, wv)
+           qr = Reshape(q, apart) kr = Reshape(k, apart) vr = Reshape(v, apart)
+           qh = Transpose<perm = [0, 2, 1, 3]>(qr) kt = Transpose<perm = [0, 2, 3, 1]>(kr)
+           vh = Transpose<perm = [0, 2, 1, 3]>(vr)
+           scores = MatMul(qh, kt) scaled = Mul(scores, scale) p = Softmax(scaled) mixed = MatMul(p, vh)
+           back = Transpose<perm = [0, 2, 1, 3]>(mixed) flat = Reshape(back, together) o = MatMul(flat, wo)
+           R = Add(S, o) Y = LayerNormalization(R, g, h)""",
+        {f"w{name}": weight(8, 8) for name in "qkvo"}
+        | {
+            "apart": np.array([0, 0, 4, 2]),
+            "together": np.array([0, 0, 8]),
+            "scale": np.float32(2**-0.5),
+            "g": weight(8),
+            "h": weight(8),
+        },
+        inputs="float[B, 5, 8] S",
+        outputs="float[B, 5, 8] Y",
+        prunable=("wq", "wk", "wv", "wo"),
+        changed=("prune.heads", "fuse.attention", "fuse.skip-layer-norm", "lower.sparse-matmul"),
+    ),
+    "recurrent": Case(
+        "Y, Yh, Yc = LSTM<hidden_size = 4>(T, w, r)",
+        {"w": weight(1, 16, 8), "r": weight(1, 16, 4)},
+        inputs="float[5, B, 8] T",
+        outputs="float[5, 1, B, 4] Y",
+        prunable=("w", "r"),
+        changed=("lower.sparse-recurrent",),
+    ),
+    "normalized images": Case(
+        "A = Conv(P, k) Y = BatchNormalization(A, g, b, m, v)",
+        {"k": weight(4, 4, 1, 1), "g": weight(4), "b": weight(4), "m": weight(4), "v": abs(weight(4))},
+        inputs="float[B, 4, 8, 8] P",
+        outputs="float[B, 4, 8, 8] Y",
+        prunable=("k",),
+        changed=("fuse.batch-norm", "lower.sparse-conv"),
+    ),
+    "sparse linears in a row": Case(
+        "A = Gemm(X, u, b) H = Relu(A) Y = Gemm(H, v, c)",
+        {name: WIDE[name] for name in "ubvc"},
+        outputs="float[B, 8] Y",
+        changed=("lower.feed-forward",),
+        lowered=(LowerSparseMatMul,),
+    ),
+    "sparse linears of one input": Case(
+        "Y = MatMul(X, u) Z = MatMul(X, w)",
+        {name: WIDE[name] for name in "uw"},
+        outputs="float[B, 16] Y, float[B, 16] Z",
+        cleaned=("clean.duplicates",),
+        changed=("lower.merge-linears",),
+        lowered=(LowerSparseMatMul,),
+    ),
+    "sparse images": Case(
+        "A = Conv(P, k) Y = Relu(A)",
+        {"k": weight(4, 4, 1, 1)},
+        inputs="float[B, 4, 8, 8] P",
+        outputs="float[B, 4, 8, 8] Y",
+        lowered=(LowerSparseConv,),
+    ),
+}
+CASES |= PLACES
+
 OPTIONS = {
     "prune.magnitude": [
         Magnitude(sparsity=0.5),
@@ -187,29 +281,44 @@ OPTIONS = {
     ],
     "prune.random": [Random(sparsity=0.5), Random(mask_structure="1:2")],
     "prune.threshold": [Threshold(theta=0.5)],
+    "prune.gradient": [Gradient(sparsity=0.5, gradients="gradients.npz")],
+    **{cls.name: [cls(min_sparsity=0.0)] for cls in LOWERINGS},
+    **{cls.name: [cls(sparsity=0.5, multiple_of=1)] for cls in (Channels, Ffn, Heads)},
+    **{cls.name: [cls(sparsity=0.5)] for cls in PASSES if issubclass(cls, OneShot)},
 }
-# Passes that need data of the very model have tests of their own: test_oneshot.py, test_gradient.py, structured/.
-STEPS = [
-    step
+"""Those of passes that cannot do without."""
+
+CALIBRATED_CASES = ("mlp", "if", "nan", "no linears", "neurons", "images", "heads", "recurrent")
+"""The cases for passes that run the model on data, which takes a while."""
+
+
+def cases_of(cls):
+    if cls is Gradient:  # a file of gradients has one, at least
+        return [name for name, case in CASES.items() if case.prunable]
+    return CALIBRATED_CASES if cls.needs_calibration else CASES
+
+
+PAIRS = [
+    pytest.param(step, case, id=f"{step.name}-{getattr(step, 'structure', '')}-{case}")
     for cls in PASSES
-    if not cls.needs_calibration and cls is not Gradient
     for step in OPTIONS.get(cls.name) or [cls()]
+    for case in cases_of(cls)
 ]
-# No modifier of recipes: the compiler runs it, behind the guard.
-STEPS.append(LowerSparseMatMul(min_sparsity=0.0))
 FEEDS = {
     "X": RNG.standard_normal((8, 8)).astype(np.float32),
     "I": np.array([0, 3, 1], np.int64),
     "C": np.array(True),
+    "P": RNG.standard_normal((8, 4, 8, 8)).astype(np.float32),
+    "S": RNG.standard_normal((8, 5, 8)).astype(np.float32),
+    "T": RNG.standard_normal((5, 8, 8)).astype(np.float32),
 }
 DTYPES = {"double": np.float64, "half": np.float16}
 
-every_case = pytest.mark.parametrize("case", CASES)
-every_step = pytest.mark.parametrize(
-    "step",
-    STEPS,
-    ids=lambda step: f"{step.name}-{step.structure}" if step.name.startswith("prune.") else step.name,
-)
+every_pair = pytest.mark.parametrize(("step", "case"), PAIRS)
+
+
+def some_pairs(choose):
+    return pytest.mark.parametrize(("step", "case"), [pair for pair in PAIRS if choose(pair.values[0])])
 
 
 @pytest.fixture
@@ -218,12 +327,33 @@ def build(from_text):
 
     def build(case):
         model = from_text(CASES[case].text(), **CASES[case].tensors)
+        for lowering in CASES[case].lowered:
+            lowering(min_sparsity=0.0)(model)
         for value in model.graph.initializers.values():
             array = read_only(value.const_value.numpy().copy())
             value.const_value = ir.tensor(array, name=value.name)
         return model
 
     return build
+
+
+@pytest.fixture
+def apply(tmp_path, monkeypatch):
+    """Apply a pass with all that it may ask for: calibration data, or a file of gradients of the very model."""
+    monkeypatch.chdir(tmp_path)
+
+    def apply(step, model, case):
+        calibration = None
+        if step.needs_calibration:
+            calibration = CalibrationData(Samples.of([feeds(model, case)], "test"), tmp_path)
+        if isinstance(step, Gradient):
+            weights = {weight.name: np.array(weight.matrix()) for weight in find_weights(model)[0]}
+            finite = {name: np.where(np.isfinite(w), w, 0).astype(np.float32) for name, w in weights.items()}
+            known = {name: WeightGradients(abs(w), w**2) for name, w in finite.items()}
+            write_gradients(tmp_path / step.gradients, known)
+        return step(model, PassContext(calibration=calibration))
+
+    return apply
 
 
 def feeds(model, case):
@@ -252,13 +382,15 @@ def structure(model):
     ]
 
 
-@every_step
-@every_case
-def test_the_result_is_a_valid_model_with_the_same_border(build, run, step, case):
+KEEPS_ANSWERS = (Stage.CLEAN, Stage.SCALE, Stage.FUSE, Stage.LOWER)
+
+
+@every_pair
+def test_the_result_is_a_valid_model_with_the_same_border(build, apply, run, step, case):
     model = build(case)
     before = border(model)
     expected = {} if case == "empty" else run(model, feeds(model, case))
-    step(model)
+    apply(step, model, case)
     assert border(model) == before
     if case == "empty":  # the runtime does not load a graph without outputs
         assert not model.graph.outputs
@@ -267,80 +399,101 @@ def test_the_result_is_a_valid_model_with_the_same_border(build, run, step, case
     assert {name: array.shape for name, array in after.items()} == {
         name: array.shape for name, array in expected.items()
     }
-    if step.name.startswith("clean."):
-        for name, array in expected.items():
+    for name, array in expected.items():
+        if step.stage is Stage.CLEAN:
             np.testing.assert_array_equal(after[name], array)
+        elif step.stage in KEEPS_ANSWERS:
+            np.testing.assert_allclose(after[name], array, rtol=1e-5, atol=1e-4)
 
 
-@every_step
-@every_case
-def test_modified_is_true_to_the_bytes(build, step, case):
+@every_pair
+def test_modified_is_true_to_the_bytes(build, apply, step, case):
     model = build(case)
     before = serialized(model)
-    result = step(model)
+    result = apply(step, model, case)
     assert result.modified == (serialized(model) != before)
 
 
-@every_step
-@every_case
-def test_the_second_run_changes_nothing_if_so_declared(build, step, case):
+@some_pairs(lambda step: step.idempotent)
+def test_the_second_run_changes_nothing_if_so_declared(build, apply, step, case):
     model = build(case)
-    step(model)
+    apply(step, model, case)
     first = serialized(model)
-    again = step(model)
-    assert step.idempotent
+    again = apply(step, model, case)
     assert not again.modified
     assert serialized(model) == first
 
 
-@every_step
-@every_case
-def test_two_runs_give_the_same_bytes(build, step, case):
+def test_what_is_not_idempotent_needs_data():
+    assert all(cls.idempotent or cls.needs_calibration for cls in PASSES)
+
+
+@every_pair
+def test_two_runs_give_the_same_bytes(build, apply, step, case):
     one, two = build(case), build(case)
-    results = [step(one), step(two)]
+    results = [apply(step, one, case), apply(step, two, case)]
     assert serialized(one) == serialized(two)
-    same = [dataclasses.replace(result, model=one, seconds=0.0) for result in results]
+    same = [
+        dataclasses.replace(
+            result,
+            model=one,
+            seconds=0.0,
+            layers=tuple(  # tensors are equal only to themselves
+                dataclasses.replace(layer, bias=layer.bias and (layer.bias[0], None))
+                for layer in result.layers
+            ),
+        )
+        for result in results
+    ]
     assert same[0] == same[1]
 
 
-@every_step
-@every_case
-def test_the_given_tensors_are_not_written_to(build, step, case):
+@every_pair
+def test_the_given_tensors_are_not_written_to(build, apply, step, case):
     """They are read-only: writing would raise. And nothing keeps them from being compared afterwards."""
     model = build(case)
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
-    step(model, PassContext())
+    copies = {name: np.array(tensor.numpy()) for name, tensor in before.items()}
+    apply(step, model, case)
     for name, tensor in before.items():
-        np.testing.assert_array_equal(tensor.numpy(), CASES[case].tensors[name])
+        np.testing.assert_array_equal(tensor.numpy(), copies[name])
+        if not CASES[case].lowered:
+            np.testing.assert_array_equal(tensor.numpy(), CASES[case].tensors[name])
 
 
-@every_step
-@every_case
-def test_what_is_left_alone_has_a_place_and_a_reason(build, step, case):
-    result = step(build(case))
+@every_pair
+def test_what_is_left_alone_has_a_place_and_a_reason(build, apply, step, case):
+    result = apply(step, build(case), case)
     for declined in result.declined:
         assert declined.pass_name == step.name
         assert declined.place
         assert declined.reason
-    if step.name.startswith("prune."):
+    if step.stage is Stage.PRUNE and not step.needs_calibration:
         assert {place.place for place in result.declined} == set(CASES[case].left)
 
 
-@pytest.mark.parametrize("step", [step for step in STEPS if step.name.startswith("prune.")], ids=repr)
-@every_case
-def test_pruning_reaches_all_it_should_and_nothing_else(build, step, case):
+@some_pairs(lambda step: step.stage is Stage.PRUNE)
+def test_pruning_reaches_all_it_should_and_nothing_else(build, apply, step, case):
     model = build(case)
     graphs = structure(model)
     before = {
         value.name: value.const_value for graph in model.graphs() for value in graph.initializers.values()
     }
-    result = step(model)
+    result = apply(step, model, case)
     after = {
         value.name: value.const_value for graph in model.graphs() for value in graph.initializers.values()
     }
-    assert structure(model) == graphs
-    changed = {name for name, tensor in after.items() if tensor is not before[name]}
-    assert changed == set(CASES[case].prunable) == {layer.name for layer in result.layers}
+    changed = {name for name, tensor in after.items() if tensor is not before.get(name)}
+    biases = {layer.bias[0] for layer in result.layers if layer.bias is not None}
+    if not step.needs_calibration:
+        assert not biases
+        assert structure(model) == graphs
+    finite = (
+        {name for name in CASES[case].prunable if np.isfinite(CASES[case].tensors[name]).all()}
+        if (step.needs_calibration)
+        else set(CASES[case].prunable)
+    )
+    assert changed - biases == finite == {layer.name for layer in result.layers}
     for layer in result.layers:
         array = after[layer.name].numpy()
         assert array.dtype == before[layer.name].numpy().dtype
@@ -348,8 +501,69 @@ def test_pruning_reaches_all_it_should_and_nothing_else(build, step, case):
         assert after[layer.name].name == layer.name
 
 
-@pytest.mark.parametrize("step", [step for step in STEPS if step.name.startswith("clean.")], ids=repr)
-@every_case
-def test_clean_up_changes_what_it_should_and_nothing_else(build, step, case):
+@some_pairs(lambda step: step.stage is Stage.CLEAN)
+def test_clean_up_changes_what_it_should_and_nothing_else(build, apply, step, case):
     must = step.name in CASES[case].cleaned
-    assert step(build(case)).modified == must
+    assert apply(step, build(case), case).modified == must
+
+
+# -- what the compiler asks a pass -----------------------------------------------------------------
+
+every_step = pytest.mark.parametrize(
+    "step", {repr(pair.values[0]): pair.values[0] for pair in PAIRS}.values(), ids=lambda step: step.name
+)
+
+
+@every_step
+def test_a_stand_in_needs_no_data_and_keeps_its_place(step):
+    other = step.stand_in()
+    if other is None:
+        assert step.needs_calibration
+    else:
+        assert not other.needs_calibration
+        assert other.stage is step.stage
+        assert (other is step) == (not step.needs_calibration)
+
+
+@every_step
+def test_a_pass_knows_the_zeros_it_makes(build, step):
+    weights = find_weights(build("mlp"))[0]
+    asked = [step.zeros_of(weight) for weight in weights]
+    if step.stage is not Stage.PRUNE:
+        assert asked == [None] * len(weights)
+        return
+    assert all(zeros is not None and zeros.structure == str(step.structure) for zeros in asked)
+    ignoring = dataclasses.replace(step, ignore=("u",))
+    assert [weight.name for weight in weights if ignoring.zeros_of(weight) is None] == ["u"]
+    assert ignoring.selection == Selection((), ("u",))
+
+
+@every_step
+def test_shares_of_single_weights(build, step):
+    shares, sizes = {"u": 0.25, "w": 0.75}, {"u": 64, "w": 32}
+    if not step.takes_shares:
+        with pytest.raises(PassError, match="takes no shares of zeros"):
+            step.with_shares(shares, "unstructured", sizes)
+        return
+    passes = step.with_shares(shares, "unstructured", sizes)
+    assert {type(own) for own in passes} == {type(step)}
+    weights = find_weights(build("mlp"))[0]
+    reached = {weight.name for weight in weights for own in passes if own.zeros_of(weight) is not None}
+    assert reached == {"u", "w"}
+
+
+REBUILDING = [cls for cls in PASSES if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE)]
+
+
+@some_pairs(lambda step: type(step) in REBUILDING)
+def test_what_rebuilds_the_graph_finds_its_place(build, apply, step, case):
+    result = apply(step, build(case), case)
+    if step.name in CASES[case].changed:
+        assert result.modified
+    elif case in ("no linears", "attention", "quantized", "empty"):
+        assert not result.modified
+
+
+@pytest.mark.parametrize("cls", REBUILDING, ids=lambda cls: cls.name)
+def test_every_pass_that_rebuilds_the_graph_has_a_place(cls):
+    assert any(cls.name in case.changed for case in CASES.values())

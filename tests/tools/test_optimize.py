@@ -9,7 +9,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from sparse_onnx.compilation.recipe import Target, load_recipe
+from sparse_onnx.compilation.groups import Target
+from sparse_onnx.compilation.recipe_reader import load_recipe
 from sparse_onnx.tools.cli import main
 
 

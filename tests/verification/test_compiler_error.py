@@ -11,8 +11,9 @@ from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running.recording import record
-from sparse_onnx.verification.comparison import MAX_COMPILER_ERROR, compare
+from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.compiler_error import judge
+from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 from sparse_onnx.verification.verify import verify
 from sparse_onnx.verification.yardstick import MARGIN, Rounding, exceeding, measure_rounding, perturbed
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_onnx.compilation.dumps import Dumps
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
 from sparse_onnx.compilation.report_rows import write_report
 from sparse_onnx.compilation.steps import Compilation
@@ -44,6 +45,7 @@ def compile_into(
     cache: Path | None = None,
     table: TimingTable | None = None,
     threads: int | None = None,
+    dump_after: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[int, dict[str, Any]]:
     """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds.
@@ -53,8 +55,12 @@ def compile_into(
     """
     work = folder / ".work"
     work.mkdir()
-    job = Compilation(source, recipe, benchmark, progress, folder, work, command, cache, table, threads)
+    dumps = Dumps(dump_after, folder)
+    job = Compilation(
+        source, recipe, benchmark, progress, folder, work, command, cache, table, threads, dumps
+    )
     exit_code, report = job.compile(recipe.pipeline())
+    dumps.note_missing(progress)
     shutil.rmtree(work)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     write_report(report, folder)

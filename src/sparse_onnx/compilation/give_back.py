@@ -54,18 +54,22 @@ def exchange(models: Sequence[ir.Model], states: Iterable[Stored]) -> list[Store
 
 
 class Originals:
-    """The tensors of a model's main graph, kept before it is pruned.
+    """Tensors of a model's main graph as they were before it was pruned."""
 
-    Args:
-        model: As it is before pruning.
-    """
+    def __init__(self, known: Iterable[Stored]) -> None:
+        self._known: Mapping[str, Stored] = {stored.name: stored for stored in known}
 
-    def __init__(self, model: ir.Model) -> None:
-        self._known: Mapping[str, Stored] = {
-            name: _stored(value)
-            for name, value in model.graph.initializers.items()
-            if value.const_value is not None
-        }
+    @classmethod
+    def of(cls, model: ir.Model) -> Originals:
+        """All tensors of ``model``, as they are now."""
+        return cls(
+            _stored(value) for value in model.graph.initializers.values() if value.const_value is not None
+        )
+
+    def without(self, names: Iterable[str]) -> Originals:
+        """The same, with nothing known of these weights: they are not given back."""
+        dropped = frozenset(names)
+        return Originals(stored for name, stored in self._known.items() if name not in dropped)
 
     def changed(
         self, model: ir.Model, changes: Iterable[LayerChange] = (), kept: Collection[str] = ()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_onnx.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
-    from sparse_onnx.compilation.recipe import Goal
+    from sparse_onnx.compilation.groups import Goal
     from sparse_onnx.verification.metrics import MetricResult
 
 __all__ = ["Gate", "gates", "goal_document"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,8 +41,6 @@ from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.layers import lower_layers
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.presets import FUSION_PASSES, PREPARATION_PASSES
-from sparse_onnx.passes.prune.magnitude import Magnitude
-from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import SCHEMA_VERSION, environment
 from sparse_onnx.running.fix_inputs import fix_inputs
@@ -58,11 +58,12 @@ from sparse_onnx.timing.profile import time_shares
 from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.timing.table import TimingTable
 from sparse_onnx.units import format_error
-from sparse_onnx.verification.comparison import MAX_COMPILER_ERROR, compare
+from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.compiler_error import judge
 from sparse_onnx.verification.layer_errors import layer_errors
 from sparse_onnx.verification.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
+from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 
 __all__ = ["Compilation"]
 
@@ -71,12 +72,13 @@ _MAX_SAMPLES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was done before layers are decided on: cleaning up, structured ``removed`` parts, weights ``pruned``; and
-    the weights as they were before that last step."""
+    """What was done before layers are decided on: cleaning up, structured ``removed`` parts, weights ``pruned`` and
+    ``quantized``; and the weights as they were before they were pruned, but for those that were quantized."""
 
     cleaned: PassResult
     removed: PassResult
     pruned: PassResult
+    quantized: PassResult
     originals: Originals
 
 
@@ -95,7 +97,9 @@ class Compilation:
         cache: Path | None = None,
         table: TimingTable | None = None,
         threads: int | None = None,
+        after: Callable[[str, ir.Model], None] = lambda _name, _model: None,
     ) -> None:
+        self.after = after
         self.source, self.recipe, self.benchmark = source, recipe, benchmark
         self.folder, self.work, self.command = folder, work, command
         self.clock = StageClock(say)
@@ -156,19 +160,26 @@ class Compilation:
         cleaned = Pipeline(PREPARATION_PASSES)(model, context)
         self.before = {name: value.const_value for name, value in model.graph.initializers.items()}
         dense = model.clone() if self.held_out is not None else None
-        removing, pruning = (
-            Pipeline(tuple(step for step in pipeline.passes if (step.stage < Stage.PRUNE) is before))
-            for before in (True, False)
+        removing, pruning, quantizing, others = (
+            Pipeline(tuple(step for step in pipeline.passes if first <= step.stage < end))
+            for first, end in itertools.pairwise(
+                (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE, Stage.FUSE, math.inf)
+            )
         )
         removed = removing(model, context)
-        originals = Originals(model)
+        originals = Originals.of(model)
         spared = self.spared(model, pruning, bench)
         pruned = pruning(model, dataclasses.replace(context, spared=spared))
+        exact = Originals.of(model)
+        quantized = quantizing(model, context)
+        originals = originals.without(state.name for state in exact.changed(model))
+        rest = others(model, context)
         if dense is not None:
             self.held_out_errors = self.errors_on_held_out(dense, model, pipeline)
-        self.declined += [*cleaned.declined, *removed.declined, *pruned.declined]
+        for result in (cleaned, removed, pruned, quantized, rest):
+            self.declined += result.declined
         self.errors = {change.name: change.error for change in pruned.layers}
-        return Prepared(cleaned, removed, pruned, originals)
+        return Prepared(cleaned, removed, pruned, quantized, originals)
 
     def spared(self, model: ir.Model, pruning: Pipeline, bench: choose.Bench | None) -> dict[str, str]:
         """The weights that are not to be pruned, since it would gain nothing, with the reasons."""
@@ -196,10 +207,7 @@ class Compilation:
         """Of every pruned layer, on inputs such as its method saw."""
         assert self.held_out is not None
         assert self.calibration is not None
-        behind_pruned = any(
-            isinstance(modifier, OneShot) and modifier.calibration != "oneshot"
-            for modifier in pipeline.passes
-        )
+        behind_pruned = any(modifier.sees_pruned_inputs for modifier in pipeline.passes)
         try:
             return layer_errors(
                 dense,
@@ -249,7 +257,7 @@ class Compilation:
         metric = self.metric(model)
         bench = self.bench()
         with model_io.Spool(self.work) as spool:
-            context = PassContext(spool.put, self.say, self.calibration)
+            context = PassContext(spool.put, self.say, self.calibration, after=self.after)
             with self.clock("prune"):
                 prepared = self.prepare(model, pipeline, context, bench)
                 candidates = find_candidates(model)[0]
@@ -284,13 +292,14 @@ class Compilation:
             if exchanged is not None:
                 reference = exchanged
                 optimized = self.write(model, decisions, packer, context)
-            unchanged = not gained and not zeros and not self.fixed
+            rewritten = bool(self.fixed) or prepared.quantized.modified
+            unchanged = not gained and not zeros and not rewritten
             if unchanged:
                 # The model as it was, not even cleaned.
                 optimized, timings = model_io.load_model(self.path), []
                 model_io.save_model(optimized, self.folder)
             with self.clock("verify"):
-                changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
+                changed = zeros or prepared.removed.modified or prepared.cleaned.modified or rewritten
                 verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
                 kernels = kernel_names(optimized, decisions, shapes[0])
@@ -679,18 +688,6 @@ class Compilation:
 
 
 def _planned(pipeline: Pipeline) -> Pipeline:
-    """What stands for the passes in a plan: one-shot pruning takes minutes, and magnitude gives as many zeros. What
-    else needs real inputs is left out."""
-    stand_ins = [
-        Magnitude(
-            sparsity=modifier.sparsity,
-            mask_structure=modifier.mask_structure,
-            targets=modifier.targets,
-            ignore=modifier.ignore,
-        )
-        if isinstance(modifier, OneShot)
-        else modifier
-        for modifier in pipeline.passes
-        if isinstance(modifier, OneShot) or not modifier.needs_calibration
-    ]
-    return Pipeline(tuple(stand_ins))
+    """What stands for the passes in a plan."""
+    stand_ins = (modifier.stand_in() for modifier in pipeline.passes)
+    return Pipeline(tuple(step for step in stand_ins if step is not None))

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.model.weights import Selection, Weight, find_weights
+from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.passes.base import Pass, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Candidate
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
-from sparse_onnx.passes.prune.oneshot import OneShot
-from sparse_onnx.passes.prune.pruning import PruningPass
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import Progress
 from sparse_onnx.timing.choose import Bench, expected_times, overall
@@ -74,13 +72,13 @@ def below_break_even(
     ``targets`` has the shape of every layer's inputs by the name of the value. A weight whose share of zeros is not
     known beforehand is not judged.
     """
-    pruning = [modifier for modifier in modifiers if isinstance(modifier, PruningPass | OneShot)]
+    modifiers = tuple(modifiers)
     candidates, _ = find_candidates(model)
     against: dict[str, str] = {}
     steps = Progress(progress, "what can pay: layer", len(candidates))
     for candidate in candidates:
         steps.step()
-        asked = _asked(pruning, candidate.weight)
+        asked = _asked(modifiers, candidate.weight)
         if asked is None or candidate.companion or candidate.sparsity >= asked[0]:
             continue
         share, structure = asked
@@ -112,16 +110,13 @@ def below_break_even(
     return against
 
 
-def _asked(modifiers: Sequence[PruningPass | OneShot], weight: Weight) -> tuple[float, str] | None:
+def _asked(modifiers: Sequence[Pass], weight: Weight) -> tuple[float, str] | None:
     """The zeros that ``weight`` will have, and their pattern; None if that is not known, or nothing prunes it."""
-    choosing = [m for m in modifiers if Selection(m.targets, m.ignore).reason_against(weight) is None]
-    shares = [modifier.expected_share for modifier in choosing]
-    if not choosing or None in shares:
+    asked = [zeros for modifier in modifiers if (zeros := modifier.zeros_of(weight)) is not None]
+    known = [(zeros.share, zeros.structure) for zeros in asked if zeros.share is not None]
+    if not asked or len(known) < len(asked):
         return None
-    share, pattern = max(
-        zip(shares, (str(m.structure) for m in choosing), strict=True), key=lambda s: s[0] or 0
-    )
-    return share or 0.0, pattern
+    return max(known, key=lambda zeros: zeros[0])
 
 
 def tabulated_curves(table: TimingTable) -> CurvesOf:

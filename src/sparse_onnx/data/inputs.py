@@ -22,6 +22,7 @@ from sparse_onnx.data.input_sizes import is_cache_length, solve_shapes
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.dimensions import Dim, parse, read_dim
 from sparse_onnx.model.graph import is_standard
+from sparse_onnx.options import holds_numbers
 
 __all__ = [
     "Feeds",
@@ -31,14 +32,12 @@ __all__ = [
     "first_samples",
     "fixed_batch",
     "generate",
-    "holds_numbers",
     "input_specs",
     "parse_shape_flags",
     "parse_target_flags",
     "parse_value_flags",
     "plain_values",
     "read_arrays",
-    "read_samples",
     "resolve_shapes",
     "sample_count",
     "split_batches",
@@ -285,13 +284,6 @@ def _parse_value(text: str) -> Value | None:
             continue
         return value if holds_numbers(value) else None
     return None
-
-
-def holds_numbers(value: Value) -> bool:
-    """Whether ``value`` is a number, true or false, or a tuple of such values, none of them empty."""
-    if isinstance(value, tuple):
-        return bool(value) and all(map(holds_numbers, value))
-    return isinstance(value, bool | int | float)
 
 
 def parse_shape_flags(flags: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -574,11 +566,3 @@ def split_batches(arrays: Feeds, specs: Sequence[InputSpec], batch: int, where: 
             f"{where}: {total} samples are no multiple of the model's fixed batch of {cut.fixed}"
         )
     return [cut.cut(arrays, start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def read_samples(path: Path, specs: Sequence[InputSpec], *, batch: int = 8) -> list[Feeds]:
-    """Real inputs from an ``.npz`` file: one array an input, samples along the first axis, cut into batches.
-
-    Arrays are cast to the input's type if that loses nothing but precision.
-    """
-    return split_batches(read_arrays(path, specs), specs, batch, str(path))

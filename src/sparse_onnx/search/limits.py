@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparse_onnx.options import require
+from sparse_onnx.options import option, require
 
 __all__ = ["Limits"]
 
@@ -18,10 +18,20 @@ class Limits:
     Raises UsageError for a value out of range.
     """
 
-    trials: int = 16
-    minutes: float = 60.0
-    jobs: int = 1
-    ray: str | None = None
+    trials: int = option(
+        16,
+        "With a method, goals and no sparsity: stop after so many.",
+        about="A search stops after so many trials. With a ``method``, goals and no ``sparsity``, the zeros of every "
+        "layer are searched for, see :mod:`sparse_onnx.search`; ``mask_structure`` may then name several patterns to "
+        "choose from, with commas.",
+        keyword="search_trials",
+        least=1,
+    )
+    minutes: float = option(60.0, "Stop the search then.", keyword="search_minutes", above=0)
+    jobs: int = option(
+        1, "Trials of a search at once.", about="Trials of a search at once, in processes of this machine."
+    )
+    ray: str | None = option(None, "Address of a Ray cluster for trials, or auto.")
 
     def __post_init__(self) -> None:
         require(self.trials >= 1, "search_trials", self.trials, "1 or more")

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from sparse_onnx.analysis.forecast import Choice, Forecast, Plan
 from sparse_onnx.passes.base import Pass
-from sparse_onnx.passes.prune.magnitude import Magnitude
-from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.search.frontier import Option, frontier
 from sparse_onnx.search.strategy import Expected, Goals
@@ -121,36 +119,13 @@ def _with_others(plan: Plan, forecast: Forecast) -> Plan:
     return {**plan, **others}
 
 
-def modifiers(plan: Plan, template: Magnitude | OneShot, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
+def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pass, ...]:
     """``plan`` as pruning passes with the options of ``template``, whose own share of zeros does not count.
 
-    ``sizes`` are the elements of the weights. A one-shot method prunes all layers of one pattern together; by
-    magnitude, those of one pattern and share.
+    ``sizes`` are the elements of the weights. Each pattern is asked of the template on its own.
     """
     passes: list[Pass] = []
     for structure in dict.fromkeys(pattern for _, pattern in plan.values()):
         shares = {name: share for name, (share, pattern) in plan.items() if pattern == structure}
-        fixed = MaskStructure.parse(structure).kind == "n:m"
-        if isinstance(template, OneShot):
-            total = sum(sizes[name] for name in shares)
-            mean = math.fsum(share * sizes[name] for name, share in shares.items()) / total
-            passes.append(
-                dataclasses.replace(
-                    template,
-                    mask_structure=structure,
-                    targets=tuple(shares),
-                    sparsity=None if fixed else mean,
-                    sparsities={} if fixed else shares,
-                )
-            )
-            continue
-        for share in dict.fromkeys(shares.values()):
-            passes.append(
-                dataclasses.replace(
-                    template,
-                    mask_structure=structure,
-                    targets=tuple(name for name in shares if shares[name] == share),
-                    sparsity=None if fixed else share,
-                )
-            )
+        passes += template.with_shares(shares, structure, sizes)
     return tuple(passes)

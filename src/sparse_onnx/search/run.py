@@ -17,7 +17,8 @@ from sparse_onnx.analysis.analyze import Analysis, analyze
 from sparse_onnx.analysis.forecast import Plan
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into
 from sparse_onnx.compilation.goals import gates, goal_document
-from sparse_onnx.compilation.recipe import Goal, Recipe, RecipeStage, recipe_document
+from sparse_onnx.compilation.groups import Goal
+from sparse_onnx.compilation.recipe import Recipe, RecipeStage, recipe_document
 from sparse_onnx.compilation.report_rows import target_rows, times, write_report
 from sparse_onnx.compilation.whole_model import exit_code, settle
 from sparse_onnx.data import inputs
@@ -26,12 +27,10 @@ from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
 from sparse_onnx.model.storage import write_whole
-from sparse_onnx.model.weights import Selection, Weight
-from sparse_onnx.passes.base import PassContext, Pipeline, Stage
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.base import Pass, PassContext, Pipeline, Stage
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.presets import PREPARATION_PASSES
-from sparse_onnx.passes.prune.magnitude import Magnitude
-from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.passes.prune.pruning import choose_weights
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import is_lasting
@@ -77,7 +76,7 @@ def search_recipe(
     patterns ``mask_structure`` (with commas). The others as for :func:`sparse_onnx.api.optimize`."""
     pruning = [modifier for modifier in recipe.modifiers() if modifier.stage is Stage.PRUNE]
     template = pruning[0]
-    if len(pruning) != 1 or not isinstance(template, Magnitude | OneShot):
+    if len(pruning) != 1 or not template.takes_shares:
         raise UsageError(f"{template.name} has no share of zeros to search for: give another method")
     stages = (
         RecipeStage(stage.name, tuple(modifier for modifier in stage.modifiers if modifier is not template))
@@ -101,7 +100,7 @@ def optimize_to_goals(
     source: Path,
     output: Path,
     recipe: Recipe,
-    template: Magnitude | OneShot,
+    template: Pass,
     *,
     structures: Sequence[str],
     limits: Limits,
@@ -151,7 +150,7 @@ class _Compile:
 
     source: Path
     recipe: Recipe
-    template: Magnitude | OneShot
+    template: Pass
     sizes: Mapping[str, int]
     table: TimingTable
     command: str
@@ -198,7 +197,7 @@ class _Job:
         self,
         source: Path,
         recipe: Recipe,
-        template: Magnitude | OneShot,
+        template: Pass,
         structures: tuple[str, ...],
         work: Path,
         command: str,
@@ -298,7 +297,7 @@ class _Job:
     def plan(self, key: str) -> _Planned:
         """Measure layers and whole models, and make the families of plans of it; both are kept."""
         calibration = self.recipe.calibration
-        selection = Selection(self.template.targets, self.template.ignore)
+        selection = self.template.selection
         with model_io.Spool(self.work) as spool, explaining_guesses(self.choices):
             Pipeline(PREPARATION_PASSES)(self.model, PassContext(spool.put))
             weights, left = choose_weights(self.model, selection, MaskStructure())

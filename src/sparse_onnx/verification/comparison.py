@@ -13,10 +13,7 @@ from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.verification.predictions import Head, Prediction, compare_predictions
 
-__all__ = ["MAX_COMPILER_ERROR", "Difference", "compare"]
-
-MAX_COMPILER_ERROR = 1e-4
-"""Largest relative error of a compiled model against the pruned dense one: both compute the same in float32."""
+__all__ = ["Difference", "compare"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,12 +40,13 @@ from sparse_onnx.running.input_choice import Choice, choose_inputs, explaining_g
 from sparse_onnx.running.outputs import check_outputs, left_out
 from sparse_onnx.running.recording import record
 from sparse_onnx.units import format_number
-from sparse_onnx.verification.comparison import MAX_COMPILER_ERROR, Difference, compare
+from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import CompilerError, judge
 from sparse_onnx.verification.dense_reference import dense_reference
 from sparse_onnx.verification.layer_trace import LayerTrace, trace_layers
 from sparse_onnx.verification.metrics import Measure, MetricResult, open_metric
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
+from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 from sparse_onnx.verification.yardstick import exceeding
 
 __all__ = ["Miss", "Thresholds", "VerifyResult", "verify"]

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.compilation.recipe import parse_recipe
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.gradient_file import WeightGradients, open_gradients, write_gradients
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY

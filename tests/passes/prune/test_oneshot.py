@@ -6,23 +6,27 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.compilation.recipe import dump_recipe, override, parse_recipe
+from sparse_onnx.compilation.recipe import dump_recipe
+from sparse_onnx.compilation.recipe_flags import override
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.passes.prune.oneshot_methods import (
-    ONE_SHOT_PASSES,
     Admm,
     Alps,
     Auto,
     SparseGPT,
     Wanda,
 )
+from sparse_onnx.passes.registry import PASSES
 from sparse_onnx.passes.solvers.masks import MaskStructure, obeys
 
 RNG = np.random.default_rng(0)
 D, H = 24, 48
+ONE_SHOT = [cls for cls in PASSES if issubclass(cls, OneShot)]
 
 
 def weight(*shape):
@@ -77,7 +81,7 @@ def structures(cls):
 
 
 @pytest.mark.parametrize(
-    ("cls", "structure"), [(cls, structure) for cls in ONE_SHOT_PASSES for structure in structures(cls)
+    ("cls", "structure"), [(cls, structure) for cls in ONE_SHOT for structure in structures(cls)
                            if structure == "unstructured" or "n:m" in cls.solver.structures]
 )  # fmt: skip
 def test_budget_is_exact_and_nothing_else_changes(cls, structure, from_text, run, context):

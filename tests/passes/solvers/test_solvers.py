@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error, solver_by_name
+from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error
 from sparse_onnx.passes.solvers.masks import MaskStructure, obeys
 
 STRUCTURES = [
@@ -226,9 +226,3 @@ def test_input_that_does_not_fit_is_refused(change, message):
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         SOLVERS[name](**options)
-
-
-def test_an_unknown_method_names_the_nearest():
-    with pytest.raises(UsageError, match="sparsegpt"):
-        solver_by_name("sparse-gpt")
-    assert solver_by_name("auto") is SOLVERS["auto"]

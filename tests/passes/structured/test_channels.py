@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparse_onnx.passes.structured import Channels
+from sparse_onnx.passes.structured.channels import Channels
 
 C, H, N = 4, 24, 6
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.structured import Ffn
+from sparse_onnx.passes.structured.ffn import Ffn
 
 D, H = 12, 32
 

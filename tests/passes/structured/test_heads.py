@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparse_onnx.passes.structured import Heads
+from sparse_onnx.passes.structured.heads import Heads
 
 B, S, H, D, E = 3, 7, 6, 4, 24
 
