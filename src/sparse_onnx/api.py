@@ -14,6 +14,7 @@ from typing import Any
 
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into
 from sparse_onnx.compilation.recipe import Recipe, load_recipe, override
+from sparse_onnx.compilation.report_rows import write_report
 from sparse_onnx.compilation.steps import Compilation
 from sparse_onnx.data.inputs import plain_values
 from sparse_onnx.errors import UsageError
@@ -236,6 +237,7 @@ def optimize(
             table=table,
             progress=say,
         )
+        write_report(report, folder)
     return OptimizeResult(Path(output), exit_code, report)
 
 

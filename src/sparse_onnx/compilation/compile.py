@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
-from sparse_onnx.compilation.report_rows import write_report
 from sparse_onnx.compilation.steps import Compilation
 from sparse_onnx.timing.table import TimingTable
 
@@ -46,10 +45,11 @@ def compile_into(
     threads: int | None = None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[int, dict[str, Any]]:
-    """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds.
+    """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds but the report.
 
     The arguments are as for :func:`sparse_onnx.optimize`; ``threads`` are those to work with, where these are others
-    than those that the recipe decides for. Returns the exit code and the report.
+    than those that the recipe decides for. Returns the exit code and the report, which
+    :func:`sparse_onnx.compilation.report_rows.write_report` writes.
     """
     work = folder / ".work"
     work.mkdir()
@@ -57,5 +57,4 @@ def compile_into(
     exit_code, report = job.compile(recipe.pipeline())
     shutil.rmtree(work)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_report(report, folder)
     return exit_code, report
