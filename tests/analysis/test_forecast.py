@@ -1,12 +1,14 @@
 """Speed, size and error of plans, from curves that are given: arithmetic, decisions, and bad plans."""
 
+import dataclasses
+
 import pytest
 
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Anchor, Sums, fit
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.lower.forms import sparse_form
+from sparse_onnx.passes.lower.forms import Form, sparse_form
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.sparse_ops.sparse_matmul import expected_nbytes
 from sparse_onnx.timing.curves import Curve
@@ -124,6 +126,50 @@ def test_a_companion_that_is_pruned_is_a_layer_like_others():
     assert model.outlook({}).forms == {}
     found = model.outlook({"a": (0.9, "unstructured")})
     assert found.forms == {"n": "sparse", "a": "sparse"}  # with the zeros that it has
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Form):
+    """Made up: any weight in half the bytes."""
+
+    def expected_nbytes(self, shape, sparsity, structure, block):
+        return 2.0 * shape[0] * shape[1]
+
+
+FORMS = (sparse_form(LowerSparseMatMul), Halved("halved", LowerSparseMatMul))
+BOTH = FAST | {("halved", "unstructured"): curve(0.6, 0.6, 0.6)}
+
+
+def test_of_several_forms_the_fastest_is_taken():
+    model = forecast(layer("a", BOTH, forms=FORMS))
+    few, many = (model.outlook({"a": (share, "unstructured")}) for share in (0.5, 0.9))
+    assert (few.forms, many.forms) == ({"a": "halved"}, {"a": "sparse"})
+    assert few.milliseconds == pytest.approx(5 + 6)
+    assert few.nbytes == 1000 + 2 * 64 * 128
+    assert model.outlook({"a": (0.5, "2:4")}).forms == {"a": "sparse"}  # the other has no such curve
+    (own,) = model.layers
+    alone = [own.form_break_even(form, "unstructured", 1.02) for form in FORMS]
+    assert alone == [pytest.approx(0.5 - (1 / 1.02 - 0.8) / 1.5), 0.5]
+    assert own.break_even("unstructured", 1.02) == min(alone)
+    assert own.break_even("2:4", 1.02) == own.form_break_even(FORMS[0], "2:4", 1.02) == 0.5
+    none = forecast(layer("a", BOTH, forms=FORMS, packed_bytes={"halved": 77}))
+    assert none.outlook({}).nbytes == 1000 + 77
+
+
+def test_companions_get_the_forms_around_them():
+    """Alone it would be fastest halved, and with sparse layers around it sparse."""
+    beside = layer(
+        "d",
+        {PLAIN: curve(0.5, sparsities=(0.0,)), ("halved", "unstructured"): curve(0.4, sparsities=(0.0,))},
+        companion=True,
+        forms=FORMS,
+        packed_bytes={"sparse": 1, "halved": 2},
+    )
+    model = forecast(layer("a", FAST, forms=FORMS), beside)
+    assert model.outlook({"a": (0.9, "unstructured")}).forms == {"a": "sparse", "d": "sparse"}
+    assert model.outlook({}).forms == {}
+    other = forecast(layer("a", BOTH, forms=FORMS), beside)
+    assert other.outlook({"a": (0.5, "unstructured")}).forms == {"a": "halved", "d": "halved"}
 
 
 def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():

@@ -448,5 +448,5 @@ def test_a_layer_is_really_measured_before_it_is_pruned(model, tmp_path):
         optimize(model, sparsity=0.35)
     assert len(measured) == 3
     for found in measured:
-        (point,) = found.curves["unstructured"].sparsities
+        (point,) = found.curves["sparse", "unstructured"].sparsities
         assert point == pytest.approx(0.35, abs=1e-3)

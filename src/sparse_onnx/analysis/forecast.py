@@ -11,13 +11,14 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Sums, TimeModel
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import unknown
 from sparse_onnx.passes.lower.forms import DENSE, Form
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve
@@ -114,13 +115,16 @@ class LayerForecast:
         sparsity, structure = choice
         return self.curves[form, structure].time(sparsity)
 
-    def best_form(self, choice: Choice, min_speedup: float) -> str:
-        """The fastest form with these zeros; dense unless another is ``min_speedup`` times as fast."""
+    def best_form(self, choice: Choice, min_speedup: float, among: Collection[str] | None = None) -> str:
+        """The fastest form with these zeros, of those ``among`` them if given; dense unless another is ``min_speedup``
+        times as fast."""
         sparsity, structure = choice
         names = [
             form.name
             for form in self.forms
-            if (form.name, structure) in self.curves and (self.companion or not form.refusal(sparsity))
+            if (form.name, structure) in self.curves
+            and (self.companion or not form.refusal(sparsity))
+            and (among is None or form.name in among)
         ]
         best = min(names, key=lambda name: self.time(name, choice), default=DENSE)
         return best if best != DENSE and self.time(best, choice) * min_speedup <= 1 else DENSE
@@ -268,14 +272,17 @@ class Forecast:
         layers that are faster in another form than dense the fastest one."""
         choices = self._choices(plan)
         forms = {layer.name: layer.best_form(choices[layer.name], self.min_speedup) for layer in self.layers}
-        around = {
-            (layer.kind, form.name)
-            for layer in self.layers
-            for form in layer.forms
-            if form.name == forms[layer.name] and not form.refusal(choices[layer.name][0])
-        }
-        kinds = {layer.name: layer.kind for layer in self.layers}
-        return choices, {name: form for name, form in forms.items() if (kinds[name], form) in around}
+        companions = [
+            layer.name for layer in self.layers if layer.companion and choices[layer.name][0] < MIN_SPARSITY
+        ]
+        around: dict[str, set[str]] = collections.defaultdict(set)
+        for layer in self.layers:
+            if layer.name not in companions:
+                around[layer.kind].add(forms[layer.name])
+        for name in companions:
+            layer = self.by_name[name]
+            forms[name] = layer.best_form(choices[name], self.min_speedup, around[layer.kind])
+        return choices, {name: form for name, form in forms.items() if form != DENSE}
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole
