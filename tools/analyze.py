@@ -123,7 +123,7 @@ def _patterns(analysis: Analysis, asked: float | None) -> str:
                 format_ms(found.milliseconds),
                 f"{found.speedup:.2f}x ({found.low:.2f}-{found.high:.2f})",
                 f"{found.smaller:.2f}x ({format_bytes(found.nbytes)})",
-                f"{len(found.sparse)} of {len(forecast.layers)}",
+                f"{len(found.forms)} of {len(forecast.layers)}",
                 *([] if found.error is None else [f"{found.error:.2f}"]),
             ]
         )

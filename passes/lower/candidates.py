@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 
 from sparse_onnx.model.work import left_alone
@@ -18,14 +20,33 @@ LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv, Low
 
 
 def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
-    """The candidates of all lowerings, and the places that these leave alone or do not look at."""
-    candidates, declined = [], []
+    """The candidates of all lowerings, each with every form that one of them makes, and the places that these leave
+    alone or do not look at."""
+    by_name: dict[str, Candidate] = {}
+    declined = []
     for lowering in LOWERINGS:
         found, left = lowering.find_candidates(model)
-        candidates += found
         declined += [Declined(lowering.name, place, reason) for place, reason in left]
+        for candidate in found:
+            first = by_name.setdefault(candidate.weight.name, candidate)
+            if first is candidate:
+                continue
+            if _reaches(first) == _reaches(candidate):
+                forms = (*first.forms, *candidate.forms)
+                by_name[candidate.weight.name] = dataclasses.replace(first, forms=forms)
+            else:  # timed in one round, all forms must compute the same
+                reason = f"its layer ends elsewhere than that of {first.forms[0].lowering.name}"
+                declined.append(Declined(lowering.name, candidate.weight.name, reason))
+    candidates = list(by_name.values())
     nodes = [node for candidate in candidates for layer in candidate.layers for node in layer.nodes]
     known = {value.name or "" for node in nodes for value in node.inputs if value is not None}
     known |= {place.place for place in declined}
     declined += [Declined("lower", place, reason) for place, reason in left_alone(model, known)]
     return candidates, declined
+
+
+def _reaches(
+    candidate: Candidate,
+) -> list[tuple[tuple[str, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]]:
+    """The weights, and from where to where the layers go."""
+    return [(candidate.names, layer.inputs, tuple(layer.results)) for layer in candidate.layers]

@@ -1,11 +1,12 @@
 """What lowerings share: the layers that an operator with a compressed weight can replace, and replacing them.
 
 A *layer* is a node with a constant weight together with what its operator can compute along: bias, residual,
-activation. A *candidate* is a weight and all layers that use it; it is lowered for all of them or for none. An LSTM or
-GRU has two weights, the *parts* of its layer, which are lowered together; the candidate is that of the first. Which
-candidates to lower is the guard's decision (:mod:`sparse_onnx.timing.choose`); on its own a lowering takes every one
-with at least ``min_sparsity`` zeros. With the nodes comes the operator's body as a model-local function, so that the
-model still runs without our library.
+activation. A *candidate* is a weight and all layers that use it, with the *forms* that it could get
+(:mod:`sparse_onnx.passes.lower.forms`); it is lowered for all of them or for none. An LSTM or GRU has two weights, the
+*parts* of its layer, which are lowered together; the candidate is that of the first. Which candidates to lower is the
+guard's decision (:mod:`sparse_onnx.timing.choose`); on its own a lowering takes every one with at least
+``min_sparsity`` zeros. With the nodes comes the operator's body as a model-local function, so that the model still runs
+without our library.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from sparse_onnx.model.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.patterns.layer import Layer, Part, count_zeros
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION
@@ -37,11 +39,19 @@ __all__ = ["Candidate", "Lowering", "PackedTensors", "Packer", "match_layers"]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A weight that can be lowered, with all its layers. Elements are read once, when first asked for."""
+    """A weight that can be lowered, with all its layers. Elements are read once, when first asked for.
+
+    ``kind`` is what its layers are called, in the singular; ``forms`` are those that it can get beside dense.
+    """
 
     weight: Weight
     layers: tuple[Layer, ...]
-    lowering: type[Lowering]
+    kind: str
+    forms: tuple[Form, ...]
+
+    def allowed_forms(self, allowed: Collection[str] = ()) -> tuple[Form, ...]:
+        """The forms that may be considered: those that keep the numbers, and the others that are ``allowed``."""
+        return tuple(form for form in self.forms if form.exact or form.name in allowed)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -70,7 +80,7 @@ class Candidate:
 
     @property
     def companion(self) -> bool:
-        """Lowered if it is faster and others are, whatever its sparsity."""
+        """Lowered if it is faster and others of its kind are, whatever its sparsity."""
         return all(layer.companion for layer in self.layers)
 
 
@@ -87,21 +97,21 @@ class PackedTensors:
 
 
 class Packer:
-    """Packs each weight once, however often it is asked for, through the store of a pass context."""
+    """Packs each weight once for each form, however often it is asked for, through the store of a pass context."""
 
     def __init__(self, context: PassContext) -> None:
         self._context = context
-        self._packed: dict[str, PackedTensors] = {}
+        self._packed: dict[tuple[str, str], PackedTensors] = {}
 
-    def __call__(self, candidate: Candidate) -> PackedTensors:
-        name = candidate.weight.name
-        if name not in self._packed:
+    def __call__(self, candidate: Candidate, form: Form) -> PackedTensors:
+        key = candidate.weight.name, form.name
+        if key not in self._packed:
             tensors: dict[str, ir.TensorProtocol] = {}
             attributes: dict[str, int | str] = {}
             for part in candidate.parts:
                 self._pack(part, tensors, attributes)
-            self._packed[name] = PackedTensors(tensors, attributes)
-        return self._packed[name]
+            self._packed[key] = PackedTensors(tensors, attributes)
+        return self._packed[key]
 
     def _pack(
         self, part: Part, tensors: dict[str, ir.TensorProtocol], attributes: dict[str, int | str]
@@ -162,7 +172,8 @@ class Lowering(Pass):
     @classmethod
     @abc.abstractmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        """Weights that the kernels could take, whatever their sparsity, and (place, reason) of the others."""
+        """Weights that the kernels could take, whatever their sparsity, each with the one form that this lowering
+        makes, and (place, reason) of the others."""
 
     @staticmethod
     @abc.abstractmethod
@@ -196,7 +207,8 @@ class Lowering(Pass):
         packing = Progress(context.progress, f"packing for {self.name}", len(lowered))
         lowerer = _Lowerer(model, context)
         for candidate in lowered:
-            lowerer.lower(candidate, packer(candidate))
+            (form,) = candidate.forms
+            lowerer.lower(candidate, packer(candidate, form))
             packing.step()
         if lowered:
             for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import CONVOLUTIONS, find_weights
+from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.patterns.conv import match_conv
 from sparse_onnx.passes.patterns.depthwise import join_depthwise
@@ -51,7 +52,10 @@ class LowerSparseConv(Lowering):
                 declined.append((weight.name, "shared by convolutions with different groups"))
             else:
                 alike.append((weight, layers))
-        return [Candidate(weight, layers, cls) for weight, layers in join_depthwise(alike)], declined
+        forms = (sparse_form(cls),)
+        return [
+            Candidate(weight, layers, cls.kind, forms) for weight, layers in join_depthwise(alike)
+        ], declined
 
     @staticmethod
     def function_body(op_type: str, opset: int) -> onnx.FunctionProto:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import LINEARS, find_weights
+from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.sparse_ops import sparse_matmul
@@ -40,7 +41,8 @@ class LowerSparseMatMul(Lowering):
         found = match_layers(
             weights, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined
         )
-        return [Candidate(weight, linears, cls) for weight, linears in found], declined
+        forms = (sparse_form(cls),)
+        return [Candidate(weight, linears, cls.kind, forms) for weight, linears in found], declined
 
     @staticmethod
     def function_body(op_type: str, opset: int) -> onnx.FunctionProto:

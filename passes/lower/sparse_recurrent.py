@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.model.weights import RECURRENT, find_weights
+from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.patterns.recurrent import match_recurrent
 from sparse_onnx.sparse_ops import sparse_recurrent
@@ -45,7 +46,7 @@ class LowerSparseRecurrent(Lowering):
             recurrent = by_value.get(other) if other is not None else None
             layer = match_recurrent(weight, recurrent, node, model.graph)
             if not isinstance(layer, str):
-                candidates.append(Candidate(weight, (layer,), cls))
+                candidates.append(Candidate(weight, (layer,), cls.kind, (sparse_form(cls),)))
                 taken |= {weight.name, layer.recurrent.name}
             else:
                 declined.append((weight.name, layer))

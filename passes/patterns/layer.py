@@ -114,7 +114,7 @@ def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any
             [node.domain, node.op_type, sorted([name, str(a.value)] for name, a in node.attributes.items())]
             for node in layer.nodes
         ],
-        "sparse": layer.op_type,
+        "operator": layer.op_type,
         "attributes": {
             name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
             for name, value in layer.attributes.items()

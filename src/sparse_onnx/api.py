@@ -18,6 +18,7 @@ from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe
 from sparse_onnx.compilation.recipe_flags import override, settings_of
 from sparse_onnx.compilation.recipe_reader import load_recipe
+from sparse_onnx.compilation.report_rows import write_report
 from sparse_onnx.compilation.steps import Compilation
 from sparse_onnx.data.inputs import plain_values
 from sparse_onnx.errors import UsageError
@@ -179,6 +180,7 @@ def optimize(
             dump_after=dump_after or (),
             progress=say,
         )
+        write_report(report, folder)
     return OptimizeResult(Path(output), exit_code, report)
 
 

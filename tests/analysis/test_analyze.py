@@ -74,7 +74,10 @@ def test_layers_and_what_stays(found):
     layers = found.forecast.layers
     assert [layer.name for layer in layers] == ["W0", "W1", "W2"]
     assert layers[0].key == layers[1].key != layers[2].key  # the last has neither bias nor activation
-    assert all(set(layer.curves) == set(OPTIONS["mask_structures"]) for layer in layers)
+    assert all(
+        set(layer.curves) == {("sparse", pattern) for pattern in OPTIONS["mask_structures"]}
+        for layer in layers
+    )
     assert all(0 < layer.share < 1 for layer in layers)
     assert layers[0].products == BATCH * WIDTH * WIDTH
     assert found.declined == (("W3", "is also a graph input, so a caller may replace it"),)
@@ -88,7 +91,7 @@ def test_anchors_and_predictions(found):
     for share in (0.5, 0.7, 0.9):
         outlook = found.predict(share)
         assert 0 < outlook.low <= outlook.speedup <= outlook.high
-        assert (outlook.low < outlook.high) == bool(outlook.sparse)  # else the model stays as it is
+        assert (outlook.low < outlook.high) == bool(outlook.forms)  # else the model stays as it is
     assert found.speedup({}) == 1
     assert found.speedup({"W0": (0.9, "unstructured"), "W1": (0.5, "2:4")}) > 0
 
@@ -125,7 +128,7 @@ def table_of(found, folder):
     write_table(found.table(), path)
     document = json.loads(path.read_text())
     for kind in document["kinds"]:
-        for curve in kind["curves"].values():
+        for curve in kind["curves"]["sparse"].values():
             for side in ("times", "low", "high"):
                 curve[side] = [0.01] * len(curve[side])
     path.write_text(json.dumps(document))
@@ -157,7 +160,7 @@ def test_only_layers_that_become_sparse_lose_anything(found):
     assert found.predict(0.9).error <= found.forecast.error(found.forecast.uniform(0.9))
     nothing = dataclasses.replace(found.forecast, min_speedup=1e6)
     outlook = nothing.outlook(nothing.uniform(0.9))
-    assert (outlook.sparse, outlook.error, outlook.speedup) == ((), 0.0, 1.0)
+    assert (outlook.forms, outlook.error, outlook.speedup) == ({}, 0.0, 1.0)
 
 
 def test_everything_is_json(found):

@@ -1,21 +1,27 @@
 """Speed, size and error of plans, from curves that are given: arithmetic, decisions, and bad plans."""
 
+import dataclasses
+
 import pytest
 
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Anchor, Sums, fit
 from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.lower.forms import Form, sparse_form
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.sparse_ops.sparse_matmul import expected_nbytes
 from sparse_onnx.timing.curves import Curve
+
+PLAIN = ("sparse", "unstructured")
 
 
 def curve(*times, sparsities=(0.5, 0.7, 0.9)):
     return Curve(sparsities, times, times, times)
 
 
-FAST = {"unstructured": curve(0.8, 0.5, 0.2), "2:4": curve(0.7, sparsities=(0.5,))}
-SLOW = {"unstructured": curve(1.4, 1.1, 0.9)}
+FAST = {PLAIN: curve(0.8, 0.5, 0.2), ("sparse", "2:4"): curve(0.7, sparsities=(0.5,))}
+SLOW = {PLAIN: curve(1.4, 1.1, 0.9)}
 
 
 def layer(name, curves, **changes):
@@ -30,7 +36,8 @@ def layer(name, curves, **changes):
         "reason": "",
         "companion": False,
         "block": 64,
-        "packed_bytes": 0,
+        "forms": (sparse_form(LowerSparseMatMul),),
+        "packed_bytes": {"sparse": 0},
         "key": 0,
         "dense_ms": 10.0,
         "share": None,
@@ -60,7 +67,7 @@ def forecast(*layers, rest=5.0, dense_ms=None, **changes):
 def test_times_and_bytes_add_up():
     model = forecast(layer("a", FAST), layer("b", SLOW), layer("c", FAST))
     found = model.outlook(model.uniform(0.7))
-    assert found.sparse == ("a", "c")
+    assert found.forms == {"a": "sparse", "c": "sparse"}
     assert found.milliseconds == pytest.approx(5 + 5 + 10 + 5)
     assert found.speedup == pytest.approx(35 / 25)
     assert found.low < found.speedup < found.high
@@ -74,22 +81,22 @@ def test_plans_may_differ_by_layer_and_pattern():
     model = forecast(layer("a", FAST), layer("b", FAST), layer("c", FAST))
     found = model.outlook({"a": (0.9, "unstructured"), "b": (0.5, "2:4")})
     assert found.milliseconds == pytest.approx(5 + 2 + 7 + 10)
-    assert found.sparse == ("a", "b")
+    assert found.forms == {"a": "sparse", "b": "sparse"}
 
 
 def test_nothing_changes_without_zeros():
     model = forecast(layer("a", FAST), rest_bytes=500.0)
     found = model.outlook({})
-    assert (found.speedup, found.low, found.high, found.sparse) == (1, 1, 1, ())
+    assert (found.speedup, found.low, found.high, found.forms) == (1, 1, 1, {})
     assert (found.nbytes, found.smaller) == (model.dense_bytes, 1), "the file is written as it was"
     # Few zeros prune the layer but leave it dense.
-    assert model.outlook({"a": (0.2, "unstructured")}).sparse == ()
+    assert model.outlook({"a": (0.2, "unstructured")}).forms == {}
 
 
 def test_zeros_that_are_there_count():
-    model = forecast(layer("a", FAST, sparsity=0.7, packed_bytes=123), layer("b", FAST))
+    model = forecast(layer("a", FAST, sparsity=0.7, packed_bytes={"sparse": 123}), layer("b", FAST))
     found = model.outlook({})
-    assert found.sparse == ("a",)
+    assert found.forms == {"a": "sparse"}
     assert found.milliseconds == pytest.approx(5 + 5 + 10)
     assert found.nbytes == 1000 + 123 + 4 * 64 * 128
     assert model.outlook({"a": (0.5, "unstructured")}).milliseconds == pytest.approx(found.milliseconds)
@@ -103,21 +110,66 @@ def test_layers_that_pruning_leaves_alone_are_in_no_uniform_plan():
 
 def test_companions_follow_the_layers_of_their_kind():
     why = "belongs to a depthwise convolution"
-    beside = layer("d", {"unstructured": curve(0.5, sparsities=(0.0,))}, companion=True, reason=why)
+    beside = layer("d", {PLAIN: curve(0.5, sparsities=(0.0,))}, companion=True, reason=why)
     model = forecast(layer("a", FAST), beside)
-    assert model.outlook(model.uniform(0.9)).sparse == ("a", "d")
-    assert model.outlook({}).sparse == ()
-    assert model.outlook({"d": (0.9, "unstructured")}).sparse == ()
+    assert model.outlook(model.uniform(0.9)).forms == {"a": "sparse", "d": "sparse"}
+    assert model.outlook({}).forms == {}
+    assert model.outlook({"d": (0.9, "unstructured")}).forms == {}
     other = forecast(layer("a", FAST), beside, layer("e", FAST, kind="convolution"))
-    assert other.outlook({"e": (0.9, "unstructured")}).sparse == ("e",)
+    assert other.outlook({"e": (0.9, "unstructured")}).forms == {"e": "sparse"}
 
 
 def test_a_companion_that_is_pruned_is_a_layer_like_others():
-    narrow = layer("n", {"unstructured": curve(0.9, 0.8, 0.4, sparsities=(0.0, 0.5, 0.9))}, companion=True)
+    narrow = layer("n", {PLAIN: curve(0.9, 0.8, 0.4, sparsities=(0.0, 0.5, 0.9))}, companion=True)
     model = forecast(narrow, layer("a", FAST))
-    assert model.outlook({"n": (0.5, "unstructured")}).sparse == ("n",)
-    assert model.outlook({}).sparse == ()
-    assert model.outlook({"a": (0.9, "unstructured")}).sparse == ("n", "a")  # with the zeros that it has
+    assert model.outlook({"n": (0.5, "unstructured")}).forms == {"n": "sparse"}
+    assert model.outlook({}).forms == {}
+    found = model.outlook({"a": (0.9, "unstructured")})
+    assert found.forms == {"n": "sparse", "a": "sparse"}  # with the zeros that it has
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Form):
+    """Made up: any weight in half the bytes."""
+
+    def expected_nbytes(self, shape, sparsity, structure, block):
+        return 2.0 * shape[0] * shape[1]
+
+
+FORMS = (sparse_form(LowerSparseMatMul), Halved("halved", LowerSparseMatMul))
+BOTH = FAST | {("halved", "unstructured"): curve(0.6, 0.6, 0.6)}
+
+
+def test_of_several_forms_the_fastest_is_taken():
+    model = forecast(layer("a", BOTH, forms=FORMS))
+    few, many = (model.outlook({"a": (share, "unstructured")}) for share in (0.5, 0.9))
+    assert (few.forms, many.forms) == ({"a": "halved"}, {"a": "sparse"})
+    assert few.milliseconds == pytest.approx(5 + 6)
+    assert few.nbytes == 1000 + 2 * 64 * 128
+    assert model.outlook({"a": (0.5, "2:4")}).forms == {"a": "sparse"}  # the other has no such curve
+    (own,) = model.layers
+    alone = [own.form_break_even(form, "unstructured", 1.02) for form in FORMS]
+    assert alone == [pytest.approx(0.5 - (1 / 1.02 - 0.8) / 1.5), 0.5]
+    assert own.break_even("unstructured", 1.02) == min(alone)
+    assert own.break_even("2:4", 1.02) == own.form_break_even(FORMS[0], "2:4", 1.02) == 0.5
+    none = forecast(layer("a", BOTH, forms=FORMS, packed_bytes={"halved": 77}))
+    assert none.outlook({}).nbytes == 1000 + 77
+
+
+def test_companions_get_the_forms_around_them():
+    """Alone it would be fastest halved, and with sparse layers around it sparse."""
+    beside = layer(
+        "d",
+        {PLAIN: curve(0.5, sparsities=(0.0,)), ("halved", "unstructured"): curve(0.4, sparsities=(0.0,))},
+        companion=True,
+        forms=FORMS,
+        packed_bytes={"sparse": 1, "halved": 2},
+    )
+    model = forecast(layer("a", FAST, forms=FORMS), beside)
+    assert model.outlook({"a": (0.9, "unstructured")}).forms == {"a": "sparse", "d": "sparse"}
+    assert model.outlook({}).forms == {}
+    other = forecast(layer("a", BOTH, forms=FORMS), beside)
+    assert other.outlook({"a": (0.5, "unstructured")}).forms == {"a": "halved", "d": "halved"}
 
 
 def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():
@@ -130,7 +182,7 @@ def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():
     model = forecast(*layers, times=fit(anchors), dense_ms=20.0)
     found = model.outlook(model.uniform(0.5))
     assert found.given_up[:2] == ("a", "b")
-    assert not set(found.given_up) & set(found.sparse)
+    assert not set(found.given_up) & set(found.forms)
     assert found.speedup <= 1.05
 
 

@@ -44,7 +44,9 @@ def times(monkeypatch):
         whole = itertools.cycle([speedup(1.5)])
 
     times = Times()
-    monkeypatch.setattr(choose, "time_pair", lambda *_arguments, **_options: times.layer)
+    monkeypatch.setattr(
+        choose, "time_forms", lambda *_arguments, **_options: {("dense", "sparse"): times.layer}
+    )
     monkeypatch.setattr(models, "ratio", lambda *_arguments, **_options: next(times.whole))
     return times
 

@@ -240,7 +240,9 @@ def lowered(path):
     prepared = Pipeline(PREPARATION_PASSES)(model, context)
     fused = Pipeline(FUSION_PASSES)(model, context)
     candidates, left = find_candidates(model)
-    result, apart = lower_layers(model, candidates, Packer(context), context)
+    result, apart = lower_layers(
+        model, [(candidate, candidate.forms[0]) for candidate in candidates], Packer(context), context
+    )
     places = [*prepared.declined, *fused.declined, *left, *apart]
     return result, tuple(sorted(place.reason for place in places))
 

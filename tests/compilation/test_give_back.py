@@ -81,18 +81,17 @@ def times(monkeypatch):
 
     times = Times()
 
-    def time_pair(models, _libraries, _feeds, **_options):
-        shape = next(
-            tuple(v.const_value.shape) for v in models[0].graph.initializers.values() if len(v.shape) == 2
-        )
-        return times.layer.get(shape, times.others)
+    def time_forms(models, _feeds, **_options):
+        weights = models["dense"].graph.initializers.values()
+        shape = next(tuple(v.const_value.shape) for v in weights if len(v.shape) == 2)
+        return {("dense", "sparse"): times.layer.get(shape, times.others)}
 
     def measure_curves(_model, candidate, _layer, _shapes, *, sparsities, structures, **_options):
         time = times.curve.get(candidate.weight.shape, 0.5)
         share = sparsities[0] if sparsities else 0.5
-        return LayerCurves(1.0, {structures[0]: Curve((share,), (time,), (time,), (time,))})
+        return LayerCurves(1.0, {("sparse", structures[0]): Curve((share,), (time,), (time,), (time,))})
 
-    monkeypatch.setattr(choose, "time_pair", time_pair)
+    monkeypatch.setattr(choose, "time_forms", time_forms)
     monkeypatch.setattr(worth_pruning, "measure_curves", measure_curves)
     monkeypatch.setattr(
         steps.Compilation, "time_whole", lambda self, _model: [times.whole] * len(self.targets)
@@ -449,5 +448,5 @@ def test_a_layer_is_really_measured_before_it_is_pruned(model, tmp_path):
         optimize(model, sparsity=0.35)
     assert len(measured) == 3
     for found in measured:
-        (point,) = found.curves["unstructured"].sparsities
+        (point,) = found.curves["sparse", "unstructured"].sparsities
         assert point == pytest.approx(0.35, abs=1e-3)

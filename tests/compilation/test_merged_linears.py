@@ -180,7 +180,10 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
         return [Ratio(1.0, 1 / median, median, median, median)]
 
     def all_sparse(_model, candidates, *_arguments, **_options):
-        return [Decision(c, True, "", 2.0 + i, 1.0) for i, c in enumerate(reversed(candidates))]
+        return [
+            Decision(c, "sparse", "", {"dense": 2.0 + i, "sparse": 1.0})
+            for i, c in enumerate(reversed(candidates))
+        ]
 
     monkeypatch.setattr(steps.Compilation, "time_whole", slower_at_first)
     monkeypatch.setattr(steps.choose, "decide", all_sparse)

@@ -12,6 +12,7 @@ import sparse_onnx
 from sparse_onnx import sparse_ops
 from sparse_onnx.compilation import steps
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.timing import choose
 from sparse_onnx.timing.rounds import Ratio
 
@@ -143,11 +144,15 @@ def test_min_speedup_out_of_reach_keeps_everything_dense(tmp_path):
     assert all("below min_speedup" in row["reason"] for row in result.report["layers"])
 
 
+def twice_as_fast(*_models, **_options):
+    return {("dense", "sparse"): Ratio(4.0, 2.0, 2.0, 1.9, 2.1)}
+
+
 def test_whole_model_slower_gives_layers_up(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.9, layers=4)
     whole = {4: 0.5, 2: 0.8, 1: 1.5}  # by layers that are sparse
     monkeypatch.setattr(steps.Compilation, "time_whole", told(whole))
-    monkeypatch.setattr(choose, "time_pair", lambda *_models, **_options: Ratio(4.0, 2.0, 2.0, 1.9, 2.1))
+    monkeypatch.setattr(choose, "time_forms", twice_as_fast)
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert result.exit_code == 0
     decisions = [row["decision"] for row in result.report["layers"]]
@@ -179,7 +184,7 @@ def test_dry_run_writes_nothing(tmp_path):
 def test_large_model_runs_in_segments_with_the_same_result(tmp_path, monkeypatch):
     source = write_model(tmp_path / "in", sparsity=0.95, layers=5)
     monkeypatch.setattr(steps, "session_budget", lambda nbytes: nbytes // 4)
-    monkeypatch.setattr(choose, "time_pair", lambda *_models, **_options: Ratio(4.0, 2.0, 2.0, 1.9, 2.1))
+    monkeypatch.setattr(choose, "time_forms", twice_as_fast)
     measured = []
     real = steps.Compilation.time_whole
 
@@ -290,9 +295,9 @@ def test_decisions_carry_the_measurement(tmp_path):
     source = write_model(tmp_path / "in", sparsity=0.95)
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     row = result.report["layers"][0]
-    assert row["dense_ms"] > row["sparse_ms"] > 0
-    assert row["speedup_low"] <= row["dense_ms"] / row["sparse_ms"] * 1.5
-    assert row["sparsity"] > choose.MIN_SPARSITY
+    assert row["times"]["dense"] > row["times"]["sparse"] > 0
+    assert row["speedup_low"] <= row["times"]["dense"] / row["times"]["sparse"] * 1.5
+    assert row["sparsity"] > MIN_SPARSITY
     assert row["kernel"] in sparse_ops.info().kernels
     assert row["rows"] == 128
     assert result.report["summary"]["bytes_before"] == source.stat().st_size

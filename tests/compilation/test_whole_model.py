@@ -13,8 +13,8 @@ from sparse_onnx.compilation.whole_model import (
     settle,
     speed_sentence,
 )
-from sparse_onnx.timing.choose import Decision, overall
-from sparse_onnx.timing.rounds import MOST_STARTS, STARTS, Ratio
+from sparse_onnx.timing.choose import Decision
+from sparse_onnx.timing.rounds import MOST_STARTS, STARTS, Ratio, overall
 
 
 def speedup(median, spread=0.02, *, quiet=True):
@@ -105,7 +105,7 @@ class Candidate:
 
 def decisions(count):
     return [
-        Decision(Candidate(), True, "2.00x dense", dense_ms=2.0, sparse_ms=1.0 + 0.1 * place)
+        Decision(Candidate(), "sparse", "2.00x dense", {"dense": 2.0, "sparse": 1.0 + 0.1 * place})
         for place in range(count)
     ]
 
@@ -115,14 +115,14 @@ def chosen(count, timing):
     tried = []
 
     def attempt(decided):
-        sparse = sum(decision.sparse for decision in decided)
+        sparse = sum(decision.lowered for decision in decided)
         tried.append(sparse)
         if not sparse:
             return Variant(tuple(decided))
         return Variant(tuple(decided), (timing[sparse],), timing[sparse])
 
     found = choose_variant(decisions(count), attempt)
-    return sum(decision.sparse for decision in found.decisions), tried, found
+    return sum(decision.lowered for decision in found.decisions), tried, found
 
 
 def test_what_is_faster_is_kept():
@@ -159,9 +159,9 @@ def test_what_cannot_be_told_is_kept():
 
 
 def test_nothing_sparse_is_not_tried_again():
-    dense = [Decision(Candidate(), False, "too few")]
+    dense = [Decision(Candidate(), "dense", "too few")]
     found = choose_variant(dense, lambda decided: Variant(tuple(decided)))
-    assert not found.sparse
+    assert not found.lowered
 
 
 # What is said

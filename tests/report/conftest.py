@@ -41,8 +41,7 @@ def layer(index: int, **changes: Any) -> dict[str, Any]:
         "decision": "sparse",
         "reason": "4.00x dense (3.90 to 4.20)",
         "kernel": "spmm_avx2",
-        "dense_ms": 4.0 + index,
-        "sparse_ms": 1.0,
+        "times": {"dense": 4.0 + index, "sparse": 1.0},
         "speedup_low": 3.9,
         "speedup_high": 4.2,
         "close": False,
@@ -91,8 +90,7 @@ def report() -> dict[str, Any]:
         "sparsity": 0.1,
         "decision": "dense",
         "reason": "10.0% zeros: too few",
-        "dense_ms": None,
-        "sparse_ms": None,
+        "times": {},
     }
     times = {
         "dense_ms": 30.0,
@@ -103,7 +101,7 @@ def report() -> dict[str, Any]:
     }
     loss = {"relative_error": 0.12, "cosine": 0.98765}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "environment": {
             "cpu": "Test CPU",
             "cores": 2,
@@ -155,6 +153,7 @@ def _curve(name: str | None, structure: str, gain: float, chosen: float | None) 
     ]
     return {
         "layer": name,
+        "form": "sparse",
         "mask_structure": structure,
         "points": points[:1] if ":" in structure and "block" not in structure else points,
         "break_even": 0.55 / gain if gain > 0.6 else None,
@@ -173,7 +172,7 @@ def full_report(report: dict[str, Any]) -> dict[str, Any]:
             module=f"bert.encoder.layer.{index // 3}.{kinds[index % 3][0]}.dense",
             shape=kinds[index % 3][1],
             mask_structure=("unstructured", "block:4x1")[index % 7 == 0],
-            dense_ms=1.0 + index % 3,
+            times={"dense": 1.0 + index % 3, "sparse": 1.0},
             relative_error=0.01 * (index % 11),
             output_error=0.002 * (index % 11),
             output_error_held_out=0.003 * (index % 13),

@@ -121,7 +121,7 @@ def press(browser: Any, head: str) -> str:
 def test_sorting_by_a_number(show: Show, full_report: Report) -> None:
     values = {2: 12.0, 5: 9.5, 7: None, 9: 100.0}
     for index, value in values.items():
-        full_report["layers"][index]["dense_ms"] = value
+        full_report["layers"][index]["times"]["dense"] = value
     browser = show(render_html(full_report))
     assert press(browser, "Dense") == "descending"
     shown = column(browser, "dense")

@@ -60,13 +60,23 @@ CHANGES: dict[str, Callable[[Report], Any]] = {
     "$.layers[0].sparsity: 1.5 is greater than the maximum of 1": lambda r: r["layers"][0].update(
         sparsity=1.5
     ),
-    "$.layers[1].decision: 'maybe' is not one of": lambda r: r["layers"][1].update(decision="maybe"),
+    "$.layers[1].decision: 3 is not of type 'string'": lambda r: r["layers"][1].update(decision=3),
+    "$.layers[0].times.sparse: -1 is less than": lambda r: r["layers"][0]["times"].update(sparse=-1),
     "$.summary.speedup: '2x' is not of type": lambda r: r["summary"].update(speedup="2x"),
     "$.layers: None is not of type 'array'": lambda r: r.update(layers=None),
     "$.stages[0].seconds: -1 is less than": lambda r: r["stages"][0].update(seconds=-1),
-    "$.schema_version: 1 was expected": lambda r: r.update(schema_version=0),
+    f"$.schema_version: {SCHEMA_VERSION} was expected": lambda r: r.update(schema_version=0),
     "$.curves[0].points: [] should be non-empty": lambda r: r.update(
-        curves=[{"layer": "a", "mask_structure": "2:4", "points": [], "break_even": None, "chosen": None}]
+        curves=[
+            {
+                "layer": "a",
+                "form": "sparse",
+                "mask_structure": "2:4",
+                "points": [],
+                "break_even": None,
+                "chosen": None,
+            }
+        ]
     ),
 }
 
@@ -82,7 +92,7 @@ def test_what_does_not_fit_is_said_with_its_place(tmp_path: Path, report: Report
 
 
 def test_long_values_are_cut_in_messages(report: Report) -> None:
-    report["layers"][0]["decision"] = "x" * 10_000
+    report["layers"][0]["pruning"] = "x" * 10_000
     with pytest.raises(UsageError) as caught:
         check_report(report)
     assert len(str(caught.value)) < 400
@@ -95,6 +105,15 @@ def test_newer_reports_are_refused(report: Report, version: int) -> None:
         UsageError, match=f"newer sparse-onnx .schema {version}, this one reads {SCHEMA_VERSION}"
     ):
         check_report(report)
+
+
+def test_older_reports_are_refused(tmp_path: Path, report: Report) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**report, "schema_version": 1}))
+    with pytest.raises(
+        UsageError,
+        match=rf"older sparse-onnx .schema 1, this one reads {SCHEMA_VERSION}.: compile the model again",
+    ):
+        read_report(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sparse_onnx.errors import UsageError, VerificationError
-from sparse_onnx.search.driver import Search
+from sparse_onnx.search.driver import Compiled, Search
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.plans import Family
 from sparse_onnx.search.strategy import Expected, Goals
@@ -34,7 +34,7 @@ class _Model:
         drop = self.drop(name, share)
         folder.mkdir()
         (folder / "model.onnx").write_text(json.dumps([name, share]))
-        return round(1000 * (1 - share)), drop, share
+        return Compiled(round(1000 * (1 - share)), drop, share, {"compiled": [name, share]})
 
     def time(self, folder):
         share = json.loads((folder / "model.onnx").read_text())[1]
@@ -70,6 +70,7 @@ def test_the_goal_is_met_with_the_family_that_loses_less(tmp_path):
     assert search.best.measured.drop <= 0.2
     assert len(search.trials) == 2  # one of each family, at the same forecast
     assert json.loads((search.best_folder / "model.onnx").read_text()) == ["better", search.best.sparsity]
+    assert search.best_report == {"compiled": ["better", search.best.sparsity]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "search.json"]
 
 
@@ -105,13 +106,14 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path):
     reference.run()
     assert first.compiled + second.compiled == whole.compiled
     assert search.best == reference.best
+    assert search.best_report == reference.best_report
 
 
 @pytest.mark.parametrize("damage", ["key", "text", "missing model"])
 def test_what_is_kept_for_another_question_or_damaged_counts_as_nothing(tmp_path, damage):
     _search(_Model(_drop), Goals(drop=0.1), tmp_path).run()
     if damage == "text":
-        (tmp_path / "search.json").write_text('{"version": 1, "trials": [{}]', encoding="utf-8")
+        (tmp_path / "search.json").write_text('{"version": 2, "trials": [{}]', encoding="utf-8")
     if damage == "missing model":
         (tmp_path / "best" / "model.onnx").unlink()
     again = _search(_Model(_drop), Goals(drop=0.1), tmp_path, key="other" if damage == "key" else "k")

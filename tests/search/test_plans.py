@@ -7,6 +7,8 @@ import pytest
 
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.time_model import TimeModel
+from sparse_onnx.passes.lower.forms import sparse_form
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.search.plans import allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Goals
@@ -32,11 +34,18 @@ def _layer(name, ms, size, **options):
         reason="",
         companion=False,
         block=32,
-        packed_bytes=0,
+        forms=(sparse_form(LowerSparseMatMul),),
+        packed_bytes={"sparse": 0},
         key=size,
         dense_ms=ms,
         share=None,
-        **{"curves": {"unstructured": _curve(), "2:4": Curve((0.5,), (0.6,), (0.6,), (0.6,))}} | options,
+        **{
+            "curves": {
+                ("sparse", "unstructured"): _curve(),
+                ("sparse", "2:4"): Curve((0.5,), (0.6,), (0.6,), (0.6,)),
+            }
+        }
+        | options,
     )
 
 
@@ -91,7 +100,7 @@ def test_weights_that_go_along_get_the_same(forecast, make):
 
 @pytest.mark.parametrize("make", [_allocated, uniform])
 def test_a_layer_that_no_sparsity_speeds_up_stays_dense(forecast, make):
-    slow = dataclasses.replace(forecast.layers[1], curves={"unstructured": _curve(30)})
+    slow = dataclasses.replace(forecast.layers[1], curves={("sparse", "unstructured"): _curve(30)})
     changed = dataclasses.replace(forecast, layers=(forecast.layers[0], slow))
     family = make(changed, ["large", "small"], _loss(large=1.0, small=1e-9), Goals(speedup=2))
     assert len(family.plans) > 5

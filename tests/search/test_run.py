@@ -117,8 +117,8 @@ def test_processes_find_what_one_finds(model, tmp_path):
 def test_an_interrupted_search_goes_on(model, tmp_path, monkeypatch):
     original, added = Search._add, []
 
-    def stop_after_two(self, trial, folder):
-        original(self, trial, folder)
+    def stop_after_two(self, trial, folder, report):
+        original(self, trial, folder, report)
         added.append(trial)
         if len(added) == 2:
             raise KeyboardInterrupt

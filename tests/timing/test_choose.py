@@ -12,8 +12,8 @@ from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.timing import cache, choose
 from sparse_onnx.timing.cache import TimingCache
-from sparse_onnx.timing.choose import Bench, decide, measure, overall
-from sparse_onnx.timing.rounds import STARTS, Ratio
+from sparse_onnx.timing.choose import Bench, decide, measure
+from sparse_onnx.timing.rounds import STARTS, Ratio, overall, repeat
 
 MODEL = """<ir_version: 9, opset_import: ["" : 20]>
 g (float[batch, 32] X) => (float[batch, 16] Y)
@@ -64,16 +64,16 @@ def timed(monkeypatch):
         def times(self, rows):
             return speedup(2.0)
 
-        def pair(self, models, libraries, feeds, *, threads, work, rounds, seconds):
+        def forms(self, models, feeds, *, threads, work, rounds, seconds):
             (array,) = feeds.values()
             self.calls.append((array.shape, threads))
-            assert list(libraries) == [False, True]
-            assert [node.domain for node in models[1].graph] == ["sparse_onnx"]
-            assert all(node.domain == "" for node in models[0].graph)
-            return self.times(len(array))
+            assert list(models) == ["dense", "sparse"]
+            assert [node.domain for node in models["sparse"].graph] == ["sparse_onnx"]
+            assert all(node.domain == "" for node in models["dense"].graph)
+            return {("dense", "sparse"): self.times(len(array))}
 
     timed = Timed()
-    monkeypatch.setattr(choose, "time_pair", timed.pair)
+    monkeypatch.setattr(choose, "time_forms", timed.forms)
     return timed
 
 
@@ -93,28 +93,28 @@ def decided(model, tmp_path, targets=(SMALL,), *, cache=None, lines=None, **opti
 def test_the_faster_one_wins_and_the_reason_has_the_interval(chain, timed, tmp_path):
     timed.times = lambda rows: speedup(1.5, spread=0.1)
     decision = decided(chain(), tmp_path)["A"]
-    assert decision.sparse
+    assert decision.form == "sparse"
     assert decision.reason == "1.50x dense (1.50 to 1.50)"  # three measurements that all say 1.5
-    assert (decision.dense_ms, decision.sparse_ms) == (2.0, pytest.approx(2.0 / 1.5))
+    assert decision.times == {"dense": 2.0, "sparse": pytest.approx(2.0 / 1.5)}
     assert (decision.target, decision.close, decision.cached, decision.quiet) == (0, False, False, True)
 
 
 def test_the_slower_one_stays_dense(chain, timed, tmp_path):
     timed.times = lambda rows: speedup(0.9)
     decision = decided(chain(), tmp_path)["A"]
-    assert not decision.sparse
+    assert decision.form == "dense"
     assert decision.reason == "0.90x dense (0.90 to 0.90), below min_speedup 1.02"
 
 
 @pytest.mark.parametrize(("min_speedup", "sparse"), [(1.0, True), (1.2, True), (1.21, False), (5.0, False)])
 def test_min_speedup_is_the_least_that_wins(chain, timed, tmp_path, min_speedup, sparse):
     timed.times = lambda rows: speedup(1.2)
-    assert decided(chain(), tmp_path, min_speedup=min_speedup)["A"].sparse is sparse
+    assert decided(chain(), tmp_path, min_speedup=min_speedup)["A"].lowered is sparse
 
 
 def test_too_few_zeros_are_not_timed(chain, timed, tmp_path):
     decision = decided(chain(sparsity=0.25), tmp_path)["A"]
-    assert not decision.sparse
+    assert decision.form == "dense"
     assert decision.reason == "25.0% zeros: too few for any sparse kernel"
     assert timed.calls == []
 
@@ -152,7 +152,7 @@ def test_an_interval_around_min_speedup_is_close(chain, timed, tmp_path, medians
     timed.times = alternating(*medians)
     decision = decided(chain(), tmp_path)["A"]
     assert decision.close
-    assert (decision.sparse, decision.reason) == (sparse, reason)
+    assert (decision.lowered, decision.reason) == (sparse, reason)
 
 
 def simulated(true, rng, *, between=0.01, within=0.03, rounds=5):
@@ -167,19 +167,22 @@ def simulated(true, rng, *, between=0.01, within=0.03, rounds=5):
     return once
 
 
+def repeated(true, rng):
+    once = simulated(true, rng)
+    return repeat(lambda: {0: once()}, close=lambda found: found[0].close_to(1.02), seconds=60)[0]
+
+
 @pytest.mark.parametrize("true", [0.9, 0.97, 1.07, 1.3])
 def test_decisions_are_the_same_in_every_run_away_from_min_speedup(true):
     rng = np.random.default_rng(0)
-    wins = [
-        choose.repeat(simulated(true, rng), threshold=1.02, seconds=60).median >= 1.02 for _ in range(300)
-    ]
+    wins = [repeated(true, rng).median >= 1.02 for _ in range(300)]
     assert sum(wins) in (0, 300)
 
 
 def test_where_runs_may_differ_the_interval_says_so():
     """At min_speedup itself either decision is right, and nine in ten are marked as close."""
     rng = np.random.default_rng(0)
-    found = [choose.repeat(simulated(1.02, rng), threshold=1.02, seconds=60) for _ in range(300)]
+    found = [repeated(1.02, rng) for _ in range(300)]
     wins = [ratio.median >= 1.02 for ratio in found]
     assert 100 < sum(wins) < 200
     assert sum(ratio.close_to(1.02) for ratio in found) > 0.9 * 300
@@ -192,7 +195,7 @@ def test_times_beside_other_programs_are_said_and_not_kept(chain, timed, tmp_pat
     lines, file = [], tmp_path / "timings.jsonl"
     timed.times = lambda rows: speedup(2.0, quiet=False)
     decision = decided(chain(), tmp_path, cache=TimingCache(file), lines=lines)["A"]
-    assert decision.sparse
+    assert decision.form == "sparse"
     assert decision.reason.endswith("timed beside other programs")
     assert not decision.quiet
     assert [
@@ -227,7 +230,7 @@ def test_quiet_times_count_where_there_are_enough(chain, timed, tmp_path, monkey
 def test_the_worst_target_decides(chain, timed, tmp_path, small, large, sparse, reason):
     timed.times = lambda rows: speedup(small if rows == 1 else large)
     decision = decided(chain(), tmp_path, (SMALL, LARGE))["A"]
-    assert (decision.sparse, decision.reason) == (sparse, reason)
+    assert (decision.lowered, decision.reason) == (sparse, reason)
     assert {shape[0] for shape, _ in timed.calls} == {1, 64}
 
 
@@ -235,13 +238,13 @@ def test_with_weights_the_mean_time_decides(chain, timed, tmp_path):
     """Dense takes 2 ms at both; sparse 1 ms at the small target and 4 ms at the large one."""
     timed.times = lambda rows: speedup(2.0 if rows == 1 else 0.5)
     often = decided(chain(), tmp_path, (SMALL, LARGE), weights=(3, 1))["A"]
-    assert often.sparse  # 2 ms against (3 * 1 + 4) / 4
+    assert often.form == "sparse"  # 2 ms against (3 * 1 + 4) / 4
     assert often.reason == "1.14x dense (1.14 to 1.14) in the mean of 2 targets"
-    assert (often.dense_ms, often.sparse_ms, often.target) == (2.0, 1.75, None)
+    assert (often.times, often.target) == ({"dense": 2.0, "sparse": 1.75}, None)
     seldom = decided(chain(), tmp_path, (SMALL, LARGE), weights=(1, 3))["A"]
-    assert not seldom.sparse  # 2 ms against (1 + 3 * 4) / 4
-    assert (seldom.dense_ms, seldom.sparse_ms) == (2.0, 3.25)
-    assert not decided(chain(), tmp_path, (SMALL, LARGE))["A"].sparse
+    assert seldom.form == "dense"  # 2 ms against (1 + 3 * 4) / 4
+    assert seldom.times == {"dense": 2.0, "sparse": 3.25}
+    assert not decided(chain(), tmp_path, (SMALL, LARGE))["A"].lowered
 
 
 def test_weights_are_proportions():
@@ -268,8 +271,8 @@ def test_another_run_takes_the_times_of_the_first_and_says_so(chain, timed, tmp_
     for name, decision in second.items():
         assert decision.cached
         assert decision.reason == f"{first[name].reason}, timed in an earlier run"
-        assert decision.sparse == first[name].sparse
-        assert decision.dense_ms == first[name].dense_ms
+        assert decision.form == first[name].form
+        assert decision.times == first[name].times
 
 
 def test_a_target_more_is_timed_alone(chain, timed, tmp_path):
@@ -324,10 +327,16 @@ def test_a_real_layer_is_measured_and_nothing_left(chain, tmp_path):
     packer = Packer(PassContext())
     bench = Bench(1, tmp_path, cache)
     (layer,) = candidate.layers
-    found = measure(model, candidate, layer, [(4, 32)], packer, bench)
+
+    def at(rows):
+        (pair,) = measure(model, candidate, layer, [(rows, 32)], candidate.forms, packer, bench).items()
+        assert pair[0] == ("dense", "sparse")
+        return pair[1]
+
+    found = at(4)
     assert found.first_ms > 0
     assert 0 < found.low <= found.median <= found.high
-    assert measure(model, candidate, layer, [(4, 32)], packer, bench) == found
-    assert measure(model, candidate, layer, [(5, 32)], packer, bench) != found
+    assert at(4) == found
+    assert at(5) != found
     assert list(tmp_path.iterdir()) == []
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before

@@ -65,15 +65,18 @@ def test_break_even_is_where_the_speedup_is_reached():
     assert curve((0.5, 0.5, 0.2)).break_even(1.02) == 0.5
 
 
+PLAIN = ("sparse", "unstructured")
+
+
 def test_layers_of_one_weight_add_up():
     uses = [
-        LayerCurves(3.0, {"unstructured": curve((0.8, 0.6, 0.2))}),
-        LayerCurves(1.0, {"unstructured": curve((0.4, 0.2, 0.2))}),
+        LayerCurves(3.0, {PLAIN: curve((0.8, 0.6, 0.2))}),
+        LayerCurves(1.0, {PLAIN: curve((0.4, 0.2, 0.2))}),
     ]
     both = combine(uses)
     assert both.dense_ms == 4
-    assert both.curves["unstructured"].times == pytest.approx((0.7, 0.5, 0.2))
-    assert combine(uses[:1]).curves["unstructured"].times == pytest.approx((0.8, 0.6, 0.2))
+    assert both.curves[PLAIN].times == pytest.approx((0.7, 0.5, 0.2))
+    assert combine(uses[:1]).curves[PLAIN].times == pytest.approx((0.8, 0.6, 0.2))
 
 
 MODEL = """<ir_version: 9, opset_import: ["" : 20]>
@@ -116,9 +119,9 @@ def test_every_pattern_that_fits_is_measured(tmp_path):
     found = measured(tmp_path, model(), ("unstructured", "2:4", "1:8", "block:8x1", "block:5x1"))
     # 36 inputs are no multiple of 8, and 24 outputs none of 5.
     assert {name: each.sparsities for name, each in found.curves.items()} == {
-        "unstructured": (0.5, pytest.approx(0.9, abs=1e-3)),
-        "2:4": (0.5,),
-        "block:8x1": (0.5, pytest.approx(0.9, abs=0.01)),
+        PLAIN: (0.5, pytest.approx(0.9, abs=1e-3)),
+        ("sparse", "2:4"): (0.5,),
+        ("sparse", "block:8x1"): (0.5, pytest.approx(0.9, abs=0.01)),
     }
     assert found.dense_ms > 0
     for each in found.curves.values():
@@ -130,10 +133,10 @@ def test_every_pattern_that_fits_is_measured(tmp_path):
 
 def test_zeros_that_are_there_make_points_one(tmp_path):
     found = measured(tmp_path, model(zeros=0.75), ("unstructured",))
-    assert [round(share, 2) for share in found.curves["unstructured"].sparsities] == [0.75, 0.9]
+    assert [round(share, 2) for share in found.curves[PLAIN].sparsities] == [0.75, 0.9]
 
 
-@pytest.mark.parametrize(("zeros", "points"), [(0.0, {}), (0.75, {"unstructured": (0.75,)})])
+@pytest.mark.parametrize(("zeros", "points"), [(0.0, {}), (0.75, {PLAIN: (0.75,)})])
 def test_what_is_not_pruned_is_measured_as_it_is(tmp_path, zeros, points):
     found = measured(tmp_path, model(zeros), ("unstructured", "2:4"), prunable=False)
     assert {name: each.sparsities for name, each in found.curves.items()} == points

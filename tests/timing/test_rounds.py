@@ -145,8 +145,12 @@ def measuring(medians, clock=None, step=0.0):
     return once
 
 
+def repeated(measure):
+    return repeat(lambda: {0: measure()}, close=lambda found: found[0].close_to(1.02), seconds=60)[0]
+
+
 def test_six_measurements_that_agree_are_enough():
-    found = repeat(measuring([1.5, 1.4, 1.6, 1.5, 1.5, 1.5]), threshold=1.02, seconds=60)
+    found = repeated(measuring([1.5, 1.4, 1.6, 1.5, 1.5, 1.5]))
     assert (found.low, found.median, found.high) == (1.4, 1.5, 1.6)
 
 
@@ -154,7 +158,7 @@ def test_what_cannot_be_told_from_the_threshold_is_measured_more_often():
     """One of the first eight on the other side; ranks 2 to 8 of nine leave it out."""
     medians = [1.5, 1.0, *[1.5] * 6, 1.4]
     values = iter([*medians, None])
-    found = repeat(lambda: of(next(values)), threshold=1.02, seconds=60)
+    found = repeated(lambda: of(next(values)))
     assert next(values) is None, "all nine were taken, and no tenth"
     assert (found.low, found.high) == (1.4, 1.5)
 
@@ -162,7 +166,7 @@ def test_what_cannot_be_told_from_the_threshold_is_measured_more_often():
 def test_break_even_is_given_up_on_after_the_most_measurements():
     medians = [1.0, 1.04] * 20
     values = iter(medians)
-    found = repeat(lambda: of(next(values)), threshold=1.02, seconds=60)
+    found = repeated(lambda: of(next(values)))
     assert len(list(values)) == len(medians) - MOST_STARTS
     assert found.close_to(1.02)
 
@@ -173,7 +177,7 @@ def test_slow_measurements_are_fewer_but_never_below_three(monkeypatch, step, ta
     monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
     calls = []
     once = measuring([1.5] * 40, clock, step)
-    repeat(lambda: calls.append(1) or once(), threshold=1.02, seconds=60)
+    repeated(lambda: calls.append(1) or once())
     assert len(calls) == taken
 
 

@@ -19,6 +19,7 @@ from sparse_onnx.timing.table import TimingTable, read_table, write_table
 MODEL = """<ir_version: 9, opset_import: ["" : 20]>
 g (float[batch, 32] X) => (float[batch, 16] Y) { m = MatMul(X, A) r = Relu(m) Y = MatMul(r, B) }"""
 
+PLAIN = ("sparse", "unstructured")
 SHAPES = {"X": (8, 32), "r": (8, 32)}
 CURVE = Curve((0.5, 0.9), (1.25, 0.5), (1.2, 0.45), (1.3, 0.55))
 
@@ -40,7 +41,7 @@ def table(candidate, curves):
 
 
 def test_a_table_comes_back_as_it_was(candidates, tmp_path):
-    written = table(candidates[0], {"unstructured": CURVE, "2:4": Curve((0.5,), (0.9,), (0.8,), (1.0,))})
+    written = table(candidates[0], {PLAIN: CURVE, ("sparse", "2:4"): Curve((0.5,), (0.9,), (0.8,), (1.0,))})
     write_table(written, tmp_path / "table.json")
     read = read_table(tmp_path / "table.json")
     assert read == written
@@ -52,36 +53,34 @@ def test_a_table_comes_back_as_it_was(candidates, tmp_path):
 
 
 def test_layers_are_decided_by_it_and_others_by_their_zeros(candidates):
-    first, second = decide_by_table(candidates, table(candidates[0], {"unstructured": CURVE}), [SHAPES])
+    first, second = decide_by_table(candidates, table(candidates[0], {PLAIN: CURVE}), [SHAPES])
     time = 1.25 - 0.75 * 0.3 / 0.4  # between 50 and 90 %
-    assert first.sparse
-    assert (first.dense_ms, first.sparse_ms) == (2.0, pytest.approx(2 * time, rel=1e-2))
+    assert first.form == "sparse"
+    assert first.times == {"dense": 2.0, "sparse": pytest.approx(2 * time, rel=1e-2)}
     assert first.reason.startswith(f"{1 / time:.2f}x dense")
     assert first.reason.endswith("by the timing table")
-    assert second.sparse
-    assert second.dense_ms is None
+    assert second.form == "sparse"
+    assert second.times == {}
     assert "not in the timing table" in second.reason
 
 
 def test_what_is_slower_there_stays_dense(candidates):
     slow = Curve((0.5, 0.9), (2.0, 1.1), (2.0, 1.1), (2.0, 1.1))
-    first, _ = decide_by_table(candidates, table(candidates[0], {"unstructured": slow}), [SHAPES])
-    assert not first.sparse
+    first, _ = decide_by_table(candidates, table(candidates[0], {PLAIN: slow}), [SHAPES])
+    assert first.form == "dense"
     assert "below min_speedup 1.02" in first.reason
-    close, _ = decide_by_table(
-        candidates, table(candidates[0], {"unstructured": CURVE}), [SHAPES], min_speedup=5.0
-    )
-    assert not close.sparse
+    close, _ = decide_by_table(candidates, table(candidates[0], {PLAIN: CURVE}), [SHAPES], min_speedup=5.0)
+    assert close.form == "dense"
 
 
 def test_another_pattern_is_not_guessed(candidates):
     candidates[0].weight.value.metadata_props[STRUCTURE_KEY] = "block:8x1"
-    first, _ = decide_by_table(candidates, table(candidates[0], {"unstructured": CURVE}), [SHAPES])
+    first, _ = decide_by_table(candidates, table(candidates[0], {PLAIN: CURVE}), [SHAPES])
     assert "not in the timing table" in first.reason
 
 
 def test_the_worst_target_decides(candidates):
-    known = table(candidates[0], {"unstructured": CURVE})
+    known = table(candidates[0], {PLAIN: CURVE})
     other = {"X": (1, 32), "r": (1, 32)}
     first, _ = decide_by_table(candidates, known, [SHAPES, other])
     assert "not in the timing table" in first.reason  # it does not know the second
@@ -94,13 +93,15 @@ def test_without_a_table_zeros_decide(candidates):
 
 DOCUMENT = {
     "format": "sparse-onnx timing table",
-    "schema_version": 1,
+    "schema_version": 2,
     "environment": {"cpu": "x"},
     "kinds": [
         {
-            "kind": {"sparse": "SparseMatMul"},
+            "kind": {"operator": "SparseMatMul"},
             "dense_ms": 1.0,
-            "curves": {"unstructured": {"sparsities": [0.5], "times": [0.9], "low": [0.8], "high": [1.0]}},
+            "curves": {
+                "sparse": {"unstructured": {"sparsities": [0.5], "times": [0.9], "low": [0.8], "high": [1.0]}}
+            },
         }
     ],
 }
@@ -115,7 +116,7 @@ def damaged(*path, value):
     return document
 
 
-POINT = ("kinds", 0, "curves", "unstructured")
+POINT = ("kinds", 0, "curves", "sparse", "unstructured")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,8 @@ POINT = ("kinds", 0, "curves", "unstructured")
     [
         ([], "is no timing table"),
         (damaged("format", value="other"), "is no timing table"),
-        (damaged("schema_version", value=2), "has schema_version 2"),
+        (damaged("schema_version", value=3), "has schema_version 3"),
+        (damaged("schema_version", value=1), "has schema_version 1; this version reads 2"),
         (damaged("kinds", value=None), "damaged"),
         (damaged("kinds", 0, "dense_ms", value=0), "positive"),
         (damaged("kinds", 0, "dense_ms", value="1"), "positive"),

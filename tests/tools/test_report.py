@@ -106,7 +106,12 @@ def foreign(folder: Path) -> None:
 
 def newer(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
-    (folder / "report.json").write_text(json.dumps({**report, "schema_version": 2}))
+    (folder / "report.json").write_text(json.dumps({**report, "schema_version": 3}))
+
+
+def older(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({**report, "schema_version": 1}))
 
 
 def missing(folder: Path) -> None:
@@ -119,6 +124,7 @@ def missing(folder: Path) -> None:
         (damaged, "cannot be read as JSON"),
         (foreign, "no report of sparse-onnx"),
         (newer, "newer sparse-onnx"),
+        (older, "older sparse-onnx"),
         (missing, "has no report.json"),
     ],
 )

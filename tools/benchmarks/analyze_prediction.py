@@ -49,7 +49,7 @@ def compare_model(
                 "ratio": expected.speedup / summary["speedup"],
                 "inside": expected.low <= summary["speedup"] <= expected.high,
                 "bytes_ratio": expected.nbytes / summary["bytes_after"],
-                "sparse_predicted": len(expected.sparse),
+                "sparse_predicted": len(expected.forms),
                 "sparse_measured": sum(row["decision"] == "sparse" for row in report["layers"]),
                 "analyze_seconds": sum(analysis.seconds.values()),
             }

@@ -38,9 +38,10 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.layers import lower_layers
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
-from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
+from sparse_onnx.passes.patterns.layer import Layer, layer_kind
 from sparse_onnx.passes.presets import FUSION_PASSES, PREPARATION_PASSES
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.pruning import choose_weights
@@ -127,7 +128,7 @@ class Analysis:
         found = self.predict(sparsity, mask_structure)
         share = resolve_sparsity(sparsity, MaskStructure.parse(mask_structure))
         where = f"at {100 * share:.0f} % {mask_structure}"
-        if found.sparse:
+        if found.forms:
             speed = f"{found.speedup:.2f}x faster ({found.low:.2f} to {found.high:.2f})"
             text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
         else:
@@ -152,9 +153,10 @@ class Analysis:
             "predictions": [self._prediction(*case) for case in self.cases()],
             "layers": [self._layer(layer) for layer in forecast.layers],
             "curves": [
-                _curve_row(layer, structure, forecast.min_speedup)
+                _curve_row(layer, form, structure, forecast.min_speedup)
                 for layer in forecast.layers
-                for structure in layer.curves
+                for form in layer.forms
+                for structure in layer.patterns_of(form)
             ],
             "time_model": dataclasses.asdict(forecast.times),
             "anchors": [{"sparsity": share, **dataclasses.asdict(anchor)} for share, anchor in self.anchors],
@@ -190,7 +192,7 @@ class Analysis:
             "speedup_high": found.high,
             "bytes": found.nbytes,
             "smaller": found.smaller,
-            "sparse_layers": len(found.sparse),
+            "sparse_layers": len(found.forms),
             "given_up": list(found.given_up),
             "relative_error": found.error,
         }
@@ -210,7 +212,7 @@ class Analysis:
             "left_alone": layer.reason or None,
             "dense_ms": layer.dense_ms,
             "share": layer.share,
-            "break_even": {structure: layer.break_even(structure, limit) for structure in layer.curves},
+            "break_even": {structure: layer.break_even(structure, limit) for structure in layer.patterns},
             "loss": None if layer.loss is None else dataclasses.asdict(layer.loss),
         }
 
@@ -228,17 +230,18 @@ class Analysis:
         return self.forecast.outlook(plan).nbytes
 
 
-def _curve_row(layer: LayerForecast, structure: str, min_speedup: float) -> dict[str, Any]:
-    curve = layer.curves[structure]
+def _curve_row(layer: LayerForecast, form: Form, structure: str, min_speedup: float) -> dict[str, Any]:
+    curve = layer.curves[form.name, structure]
     points = zip(curve.sparsities, curve.times, curve.low, curve.high, strict=True)
     return {
         "layer": layer.name,
+        "form": form.name,
         "mask_structure": structure,
         "points": [
             {"sparsity": share, "speedup": 1 / time, "speedup_low": 1 / high, "speedup_high": 1 / low}
             for share, time, low, high in points
         ],
-        "break_even": layer.break_even(structure, min_speedup),
+        "break_even": layer.form_break_even(form, structure, min_speedup),
     }
 
 
@@ -456,9 +459,12 @@ class _Job:
     def seconds(self, kinds: _Kinds, dense_ms: float, wanted: Sequence[float]) -> float:
         """A guess at how long the rest takes."""
         points = sum(
-            1
-            if self.reasons[candidate.weight.name]
-            else count_points(candidate.weight, self.sparsities, self.structures)
+            len(candidate.allowed_forms())
+            * (
+                1
+                if self.reasons[candidate.weight.name]
+                else count_points(candidate.weight, self.sparsities, self.structures)
+            )
             for candidate, _, _ in kinds.values()
         )
         run = dense_ms / 1e3
@@ -516,7 +522,7 @@ class _Job:
                     name=weight.name,
                     module=weight.module,
                     op_type=weight.nodes[0].op_type,
-                    kind=candidate.lowering.kind,
+                    kind=candidate.kind,
                     shape=candidate.shape,
                     rows=sum(
                         layer.products(given[0])
@@ -525,10 +531,9 @@ class _Job:
                     sparsity=candidate.sparsity,
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
+                    forms=candidate.allowed_forms(),
                     block=candidate.layers[0].block,
-                    packed_bytes=sum(part.pack().nbytes for part in candidate.parts)
-                    if _has_zeros(candidate)
-                    else 0,
+                    packed_bytes=_packed_bytes(candidate),
                     key=places[kinds[0]],
                     dense_ms=measured.dense_ms,
                     share=None if profile is None else profile.share(weight.name),
@@ -567,10 +572,10 @@ class _Job:
             whole = dense.whole
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
         for share, plan in plans if whole else ():
-            choices, sparse = forecast.decide(plan)
-            path = self.compile(fused, share, sparse, context)
+            choices, forms = forecast.decide(plan)
+            path = self.compile(fused, share, forms, context)
             found = self.time_whole(original, fused, path)
-            timed.append((share, forecast.sums(choices, sparse), found))
+            timed.append((share, forecast.sums(choices, forms), found))
             kept = sum(forecast.layer_bytes(layer.name, choices[layer.name]) for layer in forecast.layers)
             rest = sum(file.stat().st_size for file in path.parent.iterdir()) - kept
             told.step()
@@ -629,15 +634,20 @@ class _Job:
         return dataclasses.replace(forecast, layers=tuple(layers))
 
     def compile(
-        self, fused: ir.Model, share: float | None, sparse: Sequence[str], context: PassContext
+        self, fused: ir.Model, share: float | None, forms: Mapping[str, str], context: PassContext
     ) -> Path:
-        """Write ``fused`` with this share of zeros in all its layers and the chosen ones sparse."""
+        """Write ``fused`` with this share of zeros in all its layers and the chosen ones in their ``forms``."""
         pruned = fused.clone()
         if share is not None:
             Magnitude(sparsity=share, targets=self.selection.targets, ignore=self.selection.ignore)(
                 pruned, context
             )
-        chosen = [c for c in find_candidates(pruned)[0] if c.weight.name in sparse]
+        chosen = [
+            (candidate, form)
+            for candidate in find_candidates(pruned)[0]
+            for form in candidate.forms
+            if forms.get(candidate.weight.name) == form.name
+        ]
         lowered, _ = lower_layers(pruned, chosen, Packer(context), context)
         folder = self.work / "whole"
         shutil.rmtree(folder, ignore_errors=True)
@@ -648,6 +658,11 @@ class _Job:
 _Kinds = dict[str, tuple[Candidate, Layer, list[tuple[int, ...]]]]
 
 
-def _has_zeros(candidate: Candidate) -> bool:
-    """Whether its size in sparse form may be asked for as it is."""
-    return candidate.companion or candidate.sparsity >= MIN_SPARSITY
+def _packed_bytes(candidate: Candidate) -> dict[str, int]:
+    """Its size as it is, in the forms in which this may be asked for."""
+    packer = Packer(PassContext())
+    return {
+        form.name: packer(candidate, form).nbytes
+        for form in candidate.allowed_forms()
+        if candidate.companion or not form.refusal(candidate.sparsity)
+    }

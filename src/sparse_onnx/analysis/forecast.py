@@ -1,8 +1,8 @@
 """What a model would become with zeros that it does not have yet: speed and size of any plan, without measuring again.
 
 A *plan* gives layers, by the name of their weight, a share of zeros and a pattern. :class:`Forecast` decides as
-``optimize`` would: a layer becomes sparse where its curve says that this is at least ``min_speedup`` times as fast; and
-while the whole would be slower than dense, the least gainful half of the sparse layers is given up.
+``optimize`` would: a layer gets the form that its curves say is the fastest, if that is at least ``min_speedup`` times
+as fast as dense; and while the whole would be slower than dense, the least gainful half of these layers is given up.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Sums, TimeModel
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import unknown
+from sparse_onnx.passes.lower.forms import DENSE, Form
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
-from sparse_onnx.sparse_ops.sparse_matmul import WIDTHS, expected_nbytes
 from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve
 
@@ -47,13 +47,14 @@ class LayerForecast:
         rows: How many vectors of K elements it multiplies in one run.
         sparsity: The share of zeros that are there already.
         reason: Why pruning leaves it alone; empty if it does not.
-        companion: Whether it is lowered beside sparse layers of its ``kind``, with the few zeros that it has.
-        block: Outputs in a block of the stored form.
-        packed_bytes: Size in sparse form with the zeros that are there.
+        companion: Whether it is lowered beside layers of its ``kind`` in the same form, with the few zeros that it has.
+        forms: Those that it can get beside dense.
+        block: Outputs in a block of the stored weight.
+        packed_bytes: Size with the zeros that are there, by the form; without forms that refuse these.
         key: Equal for layers that were measured together.
         dense_ms: Its time alone.
         share: Of the time of the whole dense model, as profiled; None if that was not possible.
-        curves: Time of the sparse form relative to dense by pattern.
+        curves: Time relative to dense by (form, pattern).
         loss: What its zeros do to the model's outputs; None if that was not measured.
         others: Names of the weights that are pruned and lowered along with it; they are part of all other numbers
             but the loss.
@@ -68,12 +69,13 @@ class LayerForecast:
     sparsity: float
     reason: str
     companion: bool
+    forms: tuple[Form, ...]
     block: int
-    packed_bytes: int
+    packed_bytes: Mapping[str, int]
     key: int
     dense_ms: float
     share: float | None
-    curves: Mapping[str, Curve]
+    curves: Mapping[tuple[str, str], Curve]
     loss: Loss | None = None
     others: tuple[str, ...] = ()
 
@@ -88,21 +90,54 @@ class LayerForecast:
         return self.rows * math.prod(self.shape)
 
     def break_even(self, structure: str, min_speedup: float) -> float | None:
-        """The share of zeros from which on the sparse form is ``min_speedup`` times as fast; None: never, or the weight
+        """The share of zeros from which on a form is ``min_speedup`` times as fast as dense; None: never, or the weight
         cannot have that pattern."""
-        curve = self.curves.get(structure)
-        found = None if curve is None else curve.break_even(min_speedup)
-        return None if found is None else max(found, MIN_SPARSITY)
+        points = [self.form_break_even(form, structure, min_speedup) for form in self.forms]
+        return min((point for point in points if point is not None), default=None)
 
-    def sparse_bytes(self, choice: Choice) -> float:
-        """Expected size in sparse form."""
+    def form_break_even(self, form: Form, structure: str, min_speedup: float) -> float | None:
+        """The same of one form."""
+        curve = self.curves.get((form.name, structure))
+        found = None if curve is None else curve.break_even(min_speedup)
+        return None if found is None else max(found, form.least_zeros)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Those that there are curves of."""
+        return tuple(dict.fromkeys(structure for _, structure in self.curves))
+
+    def patterns_of(self, form: Form) -> tuple[str, ...]:
+        """Those that there are curves of in that form."""
+        return tuple(structure for name, structure in self.curves if name == form.name)
+
+    def time(self, form: str, choice: Choice) -> float:
+        """Of that form with these zeros, dense = 1."""
+        sparsity, structure = choice
+        return self.curves[form, structure].time(sparsity)
+
+    def best_form(self, choice: Choice, min_speedup: float, among: Collection[str] | None = None) -> str:
+        """The fastest form with these zeros, of those ``among`` them if given; dense unless another is ``min_speedup``
+        times as fast."""
+        sparsity, structure = choice
+        names = [
+            form.name
+            for form in self.forms
+            if (form.name, structure) in self.curves
+            and (self.companion or not form.refusal(sparsity))
+            and (among is None or form.name in among)
+        ]
+        best = min(names, key=lambda name: self.time(name, choice), default=DENSE)
+        return best if best != DENSE and self.time(best, choice) * min_speedup <= 1 else DENSE
+
+    def form_bytes(self, form: str, choice: Choice) -> float:
+        """Expected size in that form."""
+        if form == DENSE:
+            return self.nbytes
         sparsity, structure = choice
         if sparsity <= self.sparsity:
-            return self.packed_bytes
-        parsed = MaskStructure.parse(structure)
-        rows = parsed.size[0] if parsed.kind == "block" else 1
-        width = max(width for width in WIDTHS if rows % width == 0)
-        return expected_nbytes(*self.shape, sparsity, width=width, block=self.block)
+            return self.packed_bytes[form]
+        (chosen,) = (own for own in self.forms if own.name == form)
+        return chosen.expected_nbytes(self.shape, sparsity, structure, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +149,8 @@ class Outlook:
         speedup: Dense / optimized time, expected between ``low`` and ``high``.
         nbytes: Size of the files.
         smaller: Size of the original's files / ``nbytes``.
-        sparse: The names of the layers that become sparse.
-        given_up: Of those that were faster alone, but made the whole slower.
+        forms: Of the layers that do not stay dense, by name.
+        given_up: The names of others that were faster alone, but made the whole slower.
         error: The expected relative error of the model's outputs, see :meth:`Forecast.error`; None without
             calibration data.
     """
@@ -126,7 +161,7 @@ class Outlook:
     high: float
     nbytes: float
     smaller: float
-    sparse: tuple[str, ...]
+    forms: Mapping[str, str]
     given_up: tuple[str, ...]
     error: float | None
 
@@ -142,7 +177,7 @@ class Forecast:
         dense_ms: Of the whole dense model.
         dense_bytes: Of its files.
         rest_bytes: What an optimized model takes apart from the weights of ``layers``.
-        min_speedup: From which speedup on a layer becomes sparse.
+        min_speedup: From which speedup on a layer does not stay dense.
         anchored: The patterns of the models that ``times`` was fitted to.
     """
 
@@ -170,7 +205,7 @@ class Forecast:
         return {
             layer.name: (share, structure)
             for layer in self.layers
-            if not layer.reason and structure in layer.curves
+            if not layer.reason and structure in layer.patterns
         }
 
     def _check(self, structure: str) -> None:
@@ -183,22 +218,21 @@ class Forecast:
 
         Raises UsageError for a name that no layer has, and a share of zeros or pattern as :meth:`uniform` does.
         """
-        choices, sparse = self.decide(plan)
+        choices, forms = self.decide(plan)
         given_up: list[str] = []
-        while sparse and self._milliseconds(choices, sparse) > self.dense_ms:
-            gains = [self._gain(name, choices[name]) for name in sparse]
+        while forms and self._milliseconds(choices, forms) > self.dense_ms:
+            gains = [self._gain(name, form, choices[name]) for name, form in forms.items()]
             dropped = least_gainful(gains)
-            given_up += [name for index, name in enumerate(sparse) if index in dropped]
-            sparse = [name for index, name in enumerate(sparse) if index not in dropped]
-        # Layers that stay dense keep their weights; without sparse ones the source is written as it is, not even fused.
-        ms = self._milliseconds(choices, sparse) if sparse else self.dense_ms
-        error = self._error(choices, sparse, ms) if sparse else 0.0
+            given_up += [name for index, name in enumerate(forms) if index in dropped]
+            forms = {name: forms[name] for index, name in enumerate(forms) if index not in dropped}
+        # Layers that stay dense keep their weights; where all do the source is written as it is, not even fused.
+        ms = self._milliseconds(choices, forms) if forms else self.dense_ms
+        error = self._error(choices, forms, ms) if forms else 0.0
         speedup = self.dense_ms / ms
         nbytes = float(self.dense_bytes)
-        if sparse:
+        if forms:
             nbytes = self.rest_bytes + sum(
-                layer.sparse_bytes(choices[layer.name]) if layer.name in sparse else layer.nbytes
-                for layer in self.layers
+                layer.form_bytes(forms.get(layer.name, DENSE), choices[layer.name]) for layer in self.layers
             )
         return Outlook(
             ms,
@@ -207,9 +241,9 @@ class Forecast:
             speedup * (1 + error),
             nbytes,
             self.dense_bytes / nbytes if nbytes else 1.0,
-            tuple(sparse),
+            forms,
             tuple(given_up),
-            self.error({name: plan[name] for name in sparse if name in plan}),
+            self.error({name: plan[name] for name in forms if name in plan}),
         )
 
     def error(self, plan: Plan) -> float | None:
@@ -233,28 +267,38 @@ class Forecast:
         expected = _LEFT * math.sqrt(total)
         return expected / math.hypot(1, expected)
 
-    def decide(self, plan: Plan) -> tuple[dict[str, Choice], list[str]]:
-        """Of every layer the zeros that it has after ``plan``, with the pattern whose curve tells its time; and the
-        layers that are faster in sparse form."""
+    def decide(self, plan: Plan) -> tuple[dict[str, Choice], dict[str, str]]:
+        """Of every layer the zeros that it has after ``plan``, with the pattern whose curves tell its times; and of the
+        layers that are faster in another form than dense the fastest one."""
         choices = self._choices(plan)
-        winners = [layer for layer in self.layers if self._wins(layer, choices[layer.name])]
-        kinds = {layer.kind for layer in winners if choices[layer.name][0] >= MIN_SPARSITY}
-        return choices, [layer.name for layer in winners if layer.kind in kinds]
+        forms = {layer.name: layer.best_form(choices[layer.name], self.min_speedup) for layer in self.layers}
+        companions = [
+            layer.name for layer in self.layers if layer.companion and choices[layer.name][0] < MIN_SPARSITY
+        ]
+        around: dict[str, set[str]] = collections.defaultdict(set)
+        for layer in self.layers:
+            if layer.name not in companions:
+                around[layer.kind].add(forms[layer.name])
+        for name in companions:
+            layer = self.by_name[name]
+            forms[name] = layer.best_form(choices[name], self.min_speedup, around[layer.kind])
+        return choices, {name: form for name, form in forms.items() if form != DENSE}
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
-        """What the layer adds to the time of the whole, sparse or dense, whichever would be chosen; times of the whole
-        are sums of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
+        """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole are
+        sums of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
-        if self._wins(layer, choice):
-            return self.times.sparse_factor * layer.dense_ms * self._time(layer, choice)
-        return self.times.dense_factor * layer.dense_ms
+        form = layer.best_form(choice, self.min_speedup)
+        if form == DENSE:
+            return self.times.dense_factor * layer.dense_ms
+        return self.times.sparse_factor * layer.dense_ms * layer.time(form, choice)
 
     def layer_bytes(self, name: str, choice: Choice | None = None) -> float:
         """What the layer adds to the size, in the form that would be chosen."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
-        return layer.sparse_bytes(choice) if self._wins(layer, choice) else layer.nbytes
+        return layer.form_bytes(layer.best_form(choice, self.min_speedup), choice)
 
     def _choices(self, plan: Plan) -> dict[str, Choice]:
         asked = {name: self._choice(name, choice) for name, choice in plan.items()}
@@ -269,43 +313,35 @@ class Forecast:
             sparsity, structure = asked
             self._check(structure)
             resolve_sparsity(sparsity, MaskStructure.parse(structure))
-            if structure in layer.curves and sparsity > layer.sparsity and not layer.reason:
+            if structure in layer.patterns and sparsity > layer.sparsity and not layer.reason:
                 return asked
         return layer.sparsity, UNSTRUCTURED
 
-    def _time(self, layer: LayerForecast, choice: Choice) -> float:
-        return layer.curves[choice[1]].time(choice[0])
-
-    def _wins(self, layer: LayerForecast, choice: Choice) -> bool:
-        if not layer.companion and choice[0] < MIN_SPARSITY:
-            return False
-        return self._time(layer, choice) * self.min_speedup <= 1
-
-    def _gain(self, name: str, choice: Choice) -> float:
+    def _gain(self, name: str, form: str, choice: Choice) -> float:
         layer = self.by_name[name]
-        return layer.dense_ms * (1 - self._time(layer, choice))
+        return layer.dense_ms * (1 - layer.time(form, choice))
 
-    def sums(self, choices: Mapping[str, Choice], sparse: Collection[str]) -> Sums:
-        """Over the layers, with those in ``sparse`` in sparse form."""
+    def sums(self, choices: Mapping[str, Choice], forms: Mapping[str, str]) -> Sums:
+        """Over the layers, with those in ``forms`` in their form and the others dense."""
         total = sum(layer.dense_ms for layer in self.layers)
-        lowered = [self.by_name[name] for name in sparse]
+        lowered = [self.by_name[name] for name in forms]
         return Sums(
             total - sum(layer.dense_ms for layer in lowered),
-            sum(layer.dense_ms * self._time(layer, choices[layer.name]) for layer in lowered),
+            sum(layer.dense_ms * layer.time(forms[layer.name], choices[layer.name]) for layer in lowered),
             sum(layer.dense_ms * choices[layer.name][0] for layer in lowered) / total if total else 0.0,
         )
 
-    def _milliseconds(self, choices: Mapping[str, Choice], sparse: Collection[str]) -> float:
-        return self.times.milliseconds(self.sums(choices, sparse))
+    def _milliseconds(self, choices: Mapping[str, Choice], forms: Mapping[str, str]) -> float:
+        return self.times.milliseconds(self.sums(choices, forms))
 
-    def _error(self, choices: Mapping[str, Choice], sparse: Collection[str], ms: float) -> float:
+    def _error(self, choices: Mapping[str, Choice], forms: Mapping[str, str], ms: float) -> float:
         """Relative error to expect: of the whole, beyond the anchors, and for patterns that no anchor has that of their
         curves (layers measured together err together)."""
         by_key: dict[int, float] = collections.defaultdict(float)
-        for name in sparse:
+        for name, form in forms.items():
             layer, (sparsity, structure) = self.by_name[name], choices[name]
             if structure not in self.anchored:
-                low, high = layer.curves[structure].spread(sparsity)
+                low, high = layer.curves[form, structure].spread(sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
-        return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, sparse)), other)
+        return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, forms)), other)

@@ -10,7 +10,6 @@ from typing import Any
 
 from sparse_onnx.compilation.dumps import Dumps
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
-from sparse_onnx.compilation.report_rows import write_report
 from sparse_onnx.compilation.steps import Compilation
 from sparse_onnx.timing.table import TimingTable
 
@@ -48,10 +47,11 @@ def compile_into(
     dump_after: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[int, dict[str, Any]]:
-    """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds.
+    """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds but the report.
 
     The arguments are as for :func:`sparse_onnx.optimize`; ``threads`` are those to work with, where these are others
-    than those that the recipe decides for. Returns the exit code and the report.
+    than those that the recipe decides for. Returns the exit code and the report, which
+    :func:`sparse_onnx.compilation.report_rows.write_report` writes.
     """
     work = folder / ".work"
     work.mkdir()
@@ -63,5 +63,4 @@ def compile_into(
     dumps.note_missing(progress)
     shutil.rmtree(work)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_report(report, folder)
     return exit_code, report

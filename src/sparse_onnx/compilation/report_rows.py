@@ -16,6 +16,7 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
 from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
 from sparse_onnx.timing.choose import Decision
@@ -40,13 +41,13 @@ def summary(
     outputs."""
     weights = sum(math.prod(row["shape"]) for row in layers)
     zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
-    sparse = {row["name"] for row in layers if row["decision"] == "sparse"}
+    lowered = {row["name"] for row in layers if row["decision"] != DENSE}
     return {
         **times(timing),
         "bytes_before": nbytes,
         "bytes_after": size,
         "sparsity": zeros / weights if weights else 0.0,
-        "sparse_flops_fraction": sparse_share(work, sparse),
+        "sparse_flops_fraction": sparse_share(work, lowered),
         "relative_error": loss.get("relative_error"),
         "cosine": loss.get("cosine"),
         "metric": None if metric is None else metric.to_dict(),
@@ -93,11 +94,10 @@ def layer_rows(
                 "sparsity": zeros / weight.tensor.size,
                 "non_finite": non_finite,
                 "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
-                "decision": "sparse" if decision.sparse else "dense",
+                "decision": decision.form,
                 "reason": decision.reason,
-                "kernel": kernels.get(weight.name, "sparse") if decision.sparse else "dense",
-                "dense_ms": decision.dense_ms if first else None,
-                "sparse_ms": decision.sparse_ms if first else None,
+                "kernel": kernels.get(weight.name, decision.form) if decision.lowered else DENSE,
+                "times": dict(decision.times) if first else {},
                 "speedup_low": decision.low if first else None,
                 "speedup_high": decision.high if first else None,
                 "close": decision.close,
@@ -117,9 +117,9 @@ def layer_rows(
 def kernel_names(
     model: ir.Model, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """The kernels that a session here computes the sparse layers of ``model`` with, by the name of the layer's weight;
+    """The kernels that a session here computes the lowered layers of ``model`` with, by the name of the layer's weight;
     ``shapes`` are those of the layers' inputs."""
-    known = [name for decision in decisions if decision.sparse for name in decision.candidate.names]
+    known = [name for decision in decisions if decision.lowered for name in decision.candidate.names]
     found: dict[str, str] = {}
     for node in sparse_nodes(model):
         x = node.inputs[0]

@@ -52,10 +52,10 @@ from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.stages import StageClock
 from sparse_onnx.timing import choose
 from sparse_onnx.timing.cache import TimingCache, file_digest
-from sparse_onnx.timing.choose import Decision
+from sparse_onnx.timing.choose import Decision, lowered
 from sparse_onnx.timing.models import time_models
 from sparse_onnx.timing.profile import time_shares
-from sparse_onnx.timing.rounds import Ratio
+from sparse_onnx.timing.rounds import Ratio, overall
 from sparse_onnx.timing.table import TimingTable
 from sparse_onnx.units import format_error
 from sparse_onnx.verification.comparison import compare
@@ -288,7 +288,7 @@ class Compilation:
                 )
             timings = list(variant.timings)
             zeros = bool(prepared.originals.changed(model))
-            gained = any(decision.sparse for decision in decisions) or prepared.removed.modified
+            gained = any(decision.lowered for decision in decisions) or prepared.removed.modified
             if exchanged is not None:
                 reference = exchanged
                 optimized = self.write(model, decisions, packer, context)
@@ -448,13 +448,13 @@ class Compilation:
         bench: choose.Bench,
         prepared: Prepared,
     ) -> tuple[ir.Model, Variant]:
-        """Write the model with the chosen layers sparse, or fewer where that is surely better."""
+        """Write the model with its layers in the chosen forms, or fewer where that is surely better."""
         made: list[tuple[ir.Model, Variant]] = []
 
         def attempt(decided: Sequence[Decision]) -> Variant:
             optimized = self.write(model, decided, packer, context)
             variant = Variant(tuple(decided))
-            if self.benchmark and (variant.sparse or prepared.removed.modified):
+            if self.benchmark and (variant.lowered or prepared.removed.modified):
                 with self.clock("time the whole model"):
                     timings = settle(lambda: self.time_whole(optimized), self.overall, progress=self.say)
                 judged = self.overall(self.as_before(timings, bench))
@@ -471,10 +471,9 @@ class Compilation:
     def write(
         self, model: ir.Model, decisions: Sequence[Decision], packer: Packer, context: PassContext
     ) -> ir.Model:
-        """A copy of ``model`` with the chosen layers sparse, as it was written."""
-        chosen = [decision.candidate for decision in decisions if decision.sparse]
+        """A copy of ``model`` with its layers in the chosen forms, as it was written."""
         with self.clock("lower and write"):
-            optimized, self.not_together = lower_layers(model, chosen, packer, context)
+            optimized, self.not_together = lower_layers(model, lowered(decisions), packer, context)
             model_io.save_model(optimized, self.folder)
         return optimized
 
@@ -489,15 +488,15 @@ class Compilation:
         """Give weights that stay dense their originals back, in ``models``, copies of one another, if the outputs are
         nearer to the original's then. Where that was done, also the new outputs of the last model on ``samples``;
         ``reference`` are those before."""
-        sparse = {name for decision in decisions if decision.sparse for name in decision.candidate.names}
-        states = prepared.originals.changed(models[0], prepared.pruned.layers, sparse)
+        kept = {name for decision in decisions if decision.lowered for name in decision.candidate.names}
+        states = prepared.originals.changed(models[0], prepared.pruned.layers, kept)
         if self.recipe.goal.keep_pruned or not states:
             return list(decisions), None
         names = {state.name for state in states}
         zeros = exchange(models, states)
         with self.open(models[-1], None, library=False) as runner:
             outputs = self.run_all(runner, samples, "with original weights where dense")
-        if (sparse or prepared.removed.modified) and not self.generated:
+        if (kept or prepared.removed.modified) and not self.generated:
             original = self.original_outputs(samples)
             before, after = (compare(original, x).relative_error for x in (reference, outputs))
             if before < after:  # later layers were solved for the pruned ones before them
@@ -536,7 +535,7 @@ class Compilation:
 
     def overall(self, timings: Sequence[Ratio]) -> Ratio:
         """What the targets come to: their weighted mean, or the worst."""
-        return choose.overall(timings, self.recipe.target.weights)[0]
+        return overall(timings, self.recipe.target.weights)[0]
 
     def as_before(self, timings: Sequence[Ratio], bench: choose.Bench) -> list[Ratio]:
         """``timings`` of the whole model. Those that cannot tell faster from slower are replaced by what an earlier run

@@ -6,7 +6,7 @@ Otherwise the model is timed in new sessions, as layers are: six times undisturb
 interval of the median contains 1, up to fifteen times; past a budget of seconds three times are enough. Disturbed
 measurements are left out where six others are there.
 
-Where the median says slower, variants with fewer sparse layers are tried. A variant takes the place of one with more
+Where the median says slower, variants with more layers left dense are tried. A variant takes the place of one with more
 layers only if their intervals do not overlap, so that what noise gave up comes back.
 """
 
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.timing.choose import Decision, least_gainful
 from sparse_onnx.timing.rounds import FEWEST_STARTS, MOST_STARTS, STARTS, Ratio, median_interval
 
@@ -74,7 +75,7 @@ def settle(
     """Times of the whole model at every target, measured as often as the module's docstring says.
 
     ``measure`` times the original against the model once, in new sessions, at every target; ``overall`` is what these
-    come to, see :func:`sparse_onnx.timing.choose.overall`.
+    come to, see :func:`sparse_onnx.timing.rounds.overall`.
     """
     start = time.perf_counter()
     runs = [list(measure())]
@@ -112,15 +113,16 @@ def _pool(ratios: Sequence[Ratio]) -> Ratio:
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A set of decisions for the layers, the times of the whole model with them at every target, and ``overall``, by
-    which the variant is judged. Without sparse layers nothing is timed."""
+    which the variant is judged. Where all layers are dense nothing is timed."""
 
     decisions: tuple[Decision, ...]
     timings: tuple[Ratio, ...] = ()
     overall: Ratio | None = None
 
     @property
-    def sparse(self) -> bool:
-        return any(decision.sparse for decision in self.decisions)
+    def lowered(self) -> bool:
+        """Whether a layer does not stay dense."""
+        return any(decision.lowered for decision in self.decisions)
 
 
 def choose_variant(
@@ -129,15 +131,15 @@ def choose_variant(
     *,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Variant:
-    """The variant to ship: all that ``decisions`` make sparse, or less where that is surely better.
+    """The variant to ship: all layers in the forms that ``decisions`` say, or fewer where that is surely better.
 
     ``attempt`` compiles and times a variant. While the last one's median is below 1, the least gainful half of its
-    sparse layers is given up and the rest tried. If the best is surely slower than dense, no layer is sparse.
+    layers that are not dense is given up and the rest tried. If the best is surely slower than dense, all are dense.
     """
     best = tried = attempt(decisions)
     while tried.overall is not None and tried.overall.median < 1:
         fewer = _give_up_half(tried.decisions)
-        if not any(decision.sparse for decision in fewer):
+        if not any(decision.lowered for decision in fewer):
             break
         timing = tried.overall
         progress(
@@ -151,21 +153,21 @@ def choose_variant(
             best = tried
         else:
             progress("note: without these layers it is not surely faster: they are kept")
-    if best.sparse and best.overall is not None and is_refuted(best.overall):
+    if best.lowered and best.overall is not None and is_refuted(best.overall):
         progress("note: the whole model is slower than dense with any of its layers sparse")
-        dense = tuple(_given_up(d) if d.sparse else d for d in best.decisions)
+        dense = tuple(_given_up(d) if d.lowered else d for d in best.decisions)
         return attempt(dense)
     return best
 
 
 def _give_up_half(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
-    sparse = [decision for decision in decisions if decision.sparse]
-    half = least_gainful([(d.dense_ms or 0) - (d.sparse_ms or 0) for d in sparse])
-    dropped = {id(sparse[index]) for index in half}
+    lowered = [decision for decision in decisions if decision.lowered]
+    half = least_gainful([decision.gain for decision in lowered])
+    dropped = {id(lowered[index]) for index in half}
     return tuple(_given_up(d) if id(d) in dropped else d for d in decisions)
 
 
 def _given_up(decision: Decision) -> Decision:
     return dataclasses.replace(
-        decision, sparse=False, reason=f"{decision.reason}; the whole model was slower with it"
+        decision, form=DENSE, reason=f"{decision.reason}; the whole model was slower with it"
     )

@@ -1,8 +1,8 @@
 """What pruning would gain nothing from: known before a single weight is changed.
 
 A weight that no sparse kernel can take stays dense whatever its zeros (float16, inside an If or a Loop, a shape that
-the kernels do not have), and so does one whose sparse form is slower at the share of zeros that it would get. Their
-zeros would cost accuracy and buy neither time nor bytes.
+the kernels do not have), and so does one whose every other form is slower at the share of zeros that it would get.
+Their zeros would cost accuracy and buy neither time nor bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.passes.base import Pass, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Candidate
-from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
+from sparse_onnx.passes.patterns.layer import Layer, layer_kind
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import Progress
-from sparse_onnx.timing.choose import Bench, expected_times, overall
+from sparse_onnx.timing.choose import Bench, expected_times
 from sparse_onnx.timing.curves import LayerCurves, measure_curves
+from sparse_onnx.timing.forms import fastest
 from sparse_onnx.timing.table import TimingTable
 
 __all__ = [
@@ -65,7 +66,7 @@ def below_break_even(
     min_speedup: float,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, str]:
-    """The weights whose sparse form would surely miss ``min_speedup`` with the zeros that ``modifiers`` give them, by
+    """The weights that would surely miss ``min_speedup`` in every form with the zeros that ``modifiers`` give them, by
     name, with the reason.
 
     Surely: even the fastest repetition at the target that decides, or in the mean by ``weights``, is too slow.
@@ -83,7 +84,8 @@ def below_break_even(
             continue
         share, structure = asked
         zeros = f"{share:.1%} zeros"
-        if share < MIN_SPARSITY:
+        forms = [form for form in candidate.allowed_forms() if not form.refusal(share)]
+        if not forms:
             against |= dict.fromkeys(
                 candidate.names, f"not pruned: {zeros} are too few for any sparse kernel"
             )
@@ -97,13 +99,14 @@ def below_break_even(
         ) -> LayerCurves | None:
             return curves_of(candidate, layer, shapes, *asked)
 
-        times = expected_times(candidate, find, targets, share, structure)
+        times = expected_times(candidate, forms, find, targets, share, structure)
         if times is None:
             continue
-        timing, _ = overall(times, weights)
-        if timing.quiet and timing.high < min_speedup:
+        best = fastest(times, weights, min_speedup)
+        timing = best.timing
+        if timing.quiet and not best.close and timing.high < min_speedup:
             reason = (
-                f"not pruned: with {zeros} its sparse form would be {timing.median:.2f}x dense "
+                f"not pruned: with {zeros} its {best.form} form would be {timing.median:.2f}x dense "
                 f"(at most {timing.high:.2f}), below min_speedup {min_speedup}"
             )
             against |= dict.fromkeys(candidate.names, reason)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "describe_call", "environment", "write_json"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_ARGUMENT = 300  # characters of one argument in the description of a call
 
 

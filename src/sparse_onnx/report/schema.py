@@ -38,6 +38,11 @@ def check_report(report: object) -> None:
         raise UsageError(
             f"was written by a newer sparse-onnx (schema {version}, this one reads {SCHEMA_VERSION}): update it"
         )
+    if isinstance(version, int) and 1 <= version < SCHEMA_VERSION:
+        raise UsageError(
+            f"was written by an older sparse-onnx (schema {version}, this one reads {SCHEMA_VERSION}): "
+            "compile the model again with `sparse-onnx optimize`"
+        )
     validator = jsonschema.Draft202012Validator(load_schema())
     if (error := next(validator.iter_errors(report), None)) is not None:
         message = error.message if len(error.message) <= 120 else f"{error.message[:117]}..."
@@ -48,7 +53,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """The report in ``path``: a ``report.json``, or the folder that holds it.
 
     Raises:
-        UsageError: There is none, or it is damaged, foreign or from a newer version.
+        UsageError: There is none, or it is damaged, foreign or from another version.
         HostError: It may not be read.
     """
     file = path / "report.json" if path.is_dir() else path

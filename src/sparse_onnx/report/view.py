@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +39,7 @@ NOTABLE_LOSS, _GRAVE_LOSS = (
 )  # of the metric, or 1 - cosine: from here on a reason to look closer, bad news
 _SAME = 0.9999
 _LAYERS = "all layers"
+_DENSE, _SPARSE = "dense", "sparse"
 _MAX_BARS = 20
 _MAX_PANELS = 6
 _MEASURES = (
@@ -87,6 +88,7 @@ def report_view(report: Mapping[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "layers_answer": _layers_answer(layers),
         "columns": _columns(layers),
+        "forms": _forms(layers),
         "declined": _by_reason(report["declined"]),
         "stages": _stages(report["stages"]),
     }
@@ -99,17 +101,17 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     """The report in one sentence: speed with its interval, size, accuracy; and how that is to be taken."""
     summary, goal, layers = report["summary"], report["goal"], report["layers"]
     name = report["source"]
-    sparse = sum(row["decision"] == "sparse" for row in layers)
+    lowered = any(row["decision"] != _DENSE for row in layers)
     if summary["bytes_after"] is None:
-        sentence = f"A plan for {name}: {sparse} of {len(layers)} layers would become sparse."
+        sentence = f"A plan for {name}: {_form_words(layers, 'would become')}."
         return Verdict(
             "check", "Plan only", sentence, ("Decided by a table; nothing was run, timed or written.",)
         )
     rounded = _only_rounded(report["verification"])
     outputs = "its outputs are the original's but for rounding" if rounded else accuracy_words(summary)
-    written = summary.get("written", "compiled" if sparse else "original")
+    written = summary.get("written", "compiled" if lowered else "original")
     timed = summary["speedup"] is not None
-    if written == "compiled" and not timed and not sparse:
+    if written == "compiled" and not timed and not lowered:
         sentence = f"{name} is now {size_words(summary)}, its speed not measured; {outputs}."
     elif written == "compiled" and (_proven(summary) or not timed):
         sentence = f"{name} is now {speed_words(summary)} and {size_words(summary)}; {outputs}."
@@ -145,7 +147,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         notes.append(noise if summary["speedup_high"] >= 1 else "The original is faster.")
     if any(target["quiet"] is False for target in report["targets"]):
         notes.append("Other programs were running while it was timed.")
-    if not sparse:
+    if not lowered:
         notes.append("Why each layer stayed dense is in the table of layers.")
     if notes:
         return Verdict("check", "Look closer", sentence, tuple(notes))
@@ -309,7 +311,6 @@ def _accuracy_answer(verification: Mapping[str, Any]) -> str:
 def _layer(row: Row) -> Row:
     low, high = row["speedup_low"], row["speedup_high"]
     title = row["module"] or row["name"]
-    ships = row["sparse_ms"] if row["decision"] == "sparse" else row["dense_ms"]
     return {
         **row,
         "title": title,
@@ -317,7 +318,8 @@ def _layer(row: Row) -> Row:
         "dimensions": " × ".join(str(size) for size in row["shape"]),
         "size": math.prod(row["shape"]),
         "speedup": "-" if low is None or high is None else f"{low:.2f}–{high:.2f}×",
-        "ships_ms": ships,
+        "dense_ms": row["times"].get(_DENSE),
+        "ships_ms": row["times"].get(row["decision"]),
     }
 
 
@@ -326,17 +328,30 @@ def _columns(layers: Sequence[Row]) -> dict[str, bool]:
     shown = {
         key: any(row[key] is not None for row in layers) for key in ("output_error", "output_error_held_out")
     }
-    timed = any(row["dense_ms"] is not None for row in layers)
+    timed = any(row["times"] for row in layers)
     changed = any(row["relative_error"] != 0 for row in layers)
     patterns = len({row["mask_structure"] for row in layers}) > 1
     return {**shown, "times": timed, "relative_error": changed, "mask_structure": patterns}
 
 
+def _forms(layers: Sequence[Row]) -> list[str]:
+    """The forms that any layer was timed in, dense first."""
+    others = dict.fromkeys(form for row in layers for form in row["times"] if form != _DENSE)
+    return [_DENSE, *others]
+
+
+def _form_words(layers: Sequence[Row], verb: str) -> str:
+    """How many layers have which form but dense, such as "2 of 4 layers run sparse"."""
+    counts = Counter(row["decision"] for row in layers if row["decision"] != _DENSE) or {_SPARSE: 0}
+    (form, first), *others = counts.items()
+    more = "".join(f", {count} {other}" for other, count in others)
+    return f"{first} of {len(layers)} {'layer' if len(layers) == 1 else 'layers'} {verb} {form}{more}"
+
+
 def _layers_answer(layers: Sequence[Row]) -> str:
     if not layers:
         return "There is no layer that a sparse kernel could take"
-    sparse = sum(row["decision"] == "sparse" for row in layers)
-    return f"{sparse} of {len(layers)} {'layer runs' if len(layers) == 1 else 'layers run'} sparse"
+    return _form_words(layers, "runs" if len(layers) == 1 else "run")
 
 
 def _top(rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
@@ -485,21 +500,20 @@ def _parts(shares: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _curves(curves: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any] | None:
-    """A panel for each kind of layer: speed over sparsity by pattern, and the point that ships.
+    """A panel for each kind of layer: speed over sparsity by form and pattern, and the point that ships.
 
     Layers that were measured together share their points, and then their panel.
     """
     if not curves:
         return None
     known = {row["name"]: row for row in layers}
+    curves = _with_series(curves)
     by_layer: dict[str | None, list[Row]] = defaultdict(list)
     for curve in curves:
         by_layer[curve["layer"]].append(curve)
     kinds: dict[tuple[Any, ...], list[str | None]] = defaultdict(list)
     for name, own in by_layer.items():
-        points = tuple(
-            (c["mask_structure"], tuple((p["sparsity"], p["speedup"]) for p in c["points"])) for c in own
-        )
+        points = tuple((c["series"], tuple((p["sparsity"], p["speedup"]) for p in c["points"])) for c in own)
         kinds[points].append(name)
 
     def weight(names: Sequence[str | None]) -> float:
@@ -508,35 +522,47 @@ def _curves(curves: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any] | No
         return sum((known[name]["dense_ms"] or 0.0) for name in names if name in known)
 
     ordered = sorted(kinds.values(), key=lambda names: -weight(names))
-    structures = list(dict.fromkeys(curve["mask_structure"] for curve in curves))
-    panels = [_panel(names, by_layer, known, structures) for names in ordered[:_MAX_PANELS]]
+    series = list(dict.fromkeys(curve["series"] for curve in curves))
+    panels = [_panel(names, by_layer, known, series) for names in ordered[:_MAX_PANELS]]
     rows = [
         {
             "name": _kind_title(names, known),
-            "break_even": [_break_even(by_layer[names[0]], structure) for structure in structures],
+            "break_even": [_break_even(by_layer[names[0]], each) for each in series],
         }
         for names in ordered
     ]
     return {
         "answer": _curves_answer(curves),
         "panels": panels,
-        "legend": [{"name": name, "sign": marker(index)} for index, name in enumerate(structures)],
-        "structures": structures,
+        "legend": [{"name": name, "sign": marker(index)} for index, name in enumerate(series)],
+        "series": series,
         "rows": rows,
     }
 
 
+def _with_series(curves: Sequence[Row]) -> list[Row]:
+    """Each with the name of its line: the pattern, with the form before it where there are several."""
+    several = len({curve["form"] for curve in curves}) > 1
+    return [
+        {
+            **curve,
+            "series": f"{curve['form']}, {curve['mask_structure']}" if several else curve["mask_structure"],
+        }
+        for curve in curves
+    ]
+
+
 def _curves_answer(curves: Sequence[Row]) -> str:
     own = [curve for curve in curves if curve["layer"] is not None] or list(curves)
-    first = own[0]["mask_structure"]
-    points = [curve["break_even"] for curve in own if curve["mask_structure"] == first]
+    first, form = own[0]["mask_structure"], own[0]["form"].capitalize()
+    points = [curve["break_even"] for curve in own if curve["series"] == own[0]["series"]]
     paying = [point for point in points if point is not None]
     if not paying:
-        return f"Sparse pays at no measured share of zeros ({first})"
+        return f"{form} pays at no measured share of zeros ({first})"
     if len(points) == 1:
-        return f"Sparse pays from {paying[0]:.0%} zeros on ({first})"
+        return f"{form} pays from {paying[0]:.0%} zeros on ({first})"
     return (
-        f"Sparse pays from {min(paying):.0%} to {max(paying):.0%} zeros on, at the median layer from "
+        f"{form} pays from {min(paying):.0%} to {max(paying):.0%} zeros on, at the median layer from "
         f"{statistics.median(paying):.0%} ({first})"
     )
 
@@ -549,9 +575,9 @@ def _kind_title(names: Sequence[str | None], known: Mapping[str, Row]) -> str:
     return title if len(names) == 1 else f"{title} and {len(names) - 1} like it"
 
 
-def _break_even(own: Sequence[Row], structure: str) -> str:
+def _break_even(own: Sequence[Row], series: str) -> str:
     for curve in own:
-        if curve["mask_structure"] == structure:
+        if curve["series"] == series:
             return "never" if curve["break_even"] is None else f"{curve['break_even']:.0%}"
     return "-"
 
@@ -560,15 +586,15 @@ def _panel(
     names: Sequence[str | None],
     by_layer: Mapping[str | None, Sequence[Row]],
     known: Mapping[str, Row],
-    structures: Sequence[str],
+    series: Sequence[str],
 ) -> dict[str, Any]:
-    own = {curve["mask_structure"]: curve for curve in by_layer[names[0]]}
-    series = []
-    for structure in structures:  # every structure keeps its sign in all panels
-        points = own[structure]["points"] if structure in own else []
-        series.append(
+    own = {curve["series"]: curve for curve in by_layer[names[0]]}
+    lines = []
+    for each in series:  # every one keeps its sign in all panels
+        points = own[each]["points"] if each in own else []
+        lines.append(
             Series(
-                structure,
+                each,
                 tuple(
                     Point(p["sparsity"], p["speedup"], p.get("speedup_low"), p.get("speedup_high"))
                     for p in points
@@ -582,22 +608,18 @@ def _panel(
         if curve["chosen"] is not None
     }
     marks = [Mark(*place, "ships" if len(chosen) == 1 else "") for place in sorted(chosen)]
-    every = [point for line in series for point in line.points]
+    every = [point for line in lines for point in line.points]
     y_values = [value for point in every for value in (point.y, point.low, point.high) if value is not None]
     x = axis_over("zeros", [point.x for point in every] + [mark.x for mark in marks], text=_percent)
     x = dataclasses.replace(x, low=max(0.0, x.low), high=min(1.0, x.high))
     y = axis_over("times dense speed", [*y_values, 1.0], start=0.0, text="{:g}×".format)
     title = _kind_title(names, known)
-    described = "; ".join(
-        f"{structure} {_break_even(by_layer[names[0]], structure)}"
-        for structure in structures
-        if structure in own
-    )
+    described = "; ".join(f"{each} {_break_even(by_layer[names[0]], each)}" for each in series if each in own)
     return {
         "title": title,
         "chart": line_chart(
             f"Speed over zeros of {title}. Sparse pays from: {described}.",
-            series,
+            lines,
             x,
             y,
             rules=[Rule(1.0, "dense")],

@@ -29,10 +29,21 @@ from sparse_onnx.search.strategy import Goals, Outcome, best, next_points
 from sparse_onnx.search.workers import Workers
 from sparse_onnx.timing.rounds import Ratio
 
-__all__ = ["Measured", "Search", "Trial"]
+__all__ = ["Compiled", "Measured", "Search", "Trial"]
 
-_VERSION = 1
+_VERSION = 2
 _STATE, _BEST = "search.json", "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled plan: bytes of its files, the drop of the metric (infinite: outputs that are not finite), the share of
+    zeros in the weights that kernels could take, and its report."""
+
+    nbytes: int
+    drop: float
+    sparsity: float
+    report: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +79,7 @@ class Search:
     Args:
         families: The plans to choose from.
         goals: What to meet.
-        compile_plan: Compiles a plan into a folder with so many threads, and returns (bytes, drop, share of zeros);
-            runs in a worker, so it can be pickled.
+        compile_plan: Compiles a plan into a folder with so many threads; runs in a worker, so it can be pickled.
         time_alone: Times the model in a folder against dense: overall, and at every target.
         workers: Where trials run.
         limits: When to stop.
@@ -83,7 +93,7 @@ class Search:
         families: Sequence[Family],
         goals: Goals,
         *,
-        compile_plan: Callable[[Plan, Path, int], tuple[int, float, float]],
+        compile_plan: Callable[[Plan, Path, int], Compiled],
         time_alone: Callable[[Path], tuple[Ratio, Sequence[Ratio]]],
         workers: Workers,
         limits: Limits,
@@ -96,6 +106,7 @@ class Search:
         self._compile, self._time_alone, self._workers = compile_plan, time_alone, workers
         self._folder, self._key, self._say = folder, key, progress
         self._best: Trial | None = None
+        self._report: Mapping[str, Any] = {}
         self.trials: list[Trial] = []
         self._resume()
 
@@ -103,6 +114,11 @@ class Search:
     def best(self) -> Trial | None:
         """The trial to ship, see :func:`.strategy.best`; None before the first one that could be measured."""
         return self._best
+
+    @property
+    def best_report(self) -> Mapping[str, Any]:
+        """Its report, as it was compiled."""
+        return self._report
 
     @property
     def best_folder(self) -> Path:
@@ -170,15 +186,14 @@ class Search:
             if isinstance(result, VerificationError):
                 raise result  # a defect of the compiler, not of the plan
             if isinstance(result, SparseOnnxError):
-                self._add(Trial(name, index, 0.0, None, str(result)), folder)
+                self._add(Trial(name, index, 0.0, None, str(result)), folder, {})
                 continue
-            nbytes, drop, sparsity = result
             speed, targets = self._time_alone(folder)
-            measured = Measured(speed, tuple(targets), nbytes, drop)
-            self._add(Trial(name, index, sparsity, measured), folder)
+            measured = Measured(speed, tuple(targets), result.nbytes, result.drop)
+            self._add(Trial(name, index, result.sparsity, measured), folder, result.report)
 
-    def _add(self, trial: Trial, folder: Path) -> None:
-        """Keep the folder of the best, delete the others."""
+    def _add(self, trial: Trial, folder: Path, report: Mapping[str, Any]) -> None:
+        """Keep the folder and the report of the best, delete the others."""
         self.trials.append(trial)
         what = f"trial {len(self.trials)}: {trial.family} {trial.index}"
         if trial.measured is None:
@@ -194,7 +209,7 @@ class Search:
             if rivals[best(outcomes, self._goals)] is trial:
                 shutil.rmtree(self.best_folder, ignore_errors=True)
                 folder.rename(self.best_folder)
-                self._best = trial
+                self._best, self._report = trial, report
         shutil.rmtree(folder, ignore_errors=True)
         self._save()
 
@@ -205,6 +220,7 @@ class Search:
             "version": _VERSION,
             "key": self._key,
             "best": None if self._best is None else self.trials.index(self._best),
+            "report": self._report,
             "trials": [dataclasses.asdict(trial) for trial in self.trials],
         }
         with write_whole(self._folder / _STATE) as file:
@@ -218,10 +234,13 @@ class Search:
                 return
             trials = [_trial(entry) for entry in document["trials"]]
             found = trials[document["best"]] if document["best"] is not None else None
+            report = document["report"]
+            if not isinstance(report, dict):
+                return
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return
         if found is None or (self.best_folder / "model.onnx").is_file():
-            self.trials, self._best = trials, found
+            self.trials, self._best, self._report = trials, found, report
             self._say(f"note: going on after {len(trials)} trials")
 
 

@@ -34,20 +34,19 @@ from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.passes.prune.pruning import choose_weights
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import is_lasting
-from sparse_onnx.report.schema import read_report
 from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs
 from sparse_onnx.running.runtime import session_budget
-from sparse_onnx.search.driver import Search, Trial
+from sparse_onnx.search.driver import Compiled, Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.losses import measured_losses, weight_losses
 from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.search.workers import choose_workers
-from sparse_onnx.timing import choose
+from sparse_onnx.timing import rounds
 from sparse_onnx.timing.curves import UNSTRUCTURED
 from sparse_onnx.timing.models import time_models
 from sparse_onnx.timing.rounds import Ratio
@@ -138,7 +137,7 @@ def optimize_to_goals(
         for path in search.best_folder.iterdir():
             target = folder / path.name
             shutil.copy2(path, target) if recipe.calibration.checkpoint else path.rename(target)
-        exit_code, report = job.finish(search, folder)
+        exit_code, report = job.finish(search)
         shutil.rmtree(work)
         write_report(report, folder)
     return OptimizeResult(output, exit_code, report)
@@ -156,8 +155,7 @@ class _Compile:
     command: str
     progress: Callable[[str], None] | None = None
 
-    def __call__(self, plan: Plan, folder: Path, threads: int) -> tuple[int, float, float]:
-        """Bytes of the files, the drop, and the share of zeros in the weights that kernels could take."""
+    def __call__(self, plan: Plan, folder: Path, threads: int) -> Compiled:
         passes = modifiers(plan, self.template, self.sizes)
         stages = (*self.recipe.stages, *((RecipeStage("prune", passes),) if passes else ()))
         recipe = dataclasses.replace(self.recipe, stages=stages)
@@ -175,7 +173,8 @@ class _Compile:
         summary = report["summary"]
         metric = summary["metric"]
         drop = 1 - _number(summary["cosine"]) if metric is None else _number(metric["drop"])
-        return summary["bytes_after"], drop if math.isfinite(drop) else math.inf, summary["sparsity"]
+        drop = drop if math.isfinite(drop) else math.inf
+        return Compiled(summary["bytes_after"], drop, summary["sparsity"], report)
 
     def _say(self, line: str) -> None:
         if self.progress is not None and not is_lasting(line):  # the notes of a trial are those of all
@@ -375,19 +374,17 @@ class _Job:
             )
 
         def overall(timings: Sequence[Ratio]) -> Ratio:
-            return choose.overall(timings, self.recipe.target.weights)[0]
+            return rounds.overall(timings, self.recipe.target.weights)[0]
 
         timings = settle(once, overall, progress=self.say)
         return overall(timings), timings
 
-    def finish(self, search: Search, folder: Path) -> tuple[int, dict[str, Any]]:
+    def finish(self, search: Search) -> tuple[int, dict[str, Any]]:
         """The report of the best trial with its times, the goals, and the search."""
         assert search.best is not None
         assert search.best.measured is not None
-        measured = search.best.measured
-        report = read_report(folder / "report.json")
-        summary = report["summary"]
-        summary |= times(measured.speed)
+        measured, compiled = search.best.measured, search.best_report
+        summary = compiled["summary"] | times(measured.speed)
         metric = summary["metric"]
         found = gates(
             self.recipe.goal,
@@ -397,17 +394,22 @@ class _Job:
             bytes_before=self.nbytes,
             bytes_after=measured.nbytes,
         )
-        report["source"] = self.source.name
-        report["goal"] = goal_document(found)
-        report["targets"] = target_rows(self.targets, self.recipe.target.weights, measured.targets)
-        layers = {row["name"]: row for row in report["layers"]}
-        report["curves"] = [
-            {**curve, "chosen": _chosen(layers[curve["layer"]], curve["mask_structure"])}
-            for curve in self.curves
-            if curve["layer"] in layers
-        ]
-        report["search"] = self.document(search, all(gate.met for gate in found))
-        if not all(gate.met for gate in found):
+        layers = {row["name"]: row for row in compiled["layers"]}
+        met = all(gate.met for gate in found)
+        report = {
+            **compiled,
+            "source": self.source.name,
+            "summary": summary,
+            "goal": goal_document(found),
+            "targets": target_rows(self.targets, self.recipe.target.weights, measured.targets),
+            "curves": [
+                {**curve, "chosen": _chosen(layers[curve["layer"]], curve)}
+                for curve in self.curves
+                if curve["layer"] in layers
+            ],
+            "search": self.document(search, met),
+        }
+        if not met:
             return GoalNotMetError.exit_code, report
         gained = summary["written"] == "compiled"
         return exit_code(measured.speed if gained else None, gained=gained), report
@@ -434,10 +436,10 @@ class _Job:
         }
 
 
-def _chosen(row: Mapping[str, Any], structure: str) -> float | None:
-    """The share of zeros that a layer ships with in a pattern."""
-    sparse = row["decision"] == "sparse" and row["mask_structure"] == structure
-    return float(row["sparsity"]) if sparse else None
+def _chosen(row: Mapping[str, Any], curve: Mapping[str, Any]) -> float | None:
+    """The share of zeros that a layer ships with in the form and pattern of a curve."""
+    ships = (row["decision"], row["mask_structure"]) == (curve["form"], curve["mask_structure"])
+    return float(row["sparsity"]) if ships else None
 
 
 def _speed(trial: Trial) -> float:

@@ -1,15 +1,18 @@
-"""The guard: time every candidate, dense against sparse, on this machine, and keep the sparse one where it wins.
+"""The guard: time every candidate in all its forms, dense among them, on this machine, and keep the fastest.
 
 Each layer is cut out of the model with the bias, residual and activation that belong to it, and timed at the shapes
-that it has in the model, as two ONNX Runtime sessions in turn. Between runs a buffer larger than the private caches is
-walked over, since in a model the other layers' weights pass through them. Equal layers are timed once.
+that it has in the model, in every form as an ONNX Runtime session, in turn. Between runs a buffer larger than the
+private caches is walked over, since in a model the other layers' weights pass through them. Equal layers are timed
+once.
 
-What threads and memory a session happens to get shifts all its times, so both sessions are made anew six times, and
-more often as long as the 95 % interval of the speedup contains ``min_speedup``. Where it still does in the end, the
-median decides and the reason says ``close``: only there may another run decide otherwise, unless it finds the timing
-in the cache. Measurements that other programs disturbed are left out if they can be; else the reason says so.
+What threads and memory a session happens to get shifts all its times, so all sessions are made anew six times, and
+more often as long as it cannot be told which form is the fastest: the 95 % interval of its speedup contains
+``min_speedup``, or that against another form 1. Where it still does in the end, the median decides and the reason says
+``close``: only there may another run decide otherwise, unless it finds the timing in the cache. Measurements that other
+programs disturbed are left out if they can be; else the reason says so.
 
-For several target shapes a layer is sparse if it wins at the worst of them, or in their weighted mean time.
+For several target shapes a form wins by its speedup at the worst of them, or in their weighted mean time. Forms that
+change a weight's numbers are considered only where they are allowed.
 """
 
 from __future__ import annotations
@@ -18,23 +21,24 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.passes.lower.forms import DENSE, Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
-from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, layer_kind
+from sparse_onnx.passes.patterns.layer import Layer, layer_kind
 from sparse_onnx.timing.cache import TimingCache, environment_key
 from sparse_onnx.timing.curves import UNSTRUCTURED, LayerCurves
-from sparse_onnx.timing.layers import cut_layer, time_pair
-from sparse_onnx.timing.rounds import Ratio, repeat, together
+from sparse_onnx.timing.forms import Comparison, fastest, pairs, sum_of, time_forms
+from sparse_onnx.timing.layers import cut_layer
+from sparse_onnx.timing.rounds import Ratio, repeat
 from sparse_onnx.timing.table import TimingTable
 
 __all__ = [
-    "TABLE_SPARSITY",
     "Bench",
     "Decision",
     "decide",
@@ -42,14 +46,11 @@ __all__ = [
     "expected_times",
     "layer_key",
     "least_gainful",
+    "lowered",
     "measure",
-    "overall",
 ]
 
-TABLE_SPARSITY = 0.65
-"""Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
-
-# Of one pair of sessions, and of all together. Slow layers get fewer rounds and sessions.
+# Of one set of sessions, and of all together. Slow layers get fewer rounds and sessions.
 _ROUNDS, _ROUNDS_SECONDS, _SECONDS = 9, 0.3, 3.0
 
 
@@ -61,7 +62,7 @@ class Bench:
         threads: Intra-op threads of the sessions.
         work: Folder for scratch files.
         cache: Timings that are known already; new ones go there.
-        min_speedup: A ratio is measured until it can be told from this one.
+        min_speedup: A form is measured against dense until its speedup can be told from this one.
     """
 
     threads: int
@@ -77,25 +78,45 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Sparse or dense for one candidate. Times are per run of the model, summed over the weight's layers;
-    None where they were not measured. ``low`` and ``high`` bound the speedup (95 %).
+    """The form of one candidate. ``times`` has milliseconds by form, dense among them, per run of the model and summed
+    over the weight's layers; it is empty where nothing was measured. ``low`` and ``high`` bound the speedup (95 %) of
+    the form over dense; where dense is kept, that of the fastest other one.
 
     ``target`` is the place of the target shapes that the times hold for, the worst ones; None where they are means over
-    the targets. ``close`` says that the interval contains what the layer had to gain; ``cached`` that an earlier run
-    has timed all of it; ``quiet`` that no other program was in the way.
+    the targets. ``close`` says that another measurement could decide otherwise; ``cached`` that an earlier run has
+    timed all of it; ``quiet`` that no other program was in the way.
     """
 
     candidate: Candidate
-    sparse: bool
+    form: str
     reason: str
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
+    times: Mapping[str, float] = dataclasses.field(default_factory=dict)
     low: float | None = None
     high: float | None = None
     target: int | None = None
     close: bool = False
     cached: bool = False
     quiet: bool = True
+
+    @property
+    def lowered(self) -> bool:
+        """Whether it is another form than dense."""
+        return self.form != DENSE
+
+    @property
+    def gain(self) -> float:
+        """Milliseconds that the form saves; 0 where it was not measured."""
+        return self.times.get(DENSE, 0.0) - self.times.get(self.form, 0.0)
+
+
+def lowered(decisions: Sequence[Decision]) -> list[tuple[Candidate, Form]]:
+    """The candidates that do not stay dense, with their forms."""
+    return [
+        (decision.candidate, form)
+        for decision in decisions
+        for form in decision.candidate.forms
+        if form.name == decision.form
+    ]
 
 
 def decide_by_table(
@@ -105,63 +126,125 @@ def decide_by_table(
     *,
     weights: Sequence[float] | None = None,
     min_speedup: float = 1.02,
+    allowed: Collection[str] = (),
 ) -> list[Decision]:
     """Decide without timing, for a machine that is not this one: by the curves in ``table``, or where it has none by
-    :data:`TABLE_SPARSITY`. ``targets`` and ``weights`` are as in :func:`decide`."""
+    the share of zeros from which on a form is sure to win. The others are as in :func:`decide`."""
     decisions: list[Decision] = []
     for c in _companions_last(candidates):
+        forms, against = _considered(c, decisions, allowed)
         pattern = c.weight.value.metadata_props.get(STRUCTURE_KEY, UNSTRUCTURED)
-        known = None if table is None else expected_times(c, table.find, targets, c.sparsity, pattern)
-        zeros = f"not timed: {c.sparsity:.1%} zeros"
-        if table is not None and known is None:
-            zeros = f"not in the timing table: {c.sparsity:.1%} zeros"
-        if c.companion and (against := _alone(c, decisions)) is not None:
-            decisions.append(against)
-        elif known and (c.companion or c.sparsity >= MIN_SPARSITY):
-            judged = _judge(c, known, weights, min_speedup)
-            decisions.append(dataclasses.replace(judged, reason=f"{judged.reason}, by the timing table"))
+        known, zeros = None, f"not timed: {c.sparsity:.1%} zeros"
+        if table is not None:
+            known = expected_times(c, c.allowed_forms(allowed), table.find, targets, c.sparsity, pattern)
+            if known is None:
+                zeros = f"not in the timing table: {c.sparsity:.1%} zeros"
+        names = {form.name for form in forms}
+        judged = [_only(found, names) for found in known or ()]
+        if c.companion and not forms:
+            decisions.append(Decision(c, DENSE, against))
+        elif judged and judged[0]:
+            by_times = _judge(c, judged, weights, min_speedup)
+            decisions.append(dataclasses.replace(by_times, reason=f"{by_times.reason}, by the timing table"))
         elif c.companion:
-            decisions.append(Decision(c, True, "not timed: beside sparse layers"))
-        elif c.sparsity >= TABLE_SPARSITY:
-            decisions.append(Decision(c, True, f"{zeros}, at least {TABLE_SPARSITY:.0%}"))
+            decisions.append(Decision(c, forms[0].name, f"not timed: beside {forms[0].name} layers"))
         else:
-            decisions.append(Decision(c, False, f"{zeros}, fewer than {TABLE_SPARSITY:.0%}"))
+            decisions.append(_by_zeros(c, allowed, zeros))
     return decisions
+
+
+def _by_zeros(candidate: Candidate, allowed: Collection[str], zeros: str) -> Decision:
+    """By the share of zeros alone; ``zeros`` says it."""
+    sure = [
+        (form.sure_from, form.name) for form in candidate.allowed_forms(allowed) if form.sure_from is not None
+    ]
+    if not sure:
+        return Decision(candidate, DENSE, zeros)
+    least, name = min(sure)
+    if candidate.sparsity >= least:
+        return Decision(candidate, name, f"{zeros}, at least {least:.0%}")
+    return Decision(candidate, DENSE, f"{zeros}, fewer than {least:.0%}")
+
+
+def _only(found: Comparison, names: Collection[str]) -> Comparison:
+    """Without forms that are not among ``names``."""
+    return {pair: timing for pair, timing in found.items() if {*pair} <= {DENSE, *names}}
 
 
 def expected_times(
     candidate: Candidate,
+    forms: Sequence[Form],
     find: Callable[[Layer, Sequence[tuple[int, ...]]], LayerCurves | None],
     targets: Sequence[Mapping[str, tuple[int, ...]]],
     sparsity: float,
     structure: str,
-) -> list[Ratio] | None:
+) -> list[Comparison] | None:
     """The candidate at every target with these zeros, by the curves that ``find`` has of a layer with inputs of these
-    shapes; None if it has none of a layer, or not of this pattern."""
-    timings = []
+    shapes, in those of ``forms`` that all of them have for this pattern; None if there is no such form."""
+    known: list[list[LayerCurves]] = []
     for shapes in targets:
-        uses = []
-        for layer in candidate.layers:
-            found = find(layer, [shapes[value.name or ""] for value in layer.inputs])
-            curve = None if found is None else found.curves.get(structure)
-            if found is None or curve is None:
-                return None
-            time, (low, high) = curve.time(sparsity), curve.spread(sparsity)
-            times = (found.dense_ms, found.dense_ms * time, 1 / time, 1 / high, 1 / low)
-            uses.append(Ratio(*times, quiet=found.quiet))
-        timings.append(together(uses, [1.0] * len(uses)))
-    return timings or None
+        found = [find(layer, [shapes[v.name or ""] for v in layer.inputs]) for layer in candidate.layers]
+        known.append([curves for curves in found if curves is not None])
+        if len(known[-1]) < len(found):
+            return None
+    names = [
+        form.name
+        for form in forms
+        if all((form.name, structure) in each.curves for uses in known for each in uses)
+    ]
+    if not known or not names:
+        return None
+    return [
+        sum_of([_expected(curves, names, sparsity, structure) for curves in uses], [1.0] * len(uses))
+        for uses in known
+    ]
+
+
+def _expected(curves: LayerCurves, names: Sequence[str], sparsity: float, structure: str) -> Comparison:
+    """Of one layer; two forms lie at opposite ends of their intervals at once."""
+    times, ends = {DENSE: 1.0}, {DENSE: (1.0, 1.0)}
+    for name in names:
+        curve = curves.curves[name, structure]
+        times[name], ends[name] = curve.time(sparsity), curve.spread(sparsity)
+    return {
+        (a, b): Ratio(
+            curves.dense_ms * times[a],
+            curves.dense_ms * times[b],
+            times[a] / times[b],
+            ends[a][0] / ends[b][1],
+            ends[a][1] / ends[b][0],
+            quiet=curves.quiet,
+        )
+        for a, b in pairs(names)
+    }
 
 
 def _companions_last(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda candidate: candidate.companion)
 
 
-def _alone(companion: Candidate, decisions: Sequence[Decision]) -> Decision | None:
-    """The decision against a companion where no other layer of its kind is sparse, or None."""
-    if any(d.sparse and d.candidate.lowering is companion.lowering for d in decisions):
-        return None
-    return Decision(companion, False, f"no {companion.lowering.kind} around it is sparse")
+def _considered(
+    candidate: Candidate, decisions: Sequence[Decision], allowed: Collection[str]
+) -> tuple[tuple[Form, ...], str]:
+    """The forms that are worth timing, or why there are none. A companion is considered in the forms that other layers
+    of its kind have got."""
+    forms = candidate.allowed_forms(allowed)
+    if candidate.companion:
+        around = {decision.form for decision in decisions if decision.candidate.kind == candidate.kind}
+        names = " or ".join(form.name for form in candidate.forms)
+        return tuple(
+            form for form in forms if form.name in around
+        ), f"no {candidate.kind} around it is {names}"
+    reasons = [form.refusal(candidate.sparsity) for form in forms]
+    reasons += [
+        f"{form.name} changes the numbers, which is not allowed"
+        for form in candidate.forms
+        if form not in forms
+    ]
+    return (
+        tuple(form for form in forms if not form.refusal(candidate.sparsity)),
+        "; ".join(filter(None, reasons)),
+    )
 
 
 def decide(
@@ -172,30 +255,36 @@ def decide(
     bench: Bench,
     *,
     weights: Sequence[float] | None = None,
+    allowed: Collection[str] = (),
     progress: Callable[[str], None],
 ) -> list[Decision]:
     """Time the candidates. Each of ``targets`` has the shape of every layer's inputs, by the name of the value;
-    ``weights`` has a number for each, or is None: the worst target decides."""
+    ``weights`` has a number for each, or is None: the worst target decides. ``allowed`` are the names of forms that may
+    change a weight's numbers."""
     start = time.perf_counter()
     decisions: list[Decision] = []
     for index, candidate in enumerate(_companions_last(candidates)):
-        if candidate.companion:
-            if (against := _alone(candidate, decisions)) is not None:
-                decisions.append(against)
-                continue
-        elif candidate.sparsity < MIN_SPARSITY:
-            reason = f"{candidate.sparsity:.1%} zeros: too few for any sparse kernel"
-            decisions.append(Decision(candidate, False, reason))
+        forms, against = _considered(candidate, decisions, allowed)
+        if not forms:
+            decisions.append(Decision(candidate, DENSE, against))
             continue
         left = (time.perf_counter() - start) / max(1, index) * (len(candidates) - index)
         progress(f"timing {index + 1}/{len(candidates)} {candidate.weight.name} ({left:.0f} s left)")
         timings = []
         for shapes in targets:
             uses = [
-                measure(model, candidate, layer, [shapes[v.name or ""] for v in layer.inputs], packer, bench)
+                measure(
+                    model,
+                    candidate,
+                    layer,
+                    [shapes[v.name or ""] for v in layer.inputs],
+                    forms,
+                    packer,
+                    bench,
+                )
                 for layer in candidate.layers
             ]
-            timings.append(together(uses, [1.0] * len(uses)))
+            timings.append(sum_of(uses, [1.0] * len(uses)))
         decisions.append(_judge(candidate, timings, weights, bench.min_speedup))
     if disturbed := sum(not decision.quiet for decision in decisions):
         progress(
@@ -212,55 +301,54 @@ def least_gainful(gains: Sequence[float]) -> set[int]:
     return set(order[: math.ceil(len(gains) / 2)])
 
 
-def overall(targets: Sequence[Ratio], weights: Sequence[float] | None) -> tuple[Ratio, int | None]:
-    """The timings at several targets as one: their mean by ``weights``, or without them the worst and its place."""
-    if weights is not None:
-        total = sum(weights)
-        return together(targets, [weight / total for weight in weights]), None
-    worst = min(range(len(targets)), key=lambda index: targets[index].median)
-    return targets[worst], worst
-
-
 def _judge(
-    candidate: Candidate, targets: Sequence[Ratio], weights: Sequence[float] | None, min_speedup: float
+    candidate: Candidate, targets: Sequence[Comparison], weights: Sequence[float] | None, min_speedup: float
 ) -> Decision:
-    timing, worst = overall(targets, weights)
+    best = fastest(targets, weights, min_speedup)
+    timing = best.timing
     wins, close = timing.median >= min_speedup, timing.close_to(min_speedup)
     reason = f"{timing.median:.2f}x dense ({timing.low:.2f} to {timing.high:.2f})"
     if len(targets) > 1:
         mean = f"in the mean of {len(targets)} targets"
-        reason += f" {mean if worst is None else f'at target {worst + 1} of {len(targets)}'}"
+        reason += f" {mean if best.target is None else f'at target {best.target + 1} of {len(targets)}'}"
     if not wins:
-        reason += f", below min_speedup {min_speedup}" + (" but close" if close else "")
+        if best.rivals:
+            reason = f"{best.form} {reason}"
+        reason += f", below min_speedup {min_speedup}" + (" but close" if best.close else "")
     elif close:
         reason += f", close to min_speedup {min_speedup}"
+    for name, rival in best.rivals.items() if wins else ():
+        reason += f", {rival.median:.2f}x {name} ({rival.low:.2f} to {rival.high:.2f})"
+        reason += " but close" if rival.close_to(1) else ""
     if timing.cached:
         reason += ", timed in an earlier run"
     if not timing.quiet:
         reason += ", timed beside other programs"
     return Decision(
         candidate,
-        wins,
+        best.form if wins else DENSE,
         reason,
-        timing.first_ms,
-        timing.second_ms,
+        best.times,
         timing.low,
         timing.high,
-        worst,
-        close,
+        best.target,
+        best.close,
         timing.cached,
         timing.quiet,
     )
 
 
 def layer_key(
-    candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]], packer: Packer
+    candidate: Candidate,
+    layer: Layer,
+    shapes: Sequence[tuple[int, ...]],
+    forms: Sequence[Form],
+    packer: Packer,
 ) -> dict[str, Any]:
-    """What the time of a layer depends on, apart from machine and software."""
-    packed = packer(candidate)
+    """What the times of a layer depend on, apart from machine and software."""
     return {
         **layer_kind(layer, shapes),
-        "packed": dict(packed.attributes),
+        "forms": {form.name: dict(packer(candidate, form).attributes) for form in forms},
         "sparsity": round(candidate.sparsity, 2),
     }
 
@@ -270,27 +358,30 @@ def measure(
     candidate: Candidate,
     layer: Layer,
     shapes: Sequence[tuple[int, ...]],
+    forms: Sequence[Form],
     packer: Packer,
     bench: Bench,
-) -> Ratio:
-    """One layer of ``model``, dense against sparse, from the cache if it knows it. ``shapes`` are those of
-    ``layer.inputs``, in this order.
+) -> Comparison:
+    """One layer of ``model``, dense and in all ``forms``, from the cache if it knows them timed together. ``shapes``
+    are those of ``layer.inputs``, in this order.
 
     Raises:
         HostError: ONNX Runtime or the kernel library is missing.
     """
-    key = layer_key(candidate, layer, shapes, packer) | bench.environment
-    if (known := bench.cache.get(key)) is not None:
+    common = layer_key(candidate, layer, shapes, forms, packer) | bench.environment
+    keys = {pair: common | {"times": list(pair)} for pair in pairs([form.name for form in forms])}
+    known = {pair: timing for pair, key in keys.items() if (timing := bench.cache.get(key)) is not None}
+    if len(known) == len(keys):
         return known
     dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
-    sparse = dense.clone()
-    candidate.lowering(layers=(candidate.weight.name,), packer=packer)(sparse)
+    models = {DENSE: dense}
+    for form in forms:
+        models[form.name] = dense.clone()
+        form.lowering(layers=(candidate.weight.name,), packer=packer)(models[form.name])
 
-    def once() -> Ratio:
-        pair, libraries = [dense, sparse], [False, True]
-        return time_pair(
-            pair,
-            libraries,
+    def once() -> Comparison:
+        return time_forms(
+            models,
             feeds,
             threads=bench.threads,
             work=bench.work,
@@ -298,6 +389,10 @@ def measure(
             seconds=_ROUNDS_SECONDS,
         )
 
-    timing = repeat(once, threshold=bench.min_speedup, seconds=_SECONDS)
-    bench.cache.put(key, timing)
-    return timing
+    def close(found: Comparison) -> bool:
+        return fastest([found], None, bench.min_speedup).close
+
+    timings = repeat(once, close=close, seconds=_SECONDS)
+    for pair, timing in timings.items():
+        bench.cache.put(keys[pair], timing)
+    return timings

@@ -1,8 +1,8 @@
 """How fast each layer would be with zeros that it does not have yet: measured at a few sparsities, read off between.
 
-A layer is cut out of the dense model, pruned by magnitude to every sparsity and pattern in question, lowered with the
-real kernels, and all of these are timed in turn with the dense layer, at the shape that it has in the model. Layers
-that differ in nothing that matters to a kernel are measured once.
+A layer is cut out of the dense model, pruned by magnitude to every sparsity and pattern in question, lowered to every
+form with the real kernels, and all of these are timed in turn with the dense layer, at the shape that it has in the
+model. Layers that differ in nothing that matters to a kernel are measured once.
 
 Between the measured sparsities the time *relative to dense* is read off straight lines. It cannot rise with the
 sparsity, so where noise says it does, neighbours are averaged first (isotonic regression). Below the first point the
@@ -21,8 +21,9 @@ import onnx_ir as ir
 
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
-from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer
+from sparse_onnx.passes.patterns.layer import Layer
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.solvers.masks import MaskStructure, structure_reason
 from sparse_onnx.running.machine_load import OtherLoad
@@ -55,8 +56,8 @@ while other programs are in the way."""
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Times of one layer with one pattern. ``sparsities`` rise; ``times`` are those of the sparse layer, in units of
-    the dense one's, between ``low`` and ``high``, the range that repetitions scatter in. N:M has a single point.
+    """Times of one layer in one form with one pattern. ``sparsities`` rise; ``times`` are in units of the dense
+    layer's, between ``low`` and ``high``, the range that repetitions scatter in. N:M has a single point.
 
     All arrays have one entry a point.
     """
@@ -111,10 +112,10 @@ def _read_off(sparsities: Sequence[float], times: Sequence[float], at: float) ->
 
 @dataclasses.dataclass(frozen=True)
 class LayerCurves:
-    """One kind of layer: its dense time alone in milliseconds, and a curve for each pattern that its weight takes."""
+    """One kind of layer: its dense time alone in milliseconds, and a curve for each (form, pattern) that it takes."""
 
     dense_ms: float
-    curves: Mapping[str, Curve]
+    curves: Mapping[tuple[str, str], Curve]
     quiet: bool = dataclasses.field(default=True, compare=False)
     """Whether no other program was in the way."""
 
@@ -123,20 +124,20 @@ def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
     """All layers that use one weight as one: sums of times. They must have been measured at the same points."""
     total = sum(use.dense_ms for use in uses)
     curves = {}
-    for structure, first in uses[0].curves.items():
+    for key, first in uses[0].curves.items():
         sides = [
             tuple(
-                sum(use.dense_ms * getattr(use.curves[structure], side)[point] for use in uses) / total
+                sum(use.dense_ms * getattr(use.curves[key], side)[point] for use in uses) / total
                 for point in range(len(first.sparsities))
             )
             for side in ("times", "low", "high")
         ]
-        curves[structure] = Curve(first.sparsities, *sides)
+        curves[key] = Curve(first.sparsities, *sides)
     return LayerCurves(total, curves)
 
 
 def count_points(weight: Weight, sparsities: Sequence[float], structures: Sequence[str]) -> int:
-    """How many points :func:`measure_curves` measures."""
+    """How many points :func:`measure_curves` measures in every form."""
     return sum(1 for _ in _points(weight, sparsities, structures))
 
 
@@ -152,25 +153,27 @@ def measure_curves(
     threads: int,
     work: Path,
 ) -> LayerCurves:
-    """Time one layer of ``model``; see the module's docstring. Scratch files go to ``work``.
+    """Time one layer of ``model`` in all forms that keep its numbers; see the module's docstring. Scratch files go to
+    ``work``.
 
     What can be lowered with the zeros that it has, has a point with these: a companion, and a layer that is not
     ``prunable``, which has no other.
     """
     dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
-    weight = candidate.weight
-    models: dict[tuple[str, float], ir.Model] = {}
-    if candidate.companion or (not prunable and candidate.sparsity >= MIN_SPARSITY):
-        models[UNSTRUCTURED, candidate.sparsity] = dense.clone()
+    weight, forms = candidate.weight, candidate.allowed_forms()
+    as_it_is = [
+        form for form in forms if candidate.companion or not (prunable or form.refusal(candidate.sparsity))
+    ]
+    models: dict[tuple[str, str, float], ir.Model] = {}
+    for form in as_it_is:
+        _add(models, form, (UNSTRUCTURED, candidate.sparsity), dense, weight)
     if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
             pruned = dense.clone()
             options = {"sparsity": sparsity, "mask_structure": structure}
             done = Magnitude(**options, targets=candidate.names, ignore=())(pruned)  # type: ignore[arg-type]
-            # Zeros that were there before may make two points one.
-            models.setdefault((structure, float(done.statistics["sparsity"])), pruned)
-    for sparse in models.values():
-        candidate.lowering(layers=(weight.name,), packer=Packer(PassContext()))(sparse)
+            for form in forms:
+                _add(models, form, (structure, float(done.statistics["sparsity"])), pruned, weight)
     measured: list[list[Ratio]] = [[] for _ in models]
     dense_ms: list[float] = []
     quiet = 0
@@ -192,21 +195,35 @@ def measure_curves(
         if quiet >= _STARTS:
             break
     pooled = [pool(found) for found in measured]
-    curves: dict[str, Curve] = {}
-    for structure in dict.fromkeys(structure for structure, _ in models):
+    curves: dict[tuple[str, str], Curve] = {}
+    for key in dict.fromkeys((form, structure) for form, structure, _ in models):
         points = [
             (sparsity, found)
-            for (kind, sparsity), found in zip(models, pooled, strict=True)
-            if kind == structure
+            for (*kind, sparsity), found in zip(models, pooled, strict=True)
+            if tuple(kind) == key
         ]
         points.sort(key=lambda point: point[0])
-        curves[structure] = Curve(
+        curves[key] = Curve(
             tuple(sparsity for sparsity, _ in points),
             tuple(found.median for _, found in points),
             tuple(found.low for _, found in points),
             tuple(found.high for _, found in points),
         )
     return LayerCurves(statistics.median(dense_ms), curves, quiet >= _STARTS)
+
+
+def _add(
+    models: dict[tuple[str, str, float], ir.Model],
+    form: Form,
+    zeros: tuple[str, float],
+    pruned: ir.Model,
+    weight: Weight,
+) -> None:
+    """A copy of ``pruned`` in the form, unless there is one: zeros that were there before may make two points one."""
+    if (form.name, *zeros) not in models:
+        lowered = pruned.clone()
+        form.lowering(layers=(weight.name,), packer=Packer(PassContext()))(lowered)
+        models[form.name, *zeros] = lowered
 
 
 def _points(

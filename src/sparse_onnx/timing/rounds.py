@@ -7,7 +7,8 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ __all__ = [
     "evict_caches",
     "interleave",
     "median_interval",
+    "overall",
     "pool",
     "ratio",
     "repeat",
@@ -51,6 +53,11 @@ class Ratio:
     def close_to(self, value: float) -> bool:
         """Whether ``value`` lies in the interval, so that another measurement could come out on its other side."""
         return self.low <= value <= self.high
+
+    def inverse(self) -> Ratio:
+        """How many times faster the first thing is."""
+        sides = (1 / self.median, 1 / self.high, 1 / self.low)
+        return Ratio(self.second_ms, self.first_ms, *sides, self.cached, self.quiet)
 
 
 def interleave(
@@ -146,19 +153,41 @@ def together(ratios: Sequence[Ratio], weights: Sequence[float]) -> Ratio:
     )
 
 
-def repeat(measure: Callable[[], Ratio], *, threshold: float, seconds: float) -> Ratio:
-    """Measure anew until :data:`STARTS` measurements were quiet and the pooled interval leaves out ``threshold``, at
-    most :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
+def overall(targets: Sequence[Ratio], weights: Sequence[float] | None) -> tuple[Ratio, int | None]:
+    """The timings at several targets as one: their mean by ``weights``, or without them the worst and its place."""
+    if weights is not None:
+        total = sum(weights)
+        return together(targets, [weight / total for weight in weights]), None
+    worst = min(range(len(targets)), key=lambda index: targets[index].median)
+    return targets[worst], worst
+
+
+_Key = TypeVar("_Key")
+
+
+def repeat(
+    measure: Callable[[], Mapping[_Key, Ratio]],
+    *,
+    close: Callable[[Mapping[_Key, Ratio]], bool],
+    seconds: float,
+) -> Mapping[_Key, Ratio]:
+    """Measure anew, each time the same ratios in the same rounds, until :data:`STARTS` measurements were quiet and what
+    they come to is no longer ``close``, at most :data:`MOST_STARTS` times. Past ``seconds`` three times are enough.
     """
-    ratios: list[Ratio] = []
+    runs: list[Mapping[_Key, Ratio]] = []
     start = time.perf_counter()
-    while len(ratios) < MOST_STARTS:
-        ratios.append(measure())
-        if sum(found.quiet for found in ratios) >= STARTS and not pool(ratios).close_to(threshold):
+
+    def pooled() -> Mapping[_Key, Ratio]:
+        return {key: pool([run[key] for run in runs]) for key in runs[0]}
+
+    while len(runs) < MOST_STARTS:
+        runs.append(measure())
+        quiet = sum(all(found.quiet for found in run.values()) for run in runs)
+        if quiet >= STARTS and not close(pooled()):
             break
-        if len(ratios) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
+        if len(runs) >= FEWEST_STARTS and time.perf_counter() - start > seconds:
             break
-    return pool(ratios)
+    return pooled()
 
 
 def evict_caches() -> None:

@@ -2,7 +2,7 @@
 
 JSON with the keys ``format``, ``schema_version``, ``environment`` (machine and software, as in ``report.json``) and
 ``kinds``, a list of objects with ``kind`` (see :func:`sparse_onnx.passes.patterns.layer.layer_kind`), ``dense_ms``
-and ``curves``: by pattern the lists ``sparsities``, ``times``, ``low`` and ``high`` of
+and ``curves``: by form and pattern the lists ``sparsities``, ``times``, ``low`` and ``high`` of
 :class:`sparse_onnx.timing.curves.Curve`.
 """
 
@@ -23,7 +23,7 @@ from sparse_onnx.timing.curves import Curve, LayerCurves
 
 __all__ = ["TimingTable", "read_table", "write_table"]
 
-FORMAT, SCHEMA_VERSION = "sparse-onnx timing table", 1
+FORMAT, SCHEMA_VERSION = "sparse-onnx timing table", 2
 _SIDES = ("sparsities", "times", "low", "high")
 
 
@@ -59,7 +59,7 @@ def write_table(table: TimingTable, path: Path) -> None:
         {
             "kind": dict(kind),
             "dense_ms": curves.dense_ms,
-            "curves": {name: dataclasses.asdict(curve) for name, curve in curves.curves.items()},
+            "curves": _by_form(curves),
         }
         for kind, curves in table.kinds
     ]
@@ -95,7 +95,11 @@ def read_table(path: Path) -> TimingTable:
                 dict(entry["kind"]),
                 LayerCurves(
                     _positive(entry["dense_ms"]),
-                    {str(name): _curve(value) for name, value in entry["curves"].items()},
+                    {
+                        (str(form), str(structure)): _curve(value)
+                        for form, by_structure in entry["curves"].items()
+                        for structure, value in by_structure.items()
+                    },
                 ),
             )
             for entry in document["kinds"]
@@ -104,6 +108,13 @@ def read_table(path: Path) -> TimingTable:
         why = f"{type(error).__name__}: {error}"
         raise UsageError(f"{path} is a damaged timing table ({why}); {how}") from error
     return TimingTable(environment, kinds)
+
+
+def _by_form(curves: LayerCurves) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for (form, structure), curve in curves.curves.items():
+        found.setdefault(form, {})[structure] = dataclasses.asdict(curve)
+    return found
 
 
 def _positive(value: Any) -> float:

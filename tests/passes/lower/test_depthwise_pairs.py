@@ -145,11 +145,11 @@ def test_dense_stem_goes_along_where_others_are_sparse(from_text, run):
     model = build(from_text, f"{STEM} Y = Conv(d, P)", channels=3)
     candidates, _ = find_candidates(model)
     assert [(c.weight.name, c.companion) for c in candidates] == [("S", True), ("P", False)]
-    assert all(decision.sparse for decision in decide_by_table(candidates))
+    assert all(decision.lowered for decision in decide_by_table(candidates))
     lower(run, model, channels=3)
     assert [node.op_type for node in model.graph] == ["SparseConvDepthwiseRelu", "SparseConv"]
 
 
 def test_dense_stem_alone_stays(from_text):
     candidates, _ = find_candidates(build(from_text, f"{STEM} Y = Neg(d)", channels=3))
-    assert not any(decision.sparse for decision in decide_by_table(candidates))
+    assert not any(decision.lowered for decision in decide_by_table(candidates))

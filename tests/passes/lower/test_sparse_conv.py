@@ -319,7 +319,7 @@ def test_depthwise_goes_along_and_is_never_pruned(outputs, from_text, run):
     candidates, _ = find_candidates(model)
     assert [(c.weight.name, c.companion) for c in candidates] == [("dw", True), ("U", False)]
     decisions = {d.candidate.weight.name: d for d in decide_by_table(candidates)}
-    assert [decisions[name].sparse for name in ("U", "dw")] == [True, True]
+    assert [decisions[name].lowered for name in ("U", "dw")] == [True, True]
     check(run, model, ["SparseConvRelu", "SparseConv"])
 
 
@@ -327,7 +327,7 @@ def test_depthwise_stays_where_all_others_do(from_text):
     body = "h = Conv<group = 4>(X, dw) Y = Conv(h, U)"
     tensors = {"dw": filters(4, 1, 3, 3, sparsity=0.9), "U": filters(8, 4, 1, 1, sparsity=0)}
     candidates, _ = find_candidates(build(from_text, body, **tensors))
-    assert not any(decision.sparse for decision in decide_by_table(candidates))
+    assert not any(decision.lowered for decision in decide_by_table(candidates))
 
 
 def test_second_run_changes_nothing(from_text):
@@ -366,10 +366,10 @@ def test_guard_finds_both_kinds_of_layers(from_text):
         M=filters(8, 5),
     )
     candidates, declined = find_candidates(model)
-    assert [candidate.lowering.kind for candidate in candidates] == ["linear", "convolution"]
+    assert [candidate.kind for candidate in candidates] == ["linear", "convolution"]
     assert declined == []
     assert [layer.products((2, 4, 6, 7)) for layer in candidates[1].layers] == [2 * 4 * 5]
     assert [layer.products((2, 8)) for layer in candidates[0].layers] == [2]
-    assert [decision.sparse for decision in decide_by_table(candidates)] == [
+    assert [decision.lowered for decision in decide_by_table(candidates)] == [
         candidate.sparsity >= 0.65 for candidate in candidates
     ]

@@ -250,7 +250,7 @@ def test_both_weights_are_pruned(cell, from_text, run):
     assert candidate.sparsity == 0.75
     assert candidate.shape == (K + H, N)
     (decision,) = decide_by_table([candidate])
-    assert decision.sparse
+    assert decision.form == "sparse"
     before = run(model, feeds(model, 2))
     assert LowerSparseRecurrent()(model).modified
     after = run(model, feeds(model, 2))

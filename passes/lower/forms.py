@@ -1,0 +1,79 @@
+"""The forms that a layer can ship in: dense float32, which every layer has, and those that lowerings make.
+
+A form says itself which weights are worth timing in it and what they would take; which one a layer gets is decided by
+timing all that fit (:mod:`sparse_onnx.timing.choose`).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING
+
+from sparse_onnx.options import require
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
+from sparse_onnx.passes.solvers.masks import MaskStructure
+from sparse_onnx.sparse_ops.sparse_matmul import WIDTHS, expected_nbytes
+
+if TYPE_CHECKING:
+    from sparse_onnx.passes.lower.lowering import Lowering
+
+__all__ = ["DENSE", "SPARSE", "TABLE_SPARSITY", "Form", "SparseForm", "sparse_form"]
+
+DENSE = "dense"
+"""The form that a layer has before any lowering: a float32 weight for the operators of the runtime."""
+
+SPARSE = "sparse"
+
+TABLE_SPARSITY = 0.65
+"""Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form(abc.ABC):
+    """A way to store a weight and to compute with it, other than dense.
+
+    Attributes:
+        name: What decisions, reports, curves and caches call it.
+        lowering: The pass that puts it into a model.
+        exact: Whether the weight keeps its numbers. A form that changes them (fewer bits) is considered only where it
+            is allowed by name.
+        least_zeros: The share of zeros below which it was never faster than dense: not worth timing. 0: it needs none.
+        sure_from: The share of zeros from which on it was faster than dense on every machine measured, so that it needs
+            no timing; None: no share tells.
+    """
+
+    name: str
+    lowering: type[Lowering]
+    exact: bool = True
+    least_zeros: float = 0.0
+    sure_from: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")
+
+    def refusal(self, sparsity: float) -> str:
+        """Why a weight with this share of zeros is not worth timing in this form; empty if it is."""
+        few = sparsity < self.least_zeros
+        return f"{sparsity:.1%} zeros: too few for any {self.name} kernel" if few else ""
+
+    @abc.abstractmethod
+    def expected_nbytes(self, shape: tuple[int, int], sparsity: float, structure: str, block: int) -> float:
+        """What a weight [K, N] with this share and pattern of zeros would take, see
+        :class:`sparse_onnx.passes.patterns.layer.Part` for ``block``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseForm(Form):
+    """Zeros are not stored, and not multiplied."""
+
+    def expected_nbytes(self, shape: tuple[int, int], sparsity: float, structure: str, block: int) -> float:
+        parsed = MaskStructure.parse(structure)
+        rows = parsed.size[0] if parsed.kind == "block" else 1
+        width = max(width for width in WIDTHS if rows % width == 0)
+        return expected_nbytes(*shape, sparsity, width=width, block=block)
+
+
+def sparse_form(lowering: type[Lowering]) -> Form:
+    """The sparse form as ``lowering`` makes it."""
+    return SparseForm(SPARSE, lowering, least_zeros=MIN_SPARSITY, sure_from=TABLE_SPARSITY)
