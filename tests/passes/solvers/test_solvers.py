@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.registry import PASSES
 from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error, solver_by_name
 from sparse_onnx.passes.solvers.masks import MaskStructure, obeys
 
@@ -232,3 +233,7 @@ def test_an_unknown_method_names_the_nearest():
     with pytest.raises(UsageError, match="sparsegpt"):
         solver_by_name("sparse-gpt")
     assert solver_by_name("auto") is SOLVERS["auto"]
+
+
+def test_no_class_has_the_name_of_a_pass():
+    assert not {solver.__name__ for solver in SOLVERS.values()} & {cls.__name__ for cls in PASSES}
