@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from sparse_onnx.model.constants import constant_array
 from sparse_onnx.model.graph import name_of, new_name
 from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
 from sparse_onnx.passes.calibration.rows import Recurrence, Unfold
@@ -106,9 +107,7 @@ def _recurrent_view(model: ir.Model, weight: Weight, node: ir.Node) -> tuple[Vie
         others["initial"] = None
     given = {key: value for key, value in others.items() if value is not None}
     constants = {
-        value.name or "": value.const_value.numpy()
-        for value in given.values()
-        if value.const_value is not None and not value.is_graph_input()
+        value.name or "": array for value in given.values() if (array := constant_array(value)) is not None
     }
     recurrence = Recurrence(
         states,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from sparse_onnx.model.graph import input_at
 from sparse_onnx.model.weights import RECURRENT, Weight
-from sparse_onnx.passes.patterns.match import is_bias, only_user, other_operand
+from sparse_onnx.passes.patterns.match import is_bias, is_scaled, only_user, other_operand
 
 __all__ = ["LayerOutput", "find_output"]
 
@@ -45,12 +46,10 @@ def find_output(weight: Weight, usable: Callable[[ir.Value], bool]) -> LayerOutp
     N = weight.shape[1]
     bias: ir.Value | None = None
     bias_node, index = node, 2
-    if node.op_type == "Gemm" and (
-        node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1
-    ):
+    if node.op_type == "Gemm" and is_scaled(node):
         return None
     if node.op_type in ("Gemm", "Conv"):
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = input_at(node, 2)
         if bias is not None and not is_bias(bias, N):
             return None
     elif (add := only_user(h, "Add")) is not None:

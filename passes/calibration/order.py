@@ -138,8 +138,8 @@ def _can_be_kept(value: ir.Value, node: ir.Node) -> bool:
     dtype = value.dtype
     if is_standard(node, "Cast"):
         dtype = ir.DataType(node.attributes.get_int("to", ir.DataType.UNDEFINED))
-    return dtype in (None, ir.DataType.UNDEFINED) or _is_plain(dtype)
+    return dtype in (None, ir.DataType.UNDEFINED) or _is_known_to_numpy(dtype)
 
 
-def _is_plain(dtype: ir.DataType) -> bool:
+def _is_known_to_numpy(dtype: ir.DataType) -> bool:
     return dtype != ir.DataType.STRING and dtype.bitwidth >= 8 and dtype.numpy().isbuiltin == 1

@@ -34,17 +34,12 @@ class Unfold:
     @classmethod
     def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> Unfold:
         """The window of a Conv node whose filters have the spatial sizes ``kernel``."""
-
-        def ints(name: str, default: int, count: int) -> tuple[int, ...]:
-            attribute = node.attributes.get(name)
-            return (default,) * count if attribute is None else tuple(attribute.as_ints())
-
         axes = len(kernel)
         return cls(
             kernel,
-            ints("strides", 1, axes),
-            ints("pads", 0, 2 * axes),
-            ints("dilations", 1, axes),
+            tuple(node.attributes.get_ints("strides", (1,) * axes)),
+            tuple(node.attributes.get_ints("pads", (0,) * (2 * axes))),
+            tuple(node.attributes.get_ints("dilations", (1,) * axes)),
             node.attributes.get_int("group", 1),
             node.attributes.get_string("auto_pad", "NOTSET"),
         )

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparse_onnx.model.graph import all_graphs, drop_if_unused, is_standard, subgraphs
+from sparse_onnx.model.graph import all_graphs, drop_if_unused, is_read, is_standard, subgraphs
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.clean.fold_constants import FoldConstants
@@ -183,7 +183,7 @@ def _remove_dead_nodes(graph: ir.Graph) -> int:
     """Remove what no output of ``graph`` depends on, from the last node to the first; how many went."""
     removed = 0
     for node in reversed(tuple(graph)):
-        if any(output.uses() or output.is_graph_output() for output in node.outputs):
+        if any(map(is_read, node.outputs)):
             removed += sum(_remove_dead_nodes(subgraph) for subgraph in subgraphs(node))
             continue
         for subgraph in subgraphs(node):

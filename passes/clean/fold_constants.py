@@ -32,7 +32,7 @@ import onnx_ir as ir
 from onnx import helper
 
 from sparse_onnx.model.constants import constant_tensor
-from sparse_onnx.model.graph import add_initializer, drop_if_unused, is_standard
+from sparse_onnx.model.graph import add_initializer, is_standard, remove_if_unread
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.shapes import Dims, Shapes
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
@@ -275,7 +275,7 @@ def _is_lossy_cast(array: np.ndarray, to: ir.DataType) -> bool:
 def _replace(model: ir.Model, found: _Constants, context: PassContext) -> dict[str, int]:
     """Put initializers in place of what is read of ``found``, and remove the nodes; what was done, counted."""
     done = {"nodes": 0, "tensors": 0, "bytes": 0}
-    leaves, kept = dict[ir.Value, None](), set[ir.Node]()
+    kept = set[ir.Node]()
     for value, array in reversed(found.items()):
         node = value.producer()
         assert node is not None
@@ -296,13 +296,7 @@ def _replace(model: ir.Model, found: _Constants, context: PassContext) -> dict[s
             value.replace_all_uses_with(new)
             done["tensors"] += 1
             done["bytes"] += array.nbytes
-        if node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
-            leaves |= {operand: None for operand in node.inputs if operand is not None}
-            model.graph.remove(node, safe=True)
-            done["nodes"] += 1
-    for leaf in leaves:
-        if leaf.producer() is None:
-            drop_if_unused(leaf)
+        done["nodes"] += remove_if_unread(node)
     return done
 
 

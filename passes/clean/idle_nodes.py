@@ -28,6 +28,7 @@ from sparse_onnx.model.constants import constant_array, constant_number, constan
 from sparse_onnx.model.graph import is_standard
 from sparse_onnx.model.shapes import Shapes, agree, keeps
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.patterns.match import both_ways
 
 __all__ = ["IdleNodes"]
 
@@ -85,8 +86,7 @@ def _given_back(node: ir.Node, shapes: Shapes) -> ir.Value | None:
 
 def _other_operand(node: ir.Node, shapes: Shapes) -> ir.Value | None:
     """What a Mul, And or Or gives back because its other operand is neutral."""
-    first, second = node.inputs
-    for x, other in ((first, second), (second, first)):
+    for x, other in both_ways(node):
         if x is None or other is None:
             continue
         if node.op_type == "Mul":

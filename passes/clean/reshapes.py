@@ -38,9 +38,19 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array
-from sparse_onnx.model.graph import add_initializer, drop_if_unused, is_standard, new_name
+from sparse_onnx.model.graph import (
+    add_initializer,
+    axis_from_end,
+    drop_if_unused,
+    is_read_once,
+    is_standard,
+    new_name,
+    producer,
+    remove_if_unread,
+)
 from sparse_onnx.model.shapes import Dims, Shapes, agree, same
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.patterns.match import is_last_axis, other_operand, transposed
 
 __all__ = ["Reshapes"]
 
@@ -130,41 +140,24 @@ def _target(model: ir.Model, sizes: Sequence[int]) -> ir.Value:
 # -- what stands in front ----------------------------------------------------------------------------
 
 
-def _before(node: ir.Node, op_type: str) -> ir.Node | None:
-    """What makes the input of ``node``, if it is that operator in the same graph."""
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    found = producer is not None and is_standard(producer, op_type) and producer.graph is node.graph
-    return producer if found else None
-
-
 def _fixed(node: ir.Node) -> list[int] | None:
     """The target of a Reshape, if it says all sizes but one at most without looking at the input."""
     target = constant_array(node.inputs[1])
     return target.tolist() if target is not None and target.size and (target != 0).all() else None
 
 
-def _remove(model: ir.Model, node: ir.Node) -> None:
-    if any(value.uses() or value.is_graph_output() for value in node.outputs):
-        return
-    inputs = [value for value in node.inputs if value is not None]
-    model.graph.remove(node, safe=True)
-    for value in inputs:
-        if value.producer() is None:
-            drop_if_unused(value)
-
-
 def _swap_transpose(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     """Transpose matrices behind ``node`` rather than in front of it."""
-    transpose, sizes = _before(node, "Transpose"), _fixed(node)
+    transpose, sizes = producer(node.inputs[0], "Transpose"), _fixed(node)
     if transpose is None or sizes is None or len(sizes) != 4 or -1 in sizes:
         return False
-    if tuple(transpose.attributes.get_ints("perm", ())) != (0, 2, 1):
+    source, output = transposed(node.inputs[0], 0, 2, 1), node.outputs[0]
+    if source is None:
         return False
-    source, output = transpose.inputs[0], node.outputs[0]
     *heads, size, length = sizes
     if shapes.dims(source) != (math.prod(heads), length, size):
         return False
-    if (first := _before(transpose, "Reshape")) is not None and first.inputs[0] is not None:
+    if (first := producer(source, "Reshape")) is not None and first.inputs[0] is not None:
         source = first.inputs[0]  # of which both make other axes
     nodes = []
     if shapes.dims(source) != (*heads, length, size):
@@ -179,33 +172,31 @@ def _swap_transpose(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     output.replace_all_uses_with(new, replace_graph_outputs=True)
     output.name, new.name = None, output.name
     for old in (node, transpose, *([first] if first is not None else [])):
-        _remove(model, old)
+        remove_if_unread(old)
     return True
 
 
 def _unflatten_softmax(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     """Let the Softmax in front of ``node`` work on what was made a matrix for it."""
-    softmax = _before(node, "Softmax")
-    flatten = _before(softmax, "Flatten") if softmax is not None else None
+    softmax = producer(node.inputs[0], "Softmax")
+    flatten = producer(softmax.inputs[0], "Flatten") if softmax is not None else None
     if softmax is None or flatten is None or node.outputs[0].is_graph_output():
         return False
     source, result = flatten.inputs[0], softmax.outputs[0]
-    dims, target = shapes.dims(source), node.inputs[1].producer() if node.inputs[1] is not None else None
-    of_source = target is not None and is_standard(target, "Shape") and not target.attributes
+    dims, target = shapes.dims(source), producer(node.inputs[1], "Shape")
     back = agree(dims, shapes.dims(node.outputs[0])) if dims else False
-    if not back and not (of_source and target is not None and target.inputs[0] is source):
+    if not back and (target is None or target.attributes or target.inputs[0] is not source):
         return False
-    rank = shapes.rank(source)
-    if rank is None or flatten.attributes.get_int("axis", 1) % rank != rank - 1:
+    if not is_last_axis(flatten.attributes.get_int("axis", 1), source, shapes) or shapes.rank(source) is None:
         return False
-    if softmax.attributes.get_int("axis", -1) not in (-1, 1) or len(result.uses()) != 1:
+    if axis_from_end(softmax.attributes.get_int("axis", -1), 2) != -1 or not is_read_once(result):
         return False
     softmax.replace_input_with(0, source)
     softmax.attributes.add(ir.AttrInt64("axis", -1))
     result.shape = None if source is None else source.shape
     node.outputs[0].replace_all_uses_with(result)
-    _remove(model, node)
-    _remove(model, flatten)
+    remove_if_unread(node)
+    remove_if_unread(flatten)
     return True
 
 
@@ -230,7 +221,7 @@ def _decide_expanded(model: ir.Model) -> int:
         decided.outputs[0].name = new_name(model, f"{sizes.outputs[0].name}.decided")
         model.graph.insert_before(node, decided)
         node.outputs[0].replace_all_uses_with(decided.outputs[0])
-        _remove(model, node)
+        remove_if_unread(node)
         done += 1
     return done
 
@@ -238,15 +229,13 @@ def _decide_expanded(model: ir.Model) -> int:
 def _sizes_of_expand(where: ir.Node) -> ir.Node | None:
     """The Concat t of ``Where(Equal(t, -1), 1, t)``, if all of it is constants and sizes of values."""
     condition, ones, sizes = where.inputs
-    equal = condition.producer() if condition is not None else None
-    one = constant_array(ones)
-    if equal is None or not is_standard(equal, "Equal") or one is None or (one != 1).any():
+    equal, one = producer(condition, "Equal"), constant_array(ones)
+    if equal is None or one is None or (one != 1).any():
         return None
     if sizes is None or sizes not in equal.inputs:
         return None
-    rest = constant_array(equal.inputs[1] if equal.inputs[0] is sizes else equal.inputs[0])
-    concat = sizes.producer()
-    if rest is None or (rest != -1).any() or concat is None or not is_standard(concat, "Concat"):
+    rest, concat = constant_array(other_operand(equal, sizes)), producer(sizes, "Concat")
+    if rest is None or (rest != -1).any() or concat is None:
         return None
     known = all(constant_array(part) is not None or _is_size(part) for part in concat.inputs)
     return concat if known and concat.graph is where.graph else None
@@ -254,7 +243,7 @@ def _sizes_of_expand(where: ir.Node) -> ir.Node | None:
 
 def _is_size(value: ir.Value | None, depth: int = 8) -> bool:
     """Whether ``value`` has dimensions of other values: none of them is -1."""
-    node = value.producer() if value is not None else None
+    node = producer(value)
     if node is None or depth == 0:
         return False
     if is_standard(node, "Shape"):

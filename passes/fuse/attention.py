@@ -41,9 +41,9 @@ from sparse_onnx.model.graph import (
     add_function,
     add_initializer,
     all_graphs,
-    drop_if_unused,
     is_standard,
     name_of,
+    remove_if_unread,
 )
 from sparse_onnx.model.shapes import Run, Shapes
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -137,7 +137,7 @@ class _Rewriter:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         self._replaced[old] = new
         old.name, new.name = None, old.name
-        _remove_unused(last)
+        remove_if_unread(last, with_makers=True)
 
     def _now(self, value: ir.Value) -> ir.Value:
         """``value``, or what an earlier fusion put in its place."""
@@ -174,19 +174,3 @@ class _Rewriter:
             name = self._names.new(f"{FuseAttention.name}.{label}")
             self._constants[content] = add_initializer(self._graph, name, ir.tensor(array, name=name))
         return self._constants[content]
-
-
-def _remove_unused(node: ir.Node) -> None:
-    """Remove ``node``, and with it everything before it that nothing else needs."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.graph is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
-            continue
-        inputs = [value for value in node.inputs if value is not None]
-        node.graph.remove(node, safe=True)
-        for value in dict.fromkeys(inputs):
-            if (producer := value.producer()) is not None:
-                waiting.append(producer)
-            else:
-                drop_if_unused(value)

@@ -19,9 +19,18 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array, constant_tensor
-from sparse_onnx.model.graph import drop_if_unused, is_standard, name_of, new_name
+from sparse_onnx.model.graph import (
+    drop_if_unused,
+    input_at,
+    is_read_once,
+    is_standard,
+    name_of,
+    new_name,
+    producer,
+)
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.patterns.match import only_user
 
 __all__ = ["FuseBatchNorm", "fold"]
 
@@ -55,12 +64,8 @@ class FuseBatchNorm(Pass):
         declined = []
         for graph in model.graphs():
             for node in list(graph):
-                conv = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-                if (
-                    not is_standard(node, "BatchNormalization")
-                    or conv is None
-                    or not is_standard(conv, "Conv")
-                ):
+                conv = producer(input_at(node, 0), "Conv")
+                if not is_standard(node, "BatchNormalization") or conv is None:
                     continue
                 reason = _obstacle(conv, node)
                 if reason is None:
@@ -73,12 +78,11 @@ class FuseBatchNorm(Pass):
 
 def _obstacle(conv: ir.Node, norm: ir.Node) -> str | None:
     """Why the two stay as they are, or None."""
-    h = conv.outputs[0]
     if norm.attributes.get_int("training_mode", 0) or len(norm.outputs) > 1:
         return "is in training form"
-    if h.is_graph_output() or len(h.uses()) != 1 or conv.graph is not norm.graph:
+    if only_user(conv.outputs[0], "BatchNormalization") is not norm:
         return "is not all that reads the result of its convolution"
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    bias = input_at(conv, 2)
     parameters = [conv.inputs[1], *norm.inputs[1:], *([bias] if bias is not None else [])]
     for value in parameters:
         tensor = constant_tensor(value)
@@ -90,13 +94,13 @@ def _obstacle(conv: ir.Node, norm: ir.Node) -> str | None:
     assert weight is not None
     if not weight.is_initializer():
         return f"follows a convolution whose weight {weight.name} is no initializer"
-    if len(weight.uses()) != 1 or weight.is_graph_output():
+    if not is_read_once(weight):
         return f"follows a convolution whose weight {weight.name} is used elsewhere too"
     return None
 
 
 def _fold(model: ir.Model, conv: ir.Node, norm: ir.Node, context: PassContext) -> None:
-    weight, bias = conv.inputs[1], conv.inputs[2] if len(conv.inputs) > 2 else None
+    weight, bias = conv.inputs[1], input_at(conv, 2)
     assert weight is not None
     filters = _array(weight)
     old = _array(bias) if bias is not None else np.zeros(filters.shape[0], filters.dtype)

@@ -24,19 +24,21 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.constants import constant_tensor, is_constant
 from sparse_onnx.model.graph import (
     add_function,
     add_initializer,
     drop_if_unused,
-    is_standard,
+    is_read,
     name_of,
     new_name,
+    producer,
 )
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.shapes import Dims, Shapes
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.patterns.normalization import Normalization, is_vector, match_normalization
+from sparse_onnx.passes.patterns.match import is_vector
+from sparse_onnx.passes.patterns.normalization import Normalization, match_normalization
 from sparse_onnx.sparse_ops import skip_layer_norm
 from sparse_onnx.sparse_ops.skip_layer_norm import DOMAIN, Signature
 
@@ -112,13 +114,13 @@ def _match_standard(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
     if norm is None:
         return None
     source = norm.source if isinstance(norm, Normalization) else node.inputs[0]
-    add = source.producer() if source is not None else None
-    if source is None or add is None or not is_standard(add, "Add"):
+    add = producer(source, "Add")
+    if source is None or add is None:
         return None
     if isinstance(norm, str) or add.graph is not node.graph:
         return norm if isinstance(norm, str) else "adds in another graph"
     a, b = add.inputs
-    if a is None or b is None or any(_is_constant(value) and len(shapes.dims(value)) < 2 for value in (a, b)):
+    if a is None or b is None or any(is_constant(value) and len(shapes.dims(value)) < 2 for value in (a, b)):
         return None  # a bias
     outside = source.is_graph_output() or any(use.node not in norm.nodes for use in source.uses())
     return _Residual(norm, a, b, None, source if outside else None, add, (add, *norm.nodes))
@@ -131,7 +133,7 @@ def _match_contrib(node: ir.Node) -> _Residual | str | None:
     inputs = [*node.inputs, *[None] * 5]
     a, b, gamma = inputs[:3]
     beta, bias = (None, inputs[3]) if rms else inputs[3:5]
-    outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+    outputs = [value for value in node.outputs if is_read(value)]
     if any(value in outputs for value in node.outputs[1:3]):
         return "gives out its mean or deviation"
     if not all(is_vector(value) or value is None for value in (gamma, beta, bias)):
@@ -142,10 +144,6 @@ def _match_contrib(node: ir.Node) -> _Residual | str | None:
     epsilon = node.attributes.get_float("epsilon", 1e-12)
     norm = Normalization(a, gamma, beta, rms, epsilon, (node,), node.outputs[0])
     return _Residual(norm, b, a, bias, total, node, (node,))
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return constant_tensor(value) is not None
 
 
 def _type_problem(residual: _Residual) -> str | None:

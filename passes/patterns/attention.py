@@ -27,8 +27,9 @@ import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array, constant_number
 from sparse_onnx.model.dimensions import Dim
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import axis_from_end, is_standard, producer
 from sparse_onnx.model.shapes import Dims, Shapes, keeps
+from sparse_onnx.passes.patterns.match import transposed
 
 __all__ = ["Attention", "Mask", "is_attention", "match_attention"]
 
@@ -50,7 +51,7 @@ class Mask:
         """Equal for masks that are equal; exporters write ``Where(condition, 0, fill)`` anew for each layer."""
         if self.fill is not None:
             return "where", self.value, constant_number(self.fill), self.keep
-        where = _producer(self.value, "Where")
+        where = producer(self.value, "Where")
         numbers = [constant_number(value) for value in where.inputs[1:]] if where is not None else [None]
         if where is not None and None not in numbers:
             return "add where", where.inputs[0], *numbers
@@ -120,32 +121,14 @@ class _Heads:
 # -- small questions ---------------------------------------------------------------------------------------
 
 
-def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that makes ``value``, if it is one of these operators."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and is_standard(node, *op_types) else None
-
-
-def _transposed(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
-    """What ``value`` is the transpose of, with this permutation."""
-    node = _producer(value, "Transpose")
-    if node is None or tuple(node.attributes.get_ints("perm", ())) != perm:
-        return None
-    return node.inputs[0]
-
-
 def _casts_to_float(node: ir.Node) -> bool:
     """Whether ``node``, a Cast or an Identity, is a Cast to FLOAT."""
     return node.attributes.get_int("to", 0) == ir.DataType.FLOAT
 
 
-def _consumers(value: ir.Value) -> list[ir.Node]:
-    return [use.node for use in value.uses()]
-
-
 def _weighted(weights: ir.Value, budget: int = 3) -> ir.Node | None:
     """The MatMul that weights go into, through Where(IsNaN(P), 0, P) and conversions."""
-    for node in _consumers(weights):
+    for node in weights.consumers():
         if is_standard(node, "MatMul") and node.inputs[0] is weights:
             return node
         if is_standard(node, "Where", "Cast", "Identity") and budget > 0:
@@ -157,12 +140,8 @@ def _weighted(weights: ir.Value, budget: int = 3) -> ir.Node | None:
 
 def _scores(value: ir.Value | None, budget: int = _MAX_CHAIN) -> ir.Node | None:
     """The MatMul that scores come from, through scales and masks."""
-    node = value.producer() if value is not None else None
-    if (
-        node is None
-        or budget == 0
-        or not is_standard(node, "MatMul", "Add", "Mul", "Div", "Where", "Cast", "Identity", "Reshape")
-    ):
+    node = producer(value, "MatMul", "Add", "Mul", "Div", "Where", "Cast", "Identity", "Reshape")
+    if node is None or budget == 0:
         return None
     if node.op_type == "MatMul":
         return node
@@ -179,7 +158,7 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     assert weighted is not None
     if len(shapes.dims(softmax.inputs[0])) != 4:
         raise _Declined("scores are not known to be [batch, heads, queries, keys]")
-    if softmax.attributes.get_int("axis", -1) not in (-1, 3):
+    if axis_from_end(softmax.attributes.get_int("axis", -1), 4) != -1:
         raise _Declined("Softmax is not over the keys")
     if not shapes.is_float32(softmax.outputs[0]):
         raise _Declined("is not FLOAT, the type of the CPU kernel")
@@ -278,7 +257,7 @@ def _needed(mask: Mask, target: Sequence[_Names | None], shapes: Shapes) -> Mask
         return mask
     if _keeps_all(mask):
         return None
-    while (node := _producer(value, "Expand")) is not None and node.inputs[0] is not None:
+    while (node := producer(value, "Expand")) is not None and node.inputs[0] is not None:
         value = node.inputs[0]
     return dataclasses.replace(mask, value=value)
 
@@ -287,7 +266,7 @@ def _chain(value: ir.Value | None, scores: ir.Node, shapes: Shapes) -> tuple[flo
     """The scale and the masks between the product and Softmax, in the order in which they are applied."""
     scale, masks = 1.0, list[Mask]()
     budget = _MAX_CHAIN
-    while (node := value.producer() if value is not None else None) is not scores:
+    while (node := producer(value)) is not scores:
         assert node is not None  # _scores has been here
         budget -= 1  # as _scores counted
         index = next(i for i, x in enumerate(node.inputs) if _scores(x, budget) is scores)
@@ -347,7 +326,7 @@ def _unknown(*alternatives: Dims) -> int:
 def _unscaled(value: ir.Value | None, shapes: Shapes) -> tuple[ir.Value | None, float]:
     """``value`` without the constant factors and empty steps that it went through last, and their product."""
     scale = 1.0
-    while (node := _producer(value, "Mul", "Div", "Identity", "Cast", "Reshape")) is not None:
+    while (node := producer(value, "Mul", "Div", "Identity", "Cast", "Reshape")) is not None:
         for index in range(len(node.inputs)):
             if (factor := _factor(node, index, shapes)) is not None:
                 value, scale = node.inputs[index], scale * factor
@@ -364,12 +343,14 @@ def _heads(value: ir.Value | None, shapes: Shapes) -> _Heads:
     dims = shapes.dims(value)
     if value is None or len(dims) != 4:
         return _Heads()
-    heads = _merged_heads(_transposed(value, (0, 2, 1, 3)), shapes)
+    heads = _merged_heads(transposed(value, 0, 2, 1, 3), shapes)
     if heads is not None:
         return dataclasses.replace(heads, split=value)
     size = dims[3] if isinstance(dims[3], int) else None
     count = dims[1] if isinstance(dims[1], int) else None
-    if (concat := _producer(value, "Concat")) is not None and concat.attributes.get_int("axis", 0) in (2, -2):
+    if (concat := producer(value, "Concat")) is not None and axis_from_end(
+        concat.attributes.get_int("axis", 0), 4
+    ) == -2:
         parts = [_heads(part, shapes) for part in concat.inputs]
         count = next((part.count for part in parts if part.count is not None), count)
         size = next((part.size for part in parts if part.size is not None), size)
@@ -378,7 +359,7 @@ def _heads(value: ir.Value | None, shapes: Shapes) -> _Heads:
 
 def _merged_heads(value: ir.Value | None, shapes: Shapes) -> _Heads | None:
     """Of a value [B, S, H, D] that is a Reshape of [B, S, H·D]."""
-    node = _producer(value, "Reshape")
+    node = producer(value, "Reshape")
     merged = node.inputs[0] if node is not None else None
     before, after = shapes.dims(merged), shapes.dims(value)
     if len(before) != 3 or len(after) != 4 or not isinstance(before[2], int):
@@ -400,19 +381,19 @@ def _merged_heads(value: ir.Value | None, shapes: Shapes) -> _Heads | None:
 
 def _key_heads(value: ir.Value | None, shapes: Shapes) -> tuple[_Heads, float]:
     """Of a value that is [B, H, D, S], and the factor that was applied before it was transposed."""
-    heads = _merged_heads(_transposed(value, (0, 2, 3, 1)), shapes)
+    heads = _merged_heads(transposed(value, 0, 2, 3, 1), shapes)
     if heads is not None:
         return heads, 1.0
-    split = _transposed(value, (0, 1, 3, 2)) or _transposed_as_matrices(value, shapes)
+    split = transposed(value, 0, 1, 3, 2) or _transposed_as_matrices(value, shapes)
     split, scale = _unscaled(split, shapes)
     return _heads(split, shapes), scale
 
 
 def _transposed_as_matrices(value: ir.Value | None, shapes: Shapes) -> ir.Value | None:
     """K of ``Reshape(Transpose[0,2,1](Reshape(K, [B·H, S, D])), [B, H, D, S])``."""
-    node = _producer(value, "Reshape")
-    matrices = _transposed(node.inputs[0], (0, 2, 1)) if node is not None else None
-    node = _producer(matrices, "Reshape")
+    node = producer(value, "Reshape")
+    matrices = transposed(node.inputs[0], 0, 2, 1) if node is not None else None
+    node = producer(matrices, "Reshape")
     source = node.inputs[0] if node is not None else None
     split, middle, result = shapes.dims(source), shapes.dims(matrices), shapes.dims(value)
     if len(split) != 4 or len(middle) != 3 or len(result) != 4:
@@ -425,11 +406,11 @@ def _transposed_as_matrices(value: ir.Value | None, shapes: Shapes) -> ir.Value 
 def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, shapes: Shapes) -> bool:
     """Whether that is all that happens to the weights after Softmax, rather than nothing; raises otherwise."""
     cleaned = False
-    while (node := weights.producer() if weights is not None else None) is not softmax:
+    while (node := producer(weights)) is not softmax:
         assert node is not None  # _weighted has been here
         if not cleaned and is_standard(node, "Where"):
             condition, zero, weights = node.inputs
-            test = _producer(condition, "IsNaN")
+            test = producer(condition, "IsNaN")
             cleaned = test is not None and test.inputs[0] is weights and constant_number(zero, rank=4) == 0
             if cleaned:
                 continue
@@ -442,7 +423,7 @@ def _turns_nan_to_zero(weights: ir.Value | None, softmax: ir.Node, shapes: Shape
 
 def _source(value: ir.Value | None) -> ir.Value | None:
     """Where the elements of ``value`` come from: through nodes that only repeat or arrange them."""
-    while (node := _producer(value, "Expand", "Identity", "Unsqueeze", "Reshape", "Squeeze")) is not None:
+    while (node := producer(value, "Expand", "Identity", "Unsqueeze", "Reshape", "Squeeze")) is not None:
         value = node.inputs[0]
     return value
 
@@ -454,7 +435,7 @@ def _keeps_all(mask: Mask) -> bool:
         return elements is not None and bool((elements == mask.keep).all())
     if elements is not None:
         return not elements.any()
-    where = _producer(_source(mask.value), "Where")
+    where = producer(_source(mask.value), "Where")
     if where is None:
         return False
     condition = constant_array(_source(where.inputs[0]))
@@ -472,7 +453,7 @@ def _output(value: ir.Value, made: Sequence[Dims], shapes: Shapes) -> tuple[ir.V
         if len(copied) == 4 and _unknown(*known, copied) <= 1:
             value = node.outputs[0]
             node = _only_reader(value)
-    if node is None or _transposed(node.outputs[0], (0, 2, 1, 3)) is not value:
+    if node is None or transposed(node.outputs[0], 0, 2, 1, 3) is not value:
         raise _Declined("heads are not merged by a Transpose")
     rows = node.outputs[0]
     node = _only_reader(rows)
@@ -487,9 +468,12 @@ def _output(value: ir.Value, made: Sequence[Dims], shapes: Shapes) -> tuple[ir.V
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The only node that reads more than the shape of ``value``."""
-    readers = {node for node in _consumers(value) if not is_standard(node, "Shape")}
-    return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
+    """The only node that reads more than the shape of ``value``, by one input or more.
+
+    A Shape costs nothing, and may stay when the value goes on: only_user of the vocabulary counts it as a reader.
+    """
+    readers = [node for node in value.consumers() if not is_standard(node, "Shape")]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
 
 def _only_for(node: ir.Node, output: ir.Value) -> bool:
@@ -501,7 +485,7 @@ def _only_for(node: ir.Node, output: ir.Value) -> bool:
                 continue
             if value.is_graph_output() or len(seen) > 64:
                 return False
-            following = {user for user in _consumers(value) if user not in seen}
+            following = {user for user in value.consumers() if user not in seen}
             if any(user.graph is not node.graph for user in following):
                 return False
             waiting += following

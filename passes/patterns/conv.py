@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_number, constant_tensor
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.constants import constant_number, is_constant
+from sparse_onnx.model.graph import input_at, producer
 from sparse_onnx.model.shapes import Shapes, agree
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer
 from sparse_onnx.passes.patterns.linear import match_relu, match_silu
-from sparse_onnx.passes.patterns.match import is_bias, only_user, other_operand, same_pads, users_of
+from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, same_pads, users_of
 from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
 from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
 
@@ -84,9 +84,9 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
     if len(weight.tensor.shape) not in (3, 4):
         return f"has rank {len(weight.tensor.shape)}; the sparse kernels take one axis or images: rank 3 or 4"
     x, output = node.inputs[0], node.outputs[0]
-    if x is None or constant_tensor(x) is not None:
+    if x is None or is_constant(x):
         return "has a constant activation"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_at(node, 2)
     if bias is not None and not is_bias(bias, weight.shape[1]):
         return "is a Conv whose bias is no constant"
     window = _window(node, weight, shapes)
@@ -148,7 +148,7 @@ def _residual(output: ir.Value, shapes: Shapes) -> tuple[ir.Node, int] | None:
         return None
     index = 1 if add.inputs[0] is output else 0
     other = add.inputs[index]
-    if other is None or constant_tensor(other) is not None:
+    if other is None or is_constant(other):
         return None
     if index == 0 and _is_free_convolution(other):
         return None
@@ -157,8 +157,7 @@ def _residual(output: ir.Value, shapes: Shapes) -> tuple[ir.Node, int] | None:
 
 
 def _is_free_convolution(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and is_standard(producer, "Conv") and len(users_of(value)) == 1
+    return producer(value, "Conv") is not None and len(users_of(value)) == 1
 
 
 def _clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
@@ -180,12 +179,9 @@ def _clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
 def _hard_swish(h: ir.Value) -> list[ir.Node] | None:
     if (node := only_user(h, "HardSwish")) is not None:
         return [node]
-    users = users_of(h)
-    if len(users) != 2 or {node.op_type for node in users} != {"HardSigmoid", "Mul"}:
+    if (found := gate_of(h, "HardSigmoid")) is None:
         return None
-    gate, product = sorted(users, key=lambda node: node.op_type == "Mul")
-    if only_user(gate.outputs[0], "Mul") is not product or other_operand(product, h) is not gate.outputs[0]:
-        return None
+    gate, product = found
     alpha, beta = gate.attributes.get_float("alpha", 0.2), gate.attributes.get_float("beta", 0.5)
     return [gate, product] if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == 0.5 else None
 

@@ -115,6 +115,6 @@ def _make_a_pair(first: Convolution, second: Convolution) -> bool:
         return False
     if any(size > 1 for size in first.window.kernel_shape) and first.weight.shape[0] > _FEW_INPUTS:
         return False
-    if first.output.is_graph_output() or len(users_of(first.output)) != 1:
+    if len(users_of(first.output)) != 1:
         return False
     return second.window.group == first.weight.shape[1] == second.weight.shape[1]

@@ -21,11 +21,20 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.constants import is_constant
+from sparse_onnx.model.graph import input_at, is_standard, producer
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer
-from sparse_onnx.passes.patterns.match import is_bias, is_scalar, only_user, other_operand, users_of
+from sparse_onnx.passes.patterns.match import (
+    gate_of,
+    is_bias,
+    is_scalar,
+    is_scaled,
+    only_user,
+    other_operand,
+    users_of,
+)
 from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, best_block
 
 __all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
@@ -62,20 +71,20 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     if weight.tensor.size > MAX_ELEMENTS:
         return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
     x, output = node.inputs[0], node.outputs[0]
-    if x is None or constant_tensor(x) is not None:
+    if x is None or is_constant(x):
         return "has a constant activation"
     nodes = [node]
     bias: ir.Value | None = None
     N = weight.shape[1]
     if node.op_type == "Gemm":
-        if node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1:
+        if is_scaled(node):
             return "is a Gemm with alpha or beta other than 1"
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = input_at(node, 2)
         if bias is not None and not is_bias(bias, N):
             return "is a Gemm whose C is no constant bias"
     elif (add := only_user(output, "Add")) is not None:
         other = other_operand(add, output)
-        if other is not None and is_bias(other, N) and not shapes.may_add_axes(other, output):
+        if is_bias(other, N) and not shapes.may_add_axes(other, output):
             bias, output = other, add.outputs[0]
             nodes.append(add)
     for activation, matcher in _ACTIVATIONS.items():
@@ -103,18 +112,13 @@ def _gelu_node(h: ir.Value, approximate: str) -> list[ir.Node] | None:
 
 def match_silu(h: ir.Value) -> list[ir.Node] | None:
     """The nodes of ``Mul(h, Sigmoid(h))``, if nothing else reads h."""
-    users = users_of(h)
-    if len(users) != 2 or {node.op_type for node in users} != {"Sigmoid", "Mul"}:
-        return None
-    sigmoid, mul = sorted(users, key=lambda node: node.op_type == "Mul")
-    if only_user(sigmoid.outputs[0], "Mul") is not mul:
-        return None
-    return [sigmoid, mul]
+    found = gate_of(h, "Sigmoid")
+    return list(found) if found is not None else None
 
 
 def _quick_gelu(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
     for scale in users_of(h):
-        if scale.op_type != "Mul" or not is_scalar(other_operand(scale, h), 1.702, h, shapes):
+        if not is_standard(scale, "Mul") or not is_scalar(other_operand(scale, h), 1.702, h, shapes):
             continue
         sigmoid = only_user(scale.outputs[0], "Sigmoid")
         product = only_user(sigmoid.outputs[0], "Mul") if sigmoid is not None else None
@@ -143,13 +147,8 @@ def _gate(h: ir.Value, inner: list[ir.Node], gate: ir.Value, shapes: Shapes) -> 
         if last is None or other_operand(last, first.outputs[0]) is not h:
             return None
         return [*inner, shift, first, last]
-    half = other.producer() if other is not None else None  # (0.5 · h) · (1 + gate)
-    if (
-        half is None
-        or half.op_type != "Mul"
-        or h not in half.inputs
-        or not is_scalar(other_operand(half, h), 0.5, h, shapes)
-    ):
+    half = producer(other, "Mul")  # (0.5 · h) · (1 + gate)
+    if half is None or h not in half.inputs or not is_scalar(other_operand(half, h), 0.5, h, shapes):
         return None
     if only_user(half.outputs[0], "Mul") is not first:
         return None
@@ -169,8 +168,8 @@ def _gelu_erf(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
 
     for scale in users_of(h):
         if not (
-            (scale.op_type == "Div" and scale.inputs[0] is h and is_number(scale.inputs[1], math.sqrt(2)))
-            or (scale.op_type == "Mul" and is_number(other_operand(scale, h), math.sqrt(0.5)))
+            (is_standard(scale, "Div") and scale.inputs[0] is h and is_number(scale.inputs[1], math.sqrt(2)))
+            or (is_standard(scale, "Mul") and is_number(other_operand(scale, h), math.sqrt(0.5)))
         ):
             continue
         erf = only_user(scale.outputs[0], "Erf")
@@ -185,12 +184,12 @@ def _gelu_tanh(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:
 
     for cube in users_of(h):
         cubes = [cube]
-        if cube.op_type == "Mul" and list(cube.inputs) == [h, h]:
+        if is_standard(cube, "Mul") and list(cube.inputs) == [h, h]:
             second = only_user(cube.outputs[0], "Mul")
             if second is None or other_operand(second, cube.outputs[0]) is not h:
                 continue
             cubes.append(second)
-        elif not (cube.op_type == "Pow" and cube.inputs[0] is h and is_number(cube.inputs[1], 3.0)):
+        elif not (is_standard(cube, "Pow") and cube.inputs[0] is h and is_number(cube.inputs[1], 3.0)):
             continue
         small = only_user(cubes[-1].outputs[0], "Mul")
         if small is None or not is_number(other_operand(small, cubes[-1].outputs[0]), 0.044715):

@@ -18,15 +18,22 @@ gamma and beta are constants [C]; epsilon, the exponent and 1 are constants of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_array, constant_number, constant_tensor
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.constants import constant_integers, constant_number
+from sparse_onnx.model.graph import input_at, is_read, is_standard, producer
 from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.passes.patterns.match import (
+    both_ways,
+    float32_constant,
+    is_last_axis,
+    is_vector,
+    only_user,
+    other_operand,
+)
 
-__all__ = ["Normalization", "is_vector", "match_normalization"]
+__all__ = ["Normalization", "match_normalization"]
 
 _OPERATORS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
@@ -60,20 +67,14 @@ def match_normalization(node: ir.Node, shapes: Shapes) -> Normalization | str | 
     return None
 
 
-def is_vector(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a constant float32 [C]."""
-    tensor = constant_tensor(value)
-    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1
-
-
 def _match_operator(node: ir.Node, shapes: Shapes) -> Normalization | str:
     source, gamma = node.inputs[:2]
-    beta = node.inputs[2] if len(node.inputs) > 2 else None
-    if source is None or not _is_last(node.attributes.get_int("axis", -1), source, shapes):
+    beta = input_at(node, 2)
+    if source is None or not is_last_axis(node.attributes.get_int("axis", -1), source, shapes):
         return "is not known to normalize over the last axis alone"
     if node.attributes.get_int("stash_type", 1) != 1:
         return "computes in another type than float32"
-    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+    if any(map(is_read, node.outputs[1:])):
         return "gives out its mean or deviation"
     if not is_vector(gamma) or not (beta is None or is_vector(beta)):
         return "has a gamma or beta that is no constant float32 [C]"
@@ -84,14 +85,14 @@ def _match_operator(node: ir.Node, shapes: Shapes) -> Normalization | str:
 
 
 def _match_steps(root: ir.Node, shapes: Shapes) -> Normalization | str | None:
-    raised = _producer(root.inputs[0], "Add")
+    raised = producer(root.inputs[0], "Add")
     if raised is None:
         return None
-    for variance, constant in _both_ways(raised):
-        epsilon, mean = _scalar(constant), _producer(variance, "ReduceMean")
+    for variance, constant in both_ways(raised):
+        epsilon, mean = _scalar(constant), producer(variance, "ReduceMean")
         if epsilon is None or mean is None or not _is_mean_of_last(mean, shapes):
             continue
-        square = _producer(mean.inputs[0], "Pow") or _producer(mean.inputs[0], "Mul")
+        square = producer(mean.inputs[0], "Pow") or producer(mean.inputs[0], "Mul")
         if square is None or (deviation := _squared(square)) is None:
             continue
         steps = (square, mean, raised, root)
@@ -105,18 +106,18 @@ def _match_result(
     normalized = _divided(deviation, steps[-1].outputs[0])
     if normalized is None:
         return None
-    scale = _only_user(normalized[-1].outputs[0], "Mul")
-    gamma = _other(scale, normalized[-1].outputs[0]) if scale is not None else None
+    scale = only_user(normalized[-1].outputs[0], "Mul")
+    gamma = other_operand(scale, normalized[-1].outputs[0]) if scale is not None else None
     if scale is None or gamma is None or not is_vector(gamma):
         return "has no gamma that is a constant float32 [C]"
     nodes = [*steps, *normalized, scale]
     source, rms, beta = deviation, True, None
-    subtract = _producer(deviation, "Sub")
+    subtract = producer(deviation, "Sub")
     if subtract is not None and (mean := _mean_subtracted(subtract, shapes)) is not None:
         source, rms = subtract.inputs[0] or source, False
         nodes[:0] = [mean, subtract]
-        shift = _only_user(scale.outputs[0], "Add")
-        offset = _other(shift, scale.outputs[0]) if shift is not None else None
+        shift = only_user(scale.outputs[0], "Add")
+        offset = other_operand(shift, scale.outputs[0]) if shift is not None else None
         if shift is not None and offset is not None and is_vector(offset):
             beta = offset
             nodes.append(shift)
@@ -126,43 +127,9 @@ def _match_result(
     return Normalization(source, gamma, beta, rms, epsilon, tuple(nodes), nodes[-1].outputs[0])
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and is_standard(node, op_type) else None
-
-
-def _users(value: ir.Value, op_type: str) -> Iterator[ir.Node]:
-    return (
-        use.node for use in value.uses() if is_standard(use.node, op_type) and use.node.graph is value.graph
-    )
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    if value.is_graph_output() or len(value.uses()) != 1:
-        return None
-    return next(_users(value, op_type), None)
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    first, second = node.inputs
-    return second if first is value else first
-
-
-def _both_ways(node: ir.Node) -> tuple[tuple[ir.Value | None, ir.Value | None], ...]:
-    first, second = node.inputs
-    return (first, second), (second, first)
-
-
 def _scalar(value: ir.Value | None) -> float | None:
     """A number float32 that adds no axes to [..., 1] or [..., C]."""
-    tensor = constant_tensor(value)
-    return (
-        constant_number(value, rank=1) if tensor is not None and tensor.dtype == ir.DataType.FLOAT else None
-    )
-
-
-def _is_last(axis: int, value: ir.Value, shapes: Shapes) -> bool:
-    return axis == -1 or (axis >= 0 and axis + 1 == shapes.rank(value))
+    return constant_number(value, rank=1) if float32_constant(value) is not None else None
 
 
 def _is_mean_of_last(node: ir.Node, shapes: Shapes) -> bool:
@@ -170,11 +137,8 @@ def _is_mean_of_last(node: ir.Node, shapes: Shapes) -> bool:
     source = node.inputs[0]
     if source is None or not node.attributes.get_int("keepdims", 1):
         return False
-    axes = list(node.attributes.get_ints("axes", []))
-    if len(node.inputs) > 1 and (given := node.inputs[1]) is not None:
-        array = constant_array(given)
-        axes = [] if array is None else array.reshape(-1).tolist()
-    return len(axes) == 1 and _is_last(axes[0], source, shapes)
+    axes = constant_integers(node, "axes", 1)
+    return axes is not None and len(axes) == 1 and is_last_axis(axes[0], source, shapes)
 
 
 def _squared(node: ir.Node) -> ir.Value | None:
@@ -186,24 +150,24 @@ def _squared(node: ir.Node) -> ir.Value | None:
 
 def _divided(deviation: ir.Value, root: ir.Value) -> list[ir.Node] | None:
     """The nodes of ``deviation / root``, the last one giving it."""
-    divide = _only_user(root, "Div")
+    divide = only_user(root, "Div")
     if divide is not None and divide.inputs[0] is deviation:
         return [divide]
     if divide is not None and _scalar(divide.inputs[0]) == 1:
         inverse = divide
-    elif (reciprocal := _only_user(root, "Reciprocal")) is not None:
+    elif (reciprocal := only_user(root, "Reciprocal")) is not None:
         inverse = reciprocal
     else:
         return None
-    multiply = _only_user(inverse.outputs[0], "Mul")
-    if multiply is None or _other(multiply, inverse.outputs[0]) is not deviation:
+    multiply = only_user(inverse.outputs[0], "Mul")
+    if multiply is None or other_operand(multiply, inverse.outputs[0]) is not deviation:
         return None
     return [inverse, multiply]
 
 
 def _mean_subtracted(node: ir.Node, shapes: Shapes) -> ir.Node | None:
     """The ReduceMean of ``Sub(s, ReduceMean[-1](s))``."""
-    source, mean = node.inputs[0], _producer(node.inputs[1], "ReduceMean")
+    source, mean = node.inputs[0], producer(node.inputs[1], "ReduceMean")
     if mean is None or mean.inputs[0] is not source or not _is_mean_of_last(mean, shapes):
         return None
     return mean

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.graph import input_at, is_read
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer, Part
 from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, best_block
@@ -48,7 +49,7 @@ class Recurrent(Layer):
 
     @property
     def operands(self) -> tuple[ir.Value, ...]:
-        values = [_input(self.node, index) for index in (0, 4, *_STATES[self.node.op_type])]
+        values = [input_at(self.node, index) for index in (0, 4, *_STATES[self.node.op_type])]
         return tuple(value for value in values if value is not None)
 
     @property
@@ -57,7 +58,7 @@ class Recurrent(Layer):
 
     @property
     def outputs(self) -> tuple[ir.Value | None, ...]:
-        made = [value if value.uses() or value.is_graph_output() else None for value in self.node.outputs]
+        made = [value if is_read(value) else None for value in self.node.outputs]
         return tuple((*made, None, None, None)[: len(self.signature.outputs)])
 
     @property
@@ -109,7 +110,7 @@ def match_recurrent(
             return f"has {one.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
         if len(one.nodes) > 1:
             return "is shared by several nodes"
-    x, cell = _input(node, 0), node.op_type
+    x, cell = input_at(node, 0), node.op_type
     if x is None or _is_constant(x):
         return "has a constant activation"
     if reason := _unusual(node):
@@ -120,23 +121,19 @@ def match_recurrent(
     for one in (weight, recurrent):
         if tuple(one.tensor.shape.numpy()[:2]) != (directions, outputs):
             return "has a shape that does not fit its node"
-    bias = _input(node, 3)
+    bias = input_at(node, 3)
     if bias is not None and not _is_bias(bias, (directions, 2 * outputs)):
         return f"is of a node whose B is no constant [{directions}, {2 * outputs}]"
-    if len({_input(node, index) is None for index in _STATES[cell]}) > 1:
+    if len({input_at(node, index) is None for index in _STATES[cell]}) > 1:
         return "is an LSTM with only one of its initial states"
-    lengths = _input(node, 4)
+    lengths = input_at(node, 4)
     if lengths is not None and lengths.dtype is None:
         lengths.type = ir.TensorType(ir.DataType.INT32)  # the standard knows no other
-    made = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+    made = [value for value in node.outputs if is_read(value)]
     if not made:
         return "is of a node whose outputs nothing reads"
-    signature = Signature(cell, lengths is not None, _input(node, _STATES[cell][0]) is not None)
+    signature = Signature(cell, lengths is not None, input_at(node, _STATES[cell][0]) is not None)
     return Recurrent(weight, (node,), bias, "none", made[0], recurrent, signature)
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -153,7 +150,7 @@ def _is_bias(value: ir.Value, shape: tuple[int | None, int]) -> bool:
 def _unusual(node: ir.Node) -> str | None:
     """What an LSTM or GRU has that the operator of ours does not know."""
     attributes, usual = node.attributes, _ACTIVATIONS[node.op_type]
-    if node.op_type == "LSTM" and _input(node, 7) is not None:
+    if node.op_type == "LSTM" and input_at(node, 7) is not None:
         return "peepholes"
     if attributes.get_int("layout", 0):
         return "layout 1"

@@ -16,7 +16,7 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import Selection, Weight
 from sparse_onnx.options import require, unknown
-from sparse_onnx.passes.solvers import InputStatistics, SparseGPT, wanda_score
+from sparse_onnx.passes.solvers import InputStatistics, SparseGPTSolver, wanda_score
 from sparse_onnx.passes.solvers.budget import Budget, smallest
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.passes.solvers.solver import Problem
@@ -212,7 +212,7 @@ def _change(W: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> np.ndarray:
     if gram.ndim == 1 or not W.any():
         return np.where(pruned, W, np.float32(0))
     budget = Budget(MaskStructure(), np.count_nonzero(pruned, axis=0))
-    return np.asarray(W - SparseGPT().approximate(Problem(W, gram, budget, "row")))
+    return np.asarray(W - SparseGPTSolver().approximate(Problem(W, gram, budget, "row")))
 
 
 def _energy(W: np.ndarray, gram: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class Wanda(OneShot):
     """By |w| · ‖x‖ within each output channel (Sun et al. 2024)."""
 
     name: ClassVar[str] = "prune.wanda"
-    solver = solvers.Wanda
+    solver = solvers.WandaSolver
     scope: Literal["row", "layer"] = "row"
 
 
@@ -36,7 +36,7 @@ class Ria(OneShot):
     """By relative importance and activations (Zhang et al. 2024)."""
 
     name: ClassVar[str] = "prune.ria"
-    solver = solvers.Ria
+    solver = solvers.RiaSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SparseGPT(OneShot):
     """Input by input, each error absorbed by the inputs that follow (Frantar & Alistarh 2023)."""
 
     name: ClassVar[str] = "prune.sparsegpt"
-    solver = solvers.SparseGPT
+    solver = solvers.SparseGPTSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Admm(OneShot):
     """ADMM with a gradual mask (Boža 2024): nearly as good as ``prune.alps`` in a third of the time."""
 
     name: ClassVar[str] = "prune.admm"
-    solver = solvers.Admm
+    solver = solvers.AdmmSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Alps(OneShot):
     """ADMM until the mask stands still, then least squares on it (Meng et al. 2024)."""
 
     name: ClassVar[str] = "prune.alps"
-    solver = solvers.Alps
+    solver = solvers.AlpsSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Auto(OneShot):
     """The most accurate combination: the best solver, aimed at the dense model's outputs, biases corrected."""
 
     name: ClassVar[str] = "prune.auto"
-    solver = solvers.Auto
+    solver = solvers.AutoSolver
     calibration: Literal["oneshot", "sequential", "asymmetric"] = "asymmetric"
     bias_correction: bool = True
 
@@ -78,7 +78,7 @@ class Iht(OneShot):
     """Pruning as compressed sensing: iterative hard thresholding (Blumensath & Davies 2009)."""
 
     name: ClassVar[str] = "prune.iht"
-    solver = solvers.Iht
+    solver = solvers.IhtSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Omp(OneShot):
     """Pruning as compressed sensing: orthogonal matching pursuit within each output channel."""
 
     name: ClassVar[str] = "prune.omp"
-    solver = solvers.Omp
+    solver = solvers.OmpSolver
     scope: Literal["row", "layer"] = "row"
 
 
@@ -95,7 +95,7 @@ class Lasso(OneShot):
     """Pruning as compressed sensing: l1-penalised least squares, then least squares on what is left."""
 
     name: ClassVar[str] = "prune.lasso"
-    solver = solvers.Lasso
+    solver = solvers.LassoSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,4 +103,4 @@ class Taylor(OneShot):
     """By ½ G_ii w²: what a weight adds to the layer's squared error by itself (LeCun et al. 1990)."""
 
     name: ClassVar[str] = "prune.taylor"
-    solver = solvers.Obd
+    solver = solvers.ObdSolver

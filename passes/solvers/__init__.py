@@ -7,17 +7,17 @@ with any of them.
 
 from __future__ import annotations
 
-from sparse_onnx.passes.solvers.admm import Admm
-from sparse_onnx.passes.solvers.alps import Alps
-from sparse_onnx.passes.solvers.auto import Auto
+from sparse_onnx.passes.solvers.admm import AdmmSolver
+from sparse_onnx.passes.solvers.alps import AlpsSolver
+from sparse_onnx.passes.solvers.auto import AutoSolver
 from sparse_onnx.passes.solvers.budget import Budget, Scope
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
 from sparse_onnx.passes.solvers.gram import relative_error
-from sparse_onnx.passes.solvers.iht import Iht
-from sparse_onnx.passes.solvers.lasso import Lasso
-from sparse_onnx.passes.solvers.omp import Omp
+from sparse_onnx.passes.solvers.iht import IhtSolver
+from sparse_onnx.passes.solvers.lasso import LassoSolver
+from sparse_onnx.passes.solvers.omp import OmpSolver
 from sparse_onnx.passes.solvers.refit import refit
-from sparse_onnx.passes.solvers.scored import Magnitude, Obd, Random, Ria, Wanda
+from sparse_onnx.passes.solvers.scored import MagnitudeSolver, ObdSolver, RandomSolver, RiaSolver, WandaSolver
 from sparse_onnx.passes.solvers.scores import (
     magnitude_score,
     obd_score,
@@ -27,28 +27,28 @@ from sparse_onnx.passes.solvers.scores import (
     wanda_score,
 )
 from sparse_onnx.passes.solvers.solver import DampedSolver, Solver
-from sparse_onnx.passes.solvers.sparsegpt import SparseGPT
+from sparse_onnx.passes.solvers.sparsegpt import SparseGPTSolver
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = [
     "SOLVERS",
-    "Admm",
-    "Alps",
-    "Auto",
+    "AdmmSolver",
+    "AlpsSolver",
+    "AutoSolver",
     "Budget",
     "DampedSolver",
-    "Iht",
+    "IhtSolver",
     "InputStatistics",
-    "Lasso",
-    "Magnitude",
-    "Obd",
-    "Omp",
-    "Random",
-    "Ria",
+    "LassoSolver",
+    "MagnitudeSolver",
+    "ObdSolver",
+    "OmpSolver",
+    "RandomSolver",
+    "RiaSolver",
     "Scope",
     "Solver",
-    "SparseGPT",
-    "Wanda",
+    "SparseGPTSolver",
+    "WandaSolver",
     "aimed_target",
     "centred_gram",
     "magnitude_score",
@@ -63,5 +63,18 @@ __all__ = [
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
-    for solver in (Admm, Alps, Auto, Iht, Lasso, Magnitude, Obd, Omp, Random, Ria, SparseGPT, Wanda)
+    for solver in (
+        AdmmSolver,
+        AlpsSolver,
+        AutoSolver,
+        IhtSolver,
+        LassoSolver,
+        MagnitudeSolver,
+        ObdSolver,
+        OmpSolver,
+        RandomSolver,
+        RiaSolver,
+        SparseGPTSolver,
+        WandaSolver,
+    )
 }

@@ -11,11 +11,11 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.solvers.gram import inverse, unit_form
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
-__all__ = ["Admm"]
+__all__ = ["AdmmSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Admm(DampedSolver):
+class AdmmSolver(DampedSolver):
     """V = (H + ρI)⁻¹(H T + ρ(Z - U)); Z = keep(V + U); U += V - Z, on the Gram H scaled to a unit diagonal.
 
     The budget of zeros rises as 1 - (1 - t/``gradual``)³ over the first ``gradual`` of ``steps`` steps and is

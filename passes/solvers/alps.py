@@ -13,11 +13,11 @@ from sparse_onnx.passes.solvers.refit import conjugate_gradients
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 from sparse_onnx.passes.solvers.splitting import Schedule, settle
 
-__all__ = ["Alps"]
+__all__ = ["AlpsSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Alps(DampedSolver):
+class AlpsSolver(DampedSolver):
     """At most ``steps`` of ADMM from penalty ``penalty``, then ``refit_steps`` of conjugate gradients."""
 
     name: ClassVar[str] = "alps"

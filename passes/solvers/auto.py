@@ -23,11 +23,11 @@ from sparse_onnx.passes.solvers.refit import conjugate_gradients
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 from sparse_onnx.passes.solvers.splitting import Schedule, settle
 
-__all__ = ["Auto"]
+__all__ = ["AutoSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Auto(DampedSolver):
+class AutoSolver(DampedSolver):
     """At most ``steps`` of ADMM whose penalty grows by ``growth`` every eight, then ``refit_steps`` of refit."""
 
     name: ClassVar[str] = "auto"

@@ -12,11 +12,11 @@ from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
-__all__ = ["Iht", "lipschitz"]
+__all__ = ["IhtSolver", "lipschitz"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Iht(DampedSolver):
+class IhtSolver(DampedSolver):
     """V ← keep(Y - H(Y - T)/L), Y = V + momentum · (V - V before), then least squares on the mask.
 
     ``steps`` projected gradient steps on the Gram H scaled to a unit diagonal, L being its largest eigenvalue.

@@ -13,11 +13,11 @@ from sparse_onnx.passes.solvers.iht import lipschitz
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
-__all__ = ["Lasso"]
+__all__ = ["LassoSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lasso(DampedSolver):
+class LassoSolver(DampedSolver):
     """min ½ tr((T - V)' H (T - V)) + λ‖V‖₁, λ such that the budget is met; the mask is then refitted (debias).
 
     λ follows the iteration: in each of ``steps`` steps it is what just removes the budget, for the layer or

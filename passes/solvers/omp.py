@@ -11,13 +11,13 @@ from sparse_onnx.passes.solvers.gram import unit_form
 from sparse_onnx.passes.solvers.refit import conjugate_gradients
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
-__all__ = ["Omp"]
+__all__ = ["OmpSolver"]
 
 _BATCH = 1 << 26  # bytes of the orthogonal directions that are held at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Omp(DampedSolver):
+class OmpSolver(DampedSolver):
     """Start empty; add the input with the largest gain g_i² / H_ii, refit, and again, until the budget is used.
 
     Within scope layer each output channel keeps as many as |w| · ‖x‖₂ would keep in the layer.

@@ -12,7 +12,7 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.solvers import scores
 from sparse_onnx.passes.solvers.solver import Problem, Solver
 
-__all__ = ["Magnitude", "Obd", "Random", "Ria", "Scored", "Wanda"]
+__all__ = ["MagnitudeSolver", "ObdSolver", "RandomSolver", "RiaSolver", "Scored", "WandaSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Scored(Solver):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Magnitude(Scored):
+class MagnitudeSolver(Scored):
     """|w|."""
 
     name: ClassVar[str] = "magnitude"
@@ -42,7 +42,7 @@ class Magnitude(Scored):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random(Scored):
+class RandomSolver(Scored):
     """By chance: the floor. ``seed`` alone decides."""
 
     name: ClassVar[str] = "random"
@@ -57,7 +57,7 @@ class Random(Scored):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanda(Scored):
+class WandaSolver(Scored):
     """|w| · ‖x‖₂ (its paper ranks per output channel: scope row)."""
 
     name: ClassVar[str] = "wanda"
@@ -67,7 +67,7 @@ class Wanda(Scored):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ria(Scored):
+class RiaSolver(Scored):
     """Relative importance and activations: :func:`~sparse_onnx.passes.solvers.scores.ria_score`."""
 
     name: ClassVar[str] = "ria"
@@ -81,7 +81,7 @@ class Ria(Scored):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Obd(Scored):
+class ObdSolver(Scored):
     """½ G_ii w²: second-order Taylor with the layer's own curvature. Gradients of a loss: ``taylor_score``."""
 
     name: ClassVar[str] = "taylor"

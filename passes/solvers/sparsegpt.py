@@ -13,11 +13,11 @@ from sparse_onnx.passes.solvers.gram import damped, inverse_factor
 from sparse_onnx.passes.solvers.masks import keep_mask
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
-__all__ = ["SparseGPT"]
+__all__ = ["SparseGPTSolver"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT(DampedSolver):
+class SparseGPTSolver(DampedSolver):
     """One sweep over the inputs with U'U = H⁻¹ (U upper triangular, H the damped Gram).
 
     In each block of ``block`` inputs the lowest w²/U_ii² go (N:M: in each group, when the sweep reaches it);

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import producer
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import LINEARS, Weight
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
@@ -37,9 +37,8 @@ class Heads(StructuredPass):
 
     def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
         for node, weight in layers.items():
-            value = node.inputs[0]
-            merge = value.producer() if value is not None else None
-            if merge is None or not is_standard(merge, "Reshape"):
+            merge = producer(node.inputs[0], "Reshape")
+            if merge is None:
                 continue
             dims = shapes.dims(merge.inputs[0])
             count, size = dims[-2:] if len(dims) > 2 else (None, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_tensor
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.constants import is_constant
+from sparse_onnx.model.graph import is_standard, name_of
 
 __all__ = [
     "PER_CHANNEL",
@@ -43,7 +43,7 @@ def sources(value: ir.Value | None) -> set[ir.Node | None]:
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         value = waiting.pop()
-        if value is None or value in seen or constant_tensor(value) is not None:
+        if value is None or value in seen or is_constant(value):
             continue
         seen.add(value)
         node = value.producer()
@@ -63,4 +63,4 @@ def is_elementwise(node: ir.Node) -> bool:
 
 def label(node: ir.Node) -> str:
     """How messages name ``node``."""
-    return f"{node.op_type} {node.name or node.outputs[0].name}"
+    return f"{node.op_type} {name_of(node)}"

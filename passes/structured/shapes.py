@@ -7,7 +7,7 @@ import math
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import producer
 from sparse_onnx.model.shapes import Dims, Shapes
 
 __all__ = ["constant_piece", "counterpart", "product", "template"]
@@ -41,8 +41,8 @@ def template(before: Dims, after: Dims, axis: int) -> tuple[int, ...] | None:
 
 def constant_piece(shape: ir.Value | None, position: int, shapes: Shapes) -> tuple[int, int] | None:
     """Of a shape that is a Concat: which input, a constant, holds ``position``, and where in it."""
-    concat = shape.producer() if shape is not None else None
-    if concat is None or not is_standard(concat, "Concat"):
+    concat = producer(shape, "Concat")
+    if concat is None:
         return None
     for index, piece in enumerate(concat.inputs):
         array = constant_array(piece)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model.graph import input_at
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 from sparse_onnx.options import require
@@ -209,5 +210,5 @@ def _bias_of(weight: Weight) -> tuple[ir.Node, int] | None:
     if target is not None and target.bias_node is not None:
         return target.bias_node, target.bias_index
     (node,) = weight.nodes
-    bare = node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None)
+    bare = node.op_type == "Conv" and input_at(node, 2) is None
     return (node, 2) if bare else None

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.graph import add_initializer, drop_if_unused, new_name
+from sparse_onnx.model.constants import constant_array
+from sparse_onnx.model.graph import (
+    add_initializer,
+    drop_if_unused,
+    input_at,
+    is_read_once,
+    new_name,
+    remove_if_unread,
+)
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
@@ -23,11 +31,7 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
     left = region.units - len(removed)
     for removal in region.removals:
         _cut(model, removal, region.units, removed, context)
-        if (
-            removal.node.op_type == "Conv"
-            and len(removal.node.inputs) > 2
-            and removal.node.inputs[2] is not None
-        ):
+        if removal.node.op_type == "Conv" and input_at(removal.node, 2) is not None:
             _cut(model, Removal(removal.node, 2, -1, removal.blocks), region.units, removed, context)
     for node in region.grouped:
         node.attributes["group"] = ir.AttrInt64("group", left)
@@ -52,11 +56,9 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
 
 
 def _cut(model: ir.Model, removal: Removal, units: int, removed: np.ndarray, context: PassContext) -> None:
-    value = removal.node.inputs[removal.index]
-    assert value is not None
-    tensor = ir.convenience.get_const_tensor(value)
-    assert tensor is not None
-    array = np.delete(tensor.numpy(), _elements_of(removed, units, removal.blocks), axis=removal.axis)
+    array = constant_array(removal.node.inputs[removal.index])
+    assert array is not None
+    array = np.delete(array, _elements_of(removed, units, removal.blocks), axis=removal.axis)
     _replace_constant(model, removal.node, removal.index, array, context)
 
 
@@ -87,9 +89,9 @@ def _replace_piece(model: ir.Model, change: Reshaped, size: int) -> None:
     concat, graph = old.producer(), node.graph
     assert concat is not None
     assert isinstance(graph, ir.Graph)
-    tensor = ir.convenience.get_const_tensor(concat.inputs[index])  # type: ignore[arg-type]  # Concat has them all
-    assert tensor is not None
-    array = tensor.numpy().copy()
+    array = constant_array(concat.inputs[index])
+    assert array is not None
+    array = array.copy()
     array[position] = size
     name = new_name(model, f"{node.outputs[0].name}.size")
     pieces = list(concat.inputs)
@@ -118,12 +120,8 @@ def _drop(value: ir.Value) -> None:
     node = value.producer()
     if node is None:
         drop_if_unused(value)
-    elif node.graph is not None and not any(out.uses() or out.is_graph_output() for out in node.outputs):
-        inputs = [operand for operand in node.inputs if operand is not None]
-        node.graph.remove(node, safe=True)
-        for operand in dict.fromkeys(inputs):
-            if not operand.uses() and not operand.is_graph_output():
-                _drop(operand)
+    else:
+        remove_if_unread(node, with_makers=True)
 
 
 def _replace_constant(
@@ -132,7 +130,7 @@ def _replace_constant(
     """Let ``node`` read ``array`` in place of its constant input, in which other readers see no change."""
     old = node.inputs[index]
     assert old is not None
-    own = len(old.uses()) == 1 and not old.is_graph_input() and not old.is_graph_output()
+    own = is_read_once(old) and not old.is_graph_input()
     if own and old.is_initializer() and old.graph is node.graph:
         old.const_value = context.store(array, old.name or "")
         old.shape = ir.Shape(array.shape)
@@ -157,10 +155,8 @@ def write_reader(model: ir.Model, weight: Weight, matrix: np.ndarray, context: P
 
 def shift_bias(model: ir.Model, node: ir.Node, index: int, shift: np.ndarray, context: PassContext) -> None:
     """Add ``shift`` [N] to the bias that is input ``index`` of ``node``; a Conv without one gets it."""
-    old = node.inputs[index] if index < len(node.inputs) else None
-    tensor = ir.convenience.get_const_tensor(old) if old is not None else None
-    if tensor is not None:
-        array = tensor.numpy()
+    array = constant_array(input_at(node, index))
+    if array is not None:
         shifted = (array.astype(np.float64) + shift.reshape(array.shape)).astype(array.dtype)
         _replace_constant(model, node, index, shifted, context)
         return

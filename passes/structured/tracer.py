@@ -25,10 +25,18 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_array
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.constants import constant_array, constant_integers, is_constant
+from sparse_onnx.model.graph import (
+    STANDARD_DOMAINS,
+    axis_from_end,
+    input_at,
+    is_read,
+    is_standard,
+    producer,
+)
 from sparse_onnx.model.shapes import Dims, Shapes
 from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.patterns.match import only_user, transposed
 from sparse_onnx.passes.structured.operators import (
     PER_CHANNEL,
     POOLS,
@@ -197,7 +205,7 @@ class _Tracer:
             raise Unsuitable(f"{label(node)} makes the units along another axis")
         self.writers[node] = weight
         self.cut(node, 1, -rank if weight.transposed else -1, blocks)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
+        if input_at(node, 2) is not None:
             if node.op_type == "Conv":
                 self.checkconstant(node, 2)  # it goes with the weight
             else:
@@ -214,7 +222,7 @@ class _Tracer:
         self.readers[node] = (weight, weight.shape[0] // self.units)
 
     def checkconstant(self, node: ir.Node, index: int) -> None:
-        if constant_array(node.inputs[index]) is None:
+        if not is_constant(node.inputs[index]):
             raise Unsuitable(f"{label(node)} has a parameter that is no constant")
 
     def cutconstant(self, node: ir.Node, index: int, axis: int, blocks: Blocks) -> None:
@@ -232,7 +240,7 @@ class _Tracer:
             return
         self.done.add(node)
         more = node.outputs[1:] if not is_standard(node, "Split") else ()
-        if any(output.uses() or output.is_graph_output() for output in more):
+        if any(map(is_read, more)):
             raise Unsuitable(f"{label(node)} has a second output that is used")
         if is_elementwise(node):
             self.elementwise(node, axis, blocks)
@@ -244,7 +252,7 @@ class _Tracer:
             self.over_other_axes(node, axis, blocks)
         elif is_standard(node, "MatMul"):
             self.product(node, axis, blocks)
-        elif node.domain in ("", "ai.onnx") and node.op_type in self.moves:
+        elif node.domain in STANDARD_DOMAINS and node.op_type in self.moves:
             self.moves[node.op_type](node, value, axis, blocks)
         else:
             raise Unsuitable(f"units go through {label(node)}, which may mix them")
@@ -254,7 +262,7 @@ class _Tracer:
         for index, operand in enumerate(node.inputs):
             if operand is None:
                 continue
-            if constant_array(operand) is not None:
+            if is_constant(operand):
                 self.cutconstant(node, index, axis, blocks)
                 continue
             size = self.size(operand, axis)
@@ -280,7 +288,7 @@ class _Tracer:
         if len(weight.nodes) > 1:
             raise Unsuitable(f"{weight.name} is shared by several layers")
         self.cut(node, 1, -rank, blocks)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
+        if input_at(node, 2) is not None:
             self.checkconstant(node, 2)
         self.grouped.append(node)
         self.ends(node, axis, blocks)
@@ -302,16 +310,16 @@ class _Tracer:
         """Softmax, normalizations and reductions, over axes behind or beside that of the units."""
         rank = self.rank(node.inputs[0])
         if node.op_type in REDUCTIONS:
-            axes = self.ints(node, "axes", 1)
+            axes = constant_integers(node, "axes", 1)
             apart = axes is not None and node.attributes.get_int("keepdims", 1) == 1
         elif node.op_type == "LayerNormalization":
             first = node.attributes.get_int("axis", -1)
-            axes, apart = tuple(range(first - rank if first >= 0 else first, 0)), True
+            axes, apart = tuple(range(axis_from_end(first, rank), 0)), True
             for index in range(1, len(node.inputs)):
                 self.cutconstant(node, index, axis, blocks)
         else:
             axes, apart = (node.attributes.get_int("axis", -1),), True
-        if not apart or axes is None or axis in {one - rank if one >= 0 else one for one in axes}:
+        if not apart or axes is None or axis in {axis_from_end(one, rank) for one in axes}:
             raise Unsuitable(f"{label(node)} mixes the units")
         self.ends(node, axis, blocks)
 
@@ -320,20 +328,13 @@ class _Tracer:
             raise Unsuitable(f"{label(node)} mixes the units, and has no weight that could change")
         for operand in node.inputs:
             size = self.size(operand, axis)
-            if size == self.length(blocks) and constant_array(operand) is None:
+            if size == self.length(blocks) and not is_constant(operand):
                 self.visit(operand, axis, blocks)
             elif size != 1:
                 raise Unsuitable(f"the dimensions of {operand.name if operand else '?'} are not known to fit")
         self.visit(node.outputs[0], axis, blocks)
 
     # -- shapes -------------------------------------------------------------------------------------------------
-
-    def ints(self, node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
-        """An attribute that later became an input."""
-        if name in node.attributes:
-            return tuple(node.attributes[name].as_ints())
-        array = constant_array(node.inputs[index]) if index < len(node.inputs) else None
-        return None if array is None else tuple(int(one) for one in array.reshape(-1))
 
     def reshape(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
         """Units stay consecutive; where, is known if all before them, or the size of all behind, stays as it was."""
@@ -426,7 +427,7 @@ class _Tracer:
         blocks: Blocks,
     ) -> None:
         """``large`` has axes of one element more than ``small``."""
-        axes, rank = self.ints(node, "axes", 1), self.rank(large)
+        axes, rank = constant_integers(node, "axes", 1), self.rank(large)
         if axes is None:
             raise Unsuitable(f"{label(node)} has axes that are no constant")
         others = [one - rank for one in range(rank) if one not in {given % rank for given in axes}]
@@ -453,7 +454,7 @@ class _Tracer:
         """Along another axis, or into parts that each have all units."""
         source = node.inputs[0]
         rank = self.rank(source)
-        if axis != node.attributes.get_int("axis", 0) % rank - rank:
+        if axis != axis_from_end(node.attributes.get_int("axis", 0), rank):
             for operand in (source, *node.outputs):
                 self.visit(operand, axis, blocks)
             return
@@ -461,7 +462,7 @@ class _Tracer:
         each = tuple(size // self.units for size in sizes if isinstance(size, int) and size % self.units == 0)
         if "split" in node.attributes or len(each) < len(sizes) or (value is source and blocks != each):
             raise Unsuitable(f"{label(node)} cuts through units")
-        if len(node.inputs) > 1 and node.inputs[1] is not None:
+        if input_at(node, 1) is not None:
             self.divided.append(Divided(node, each))
         self.visit(source, axis, each)
         for part, size in zip(node.outputs, each, strict=True):
@@ -485,17 +486,17 @@ class _Tracer:
         self.ends(node, axis, blocks)
 
     def slice(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
-        rank, axes = self.rank(value), self.ints(node, "axes", 3)
-        if axes is None or axis in {one - rank if one >= 0 else one for one in axes}:
+        rank, axes = self.rank(value), constant_integers(node, "axes", 3)
+        if axes is None or axis in {axis_from_end(one, rank) for one in axes}:
             raise Unsuitable(f"{label(node)} takes some of the units")
         self.ends(node, axis, blocks)
 
     def concat(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
         rank, along = self.rank(value), node.attributes.get_int("axis", 0)
-        if axis == (along - rank if along >= 0 else along):
+        if axis == axis_from_end(along, rank):
             raise Unsuitable(f"{label(node)} binds the units to others")
         for operand in (*node.inputs, node.outputs[0]):
-            if constant_array(operand) is not None:
+            if is_constant(operand):
                 raise Unsuitable(f"{label(node)} adds constants to the units")
             self.visit(operand, axis, blocks)
 
@@ -548,30 +549,17 @@ def _picks_others(node: ir.Node, index: int, count: int) -> bool:
 
 def _swap(node: ir.Node) -> Swapped | None:
     """The three nodes of :class:`Swapped`, if ``node`` is the first or the last and nothing else reads in between."""
-    for last in (node, _only_user(_only_user(node))):
-        transpose = last.inputs[0].producer() if last is not None and last.inputs[0] is not None else None
-        first = (
-            transpose.inputs[0].producer()
-            if transpose is not None and transpose.inputs[0] is not None
-            else None
-        )
+    behind = only_user(node.outputs[0], "Transpose")
+    for last in (node, only_user(behind.outputs[0], "Reshape") if behind is not None else None):
+        transpose = producer(last.inputs[0], "Transpose") if last is not None else None
+        first = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
         if (
             last is not None
             and transpose is not None
             and first is not None
-            and is_standard(last, "Reshape")
-            and is_standard(transpose, "Transpose")
-            and is_standard(first, "Reshape")
-            and tuple(transpose.attributes.get_ints("perm", ())) == (0, 2, 1)
-            and _only_user(first) is transpose
-            and _only_user(transpose) is last
+            and transposed(last.inputs[0], 0, 2, 1) is not None
+            and only_user(first.outputs[0], "Transpose") is transpose
+            and only_user(transpose.outputs[0], "Reshape") is last
         ):
             return Swapped(first, transpose, last)
     return None
-
-
-def _only_user(node: ir.Node | None) -> ir.Node | None:
-    if node is None:
-        return None
-    users = [use.node for use in node.outputs[0].uses()]
-    return users[0] if len(users) == 1 and not node.outputs[0].is_graph_output() else None

@@ -10,7 +10,7 @@ from sparse_onnx.analysis.sensitivity import Loss, measure_losses
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.calibration import Options
-from sparse_onnx.passes.solvers import SparseGPT
+from sparse_onnx.passes.solvers import SparseGPTSolver
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 MODEL = """<ir_version: 9, opset_import: ["" : 20]>
@@ -77,7 +77,7 @@ def test_errors_are_those_of_the_method(losses):
     for name, weight, inputs in (("A", A, X), ("B", B, HIDDEN)):
         statistics = InputStatistics((inputs.T @ inputs).astype(np.float32), count=len(inputs))
         for share, error in zip((0.5, 0.9), losses[name].errors["unstructured"], strict=True):
-            pruned = SparseGPT().solve(weight, statistics, sparsity=share)
+            pruned = SparseGPTSolver().solve(weight, statistics, sparsity=share)
             assert error == pytest.approx(own_error(weight, pruned, inputs), rel=0.15)
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model import model_io
 from sparse_onnx.model.dimensions import Dim, is_unknown, unnamed
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import input_at, is_standard
 
 __all__ = ["Fact", "operator_sizes"]
 
@@ -87,7 +87,7 @@ class _Shapes:
         self._known = known
 
     def of(self, node: ir.Node, index: int) -> _Dims:
-        value = node.inputs[index] if index < len(node.inputs) else None
+        value = input_at(node, index)
         if value is None:
             return ()
         if value.const_value is not None:
@@ -96,7 +96,7 @@ class _Shapes:
 
     def width(self, node: ir.Node, index: int) -> Dim:
         """The last dimension; of a product with a weight also behind operators whose shapes cannot be inferred."""
-        value = node.inputs[index] if index < len(node.inputs) else None
+        value = input_at(node, index)
         for _ in range(_STEPS):
             dims = self.of(node, index)
             maker = None if value is None else value.producer()

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx
 
+from sparse_onnx.model.graph import STANDARD_DOMAINS
+
 __all__ = ["axis_lengths"]
 
 _SAME_NUMBER = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
@@ -123,7 +125,7 @@ class _Reader:
     def dimension(self, name: str, depth: int = _MAX_DEPTH) -> _Dim | None:
         """The dimension that the only element of this value is."""
         node = self._producers.get(name)
-        if node is None or depth == 0 or node.domain not in ("", "ai.onnx"):
+        if node is None or depth == 0 or node.domain not in STANDARD_DOMAINS:
             return None
         if node.op_type in _SAME_NUMBER:
             return self.dimension(node.input[0], depth - 1)

@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import HostError, ModelFileError
+from sparse_onnx.model.graph import STANDARD_DOMAINS
 
 __all__ = [
     "MAX_IR_VERSION",
@@ -49,7 +50,6 @@ OLDEST_OPSET = (
 )
 PROTOBUF_LIMIT = 2**31 - 1  # bytes of one serialized message
 
-_DEFAULT_DOMAINS = ("", "ai.onnx")
 _MAX_RANK = 32  # of NumPy 1; NumPy 2 and ONNX allow more
 _MAX_BYTES = 2**63 - 1
 _NEWEST_TYPE = ir.DataType.INT2  # of IR version 13
@@ -104,7 +104,7 @@ def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto
 
 def is_constant(node: onnx.NodeProto) -> bool:
     """Whether ``node`` is the standard operator Constant."""
-    return node.op_type == "Constant" and node.domain in _DEFAULT_DOMAINS
+    return node.op_type == "Constant" and node.domain in STANDARD_DOMAINS
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
@@ -214,7 +214,7 @@ class _ModelCheck:
                 f"re-export with opset <= {MAX_OPSET}",
             )
         opset = self._default_opset(model.opset_import, "model")
-        uses_default = any(node.domain in _DEFAULT_DOMAINS for node in model.graph.node)
+        uses_default = any(node.domain in STANDARD_DOMAINS for node in model.graph.node)
         if opset is None and uses_default:
             self._fail("header", "imports no version of the standard operators; export it again")
         if opset is not None and opset < OLDEST_OPSET:
@@ -227,7 +227,7 @@ class _ModelCheck:
             self._default_opset(function.opset_import, f"function {quote(function.name)}")
 
     def _default_opset(self, imports: Iterable[onnx.OperatorSetIdProto], place: str) -> int | None:
-        versions = {entry.version for entry in imports if entry.domain in _DEFAULT_DOMAINS}
+        versions = {entry.version for entry in imports if entry.domain in STANDARD_DOMAINS}
         if len(versions) > 1:
             self._fail(place, "imports two versions of the standard operators; export it again")
         for version in versions:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["constant_array", "constant_number", "constant_tensor"]
+from sparse_onnx.model.graph import input_at
+
+__all__ = ["constant_array", "constant_integers", "constant_number", "constant_tensor", "is_constant"]
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -13,6 +15,11 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.is_graph_input():
         return None
     return ir.convenience.get_const_tensor(value)
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether ``value`` is always the same; its elements are not read."""
+    return constant_tensor(value) is not None
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:
@@ -33,3 +40,12 @@ def constant_number(value: ir.Value | None, rank: int | None = None) -> float | 
     if rank is not None and len(tensor.shape) > rank:
         return None
     return float(np.asarray(tensor.numpy(), np.float64).reshape(()))
+
+
+def constant_integers(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
+    """What the attribute ``name`` of ``node`` says or, where it has none, its constant input ``index``: in later opsets
+    many attributes are inputs. None if neither is there or the input is no constant."""
+    if name in node.attributes:
+        return tuple(node.attributes[name].as_ints())
+    array = constant_array(input_at(node, index))
+    return None if array is None else tuple(int(element) for element in array.reshape(-1))

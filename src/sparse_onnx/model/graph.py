@@ -10,22 +10,60 @@ import onnx_ir as ir
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
 __all__ = [
+    "STANDARD_DOMAINS",
     "Names",
     "add_function",
     "add_initializer",
     "all_graphs",
+    "axis_from_end",
     "drop_if_unused",
+    "input_at",
+    "is_read",
+    "is_read_once",
     "is_standard",
     "name_of",
     "new_name",
+    "producer",
+    "read_values",
+    "remove_if_unread",
     "subgraphs",
     "value_names",
 ]
 
+STANDARD_DOMAINS = ("", "ai.onnx")
+"""The two names of the domain whose operators the ONNX standard defines."""
+
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
     """Whether ``node`` is one of these operators of the ONNX standard."""
-    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+    return node.domain in STANDARD_DOMAINS and node.op_type in op_types
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, in its graph or around it; with ``op_types`` only if it is one of these
+    operators of the ONNX standard."""
+    node = None if value is None else value.producer()
+    return node if node is not None and (not op_types or is_standard(node, *op_types)) else None
+
+
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """Input ``index`` of ``node``; None where it is left out, in the middle or at the end."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def is_read(value: ir.Value) -> bool:
+    """Whether anything needs ``value``: a node, of a subgraph too, or whoever asks for the outputs of its graph."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether one input of one node, of a subgraph maybe, is all that needs ``value``."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def axis_from_end(axis: int, rank: int) -> int:
+    """``axis`` of a value with ``rank`` axes as a negative number: -1 is the last one."""
+    return axis - rank if axis >= 0 else axis
 
 
 def name_of(node: ir.Node) -> str:
@@ -98,7 +136,7 @@ def add_function(model: ir.Model, body: onnx.FunctionProto, version: int) -> Non
 def drop_if_unused(value: ir.Value) -> bool:
     """Remove an initializer or Constant node that nothing uses and that is no input or output; whether it went."""
     graph, node = value.graph, value.producer()
-    if value.uses() or value.is_graph_input() or value.is_graph_output():
+    if is_read(value) or value.is_graph_input():
         return False
     if node is not None and node.graph is not None and is_standard(node, "Constant"):
         node.graph.remove(node, safe=True)
@@ -107,6 +145,28 @@ def drop_if_unused(value: ir.Value) -> bool:
         return False
     del graph.initializers[value.name or ""]
     return True
+
+
+def remove_if_unread(node: ir.Node, *, with_makers: bool = False) -> bool:
+    """Remove ``node`` if nothing needs what it makes, and the initializers that only it read; whether it went.
+
+    ``with_makers``: and all nodes before it that nothing else needs, Constant nodes among them.
+    """
+    removed, waiting = False, [node]
+    while waiting:
+        node = waiting.pop()
+        if node.graph is None or any(map(is_read, node.outputs)):
+            continue
+        operands = dict.fromkeys(value for value in node.inputs if value is not None)
+        node.graph.remove(node, safe=True)
+        removed = True
+        for value in operands:
+            maker = value.producer()
+            if maker is None:
+                drop_if_unused(value)
+            elif with_makers:
+                waiting.append(maker)
+    return removed
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -22,7 +22,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.model.axis_lengths import axis_lengths
 from sparse_onnx.model.constants import constant_number, constant_tensor
 from sparse_onnx.model.dimensions import Dim, forget_unknown, read_dim
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import STANDARD_DOMAINS, producer
 
 __all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
 
@@ -192,8 +192,8 @@ class Shapes:
 
         None as well where it may have more than ``rank`` axes (None: any number).
         """
-        node = value.producer() if value is not None else None
-        if node is None or not is_standard(node, "Cast", "Identity", "Sqrt", "Mul", "Div", "Slice", "Gather"):
+        node = producer(value, "Cast", "Identity", "Sqrt", "Mul", "Div", "Slice", "Gather")
+        if node is None:
             return constant_number(value, rank)
         known = self.rank(value)
         if rank is not None and (known is None or known > rank):
@@ -217,9 +217,9 @@ class Shapes:
 
     def _dimension(self, node: ir.Node) -> float | None:
         """The dimension that a Slice or Gather takes from a Shape, if it is known."""
-        shape = node.inputs[0].producer() if node.inputs[0] is not None else None
+        shape = producer(node.inputs[0], "Shape")
         start = constant_number(node.inputs[1])
-        if shape is None or not is_standard(shape, "Shape") or shape.attributes or start is None:
+        if shape is None or shape.attributes or start is None:
             return None
         dims = self.dims(shape.inputs[0])
         one = node.op_type == "Gather" or self.dims(node.outputs[0]) == (1,)
@@ -245,7 +245,7 @@ def _tell(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None
 def _prefer_newer_reshape(proto: onnx.ModelProto) -> None:
     """Let Reshape of opset 13 be inferred as of 14: only that looks through the nodes that compute its target."""
     for opset in proto.opset_import:
-        if opset.domain in ("", "ai.onnx") and opset.version == 13:
+        if opset.domain in STANDARD_DOMAINS and opset.version == 13:
             opset.version = 14
 
 

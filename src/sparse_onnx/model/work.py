@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparse_onnx.model.graph import all_graphs, is_standard, name_of, subgraphs
+from sparse_onnx.model.graph import all_graphs, input_at, is_standard, name_of, subgraphs
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
@@ -91,15 +91,11 @@ class Untouched:
     reason: str
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _matmul(a: int, transposed: str = "") -> Callable[[ir.Node, ShapeOf], int]:
     """The product of input ``a`` with another, which may be transposed by an attribute."""
 
     def count(node: ir.Node, shape: ShapeOf) -> int:
-        left = shape(_input(node, a))
+        left = shape(input_at(node, a))
         turned = transposed != "" and node.attributes.get_int(transposed, 0) == 1 and len(left) > 1
         return math.prod(shape(node.outputs[0])) * (left[-2] if turned else left[-1])
 
@@ -107,25 +103,25 @@ def _matmul(a: int, transposed: str = "") -> Callable[[ir.Node, ShapeOf], int]:
 
 
 def _packed_matmul(node: ir.Node, shape: ShapeOf) -> int:
-    return math.prod(shape(_input(node, 0))) * node.attributes.get_int("N", 0)
+    return math.prod(shape(input_at(node, 0))) * node.attributes.get_int("N", 0)
 
 
 def _convolution(weight: int) -> Callable[[ir.Node, ShapeOf], int]:
     def count(node: ir.Node, shape: ShapeOf) -> int:
-        return math.prod(shape(node.outputs[0])) * math.prod(shape(_input(node, weight))[1:])
+        return math.prod(shape(node.outputs[0])) * math.prod(shape(input_at(node, weight))[1:])
 
     return count
 
 
 def _transposed_convolution(node: ir.Node, shape: ShapeOf) -> int:
-    return math.prod(shape(_input(node, 0))) * math.prod(shape(_input(node, 1))[1:])
+    return math.prod(shape(input_at(node, 0))) * math.prod(shape(input_at(node, 1))[1:])
 
 
 def _recurrent(weight: int) -> Callable[[ir.Node, ShapeOf], int]:
     """Every step of every sequence multiplies by all of the weight."""
 
     def count(node: ir.Node, shape: ShapeOf) -> int:
-        return math.prod(shape(_input(node, 0))[:2]) * math.prod(shape(_input(node, weight)))
+        return math.prod(shape(input_at(node, 0))[:2]) * math.prod(shape(input_at(node, weight)))
 
     return count
 
@@ -167,8 +163,8 @@ def _attention(
         if made:
             length = shape(node.outputs[present or 0])[2]
         else:
-            length = shape(_input(node, key))[-2]
-            if past is not None and (before := _input(node, past)) is not None:
+            length = shape(input_at(node, key))[-2]
+            if past is not None and (before := input_at(node, past)) is not None:
                 length += shape(before)[-2]
         return 2 * math.prod(shape(node.outputs[0])) * length
 
@@ -180,7 +176,7 @@ def _uncounted(_node: ir.Node, _shape: ShapeOf) -> int:
 
 
 def _projection(node: ir.Node, shape: ShapeOf) -> int:
-    return math.prod(shape(_input(node, 0))) * shape(_input(node, 1))[-1]
+    return math.prod(shape(input_at(node, 0))) * shape(input_at(node, 1))[-1]
 
 
 def _one(weights: tuple[int, ...], count: Callable[[ir.Node, ShapeOf], int]) -> tuple[Product, ...]:
@@ -243,7 +239,7 @@ def _label(node: ir.Node) -> str:
     return f"{_domain(node)}::{node.op_type}" if _domain(node) else node.op_type
 
 
-def _is_constant(value: ir.Value | None) -> bool:
+def _has_tensor(value: ir.Value | None) -> bool:
     """Whether the model has a value for it, even if a caller may give another."""
     if value is None:
         return False
@@ -258,15 +254,15 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
 def _weight(node: ir.Node, product: Product) -> tuple[ir.Value | None, ir.Node | None]:
     """The constant that a product multiplies by, and the node that makes the operand of it, if there is one."""
     for index in product.weights:
-        if _is_constant(value := _input(node, index)):
+        if _has_tensor(value := input_at(node, index)):
             return value, None
     for index in product.weights:
-        value = _input(node, index)
+        value = input_at(node, index)
         producer = value.producer() if value is not None else None
         maker = producer
         while producer is not None and is_standard(producer, *_CONVERSIONS):
             value = producer.inputs[0]
-            if _is_constant(value):
+            if _has_tensor(value):
                 return value, maker
             producer = value.producer() if value is not None else None
     return None, None
@@ -281,7 +277,7 @@ def _reason(node: ir.Node, product: Product) -> str:
         return "is also a graph input, so a caller may replace it"
     if maker is not None:
         return f"its weight is computed in every run, by {maker.op_type}"
-    if is_standard(node, "MatMul", "Gemm") and value is _input(node, 0):
+    if is_standard(node, "MatMul", "Gemm") and value is input_at(node, 0):
         return f"the constant is the left operand of {node.op_type}"
     tensor = _tensor(value)
     if is_standard(node, "Conv") and node.attributes.get_int("group", 1) > 1:
@@ -297,7 +293,7 @@ def _products(node: ir.Node) -> tuple[Product, ...]:
         return OPERATORS[key]
     if node.domain in _KNOWN_DOMAINS and (node.domain != _MICROSOFT or not _MATRIX_LIKE.search(node.op_type)):
         return ()
-    constants = [index for index, value in enumerate(node.inputs) if _is_constant(value)]
+    constants = [index for index, value in enumerate(node.inputs) if _has_tensor(value)]
     tensors = {index: _tensor(node.inputs[index]) for index in constants}  # type: ignore[arg-type]
     return tuple(
         Product((index,), _uncounted) for index, tensor in tensors.items() if tensor and len(tensor.shape) > 1
@@ -453,7 +449,7 @@ def _repeats(node: ir.Node, shape: ShapeOf) -> int | None:
     if node.op_type == "If":
         return 1
     if node.op_type == "Loop":
-        trips = _input(node, 0)
+        trips = input_at(node, 0)
         tensor = None if trips is None else _tensor(trips)
         return None if tensor is None or tensor.size != 1 else int(tensor.numpy().reshape(-1)[0])
     scanned = node.attributes.get_int("num_scan_inputs", 0)
@@ -471,7 +467,7 @@ def _rows_of_ours(node: ir.Node, shape: ShapeOf) -> int:
     if node.op_type.startswith("SparseConv"):
         images, _, *positions = shape(node.outputs[0])
         return images * math.prod(positions)
-    return math.prod(shape(_input(node, 0))[:-1])
+    return math.prod(shape(input_at(node, 0))[:-1])
 
 
 def sparse_share(work: Sequence[NodeWork], sparse: Collection[str]) -> float:

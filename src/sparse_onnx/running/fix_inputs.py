@@ -20,6 +20,7 @@ import onnx_ir as ir
 from sparse_onnx.data.inputs import Feeds, InputSpec, Value
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
+from sparse_onnx.model.constants import constant_tensor, is_constant
 from sparse_onnx.model.graph import add_initializer, is_standard, new_name, subgraphs
 from sparse_onnx.model.metadata_keys import FIXED_INPUTS_KEY
 from sparse_onnx.running.runtime import open_session, run_session
@@ -90,7 +91,7 @@ def _fold(model: ir.Model, derived: set[ir.Value]) -> set[ir.Value]:
         inputs = [value for value in node.inputs if value is not None]
         if (
             known.intersection(inputs)
-            and all(value in known or _is_constant(value) for value in inputs)
+            and all(value in known or is_constant(value) for value in inputs)
             and is_standard(node, node.op_type)
             and node.op_type not in _BY_CHANCE
             and not any(subgraphs(node))
@@ -121,10 +122,6 @@ def _fold(model: ir.Model, derived: set[ir.Value]) -> set[ir.Value]:
     return made
 
 
-def _is_constant(value: ir.Value) -> bool:
-    return ir.convenience.get_const_tensor(value) is not None and not value.is_graph_input()
-
-
 def _evaluate(model: ir.Model, wanted: Sequence[ir.Value]) -> Feeds:
     """The ``wanted`` values, which depend on no input."""
     copy = model.clone()
@@ -151,9 +148,9 @@ def _inline_branches(model: ir.Model) -> bool:
 def _known_conditions(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Graph]]:
     for graph in model.graphs():
         for node in graph:
-            if not is_standard(node, "If") or node.inputs[0] is None or not _is_constant(node.inputs[0]):
+            if not is_standard(node, "If"):
                 continue
-            condition = ir.convenience.get_const_tensor(node.inputs[0])
+            condition = constant_tensor(node.inputs[0])
             if condition is not None and condition.size == 1:
                 branch = "then_branch" if condition.numpy().item() else "else_branch"
                 yield node, node.attributes[branch].as_graph()

@@ -17,7 +17,7 @@ from sparse_onnx.passes.prune.allocation import (
     outlier_share,
     water_fill,
 )
-from sparse_onnx.passes.solvers import InputStatistics, SparseGPT
+from sparse_onnx.passes.solvers import InputStatistics, SparseGPTSolver
 
 
 def layer(name, W, op_type="MatMul", **attributes):
@@ -211,7 +211,7 @@ def test_error_curve_is_that_of_the_solver_on_the_whole_layer():
     curve = error_curve(W, statistics, sparsities)
     energy = np.einsum("kn,kn->n", W, statistics.gram @ W)
     for share, found in zip(sparsities, curve, strict=True):
-        change = W - SparseGPT().solve(W, statistics, sparsity=float(share))
+        change = W - SparseGPTSolver().solve(W, statistics, sparsity=float(share))
         error = np.mean(np.einsum("kn,kn->n", change, statistics.gram @ change) / energy)
         assert np.sqrt(found) == pytest.approx(np.sqrt(error), rel=0.05)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.registry import PASSES
 from sparse_onnx.passes.solvers import SOLVERS, InputStatistics, relative_error
 from sparse_onnx.passes.solvers.masks import MaskStructure, obeys
 
@@ -226,3 +227,7 @@ def test_input_that_does_not_fit_is_refused(change, message):
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         SOLVERS[name](**options)
+
+
+def test_no_class_has_the_name_of_a_pass():
+    assert not {solver.__name__ for solver in SOLVERS.values()} & {cls.__name__ for cls in PASSES}
