@@ -6,7 +6,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from sparse_onnx.errors import ModelFileError, UsageError
 from sparse_onnx.model.encodings import Affine, Palette
@@ -541,6 +545,78 @@ def test_hostile_moves_are_left_alone_with_a_reason(move):
     weights, declined = find_weights(ir.from_proto(proto), encoded=True)
     assert not weights
     assert [name for name, _ in declined] == ["q"]
+
+
+@st.composite
+def strange_nodes(draw):
+    """A DequantizeLinear of any attributes and parameters, and moves of its result, most of which fit nothing."""
+    shape = draw(npst.array_shapes(min_dims=1, max_dims=3, max_side=4))
+    size = draw(st.sampled_from([0, 0, 1, 2, 3, -1]))
+    axis = draw(st.integers(-4, 3))
+    scale = draw(st.one_of(st.just(()), st.just((1,)), npst.array_shapes(max_dims=3, max_side=4)))
+    if size > 0 and draw(st.booleans()) and -len(shape) <= axis < len(shape):
+        blocks = list(shape)
+        blocks[axis] = -(-shape[axis] // size)
+        scale = tuple(blocks)
+    elif draw(st.booleans()) and -len(shape) <= axis < len(shape):
+        scale = (shape[axis],)
+    small = st.lists(st.integers(-1, 4), min_size=1, max_size=3)
+    moves = draw(
+        st.lists(st.sampled_from(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"]), max_size=3)
+    )
+    numbers = [draw(small) for _ in moves]
+    return (
+        shape,
+        size,
+        axis,
+        scale,
+        draw(st.sampled_from([None, scale, ()])),
+        list(zip(moves, numbers, strict=True)),
+    )
+
+
+@given(strange_nodes())
+@settings(max_examples=300)
+def test_strange_nodes_are_read_as_the_runtime_does_or_left_alone(case):
+    shape, size, axis, scale, zero, moves = case
+    rng = np.random.default_rng(0)
+    tensors = {"q": rng.integers(-128, 128, shape).astype(np.int8), "s": rng.random(scale).astype(np.float32)}
+    if zero is not None:
+        tensors["z"] = rng.integers(-128, 128, zero).astype(np.int8)
+    block = f", block_size = {size}" if size else ""
+    text, last = f"v0 = DequantizeLinear<axis = {axis}{block}>(q, s{', z' * (zero is not None)})", "v0"
+    for index, (op_type, numbers) in enumerate(moves):
+        made = f"v{index + 1}"
+        if op_type == "Transpose":
+            text += f" {made} = Transpose<perm = {numbers}>({last})"
+        elif op_type == "Flatten":
+            text += f" {made} = Flatten<axis = {numbers[0]}>({last})"
+        else:
+            tensors[f"n{index}"] = np.array(numbers, np.int64)
+            text += f" {made} = {op_type}({last}, n{index})"
+        last = made
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[B, C] X) => (float[B, D] Y, float V) {{
+            {text} Y = MatMul(X, {last}) V = Identity({last}) }}"""
+    )
+    del proto.graph.output[1]
+    for name, array in tensors.items():
+        proto.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
+    alone = onnx.ModelProto()
+    alone.CopyFrom(proto)
+    del proto.graph.node[-1]  # which reads the weight, too
+    weights, declined = find_weights(ir.from_proto(proto), encoded=True)
+    assert len(weights) + len(declined) == 1
+    if weights:
+        matrix = weights[0].matrix()
+        assert matrix.shape == weights[0].shape
+        del alone.graph.node[-2], alone.graph.output[:]
+        alone.graph.output.append(onnx.ValueInfoProto(name="V"))
+        alone.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(alone.SerializeToString(), options, ["CPUExecutionProvider"])
+        np.testing.assert_array_equal(session.run(None, {"X": np.ones((1, 1), np.float32)})[0], matrix)
 
 
 NOTHING = {

@@ -273,7 +273,8 @@ def _reshaped(node: ir.Node, shape: Shape) -> Shape | None:
     rank = len(shape)
     if node.op_type == "Flatten":
         axis = node.attributes.get_int("axis", 1)
-        return math.prod(shape[:axis]), math.prod(shape[axis:])
+        fits = -rank <= axis <= rank
+        return (math.prod(shape[:axis]), math.prod(shape[axis:])) if fits else None
     given = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
     numbers = None if given is None else tuple(int(number) for number in given.reshape(-1))
     if node.op_type == "Squeeze":

@@ -469,3 +469,25 @@ def test_the_whole_clean_up_keeps_encodings(from_text, run, body, tensors):
     np.testing.assert_array_equal(weight.matrix(), matrix)
     assert weight.tensor.tobytes() == tensors["w"].tobytes()
     np.testing.assert_array_equal(run(model, {"X": X})["Y"], before)
+
+
+@pytest.mark.parametrize("move", ["T = Gather(p, w)", "G = Gather(p, w) T = Transpose<perm = [0, 2, 1]>(G)"])
+def test_the_whole_clean_up_keeps_palettes_of_recurrent_layers(from_text, run, move):
+    """The other weight is computed of constants as well, but not decoded: it is folded as ever."""
+    model = build(
+        from_text,
+        f"{move} R = Expand(r, t) Y = GRU<hidden_size = 2>(X, T, R)",
+        inputs="float[3, 2, 6] X",
+        outputs="float[3, 1, 2, 2] Y",
+        w=RNG.integers(0, 4, (1, 6, 6)),
+        p=BIAS,
+        r=np.float32([0.5]),
+        t=shape(1, 6, 2),
+    )
+    x = RNG.standard_normal((3, 2, 6)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    Pipeline(CLEAN_PASSES)(model)
+    assert "Gather" in {node.op_type for node in model.graph}
+    assert "Expand" not in {node.op_type for node in model.graph}
+    assert [weight.name for weight in find_weights(model, encoded=True)[0]] == ["w", "R"]
+    np.testing.assert_array_equal(run(model, {"X": x})["Y"], before)
