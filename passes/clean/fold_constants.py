@@ -15,8 +15,9 @@ Folded is what has the same result whoever computes it: operators that move, cho
 integers, and sums, differences, products, quotients and roots of floats, which IEEE 754 rounds in one way only. It is
 :mod:`onnx.reference` that computes. Left as nodes: everything else, results of more than 2¹⁸ elements (an Expand of
 one number to a large mask), what comes behind 64 MiB of other results, NaN, what the weights and biases of linears
-and convolutions are computed from, which is the subject of :mod:`sparse_onnx.passes.clean.fold_weights`, what is
-stored with 8 bits and cast to floats (quantized), subgraphs and functions.
+and convolutions are computed from, which is the subject of :mod:`sparse_onnx.passes.clean.fold_weights`, weights of
+LSTM and GRU that a codebook decodes, what is stored with 8 bits and cast to floats (quantized), subgraphs and
+functions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import onnx_ir as ir
 from onnx import helper
 
 from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import add_initializer, is_standard, remove_if_unread
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.shapes import Dims, Shapes
@@ -280,7 +282,10 @@ def _replace(model: ir.Model, found: _Constants, context: PassContext) -> dict[s
         node = value.producer()
         assert node is not None
         if value.is_graph_output() or any(
-            use.node in kept or _is_weight(use.node, use.idx) for use in value.uses()
+            use.node in kept
+            or _is_weight(use.node, use.idx)
+            or (_is_recurrent_weight(use.node, use.idx) and _is_decoded(value))
+            for use in value.uses()
         ):
             kept.add(node)
             continue
@@ -302,3 +307,15 @@ def _replace(model: ir.Model, found: _Constants, context: PassContext) -> dict[s
 
 def _is_weight(node: ir.Node, index: int) -> bool:
     return index > 0 and is_standard(node, *_LINEARS)
+
+
+def _is_recurrent_weight(node: ir.Node, index: int) -> bool:
+    return index in (1, 2) and is_standard(node, "GRU", "LSTM")
+
+
+def _is_decoded(value: ir.Value) -> bool:
+    """Whether it comes from a codebook, maybe in another order or shape."""
+    node = value.producer()
+    while node is not None and not decodes(node, 1) and is_standard(node, *_MOVES):
+        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return node is not None and decodes(node, 1)

@@ -13,8 +13,10 @@ long as all that they start from is constant: initializers and Constant nodes. (
 LSTM by Slice and Concat.) The result takes the name of the weight, without the suffix ``_orig``. Biases are
 folded the same way.
 
-Left alone, with the reason: quantized weights, weights that a caller may replace, other operators, and
-weights that something else still needs: folding would store them twice (an embedding tied to the output).
+Left alone, with the reason: weights that DequantizeLinear or the Gather of a codebook decodes, which would be stored
+in several times the bytes (:mod:`sparse_onnx.model.encodings` reads them as they are); weights that a caller may
+replace; other operators; and weights that something else still needs: folding would store them twice (an embedding
+tied to the output).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import drop_if_unused, is_standard, value_names
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -160,6 +163,8 @@ def _constants(model: ir.Model) -> _Known:
         for output in node.outputs:
             if is_standard(node, "DequantizeLinear"):
                 known[output] = _Obstacle("quantized: the weight stays as it is stored")
+            elif decodes(node, 1):
+                known[output] = _Obstacle("a codebook: the weight stays as it is stored")
             elif obstacles:
                 known[output] = obstacles[0]
             elif not is_standard(node, *_FOLDED):

@@ -180,6 +180,18 @@ CASES = {
     "quantized": Case(
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
+        left=("q",),
+    ),
+    "quantized in blocks": Case(
+        "D = DequantizeLinear<axis = 1, block_size = 3>(q, s) W = Transpose(D) Y = MatMul(X, W)",
+        {"q": np.arange(32, dtype=np.int8).reshape(4, 8), "s": weight(4, 3)},
+        opset=21,
+        left=("q",),
+    ),
+    "palette": Case(
+        "J = Cast<to = 6>(q) W = Gather(p, J) Y = MatMul(X, W)",
+        {"q": np.arange(32, dtype=np.uint8).reshape(8, 4), "p": weight(32)},
+        left=("q",),
     ),
     "residual and normalization": Case(
         "A = Neg(X) B = Abs(A) S = Add(X, B) N = LayerNormalization(S, g, b) Y = Add(N, S)",

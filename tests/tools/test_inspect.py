@@ -73,6 +73,34 @@ def test_what_is_not_looked_at_is_said(run_cli, tmp_path):
     assert "1 tensors (INT8) of 2.0 kB" in text
 
 
+def test_how_weights_are_encoded_is_said(run_cli, tmp_path):
+    """Where layers have weights that are no floats, with their share of the work."""
+    path = save(
+        tmp_path,
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[4, 32] x) => (float[4, 16] y) {
+        d = DequantizeLinear<axis = 1>(q, s) a = MatMul(x, d)
+        i = Cast<to = 6>(p) e = Gather(book, i) b = MatMul(a, e) y = MatMul(b, w) }""",
+        q=np.ones((32, 64), np.int8),
+        s=np.ones(64, np.float32),
+        p=np.ones((64, 48), np.uint8),
+        book=np.arange(16, dtype=np.float32),
+        w=np.zeros((48, 16), np.float32),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert list(rows_by_name(document)) == ["w"]
+    assert [(row["name"], row["bytes"]) for row in document["not_counted"]] == [("q", 2048), ("p", 3072)]
+    reasons = {
+        "q": "is quantized: INT8 with a scale for each index of axis 1",
+        "p": "is quantized: indices into a codebook of 16 values",
+    }
+    assert {row["place"]: row["reason"] for row in document["declined"] if row["place"] in reasons} == reasons
+    total = 32 * 64 + 64 * 48 + 48 * 16
+    assert document["untouched"] == [
+        {"op_type": "MatMul", "count": 1, "share": 64 * 48 / total, "reason": reasons["p"]},
+        {"op_type": "MatMul", "count": 1, "share": 32 * 64 / total, "reason": reasons["q"]},
+    ]
+
+
 def test_no_shares_where_shapes_are_not_known(run_cli, tmp_path):
     path = save(
         tmp_path,

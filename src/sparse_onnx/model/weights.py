@@ -5,20 +5,26 @@ its weight as W [K, N]: K input channels (the axis that is summed over), N outpu
 ``Conv(X, W, ...)`` with a constant weight [N, C / group, window...]; W is then [K, N] with K = C / group · window.
 An ``LSTM(X, W, R, ...)`` or ``GRU`` has two weights [directions, gates · hidden, K]; both are seen as [K, N] with all
 gates of all directions side by side.
+
+A weight need not be stored as floats: nodes may decode it in every run (:mod:`sparse_onnx.model.encodings`). Callers
+that can read and write such weights ask for them; for all others they are places to leave alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
+from sparse_onnx.model.encodings import DENSE, Dense, Encoding
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
@@ -41,13 +47,16 @@ class Weight:
 
     ``value`` is the initializer; ``transposed`` says that it is stored as [N, K] (Gemm with transB), as [N, ...], K
     being the product of all axes but the first (Conv), or as [..., K], N being that of the first ``leading`` axes (LSTM
-    and GRU).
+    and GRU). ``encoding`` says what values the stored elements stand for; what nodes make of the initializer then goes
+    to the layers by ``moves``, and has there the shape and order that ``transposed`` and ``leading`` tell.
     """
 
     value: ir.Value
     nodes: tuple[ir.Node, ...]
     transposed: bool
     leading: int = 1
+    encoding: Encoding = DENSE
+    moves: tuple[Move, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,20 +69,26 @@ class Weight:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
+        """What is stored: floats, or integers that stand for some."""
         assert self.value.const_value is not None
         return self.value.const_value
 
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        dims = self.tensor.shape.numpy()
+        dims = self.moves[-1].after if self.moves else self.tensor.shape.numpy()
         rows, columns = math.prod(dims[: self.leading]), math.prod(dims[self.leading :])
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> np.ndarray:
-        """W [K, N], a view of the stored tensor."""
-        stored = self.tensor.numpy()
-        return stored.reshape(self.shape[::-1]).T if self.transposed else stored
+        """W [K, N]: a view of the stored tensor if it is dense, otherwise the values in float32.
+
+        Raises ModelFileError if a stored element stands for nothing.
+        """
+        values = self._named(self.encoding.decode, self.tensor.numpy())
+        for move in self.moves:
+            values = move(values)
+        return values.reshape(self.shape[::-1]).T if self.transposed else values.reshape(self.shape)
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or Inf in float32."""
@@ -82,9 +97,19 @@ class Weight:
         return finite
 
     def stored(self, matrix: np.ndarray) -> np.ndarray:
-        """W [K, N] in the shape and order in which the tensor is stored."""
-        stored = np.ascontiguousarray(matrix.T if self.transposed else matrix)
-        return stored.reshape(self.tensor.shape.numpy())
+        """W [K, N] in the shape, order and encoding in which the tensor is stored.
+
+        Nothing is rounded, and what did not change is stored as before: a weight of integers gets the same ones, and
+        its zero point for zeros. Raises UsageError for values that the encoding does not have.
+        """
+        values = np.ascontiguousarray(matrix.T if self.transposed else matrix)
+        if isinstance(self.encoding, Dense):
+            return values.reshape(self.tensor.shape.numpy())
+        values = np.asarray(values, np.float32).reshape(self.moves[-1].after if self.moves else -1)
+        for move in reversed(self.moves):
+            values = move.back(values)
+        stored = self.tensor.numpy()
+        return self._named(self.encoding.encode, values.reshape(stored.shape), stored)
 
     def release(self) -> None:
         """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
@@ -92,6 +117,14 @@ class Weight:
         A mapping lives as long as the last array that was read from it.
         """
         release_mapping(self.tensor)
+        self.encoding.release()
+
+    def _named(self, job: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+        """What ``job`` makes of the arrays; its errors name the weight."""
+        try:
+            return job(*arrays)
+        except SparseOnnxError as error:
+            raise type(error)(f"{self.name}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,28 +195,64 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
 
 
-def _is_depthwise(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node]) -> bool:
+def _is_depthwise(shape: tuple[int, ...], nodes: Sequence[ir.Node]) -> bool:
     """Whether each output channel sees one of several input channels."""
-    return tensor.shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes)
+    return shape[1] == 1 and any(node.attributes.get_int("group", 1) > 1 for node in nodes)
 
 
-def _shape_reason(tensor: ir.TensorProtocol, nodes: Sequence[ir.Node], depthwise: bool) -> str | None:
+def _shape_reason(shape: tuple[int, ...], nodes: Sequence[ir.Node], depthwise: bool) -> str | None:
     """Why a weight of that shape must stay as it is, or None."""
     if any(node.op_type in RECURRENT for node in nodes):
         if len(nodes) > 1:
             return "shared by an LSTM or GRU and others"
-        if len(tensor.shape) != 3:
-            return f"has rank {len(tensor.shape)}, not 3"
+        if len(shape) != 3:
+            return f"has rank {len(shape)}, not 3"
     elif any(node.op_type == "Conv" for node in nodes):
         if any(node.op_type != "Conv" for node in nodes):
             return "shared by convolutions and linears"
-        if len(tensor.shape) < 3:
-            return f"has rank {len(tensor.shape)}, less than 3"
-        if not depthwise and _is_depthwise(tensor, nodes):
+        if len(shape) < 3:
+            return f"has rank {len(shape)}, less than 3"
+        if not depthwise and _is_depthwise(shape, nodes):
             return "belongs to a depthwise convolution"  # nothing to gain, and too few weights to lose any
-    elif len(tensor.shape) != 2:
-        return f"has rank {len(tensor.shape)}, not 2"
-    return "is empty" if tensor.size == 0 else None
+    elif len(shape) != 2:
+        return f"has rank {len(shape)}, not 2"
+    return "is empty" if 0 in shape else None
+
+
+def _read(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
+    """What layers read of an initializer, or the reason why it is to be left alone."""
+    if value.is_graph_input():
+        return "is also a graph input, so a caller may replace it"
+    if value.is_graph_output():
+        return "is also a graph output"
+    if not any(is_layer(*use) for use in value.uses()):
+        return follow(value, is_layer)
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in _FLOATS:
+        return f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"
+    return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), DENSE)
+
+
+def _weight(value: ir.Value, is_layer: IsLayer, *, depthwise: bool, encoded: bool) -> Weight | str:
+    """The weight that an initializer holds, or the reason why it is to be left alone."""
+    read = _read(value, is_layer)
+    if isinstance(read, str):
+        return read
+    uses = read.operand.uses()
+    users = [use.node for use in uses if _is_weight(use.node, use.idx)]
+    if reason := _shape_reason(read.shape, users, depthwise):
+        return reason
+    kinds = [_weight_input(use.node, use.idx) for use in uses]
+    reasons = sorted({reason for stored, reason in kinds if stored is None})
+    if reasons:
+        return "; ".join(reasons)
+    if len({stored for stored, _ in kinds}) > 1:
+        return "shared by linears that see it transposed and not"
+    if not encoded and not isinstance(read.encoding, Dense):
+        return f"is quantized: {read.encoding}"
+    nodes = tuple(use.node for use in uses)
+    leading = 2 if nodes[0].op_type in RECURRENT else 1
+    return Weight(value, nodes, bool(kinds[0][0]), leading, read.encoding, read.moves)
 
 
 def find_weights(
@@ -191,6 +260,7 @@ def find_weights(
     op_types: Collection[str] = (*LINEARS, *CONVOLUTIONS, *RECURRENT),
     *,
     depthwise: bool = False,
+    encoded: bool = False,
 ) -> tuple[list[Weight], list[tuple[str, str]]]:
     """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
 
@@ -198,38 +268,24 @@ def find_weights(
     float matrix or filters, that belong to a depthwise convolution (unless ``depthwise``), or that have a user
     which is no such layer or sees the matrix the other way round (a tied embedding): a change would reach that
     user too. Layers inside functions are left alone as well.
+
+    Weights that are not stored as floats are found if ``encoded``; otherwise they are left alone.
     """
+
+    def is_layer(node: ir.Node, index: int) -> bool:
+        return node.op_type in op_types and _is_weight(node, index)
+
     found: list[Weight] = []
     declined: list[tuple[str, str]] = []
     for value in _initializers(model):
-        uses = value.uses()
-        if not any(use.node.op_type in op_types and _is_weight(use.node, use.idx) for use in uses):
+        read = itertools.chain([value], results(value))
+        if not any(is_layer(*use) for operand in read for use in operand.uses()):
             continue
-        name = value.name or "?"
-        tensor = value.const_value
-        if value.is_graph_input():
-            declined.append((name, "is also a graph input, so a caller may replace it"))
-        elif value.is_graph_output():
-            declined.append((name, "is also a graph output"))
-        elif tensor is None or tensor.dtype not in _FLOATS:
-            declined.append(
-                (name, f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float")
-            )
-        elif reason := _shape_reason(
-            tensor, [use.node for use in uses if _is_weight(use.node, use.idx)], depthwise
-        ):
-            declined.append((name, reason))
+        weight = _weight(value, is_layer, depthwise=depthwise, encoded=encoded)
+        if isinstance(weight, str):
+            declined.append((value.name or "?", weight))
         else:
-            kinds = [_weight_input(use.node, use.idx) for use in uses]
-            reasons = sorted({reason for stored, reason in kinds if stored is None})
-            if reasons:
-                declined.append((name, "; ".join(reasons)))
-            elif len({stored for stored, _ in kinds}) > 1:
-                declined.append((name, "shared by linears that see it transposed and not"))
-            else:
-                nodes = tuple(use.node for use in uses)
-                leading = 2 if nodes[0].op_type in RECURRENT else 1
-                found.append(Weight(value, nodes, bool(kinds[0][0]), leading))
+            found.append(weight)
     for function in model.functions.values():
         layers = Counter(node.op_type for node in function.all_nodes() if node.op_type in op_types)
         if layers and function.domain != DOMAIN:  # the bodies of our own operators are no layers

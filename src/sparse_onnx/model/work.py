@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import all_graphs, input_at, is_standard, name_of, subgraphs
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
@@ -39,7 +40,10 @@ ShapeOf = Callable[[ir.Value | None], Shape]
 _MICROSOFT = "com.microsoft"
 _FUNCTION = "sparse_onnx.from_function"
 # From a constant to a weight that the model computes anew in every run.
-_CONVERSIONS = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_CONVERSIONS = (
+    *("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose"),
+    "Unsqueeze",
+)
 _KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", _MICROSOFT, DOMAIN)
 _MATRIX_LIKE = re.compile("MatMul|Gemm|Conv|Attention|LSTM|MoE")  # of ONNX Runtime's, which become more
 _BODIES = ("If", "Loop", "Scan")
@@ -260,8 +264,8 @@ def _weight(node: ir.Node, product: Product) -> tuple[ir.Value | None, ir.Node |
         value = input_at(node, index)
         producer = value.producer() if value is not None else None
         maker = producer
-        while producer is not None and is_standard(producer, *_CONVERSIONS):
-            value = producer.inputs[0]
+        while producer is not None and (is_standard(producer, *_CONVERSIONS) or decodes(producer, 1)):
+            value = producer.inputs[int(decodes(producer, 1))]  # of a codebook the indices
             if _has_tensor(value):
                 return value, maker
             producer = value.producer() if value is not None else None

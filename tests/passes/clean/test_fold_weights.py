@@ -5,7 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.model.weights import find_weights
-from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.base import PassContext, Pipeline
+from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.clean.fold_weights import FoldWeights
 
 RNG = np.random.default_rng(3)
@@ -221,6 +222,21 @@ STAYS = {
         {"w": (W * 10).astype(np.int8), "s": np.float32(0.1)},
         "stored as INT8 and cast to FLOAT: a quantized weight stays as stored",
     ),
+    "rounded in every run": (
+        "Q = QuantizeLinear(w, s, z) T = DequantizeLinear(Q, s, z) Y = MatMul(X, T)",
+        {"w": W, "s": np.float32(0.1), "z": np.int8(0)},
+        "quantized: the weight stays as it is stored",
+    ),
+    "a palette": (
+        "T = Gather(p, w) Y = MatMul(X, T)",
+        {"w": (W > 0).astype(np.int64), "p": BIAS},
+        "a codebook: the weight stays as it is stored",
+    ),
+    "a palette of bytes, transposed": (
+        "I = Cast<to = 6>(w) G = Gather(p, I) T = Transpose(G) Y = MatMul(X, T)",
+        {"w": (WT > 0).astype(np.uint8), "p": BIAS},
+        "a codebook",
+    ),
     "another operator": (
         "T = Tanh(w) Y = MatMul(X, T)",
         {"w": W},
@@ -408,3 +424,70 @@ def test_a_file_is_let_go_also_if_nothing_is_folded(tmp_path, from_text, stays):
     model = ir.load(tmp_path / "model.onnx")
     assert not FoldWeights()(model).modified
     assert all(value.const_value.raw is None for value in model.graph.initializers.values())
+
+
+DECODED = {
+    "integers": (
+        "T = DequantizeLinear(w, s) Y = MatMul(X, T)",
+        {"w": (W * 10).astype(np.int8), "s": BIAS[0]},
+    ),
+    "integers, transposed": (
+        "D = DequantizeLinear<axis = 0>(w, s) T = Transpose(D) Y = MatMul(X, T)",
+        {"w": (WT * 10).astype(np.int8), "s": BIAS},
+    ),
+    "blocks": (
+        "D = DequantizeLinear<axis = 0, block_size = 4>(w, s) T = Reshape(D, t) Y = MatMul(X, T)",
+        {"w": (W.reshape(-1) * 10).astype(np.int8), "s": W[:, 0], "t": shape(6, 4)},
+    ),
+    "half precision scales": (
+        "D = DequantizeLinear(w, s) T = Cast<to = 1>(D) Y = Gemm(X, T)",
+        {"w": (W * 10).astype(np.uint8), "s": np.float16(0.1)},
+    ),
+    "rounded in every run": (
+        "Q = QuantizeLinear(w, s, z) T = DequantizeLinear(Q, s, z) Y = MatMul(X, T)",
+        {"w": W, "s": np.float32(0.1), "z": np.int8(0)},
+    ),
+    "palette": ("T = Gather(p, w) Y = MatMul(X, T)", {"w": (W > 0).astype(np.int32), "p": BIAS}),
+    "palette of bytes": (
+        "I = Cast<to = 6>(w) G = Gather(p, I) T = Transpose(G) Y = MatMul(X, T)",
+        {"w": (WT > 0).astype(np.uint8), "p": BIAS},
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "tensors"), DECODED.values(), ids=DECODED)
+def test_the_whole_clean_up_keeps_encodings(from_text, run, body, tensors):
+    """Folded to floats they would take several times the bytes."""
+    model = build(from_text, body, 21, **tensors)
+    before = run(model, {"X": X})["Y"]
+    (weight,), _ = find_weights(model, encoded=True)
+    encoding, matrix = str(weight.encoding), weight.matrix()
+    Pipeline(CLEAN_PASSES)(model)
+    (weight,), _ = find_weights(model, encoded=True)
+    assert weight.name == "w"
+    assert str(weight.encoding) == encoding
+    np.testing.assert_array_equal(weight.matrix(), matrix)
+    assert weight.tensor.tobytes() == tensors["w"].tobytes()
+    np.testing.assert_array_equal(run(model, {"X": X})["Y"], before)
+
+
+@pytest.mark.parametrize("move", ["T = Gather(p, w)", "G = Gather(p, w) T = Transpose<perm = [0, 2, 1]>(G)"])
+def test_the_whole_clean_up_keeps_palettes_of_recurrent_layers(from_text, run, move):
+    """The other weight is computed of constants as well, but not decoded: it is folded as ever."""
+    model = build(
+        from_text,
+        f"{move} R = Expand(r, t) Y = GRU<hidden_size = 2>(X, T, R)",
+        inputs="float[3, 2, 6] X",
+        outputs="float[3, 1, 2, 2] Y",
+        w=RNG.integers(0, 4, (1, 6, 6)),
+        p=BIAS,
+        r=np.float32([0.5]),
+        t=shape(1, 6, 2),
+    )
+    x = RNG.standard_normal((3, 2, 6)).astype(np.float32)
+    before = run(model, {"X": x})["Y"]
+    Pipeline(CLEAN_PASSES)(model)
+    assert "Gather" in {node.op_type for node in model.graph}
+    assert "Expand" not in {node.op_type for node in model.graph}
+    assert [weight.name for weight in find_weights(model, encoded=True)[0]] == ["w", "R"]
+    np.testing.assert_array_equal(run(model, {"X": x})["Y"], before)

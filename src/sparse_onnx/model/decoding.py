@@ -1,0 +1,311 @@
+"""Follow a stored tensor to the weight that nodes of the graph make of it in every run.
+
+Before the weight are the nodes that decode it, see :mod:`sparse_onnx.model.encodings`, and behind these any number that
+only move its elements::
+
+    integers ── DequantizeLinear(scale, zero point)
+    floats ──── QuantizeLinear ── DequantizeLinear                ┐
+    indices ─── Gather(codebook)                                  ├── Transpose, Reshape, ... ── MatMul, Conv, ...
+    indices ─── Cast ── Gather(codebook)                          ┘
+
+Scales, zero points and codebooks must be constant, and nothing else may read what lies between the stored tensor and
+the layers: a change would reach it, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model.constants import constant_array, constant_tensor
+from sparse_onnx.model.encodings import Affine, Encoding, Palette
+from sparse_onnx.model.graph import is_standard
+
+__all__ = ["Decoded", "IsLayer", "Move", "decodes", "follow", "results"]
+
+Shape = tuple[int, ...]
+IsLayer = Callable[[ir.Node, int], bool]
+"""Whether the input of that index is the weight of a layer."""
+
+_MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_WIDER = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+_SCALES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_BITS = 16
+_GIVEN_OUT = "is decoded for layers and also an output of the graph"
+
+
+class _UnreadableError(Exception):
+    """A weight that is not followed; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """An array of shape ``before`` in another order of axes (``order``), or in another shape (``order`` None)."""
+
+    before: Shape
+    after: Shape
+    order: Shape | None = None
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.after) if self.order is None else array.transpose(self.order)
+
+    def back(self, array: np.ndarray) -> np.ndarray:
+        if self.order is None:
+            return array.reshape(self.before)
+        return array.transpose(np.argsort(self.order))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What the graph makes of a stored tensor: ``operand``, of ``shape``, is what layers read; the decoded elements go
+    there by ``moves``."""
+
+    operand: ir.Value
+    shape: Shape
+    encoding: Encoding
+    moves: tuple[Move, ...] = ()
+
+
+def results(value: ir.Value) -> Iterator[ir.Value]:
+    """All that is made of an initializer by decoding it and moving its elements, whether it can be followed or not."""
+    pending = [node.outputs[0] for user, index in value.uses() for node in _decoders(user, index)]
+    seen = set()
+    while pending:
+        result = pending.pop()
+        if result not in seen:
+            seen.add(result)
+            yield result
+            pending += [
+                node.outputs[0] for node, index in result.uses() if index == 0 and is_standard(node, *_MOVES)
+            ]
+
+
+def _decoders(node: ir.Node, index: int) -> Iterator[ir.Node]:
+    """The last nodes of those that decode the input ``index`` of ``node``."""
+    if decodes(node, index):
+        yield node
+    elif index == 0 and is_standard(node, "QuantizeLinear", "Cast"):
+        yield from (user for user, place in node.outputs[0].uses() if decodes(user, place))
+
+
+def decodes(node: ir.Node, index: int) -> bool:
+    """Whether ``node`` computes floats from integers that are stored for them, of which ``index`` is the input."""
+    if is_standard(node, "Gather") and index == 1:  # of an activation it is no decoder
+        codebook = constant_tensor(node.inputs[0])
+        return codebook is not None and codebook.dtype in _SCALES and len(codebook.shape) == 1
+    return is_standard(node, "DequantizeLinear") and index == 0
+
+
+def follow(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
+    """What layers read of an initializer that nodes decode, or the reason why that cannot be said."""
+    try:
+        return _follow(value, is_layer)
+    except _UnreadableError as error:
+        return str(error)
+
+
+def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
+    tensor = value.const_value
+    if tensor is None:
+        raise _UnreadableError("has no value")
+    shape = _shape(tensor)
+    node = _only_node(value)
+    encoding: Encoding
+    if is_standard(node, "QuantizeLinear"):
+        rounding, node = node, _only_node(node.outputs[0])
+        encoding = _rounded(tensor, rounding, node, shape)
+    elif is_standard(node, "DequantizeLinear"):
+        encoding = _affine(tensor.dtype, node, shape)
+    else:
+        if is_standard(node, "Cast") and tensor.dtype.bitwidth <= _BITS:
+            node = _only_node(node.outputs[0])
+        encoding = _palette(tensor.dtype, node)
+    dtype = encoding.codebook.dtype if isinstance(encoding, Palette) else encoding.result
+    operand, moves = node.outputs[0], list[Move]()
+    while not any(is_layer(*use) for use in operand.uses()):
+        node = _only_node(operand)
+        operand = node.outputs[0]
+        if is_standard(node, "Cast"):
+            to = _dtype(node, "to")
+            if to not in _WIDER and to != dtype:
+                raise _UnreadableError(f"is rounded by a Cast from {dtype.name} to {to.name}")
+            dtype = to
+        elif not is_standard(node, "Identity"):
+            moves.append(_move(node, moves[-1].after if moves else shape))
+    if operand.is_graph_output():
+        raise _UnreadableError(_GIVEN_OUT)
+    return Decoded(operand, moves[-1].after if moves else shape, encoding, tuple(moves))
+
+
+def _only_node(value: ir.Value) -> ir.Node:
+    """The node that reads ``value``, which nothing else does."""
+    nodes = [use.node for use in value.uses()]
+    if value.is_graph_output():
+        raise _UnreadableError(_GIVEN_OUT)
+    if len(nodes) != 1:
+        names = " and ".join(sorted(node.op_type for node in nodes))
+        raise _UnreadableError(f"is decoded for layers and also read elsewhere: by {names}")
+    return nodes[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """What a QuantizeLinear or DequantizeLinear says of its integers."""
+
+    scale: ir.TensorProtocol
+    zero_point: ir.TensorProtocol | None
+    axis: int | None
+    block_size: int
+
+    def equals(self, other: _Grid) -> bool:
+        def same(one: ir.TensorProtocol | None, two: ir.TensorProtocol | None) -> bool:
+            if one is None or two is None:
+                return one is two
+            return one.dtype == two.dtype and np.array_equal(one.numpy(), two.numpy())
+
+        places = (self.axis, self.block_size) == (other.axis, other.block_size)
+        return places and same(self.scale, other.scale) and same(self.zero_point, other.zero_point)
+
+
+def _affine(dtype: ir.DataType, node: ir.Node, shape: Shape) -> Affine:
+    """The encoding of integers of that type and shape that a DequantizeLinear makes floats of."""
+    grid = _grid(dtype, node, shape)
+    result = _dtype(node, "output_dtype") or grid.scale.dtype
+    if result not in _SCALES:
+        raise _UnreadableError(f"is decoded to {result.name}")
+    return Affine(dtype, grid.scale, grid.zero_point, grid.axis, grid.block_size, result)
+
+
+def _rounded(tensor: ir.TensorProtocol, rounding: ir.Node, node: ir.Node, shape: Shape) -> Affine:
+    """The encoding of floats that a QuantizeLinear makes integers of, and ``node`` floats again."""
+    if not is_standard(node, "DequantizeLinear"):
+        raise _UnreadableError(f"is quantized in every run, for {node.op_type}")
+    zero_point = constant_tensor(rounding.inputs[2]) if len(rounding.inputs) > 2 else None
+    dtype = _dtype(rounding, "output_dtype") or ir.DataType.UINT8
+    dtype = dtype if zero_point is None else zero_point.dtype
+    there, back = _grid(dtype, rounding, shape), _grid(dtype, node, shape)
+    if not there.equals(back):
+        raise _UnreadableError("is quantized in every run on another grid than it is dequantized")
+    precision = _dtype(rounding, "precision") or there.scale.dtype
+    if {tensor.dtype, there.scale.dtype, precision} != {ir.DataType.FLOAT}:
+        raise _UnreadableError(f"is quantized in every run from {tensor.dtype.name} with {precision.name}")
+    return dataclasses.replace(_affine(dtype, node, shape), rounded=True)
+
+
+def _grid(dtype: ir.DataType, node: ir.Node, shape: Shape) -> _Grid:
+    """What ``node`` says of integers of that type and shape."""
+    if not dtype.is_integer() or dtype.bitwidth > _BITS:
+        raise _UnreadableError(f"has dtype {dtype.name}, which is no type of quantized weights")
+    scale, zero_point = _parameter(node, 1, "scale"), _parameter(node, 2, "zero point")
+    if scale is None or scale.dtype not in _SCALES:
+        raise _UnreadableError(f"has scales of {'no type' if scale is None else scale.dtype.name}")
+    block_size = node.attributes.get_int("block_size", 0)
+    axis = _axis(scale, node.attributes.get_int("axis", 1), block_size, shape)
+    if zero_point is not None:
+        if zero_point.dtype != dtype:
+            raise _UnreadableError(f"has dtype {dtype.name} and a zero point of {zero_point.dtype.name}")
+        one = axis is None and zero_point.size == 1 and len(zero_point.shape) <= 1
+        if not one and _shape(zero_point) != _shape(scale):
+            raise _UnreadableError(
+                f"has scales of shape {_shape(scale)} and zero points of shape {_shape(zero_point)}"
+            )
+    return _Grid(scale, zero_point, axis, block_size)
+
+
+def _parameter(node: ir.Node, index: int, what: str) -> ir.TensorProtocol | None:
+    """A constant input, or None if it is not given."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    tensor = constant_tensor(value)
+    if value is not None and tensor is None:
+        raise _UnreadableError(
+            f"is computed in every run, by {node.op_type} with a {what} that is no constant"
+        )
+    return tensor
+
+
+def _axis(scale: ir.TensorProtocol, axis: int, block_size: int, shape: Shape) -> int | None:
+    """The axis of ``shape`` along which scales differ; None: there is one scale."""
+    scales, rank = _shape(scale), len(shape)
+    if block_size == 0 and scale.size == 1 and len(scales) <= 1:
+        return None
+    place = axis + rank if axis < 0 else axis
+    if 0 <= place < rank:
+        size = shape[place]
+        if block_size == 0 and scales == (size,):
+            return place
+        if block_size > 0 and scales == (*shape[:place], -(-size // block_size), *shape[place + 1 :]):
+            return place
+    blocks = f" in blocks of {block_size}" if block_size else ""
+    raise _UnreadableError(
+        f"has scales of shape {scales}, which does not fit {shape} along axis {axis}{blocks}"
+    )
+
+
+def _palette(dtype: ir.DataType, node: ir.Node) -> Palette:
+    """The encoding of indices of that type that a Gather takes values by."""
+    codebook = _parameter(node, 0, "codebook")
+    if codebook is None or not is_standard(node, "Gather") or not dtype.is_integer():
+        raise _UnreadableError(f"has dtype {dtype.name} and is decoded by {node.op_type}")
+    return Palette(codebook)
+
+
+def _move(node: ir.Node, shape: Shape) -> Move:
+    """What ``node`` does to an array of that shape."""
+    if is_standard(node, "Transpose"):
+        order = tuple(node.attributes.get_ints("perm", tuple(range(len(shape)))[::-1]))
+        if sorted(order) == list(range(len(shape))):
+            return Move(shape, tuple(shape[axis] for axis in order), order)
+    elif is_standard(node, *_MOVES):
+        after = _reshaped(node, shape)
+        if after is not None and math.prod(after) == math.prod(shape) > 0:
+            return Move(shape, after)
+    else:
+        raise _UnreadableError(f"is decoded for {node.op_type}")
+    raise _UnreadableError(f"goes through a {node.op_type} that does not fit shape {shape}")
+
+
+def _reshaped(node: ir.Node, shape: Shape) -> Shape | None:
+    """The shape that a node which keeps the order of elements makes of another; None if it cannot be said."""
+    rank = len(shape)
+    if node.op_type == "Flatten":
+        axis = node.attributes.get_int("axis", 1)
+        fits = -rank <= axis <= rank
+        return (math.prod(shape[:axis]), math.prod(shape[axis:])) if fits else None
+    given = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    numbers = None if given is None else tuple(int(number) for number in given.reshape(-1))
+    if node.op_type == "Squeeze":
+        gone = [axis for axis in range(rank) if shape[axis] == 1] if len(node.inputs) < 2 else numbers
+        if gone is None or not all(-rank <= axis < rank and shape[axis] == 1 for axis in gone):
+            return None
+        return tuple(np.delete(shape, list(gone)).tolist())
+    if numbers is None:
+        return None
+    if node.op_type == "Unsqueeze":
+        full = rank + len(numbers)
+        new = {axis % full for axis in numbers if -full <= axis < full}
+        if len(new) != len(numbers):
+            return None
+        old = iter(shape)
+        return tuple(1 if axis in new else next(old) for axis in range(full))
+    if 0 in numbers and not node.attributes.get_int("allowzero", 0):
+        if any(number == 0 and index >= rank for index, number in enumerate(numbers)):
+            return None
+        numbers = tuple(shape[index] if number == 0 else number for index, number in enumerate(numbers))
+    known = math.prod(number for number in numbers if number != -1)
+    if numbers.count(-1) == 1 and known > 0:
+        return tuple(math.prod(shape) // known if number == -1 else number for number in numbers)
+    return numbers if all(number >= 0 for number in numbers) else None
+
+
+def _dtype(node: ir.Node, attribute: str) -> ir.DataType:
+    """The type that an attribute names; UNDEFINED if it does not."""
+    number = node.attributes.get_int(attribute, 0)
+    return ir.DataType(number) if number in set(ir.DataType) else ir.DataType.UNDEFINED
+
+
+def _shape(tensor: ir.TensorProtocol) -> Shape:
+    return tuple(int(size) for size in tensor.shape.numpy())
