@@ -36,6 +36,7 @@ from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import add_initializer, is_standard, remove_if_unread
 from sparse_onnx.model.model_io import release_mapping
+from sparse_onnx.model.shape_inference import proven
 from sparse_onnx.model.shapes import Dims, Shapes
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 
@@ -98,14 +99,14 @@ class FoldConstants(Pass):
 def _find(model: ir.Model, budget: int) -> _Constants:
     """What nodes of the main graph compute from constants, in its order, as long as ``budget`` bytes suffice."""
     # What the file declares for values in between is left out, as if other inputs were given.
-    proven = Shapes(model, inputs={})
+    shapes = Shapes(model, inputs={})
     evaluator = _Evaluator(model.opset_imports.get("", 1))
     found: _Constants = {}
     sizes: dict[ir.Value, _Sizes] = {}
     for node in model.graph:
         first = node.inputs[0] if node.inputs else None
-        if is_standard(node, "Shape") and proven.rank(first) is not None:
-            sizes[node.outputs[0]] = _part_of_shape(node, proven.dims(first))
+        if is_standard(node, "Shape") and shapes.rank(first) is not None:
+            sizes[node.outputs[0]] = _part_of_shape(node, shapes.dims(first))
             results = _as_constant(sizes[node.outputs[0]])
         elif first in sizes and is_standard(node, "Gather", "Slice"):
             results = _as_constant(_taken(node, sizes[first]))
@@ -215,7 +216,7 @@ class _Evaluator:
         outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
         graph = helper.make_graph([node], "node", inputs, outputs, sizes)
         model = helper.make_model(graph, opset_imports=self._opsets)
-        return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        return proven(model)
 
 
 def _is_small(model: onnx.ModelProto) -> bool:

@@ -203,3 +203,44 @@ def test_the_model_is_left_as_it_was():
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     operator_sizes(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+BRANCHES = """<ir_version: 9, opset_import: ["" : 17]> g (float[n, k] x, bool c) => (float[a, b] y) {
+    y = If (c) <then_branch = yes () => (float[a, b] e) { t = Relu(x) e = MatMul(t, w) },
+                else_branch = no () => (float[a, b] e) { t = Transpose(x) e = MatMul(t, v) }> }"""
+
+
+def test_what_branches_want_is_likely_and_each_has_its_own_names():
+    model = ir.from_proto(onnx.parser.parse_model(BRANCHES))
+    for name, array in {"w": W, "v": np.ones((5, 7))}.items():
+        tensor = ir.tensor(array.astype(np.float32), name=name)
+        value = next(
+            value
+            for graph in model.graph.subgraphs()
+            for node in graph
+            for value in node.inputs
+            if value is not None and value.name == name
+        )
+        value.const_value = tensor
+        model.graph.register_initializer(value)
+    sure, likely = operator_sizes(model)
+    assert sure == ()
+    assert likely == (("k", 64), ("n", 5))
+
+
+def test_what_a_file_claims_of_shapes_in_between_is_no_fact():
+    nodes = [("my::Unknown", ["x"], ["h"], {}), ("Concat", ["x", "h"], ["y"], {"axis": 1})]
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                op.split("::")[-1], reads, writes, domain="my" if "::" in op else "", **attributes
+            )
+            for op, reads, writes, attributes in nodes
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        value_info=[helper.make_tensor_value_info("h", TensorProto.FLOAT, [9, 4])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    assert operator_sizes(ir.from_proto(helper.make_model(graph, opset_imports=opsets))) == ((), ())

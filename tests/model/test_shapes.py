@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_onnx.model.shapes import Shapes, agree, broadcast, keeps, same
+from sparse_onnx.model import model_io
+from sparse_onnx.model.shapes import Shapes, agree, broadcast, keeps, same, without_claims
 
 SYMBOLS = ("A", "B", "C")
 DIMS = st.one_of(st.sampled_from([0, 1, 1, 2, 3]), st.sampled_from(SYMBOLS), st.none())
@@ -203,3 +204,129 @@ def test_axes_that_a_constant_would_add(dims, adds):
     constant.const_value = ir.tensor(np.ones(dims, np.float32), name="c")
     constant.shape = ir.Shape(dims)
     assert Shapes(model).may_add_axes(constant, value_of(model, "h")) is adds
+
+
+def values_in(model, body):
+    """The values of the body of that name, by their names."""
+    (graph,) = (graph for graph in model.graph.subgraphs() if graph.name == body)
+    return {
+        value.name: value for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    }
+
+
+BRANCHES = """g (float[B, 4] X, bool c) => (float[M, N] Y) {
+    h = If (c) <then_branch = yes () => (float[K, L] e) { t = Relu(X) e = Concat<axis = 1>(t, X) },
+                else_branch = no () => (float[K, L] e) { t = Transpose(X) e = Concat<axis = 0>(t, t) }>
+    Y = Relu(h) }"""
+
+
+def test_bodies_of_branches_are_looked_into_and_may_share_names():
+    model = model_of(BRANCHES)
+    for shapes, size in ((Shapes(model, inputs={}), "B"), (Shapes(model, inputs={"X": (3, 4)}), 3)):
+        yes, no = values_in(model, "yes"), values_in(model, "no")
+        assert (shapes.dims(yes["t"]), shapes.dims(no["t"])) == ((size, 4), (4, size))
+        assert shapes.dims(yes["e"])[1:] == (8,)
+        assert shapes.dims(no["e"])[0] == 8
+        assert shapes.is_float32(yes["t"])
+    assert shapes.fixed(no["e"]) == (8, 3)
+    assert "t" not in shapes.sizes()
+
+
+LOOP = """g (float[5, 6] X, int64 n, bool c) => (float[A, B] Y, float[P, Q, R] Z) {
+    Y, Z = Loop (n, c, X) <body = steps (int64 i, bool go, float[5, 6] h) => (bool on, float[A, B] k, float[A, B] z) {
+        on = Identity(go) k = Relu(h) t = Transpose(k)
+        z = If (on) <then_branch = inside () => (float[A, B] u) { m = MatMul(t, h) u = Relu(m) },
+                     else_branch = beside () => (float[A, B] w) { m = Concat<axis = 1>(t, t) w = Relu(m) }> }> }"""
+
+
+def test_bodies_in_bodies_are_looked_into():
+    model = model_of(LOOP)
+    shapes = Shapes(model)
+    assert shapes.dims(values_in(model, "steps")["h"]) == (5, 6)
+    assert shapes.dims(values_in(model, "steps")["t"]) == (6, 5)
+    assert shapes.dims(values_in(model, "inside")["m"]) == (6, 6)
+    assert shapes.dims(values_in(model, "beside")["m"]) == (6, 10)
+
+
+def test_a_scan_gives_its_body_one_slice():
+    model = model_of("""g (float[7, B, 4] X) => (float[A, C, D] Y) {
+        Y = Scan<num_scan_inputs = 1, body = step (float[C, D] x) => (float[C, D] y) {
+            t = Transpose(x) y = Relu(t) }>(X) }""")
+    t = values_in(model, "step")["t"]
+    assert Shapes(model, inputs={"X": (7, 3, 4)}).fixed(t) == (4, 3)
+
+
+CHAIN = """one = Constant<value_ints: ints = [1]>() two = Constant<value_ints: ints = [2]>()
+    a = Transpose<perm = [1, 0, 2]>(X) b = Shape(a) c = Slice(b, one, two) d = Reshape(X, two)
+    e = Concat<axis = 2>(a, a)"""
+
+
+def test_a_body_is_known_as_the_same_nodes_would_be_in_the_main_graph():
+    main = model_of(f"g (float[B, S, 4] X) => (float[P, Q, R] e) {{ {CHAIN} }}")
+    inner = model_of(f"""g (float[B, S, 4] X, bool t) => (float[P, Q, R] Y) {{
+        Y = If (t) <then_branch = yes () => (float[P, Q, R] f) {{ {CHAIN} f = Relu(e) }},
+                    else_branch = no () => (float[P, Q, R] g) {{ g = Relu(X) }}> }}""")
+    shapes, known = Shapes(main, inputs={}), Shapes(inner, inputs={})
+    values = values_in(inner, "yes")
+    for name in "abcde":
+        assert known.dims(values[name]) == shapes.dims(value_of(main, name))
+        assert known.element_type(values[name]) == shapes.element_type(value_of(main, name)) != 0
+    assert known.dims(values["a"]) == ("S", "B", 4)
+    assert known.dims(values["e"]) == ("S", "B", 8)
+
+
+def test_values_of_bodies_are_known_of_the_model_itself_only():
+    """A copy may have been changed, and names of bodies say too little."""
+    model = model_of(BRANCHES)
+    shapes, copy = Shapes(model, inputs={}), model.clone()
+    assert shapes.dims(value_of(copy, "X")) == ("B", 4)
+    assert shapes.rank(values_in(copy, "yes")["t"]) is None
+    later = ir.node("Relu", [values_in(model, "yes")["t"]])
+    values_in(model, "yes")["t"].producer().graph.append(later)
+    later.outputs[0].shape = ir.Shape([7])
+    assert shapes.dims(later.outputs[0]) == (7,), "what it says itself"
+
+
+def test_a_copy_without_claims_shares_the_weights_and_says_nothing_else():
+    model = model_of(BRANCHES.replace("float[K, L] e", "float[9, 9] e"))
+    value_of(model, "h").shape = ir.Shape([9, 9])
+    copy = without_claims(model)
+    made = [value for graph in copy.graphs() for node in graph for value in node.outputs]
+    assert len(made) == 6
+    assert all(value.shape is None for value in made)
+    assert copy.graph.inputs[0].shape == model.graph.inputs[0].shape
+    assert value_of(model, "h").shape == ir.Shape([9, 9]), "the model is left as it was"
+    weighted = model_of("g (float[B, 2] X) => (float[B, 1] Y) <float[2, 1] W = {1, 2}> { Y = MatMul(X, W) }")
+    shared = without_claims(weighted).graph.initializers["W"].const_value
+    assert shared is weighted.graph.initializers["W"].const_value
+
+
+def test_names_may_be_given_to_inputs():
+    model = model_of("g (float[B, S, 6] X) => (float[P, Q, R] Y) { Y = Transpose(X) }")
+    model.graph.inputs[0].shape = ir.Shape([None, "S", 6])
+    shapes = Shapes(model, inputs={"X": ("X.0", None, 6)})
+    assert shapes.dims(value_of(model, "Y"))[0] == 6
+    assert shapes.dims(value_of(model, "Y"))[2] == "X.0"
+    assert shapes.dims(value_of(model, "X")) == ("X.0", None, 6)
+
+
+@pytest.mark.parametrize(
+    ("dims", "sizes"), [("", ()), ("2, 3", (2, 3)), ("0", (0,)), ("B, 3", None), (None, None)]
+)
+def test_sizes_are_fixed_if_all_are_known(dims, sizes):
+    text = f"float[{dims}]" if dims else "float"
+    model = model_of(f"g ({text} X) => ({text} Y) {{ Y = Relu(X) }}")
+    if dims is None:
+        model.graph.inputs[0].shape = None
+    assert Shapes(model, inputs={}).fixed(value_of(model, "Y")) == sizes
+    assert Shapes(model, inputs={}).fixed(None) is None
+
+
+def test_a_graph_that_is_too_large_for_inference_says_what_it_declares(monkeypatch):
+    model = model_of(BRANCHES)
+    monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", -1)
+    shapes = Shapes(model, inputs={})
+    assert shapes.dims(value_of(model, "X")) == ("B", 4)
+    assert shapes.rank(value_of(model, "h")) is None
+    assert shapes.rank(values_in(model, "yes")["t"]) is None
+    assert shapes.sizes() == {}

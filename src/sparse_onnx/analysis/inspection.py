@@ -24,7 +24,7 @@ from sparse_onnx.model.embedded import EmbeddedTensor
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.opset_conversion import CONVERTED_FROM
 from sparse_onnx.model.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
-from sparse_onnx.model.work import Untouched, Work, known_shapes, untouched
+from sparse_onnx.model.work import Untouched, Work, untouched
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Constants
 from sparse_onnx.passes.lower.candidates import find_candidates
@@ -311,7 +311,7 @@ def _states(
         Pipeline(CLEAN_PASSES)(model, PassContext(spool.put))
         candidates, declined = find_candidates(model)
         layers = {name for candidate in candidates for name in candidate.names}
-        work = Work(model, known_shapes(model)).count()
+        work = Work(model).count()
         left_over = untouched(work, layers, {place.place: place.reason for place in declined})
         if any(part.products is None for part in work):  # shares of the rest would say nothing
             left_over = [dataclasses.replace(row, share=None) for row in left_over]

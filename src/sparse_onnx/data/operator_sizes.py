@@ -11,19 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import onnx
 import onnx_ir as ir
 
-from sparse_onnx.model import model_io
-from sparse_onnx.model.dimensions import Dim, is_unknown, unnamed
+from sparse_onnx.model.dimensions import Dim, read_dim, unnamed
 from sparse_onnx.model.graph import input_at, is_standard
+from sparse_onnx.model.shapes import Dims, Shapes, without_claims
 
 __all__ = ["Fact", "operator_sizes"]
 
 _STEPS = 8
 """Nodes that a width is looked for behind, at most."""
-
-_Dims = tuple[Dim, ...]
 
 
 class Fact(NamedTuple):
@@ -35,13 +32,13 @@ class Fact(NamedTuple):
 
 
 def operator_sizes(model: ir.Model) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """What is sure about the dimensions of the inputs of ``model``, and what is likely, the likeliest first; nothing
-    where shapes cannot be inferred. ``model`` is left as it was.
+    """What is sure about the dimensions of the inputs of ``model``, and what is likely, the likeliest first.
+
+    ``model`` is left as it was.
     """
-    try:
-        shapes = _Shapes(_inferred(model))
-    except Exception:  # of whatever kind: what is not known is guessed, and ONNX Runtime tells what is wrong
-        return (), ()
+    model = without_claims(model)  # what was written there may be called otherwise
+    names = {value.name or "": _names(value) for value in model.graph.inputs if value.shape is not None}
+    shapes = _Shapes(Shapes(model, inputs=names))
     main = list(model.graph)
     inner = [node for graph in model.graph.subgraphs() for node in graph]
     sure = tuple(dict.fromkeys(_facts(main, _RULES, shapes)))
@@ -49,50 +46,20 @@ def operator_sizes(model: ir.Model) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]
     return sure, tuple(dict.fromkeys(likely))
 
 
-def _inferred(model: ir.Model) -> dict[str, _Dims]:
-    proto = onnx.ModelProto.FromString(model_io.skeleton(model)[0])
-    for value in proto.graph.input:
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.HasField("dim_value") and dim.dim_value >= 0:
-                continue
-            if not dim.HasField("dim_param") or is_unknown(dim.dim_param):
-                dim.dim_param = unnamed(value.name, axis)
-    del proto.graph.value_info[:]  # what was written there may be called otherwise
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    shapes: dict[str, _Dims] = {}
-    graphs = [proto.graph]
-    while graphs:
-        graph = graphs.pop()
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            if value.type.tensor_type.HasField("shape"):
-                dims = value.type.tensor_type.shape.dim
-                shapes.setdefault(value.name, tuple(map(_dim, dims)))
-        for node in graph.node:
-            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return shapes
-
-
-def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
-    if dim.HasField("dim_value"):
-        return dim.dim_value if dim.dim_value >= 0 else None
-    return dim.dim_param or None
+def _names(value: ir.Value) -> list[Dim]:
+    """The dimensions of an input, each with a name if it has no size."""
+    dims = enumerate(value.shape or ())
+    return [unnamed(value.name or "", axis) if (dim := read_dim(d)) is None else dim for axis, d in dims]
 
 
 class _Shapes:
     """Shapes of values; () for one that is not known or not there."""
 
-    def __init__(self, known: Mapping[str, _Dims]) -> None:
+    def __init__(self, known: Shapes) -> None:
         self._known = known
 
-    def of(self, node: ir.Node, index: int) -> _Dims:
-        value = input_at(node, index)
-        if value is None:
-            return ()
-        if value.const_value is not None:
-            return tuple(value.const_value.shape.numpy())
-        return self._known.get(value.name or "", ())
+    def of(self, node: ir.Node, index: int) -> Dims:
+        return self._known.dims(input_at(node, index))
 
     def width(self, node: ir.Node, index: int) -> Dim:
         """The last dimension; of a product with a weight also behind operators whose shapes cannot be inferred."""
@@ -137,7 +104,7 @@ def _facts(nodes: Sequence[ir.Node], rules: Mapping[str, _Rule], shapes: _Shapes
                 yield Fact(b, a)
 
 
-def _at(dims: _Dims, axis: int) -> Dim:
+def _at(dims: Dims, axis: int) -> Dim:
     return dims[axis] if -len(dims) <= axis < len(dims) else None
 
 
@@ -204,7 +171,7 @@ def _heads(width: Dim, heads: int) -> Dim:
     return width // heads if isinstance(width, int) and heads > 0 and width % heads == 0 else None
 
 
-def _cache(past: _Dims, heads: Dim, size: Dim) -> _Pairs:
+def _cache(past: Dims, heads: Dim, size: Dim) -> _Pairs:
     """A cache [B, heads, length, size]."""
     yield _at(past, 1), heads or None
     yield _at(past, 3), size

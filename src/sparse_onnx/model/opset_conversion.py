@@ -17,6 +17,7 @@ from sparse_onnx.model.check import (
     scopes,
     tensors,
 )
+from sparse_onnx.model.shape_inference import type_error
 
 __all__ = ["CONVERTED_FROM", "conversion_note", "convert_opset", "default_opset", "refusal"]
 
@@ -68,7 +69,7 @@ def convert_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _restore(converted, model)
     if opset < _RESIZE_11:
         _place_pixels(converted)
-    if (reason := _type_error(converted)) and not _type_error(model):
+    if (reason := type_error(converted)) and not type_error(model):
         raise refusal(path, opset, reason)
     return converted
 
@@ -126,12 +127,3 @@ def _place_pixels(model: onnx.ModelProto) -> None:
             node.ClearField("attribute")
             node.attribute.extend(kept)
             node.attribute.extend(onnx.helper.make_attribute(*item) for item in placed.items())
-
-
-def _type_error(model: onnx.ModelProto) -> str:
-    """What is wrong with the types in ``model``; "" if nothing is."""
-    try:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except Exception as error:  # of whatever kind: it is told as a reason
-        return " ".join(str(error).split())[-200:]
-    return ""

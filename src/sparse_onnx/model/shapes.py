@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
-import onnx.shape_inference
 import onnx_ir as ir
 
+from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.axis_lengths import axis_lengths
+from sparse_onnx.model.check import subgraphs as subgraphs_in_file
 from sparse_onnx.model.constants import constant_number, constant_tensor
 from sparse_onnx.model.dimensions import Dim, forget_unknown, read_dim
-from sparse_onnx.model.graph import STANDARD_DOMAINS, producer
+from sparse_onnx.model.graph import STANDARD_DOMAINS, all_graphs, producer, subgraphs
+from sparse_onnx.model.shape_inference import inferred
 
-__all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same"]
+__all__ = ["Dims", "Run", "Shapes", "agree", "broadcast", "keeps", "same", "without_claims"]
 
 Dims = tuple[Dim, ...]
 Run = Mapping[str, Sequence[int]]
 """Shapes by the name of the value, as one run of a model has shown them."""
+
+_Known = Mapping[str, tuple[Dims | None, int]]
+"""By name: shape (None: rank unknown) and element type, as ONNX numbers them (0: unknown)."""
 
 
 def same(one: Dim, other: Dim) -> bool:
@@ -71,51 +76,63 @@ def _keeps_axis(dim: Dim, other: Dim) -> bool:
 
 
 class Shapes:
-    """Shapes and types of the values of the main graph of ``model``, which stays as it is.
+    """Shapes and types of the values of ``model``, which stays as it is: those of its main graph and of the bodies of
+    If, Loop and Scan in it.
 
-    They are what ONNX shape inference finds, on the model without its large weights, when first asked.
+    They are what ONNX shape inference finds, on the model without its large weights, when first asked. It looks into
+    functions for what their calls make; what is inside differs from call to call, so inline a function to ask for it.
 
     Args:
-        model: Values are looked up by name, so that copies of the model may ask, too. Of others, those of subgraphs
-            among them, what they say themselves is known.
+        model: Values of the main graph are looked up by name, so that copies of the model may ask, too; those of
+            bodies, which may share a name, are known of ``model`` itself. Of others, what they say themselves is known.
         inputs: Shapes that inputs have, in place of those that the model declares; what it declares for other values
-            is then left out, since it may hold for other inputs.
+            of the main graph is then left out, since it may hold for other inputs. See also :func:`without_claims`.
         runs: What runs of the model have shown. Used where inference knows nothing: the rank, and each size that no
             run has contradicted, if all inputs of the model have fixed sizes or several runs differ in theirs.
             Values that were filled in so are in ``assumed``: a run shows, but does not prove.
     """
 
-    def __init__(self, model: ir.Model, *, inputs: Run | None = None, runs: Sequence[Run] = ()) -> None:
+    def __init__(
+        self, model: ir.Model, *, inputs: Mapping[str, Sequence[Dim]] | None = None, runs: Sequence[Run] = ()
+    ) -> None:
         self._model, self._inputs, self._runs = model, inputs, tuple(runs)
         self.assumed: set[str] = set()
 
     @functools.cached_property
-    def _proto(self) -> onnx.ModelProto:
+    def _tables(self) -> tuple[_Known, Mapping[ir.Graph, _Known]]:
+        """What is known of the main graph, and of the bodies in it, as they are now."""
+        bodies = tuple(_bodies(self._model.graph))
+        try:
+            graph = self._inferred().graph
+        except ModelFileError:  # too large for inference, of a graph that has large weights in bodies
+            return {}, {}
+        of_bodies = map(_read, _bodies_in_file(graph))
+        return _read(graph), dict(zip(bodies, of_bodies, strict=True))
+
+    def _inferred(self) -> onnx.ModelProto:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(model_io.skeleton(self._model)[0])
         if self._inputs is not None:
             _declare(proto.graph, self._inputs)
         forget_unknown(proto.graph)  # or inference would spread it as one symbol
         _prefer_newer_reshape(proto)
-        inferred = _inferred(proto)
+        found = inferred(proto)
         told = set[str]()
-        while lengths := [value for value in axis_lengths(inferred.graph) if value.name not in told]:
+        while lengths := [value for value in axis_lengths(found.graph) if value.name not in told]:
             _tell(proto.graph, lengths)
             told.update(value.name for value in lengths)
-            inferred = _inferred(proto)
-        return inferred
+            found = inferred(proto)
+        return found
 
-    @functools.cached_property
-    def _known(self) -> dict[str, tuple[Dims | None, int]]:
-        """Shape (None: rank unknown) and element type, as ONNX numbers them (0: unknown)."""
-        graph = self._proto.graph
-        known: dict[str, tuple[Dims | None, int]] = {
-            tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in graph.initializer
-        }
-        for value in (*graph.value_info, *graph.output, *graph.input):
-            kind = value.type.tensor_type
-            dims = tuple(map(_dim, kind.shape.dim)) if kind.HasField("shape") else None
-            known[value.name] = (dims, kind.elem_type)
-        return known
+    @property
+    def _known(self) -> _Known:
+        return self._tables[0]
+
+    def _body(self, value: ir.Value) -> _Known | None:
+        """What is known of the body that has ``value``, if one of the model has it."""
+        graph = value.graph
+        if graph is None or graph is self._model.graph or not isinstance(graph, ir.Graph):
+            return None
+        return self._tables[1].get(graph)
 
     @functools.cached_property
     def _runs_tell(self) -> bool:
@@ -144,6 +161,8 @@ class Shapes:
         if noted is not None and self._inputs is None and all(map(_is_size, noted)):
             return noted  # needs no inference
         name = value.name or ""
+        if (body := self._body(value)) is not None:
+            return body.get(name, (noted, 0))[0]
         dims, _ = self._known.get(name, (noted, 0))
         seen = None if dims is not None and all(map(_is_size, dims)) else self._seen(name)
         if seen is None or (dims is not None and len(dims) != len(seen)):
@@ -172,19 +191,21 @@ class Shapes:
         """As ONNX numbers them; 0 if it is not known."""
         if (tensor := constant_tensor(value)) is not None:
             return int(tensor.dtype)
-        return self._known.get(value.name or "", (None, 0))[1]
+        known = self._body(value) or self._known
+        return known.get(value.name or "", (None, 0))[1]
 
     def is_float32(self, value: ir.Value) -> bool:
         """Whether ``value`` is known to be FLOAT."""
         return self.element_type(value) == onnx.TensorProto.FLOAT
 
+    def fixed(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The sizes of all axes, if they are known."""
+        return _fixed(self._find(value))
+
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all values whose sizes are all known."""
-        found = {}
-        for name, (dims, _) in self._known.items():
-            if dims is not None and all(map(_is_size, dims)):
-                found[name] = tuple(dim for dim in dims if isinstance(dim, int))
-        return found
+        """The shapes of all values of the main graph whose sizes are all known."""
+        found = {name: _fixed(dims) for name, (dims, _) in self._known.items()}
+        return {name: sizes for name, sizes in found.items() if sizes is not None}
 
     def number(self, value: ir.Value | None, rank: int | None = None) -> float | None:
         """The only element of a constant, or of what is computed from constants and known dimensions: some
@@ -227,11 +248,43 @@ class Shapes:
         return float(dim) if isinstance(dim, int) else None
 
 
-def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # of whatever kind: the runtime will tell what is wrong with the model
-        return proto
+def without_claims(model: ir.Model) -> ir.Model:
+    """A copy of ``model`` that says nothing of the shapes of what its nodes make, in bodies and functions neither: what
+    is known of it then follows from its inputs. Its weights are shared."""
+    copy = model.clone()
+    for graph in all_graphs(copy):
+        for node in graph:
+            for value in node.outputs:
+                value.shape = None
+    return copy
+
+
+def _bodies(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The bodies of If, Loop and Scan in ``graph``, each in front of those inside it."""
+    for node in graph:
+        for body in subgraphs(node):
+            yield body
+            yield from _bodies(body)
+
+
+def _bodies_in_file(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The same in a file, in the same order."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in subgraphs_in_file(attribute):
+                yield body
+                yield from _bodies_in_file(body)
+
+
+def _read(graph: onnx.GraphProto) -> _Known:
+    known: dict[str, tuple[Dims | None, int]] = {
+        tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in graph.initializer
+    }
+    for value in (*graph.value_info, *graph.output, *graph.input):
+        kind = value.type.tensor_type
+        dims = tuple(map(_dim, kind.shape.dim)) if kind.HasField("shape") else None
+        known[value.name] = (dims, kind.elem_type)
+    return known
 
 
 def _tell(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
@@ -253,16 +306,27 @@ def _is_size(dim: Dim) -> bool:
     return isinstance(dim, int)
 
 
+def _fixed(dims: Dims | None) -> tuple[int, ...] | None:
+    sizes = tuple(dim for dim in dims or () if isinstance(dim, int))
+    return sizes if dims is not None and len(sizes) == len(dims) else None
+
+
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
 
 
-def _declare(graph: onnx.GraphProto, inputs: Run) -> None:
+def _written(dim: Dim) -> onnx.TensorShapeProto.Dimension:
+    if isinstance(dim, str):
+        return onnx.TensorShapeProto.Dimension(dim_param=dim)
+    return onnx.TensorShapeProto.Dimension(dim_value=dim)
+
+
+def _declare(graph: onnx.GraphProto, inputs: Mapping[str, Sequence[Dim]]) -> None:
     for value in graph.input:
         if value.name in inputs:
             shape = value.type.tensor_type.shape
             del shape.dim[:]
-            shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name])
+            shape.dim.extend(map(_written, inputs[value.name]))
     del graph.value_info[:]
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparse_onnx.model.decoding import decodes
-from sparse_onnx.model.graph import all_graphs, input_at, is_standard, name_of, subgraphs
+from sparse_onnx.model.graph import input_at, is_standard, name_of, subgraphs
+from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 
@@ -28,7 +29,6 @@ __all__ = [
     "Product",
     "Untouched",
     "Work",
-    "known_shapes",
     "left_alone",
     "sparse_share",
     "untouched",
@@ -327,11 +327,12 @@ def left_alone(model: ir.Model, known: Collection[str]) -> list[tuple[str, str]]
 
 
 class Work:
-    """The work of ``model`` with inputs of these shapes: those of other values are inferred, and where that fails taken
-    from a run. ``model`` is not changed."""
+    """The work of ``model`` with inputs of these shapes, or of those that it declares: those of other values are
+    inferred, and where that fails taken from a run. ``model`` is not changed."""
 
-    def __init__(self, model: ir.Model, input_shapes: Mapping[str, Shape]) -> None:
-        self._model = _with_shapes(model, input_shapes)
+    def __init__(self, model: ir.Model, input_shapes: Mapping[str, Shape] | None = None) -> None:
+        self._model = _without_functions(model)
+        self._shapes = Shapes(self._model, inputs=input_shapes or {})
         # A run can tell no shapes of what stood in a function.
         self._visible = {value.name for node in model.graph for value in node.outputs}
 
@@ -341,7 +342,9 @@ class Work:
         for node in self._model.graph:
             if _products(node):
                 values = [*node.inputs, *node.outputs]
-                found |= {value.name for value in values if value is not None and _static(value) is None}
+                found |= {
+                    value.name for value in values if value is not None and self._shapes.fixed(value) is None
+                }
         return {name for name in found if name and name in self._visible}
 
     def count(self, observed: Mapping[str, Shape] | None = None) -> tuple[NodeWork, ...]:
@@ -353,25 +356,18 @@ class Work:
                 raise _UnknownShapeError
             if value.graph is self._model.graph and value.name in known:
                 return known[value.name or ""]
-            if (static := _static(value)) is None:
+            if (fixed := self._shapes.fixed(value)) is None:
                 raise _UnknownShapeError
-            return static
+            return fixed
 
         numbers = {id(node): number for number, node in enumerate(self._model.graph.all_nodes())}
         return tuple(_graph_work(self._model.graph, 1, shape, numbers))
 
 
-def known_shapes(model: ir.Model) -> dict[str, Shape]:
-    """The shapes of those inputs of ``model`` that are fixed, by name."""
-    shapes = {value.name or "": _static(value) for value in model.graph.inputs}
-    return {name: shape for name, shape in shapes.items() if shape is not None}
-
-
-def _with_shapes(model: ir.Model, input_shapes: Mapping[str, Shape]) -> ir.Model:
-    """A copy without functions, but for those of ours, that knows the shapes which follow from those of its inputs."""
-    copy = model.clone()
-    ours = {key: function for key, function in copy.functions.items() if function.domain == DOMAIN}
-    for key in ours:
+def _without_functions(model: ir.Model) -> ir.Model:
+    """A copy with the bodies of functions in place of their calls, but of ours, which stay as they are."""
+    copy = without_claims(model)
+    for key in [key for key, function in copy.functions.items() if function.domain == DOMAIN]:
         del copy.functions[key]
     for function in copy.functions.values():
         for node in function.all_nodes():
@@ -381,22 +377,7 @@ def _with_shapes(model: ir.Model, input_shapes: Mapping[str, Shape]) -> ir.Model
             common.InlinePass()(copy)
         except ir.passes.PreconditionError:  # they call each other in a circle: no runtime takes that
             copy.functions.clear()
-    for graph in all_graphs(copy):
-        for value in (value for node in graph for value in node.outputs):
-            value.shape = None  # with the symbols of the inputs
-    for value in copy.graph.inputs:
-        if value.name in input_shapes:
-            value.shape = ir.Shape(input_shapes[value.name or ""])
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(copy)
     return copy
-
-
-def _static(value: ir.Value) -> Shape | None:
-    if (tensor := _tensor(value)) is not None and not value.is_graph_input():
-        return tuple(int(dim) for dim in tensor.shape.numpy())
-    if value.shape is None or not all(isinstance(dim, int) for dim in value.shape):
-        return None
-    return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]
 
 
 def _graph_work(
