@@ -1,8 +1,0 @@
-#include "kernels/normalization/generic.h"
-#include "kernels/normalization/table.h"
-
-namespace sparse_ops::normalization {
-
-constexpr Kernel avx512vbmi2 = make_kernel<16>(row::avx512vbmi2);
-
-}  // namespace sparse_ops::normalization
