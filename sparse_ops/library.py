@@ -1,8 +1,9 @@
 """The compiled library: where it is, what it offers, and its kernels without ONNX Runtime.
 
 Sessions need only :func:`register` (or ``SessionOptions.register_custom_ops_library(str(library_path()))``).
-The environment variable ``SPARSE_ONNX_FORCE_ISA`` (``avx512``, ``avx2`` or ``generic``) forces an instruction
-set; one that is unknown or not supported by the processor is an error, here and when a session is created.
+The environment variable ``SPARSE_ONNX_FORCE_ISA`` (``avx512``, ``avx2``, ``neon`` or ``generic``) forces an
+instruction set, with single features of the processor if wanted (``avx512+avx512vnni``); what is unknown or not
+supported by the processor is an error, here and when a session is created.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,13 @@ class LibraryInfo:
     """What the library is and would use here.
 
     ``kernels`` are the names of the kernels that this processor can run, best first; ``isa`` is the
-    instruction set in use.
+    instruction set in use, and ``features`` are those of the processor that kernels may use.
     """
 
     path: Path
     version: str
     isa: str
+    features: tuple[str, ...]
     kernels: tuple[str, ...]
 
 
@@ -111,6 +114,7 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "sparse_onnx_version": (text, ()),
         "sparse_onnx_isa": (text, message),
+        "sparse_onnx_feature_name": (text, (size,)),
         "sparse_onnx_kernel_name": (text, (size,)),
         "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
         "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
@@ -139,11 +143,23 @@ def info() -> LibraryInfo:
     isa = library.sparse_onnx_isa(message, _MESSAGE_SIZE)
     if isa is None:
         raise HostError(message.value.decode())
-    names: list[bytes] = []
-    while name := library.sparse_onnx_kernel_name(len(names)):
-        names.append(name)
-    kernels = tuple(name.decode() for name in names if library.sparse_onnx_kernel_supported(name))
-    return LibraryInfo(library_path(), library.sparse_onnx_version().decode(), isa.decode(), kernels)
+    kernels = tuple(
+        name
+        for name in _names(library.sparse_onnx_kernel_name)
+        if library.sparse_onnx_kernel_supported(name.encode())
+    )
+    features = _names(library.sparse_onnx_feature_name)
+    return LibraryInfo(
+        library_path(), library.sparse_onnx_version().decode(), isa.decode(), features, kernels
+    )
+
+
+def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
+    """What a function of the library gives for 0, 1, ... up to the first None."""
+    names: list[str] = []
+    while name := name_of(len(names)):
+        names.append(name.decode())
+    return tuple(names)
 
 
 def select(packed: PackedWeight, tokens: int) -> str:
@@ -244,7 +260,7 @@ def time_kernel(packed: PackedWeight, tokens: int, kernel: str | None = None, se
 
 
 def peak(kernel: str, seconds: float = 0.1) -> float:
-    """Floating-point operations per second that multiply-adds in registers reach in vectors as wide as the kernel's.
+    """Floating-point operations per second of multiply-adds in registers, in vectors of the kernel's instruction set.
 
     One thread, the best of short runs during about ``seconds``. The kernel must be one of
     :attr:`LibraryInfo.kernels`, else ValueError.

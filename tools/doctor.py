@@ -325,7 +325,7 @@ def _library() -> Iterator[Finding]:
         detail = f"{found.path} is version {found.version}, the package is {package}"
         yield Finding("library", "kernel library", "problem", detail, "install the package again", values)
     forced = os.environ.get("SPARSE_ONNX_FORCE_ISA", "")
-    values = {"isa": found.isa, "forced": forced or None}
+    values = {"isa": found.isa, "features": list(found.features), "forced": forced or None}
     if forced:
         detail = f"{found.isa}, forced by SPARSE_ONNX_FORCE_ISA={forced}"
         fix = "unset it to use the best that the processor has"

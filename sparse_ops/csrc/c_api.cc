@@ -1,7 +1,6 @@
 #include "c_api.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <ctime>
 #include <exception>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "kernels/peak/peak.h"
 #include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
 
@@ -60,13 +60,13 @@ std::string prepare(const SparseOnnxWeight& stored, int activation, const char* 
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
   if (!problem.empty()) return problem;
   if (name == nullptr) {
-    const IsaChoice choice = active_isa();
+    const FeatureChoice choice = active_features();
     if (choice.error != nullptr) return choice.error;
-    plan = spmm::make_plan(checked.weight, tokens, choice.isa);
+    plan = spmm::make_plan(checked.weight, tokens, choice.features);
   } else {
     const spmm::Kernel* kernel = spmm::find_kernel(name);
     if (kernel == nullptr) return std::string("no kernel is named ") + name;
-    if (!isa_supported(kernel->isa)) return std::string("this processor cannot run the kernel ") + name;
+    if (!runs_here(*kernel)) return std::string("this processor cannot run the kernel ") + name;
     if (!spmm::fits(*kernel, checked.weight)) {
       return std::string("the chunk or the block is too large for the kernel ") + name;
     }
@@ -120,20 +120,12 @@ std::string time_calls(const SparseOnnxWeight& stored, const char* name, size_t 
   return {};
 }
 
-// Operations per second of one of a kernel's limits; 0 if it cannot run here.
-double measure_limit(const char* name, double (*spmm::Kernel::*limit)(size_t), double seconds) {
-  using Clock = std::chrono::steady_clock;
+// Operations per second of a limit, in vectors of the instruction set that a kernel needs; 0 if it cannot run
+// here.
+double measure_limit(const char* name, double (*peak::Kernel::*limit)(size_t), double seconds) {
   const spmm::Kernel* found = spmm::find_kernel(name);
-  if (found == nullptr || !isa_supported(found->isa)) return 0;
-  constexpr size_t kSteps = 100000;  // well below a millisecond, so that the best of them ran undisturbed
-  double best = 0;
-  const Clock::time_point start = Clock::now();
-  do {
-    const Clock::time_point before = Clock::now();
-    const double operations = (found->*limit)(kSteps);
-    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - before).count());
-  } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
-  return best;
+  if (found == nullptr || !runs_here(*found)) return 0;
+  return peak::measure(peak::select_kernel(found->needs).*limit, seconds);
 }
 
 }  // namespace
@@ -146,9 +138,18 @@ extern "C" {
 const char* sparse_onnx_version(void) { return SPARSE_ONNX_VERSION; }
 
 const char* sparse_onnx_isa(char* message, size_t message_size) {
-  const IsaChoice choice = active_isa();
+  const FeatureChoice choice = active_features();
   set_message(choice.error == nullptr ? "" : choice.error, message, message_size);
-  return choice.error == nullptr ? isa_name(choice.isa) : nullptr;
+  return choice.error == nullptr ? instruction_set(choice.features).name : nullptr;
+}
+
+const char* sparse_onnx_feature_name(size_t index) {
+  const FeatureChoice choice = active_features();
+  if (choice.error != nullptr) return nullptr;
+  for (const NamedFeatures& feature : kFeatureNames) {
+    if (contains(choice.features, feature.features) && index-- == 0) return feature.name;
+  }
+  return nullptr;
 }
 
 const char* sparse_onnx_kernel_name(size_t index) {
@@ -157,7 +158,7 @@ const char* sparse_onnx_kernel_name(size_t index) {
 
 int sparse_onnx_kernel_supported(const char* kernel) {
   const spmm::Kernel* found = spmm::find_kernel(kernel);
-  return found != nullptr && isa_supported(found->isa);
+  return found != nullptr && runs_here(*found);
 }
 
 int sparse_onnx_check(const SparseOnnxWeight* weight, char* message, size_t message_size) {
@@ -173,7 +174,7 @@ int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* 
 }
 
 const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width, size_t tokens) {
-  const IsaChoice choice = active_isa();
+  const FeatureChoice choice = active_features();
   if (choice.error != nullptr || K < 1 || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
     return nullptr;
   }
@@ -182,15 +183,17 @@ const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t 
   weight.chunk = static_cast<size_t>(chunk);
   weight.block = static_cast<size_t>(block);
   weight.width = static_cast<size_t>(width);
-  return spmm::select_kernel(choice.isa, weight, tokens).name;
+  const auto takes = [&](const spmm::Kernel* kernel) { return spmm::fits(*kernel, weight); };
+  if (std::ranges::none_of(spmm::kernels(), takes)) return nullptr;
+  return spmm::select_kernel(choice.features, weight, tokens).name;
 }
 
 double sparse_onnx_peak(const char* kernel, double seconds) {
-  return measure_limit(kernel, &spmm::Kernel::peak, seconds);
+  return measure_limit(kernel, &peak::Kernel::in_registers, seconds);
 }
 
 double sparse_onnx_load_peak(const char* kernel, double seconds) {
-  return measure_limit(kernel, &spmm::Kernel::load_peak, seconds);
+  return measure_limit(kernel, &peak::Kernel::with_loads, seconds);
 }
 
 double sparse_onnx_time(const SparseOnnxWeight* weight, const char* kernel, size_t tokens, double seconds,

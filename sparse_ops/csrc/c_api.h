@@ -46,6 +46,10 @@ SPARSE_ONNX_EXPORT const char* sparse_onnx_version(void);
  */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_isa(char* message, size_t message_size);
 
+/* Name of the feature number `index` of the processor that kernels may use; NULL past the end, and if
+ * SPARSE_ONNX_FORCE_ISA is wrong. */
+SPARSE_ONNX_EXPORT const char* sparse_onnx_feature_name(size_t index);
+
 /* Name of the kernel number `index` of the table, best first; NULL past the end. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_kernel_name(size_t index);
 
@@ -68,8 +72,9 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
 SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width,
                                                   size_t tokens);
 
-/* Floating-point operations per second that multiply-adds in registers reach in one thread, in vectors as
- * wide as the kernel's; measured for about `seconds`. 0 if the kernel cannot run here. */
+/* Floating-point operations per second that multiply-adds in registers reach in one thread, in the widest
+ * vectors that the kernel's instruction set has; measured for about `seconds`. 0 if the kernel cannot run
+ * here. */
 SPARSE_ONNX_EXPORT double sparse_onnx_peak(const char* kernel, double seconds);
 
 /* The same where every multiply-add loads one factor from the first-level cache. */

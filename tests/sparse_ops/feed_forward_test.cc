@@ -49,14 +49,13 @@ void check_close(const std::vector<float>& found, const std::vector<float>& want
 
 void check_kernels(const Weight& first, const Weight& second, const std::vector<float>& x, size_t tokens) {
   for (const Kernel* kernel : kernels()) {
-    if (!isa_supported(kernel->isa) || !fits(*kernel, first, second)) continue;
+    if (!runs_here(*kernel) || !fits(*kernel, first, second)) continue;
     const Plan plan = make_plan(first, second, tokens, *kernel);
     expect(run_both(plan, first, second, x) == one_by_one(*kernel, first, second, x, tokens),
            describe(plan, first) + ": differs from the linears one after the other");
   }
-  for (Isa isa : kIsas) {
-    if (!isa_supported(isa)) continue;
-    const Plan plan = make_plan(first, second, tokens, isa);
+  for (const Features features : offered_sets()) {
+    const Plan plan = make_plan(first, second, tokens, features);
     check_close(run_both(plan, first, second, x), one_by_one(*plan.full, first, second, x, tokens),
                 describe(plan, first));
   }
@@ -100,9 +99,8 @@ void test_strips() {
   const size_t tokens = 700;
   const std::vector<float> x = random_floats(tokens * 300);
   size_t in_strips = 0;
-  for (Isa isa : kIsas) {
-    if (!isa_supported(isa)) continue;
-    const Plan plan = make_plan(first.checked.weight, second.checked.weight, tokens, isa);
+  for (const Features features : offered_sets()) {
+    const Plan plan = make_plan(first.checked.weight, second.checked.weight, tokens, features);
     in_strips += plan.strip < tokens;
     check_close(run_both(plan, first.checked.weight, second.checked.weight, x),
                 one_by_one(*plan.full, first.checked.weight, second.checked.weight, x, tokens),

@@ -9,6 +9,7 @@
 
 #include "expect.h"
 #include "guarded.h"
+#include "instruction_sets.h"
 #include "kernels/normalization/normalization.h"
 #include "workers.h"
 
@@ -111,7 +112,7 @@ void compare(const Kernel& kernel, const Problem& p, bool keep_sum, size_t gap, 
 template <class Function>
 void for_each_kernel(Function function) {
   for (const Kernel* kernel : kernels()) {
-    if (isa_supported(kernel->isa)) function(*kernel);
+    if (runs_here(*kernel)) function(*kernel);
   }
 }
 
@@ -221,7 +222,7 @@ void test_parallel() {
   std::vector<float> x(1000 * channels), y(x.size()), gamma(channels);
   Arguments arguments = {x.data(), nullptr, gamma.data(), nullptr, y.data(), nullptr,
                          1000,     0,       channels,     1e-5f};
-  const Kernel& kernel = select_kernel(Isa::generic);
+  const Kernel& kernel = select_kernel(kGeneric);
   Backwards workers;
   Failing failing;
   expect(normalization::run(kernel, arguments, workers) && workers.tasks > 4, "many rows are not spread");
@@ -236,10 +237,9 @@ void test_parallel() {
 }
 
 void test_dispatch() {
-  for (const Isa isa : kIsas) {
-    if (!isa_supported(isa)) continue;
-    const Kernel& kernel = select_kernel(isa);
-    expect(kernel.isa == isa && std::string(kernel.name) == isa_name(isa), "select_kernel");
+  for (const Features features : offered_sets()) {
+    const Kernel& kernel = select_kernel(features);
+    expect(is_of_set(kernel, features), "select_kernel");
   }
 }
 

@@ -29,8 +29,13 @@ std::vector<float> random_floats(size_t count, unsigned seed, float scale = 1) {
 template <class Function>
 void for_each_kernel(Function function) {
   for (const Kernel* kernel : kernels()) {
-    if (isa_supported(kernel->isa)) function(*kernel);
+    if (runs_here(*kernel)) function(*kernel);
   }
+}
+
+// The gates of the same instruction set.
+const Kernel& gates_beside(const spmm::Kernel& products) {
+  return &products == spmm::kernels().back() ? *kernels().back() : select_kernel(products.needs);
 }
 
 // What a kernel makes of one row.
@@ -59,7 +64,7 @@ bool close(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 void test_gates() {
-  const Kernel& reference = select_kernel(Isa::reference);
+  const Kernel& reference = *kernels().back();
   constexpr Gates Kernel::* kGates[] = {&Kernel::lstm, &Kernel::gru, &Kernel::gru_reset, &Kernel::gru_update};
   for (size_t hidden : {1, 2, 7, 8, 15, 16, 17, 33, 100}) {
     for (size_t which = 0; which < std::size(kGates); ++which) {
@@ -172,7 +177,7 @@ void test_recurrence(const Shape& s, Cell cell, bool reverse, bool has_lengths) 
   const Outputs want = expected(s, cell, reverse, dense(random), random.bias, x, lengths, h, c);
 
   for (const spmm::Kernel* kernel : spmm::kernels()) {
-    if (!isa_supported(kernel->isa) || !spmm::fits(*kernel, checked.weight)) continue;
+    if (!runs_here(*kernel) || !spmm::fits(*kernel, checked.weight)) continue;
     std::vector<float> first;
     for (bool split : {false, true}) {
       const Guarded<float> x_guarded(x), h_guarded(h), c_guarded(c),
@@ -192,7 +197,7 @@ void test_recurrence(const Shape& s, Cell cell, bool reverse, bool has_lengths) 
       problem.y = y.typed();
       problem.h = h_guarded.typed();
       problem.c = cell == Cell::lstm ? c_guarded.typed() : nullptr;
-      const Plan plan = make_plan(problem, select_kernel(kernel->isa), *kernel, split);
+      const Plan plan = make_plan(problem, gates_beside(*kernel), *kernel, split);
       const Guarded<char> scratch(plan.scratch_bytes);
       Backwards workers;
       expect(run(plan, problem, scratch.data(), workers), "workers failed");
@@ -245,8 +250,8 @@ void test_failing_workers() {
                   &checked.weight, x.data(), nullptr, y.data(), h.data(), c.data()};
   for (bool split : {false, true}) {
     for (int calls = 0; calls < (split ? 3 : 1); ++calls) {
-      const Plan plan = make_plan(problem, select_kernel(Isa::generic),
-                                  spmm::select_kernel(Isa::generic, checked.weight, 2), split);
+      const Plan plan = make_plan(problem, select_kernel(kGeneric),
+                                  spmm::select_kernel(kGeneric, checked.weight, 2), split);
       std::vector<char> scratch(plan.scratch_bytes);
       Failing workers(calls);
       expect(!run(plan, problem, scratch.data(), workers), "a failure of the workers got lost");

@@ -6,10 +6,12 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <string>
 
 #include "expect.h"
 #include "guarded.h"
+#include "instruction_sets.h"
 #include "kernels/sizes.h"
 #include "kernels/spconv/fused_depthwise.h"
 #include "kernels/spconv/panel.h"
@@ -22,8 +24,12 @@ namespace {
 
 using namespace sparse_ops;
 using namespace sparse_ops::spconv;
-using spmm::MapEpilogue;
 using Activation = MapEpilogue::Activation;
+
+// What turns the accumulators of `products` into maps: of the same instruction set.
+const Kernel& maps_beside(const spmm::Kernel& products) {
+  return &products == spmm::kernels().back() ? *kernels().back() : select_kernel(products.needs);
+}
 
 double activated(const MapEpilogue& epilogue, double h) {
   switch (epilogue.activation) {
@@ -214,13 +220,47 @@ void test_all_kernels() {
       const MapEpilogue& epilogue = kEpilogues[round++ % std::size(kEpilogues)];
       const Convolution conv = {checked.weight, c.rows, c.columns, c.group, epilogue};
       for (const spmm::Kernel* kernel : spmm::kernels()) {
-        if (!isa_supported(kernel->isa) || !fits(*kernel, checked.weight)) continue;
-        compare(c, conv, make_plan(conv, c.images, c.height, c.width, *kernel), x, residual, want);
+        if (!runs_here(*kernel) || !fits(*kernel, checked.weight)) continue;
+        compare(c, conv, make_plan(conv, c.images, c.height, c.width, *kernel, maps_beside(*kernel)), x,
+                residual, want);
       }
-      for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
-        if (!isa_supported(isa)) continue;
-        compare(c, conv, make_plan(conv, c.images, c.height, c.width, isa), x, residual, want);
+      for (const Features features : offered_sets()) {
+        compare(c, conv, make_plan(conv, c.images, c.height, c.width, features), x, residual, want);
       }
+    }
+  }
+}
+
+// Every activation, for each number of positions of a tile, on the numbers `h`.
+void test_epilogues(const Kernel& kernel, size_t tile, const std::vector<float>& h) {
+  for (const MapEpilogue& epilogue : kEpilogues) {
+    for (size_t positions = 1; positions <= tile; ++positions) {
+      const size_t stride = positions + 3;
+      for (size_t first = 0; first < h.size(); first += positions) {
+        std::vector<float> acc(2 * tile, 77.0f), y(stride + positions, 55.0f);
+        for (size_t p = 0; p < positions; ++p) acc[tile + p] = acc[p] = h[(first + p) % h.size()];
+        const Guarded<float> guarded_acc(acc), guarded_y(y);
+        kernel.store_channels(epilogue, guarded_acc.typed(), tile, 2, positions, stride, nullptr,
+                              guarded_y.typed());
+        for (size_t i = 0; i < stride + positions; ++i) {
+          const bool between = i >= positions && i < stride;
+          const double x = static_cast<double>(acc[i % stride % positions]);
+          double want = between ? 55.0 : activated(epilogue, x);
+          if (std::isnan(x) && !between) want = NAN;
+          const bool unbounded =
+              epilogue.activation != Activation::none && epilogue.activation != Activation::clip;
+          if (!between && unbounded && std::isinf(x) && x < 0) want = NAN;  // infinity times zero
+          const double got = static_cast<double>(guarded_y.typed()[i]);
+          const bool same = std::isnan(want)   ? std::isnan(got)
+                            : std::isinf(want) ? got == want
+                                               : std::abs(got - want) <= 2e-6 * std::abs(want) + 1e-6;
+          char where[160];
+          std::snprintf(where, sizeof where, "%s: activation %d of %g is %g, expected %g (%zu positions)",
+                        kernel.name, static_cast<int>(epilogue.activation), x, got, want, positions);
+          expect(same, where);
+        }
+      }
+      if (positions > 20 && positions + 3 < tile) positions += 6;  // for the time it takes
     }
   }
 }
@@ -230,38 +270,14 @@ void test_epilogues() {
   std::vector<float> h = {0.0f, -0.0f, kInfinity, -kInfinity, std::nanf(""),
                           3.0f, -3.0f, 6.0f,      -0.5f,      2.9999998f};
   for (float v = -9.0f; v < 9.0f; v += 0.171f) h.push_back(v);
+  std::set<size_t> tiles;
   for (const spmm::Kernel* kernel : spmm::kernels()) {
     expect(kernel->tile <= kMaxTile, std::string(kernel->name) + " has too wide a tile");
-    if (!isa_supported(kernel->isa)) continue;
-    for (const MapEpilogue& epilogue : kEpilogues) {
-      for (size_t positions = 1; positions <= kernel->tile; ++positions) {
-        const size_t stride = positions + 3;
-        for (size_t first = 0; first < h.size(); first += positions) {
-          std::vector<float> acc(2 * kernel->tile, 77.0f), y(stride + positions, 55.0f);
-          for (size_t p = 0; p < positions; ++p) acc[kernel->tile + p] = acc[p] = h[(first + p) % h.size()];
-          const Guarded<float> guarded_acc(acc), guarded_y(y);
-          kernel->store_channels(epilogue, guarded_acc.typed(), kernel->tile, 2, positions, stride, nullptr,
-                                 guarded_y.typed());
-          for (size_t i = 0; i < stride + positions; ++i) {
-            const bool between = i >= positions && i < stride;
-            const double x = static_cast<double>(acc[i % stride % positions]);
-            double want = between ? 55.0 : activated(epilogue, x);
-            if (std::isnan(x) && !between) want = NAN;
-            const bool unbounded =
-                epilogue.activation != Activation::none && epilogue.activation != Activation::clip;
-            if (!between && unbounded && std::isinf(x) && x < 0) want = NAN;  // infinity times zero
-            const double got = static_cast<double>(guarded_y.typed()[i]);
-            const bool same = std::isnan(want)   ? std::isnan(got)
-                              : std::isinf(want) ? got == want
-                                                 : std::abs(got - want) <= 2e-6 * std::abs(want) + 1e-6;
-            char where[160];
-            std::snprintf(where, sizeof where, "%s: activation %d of %g is %g, expected %g (%zu positions)",
-                          kernel->name, static_cast<int>(epilogue.activation), x, got, want, positions);
-            expect(same, where);
-          }
-        }
-        if (positions > 20 && positions + 3 < kernel->tile) positions += 6;  // for the time it takes
-      }
+    tiles.insert(kernel->tile);
+  }
+  for (const Kernel* kernel : kernels()) {
+    if (runs_here(*kernel)) {
+      for (size_t tile : tiles) test_epilogues(*kernel, tile, h);
     }
   }
 }
@@ -286,9 +302,8 @@ void test_strips() {
   const std::vector<float> x = random_floats(c.channels * c.height * c.width, 1);
   const Exact want = exact(c, random, x);
   const Convolution conv = {checked.weight, c.rows, c.columns, 1, kEpilogues[0]};
-  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
-    if (!isa_supported(isa)) continue;
-    const Plan plan = make_plan(conv, 1, c.height, c.width, isa);
+  for (const Features features : offered_sets()) {
+    const Plan plan = make_plan(conv, 1, c.height, c.width, features);
     expect(plan.strip * plan.full->tile < c.height * c.width, "the test is too small for strips");
     expect(plan.scratch_bytes < (size_t{40} << 20), "scratch memory is not bounded");
     compare(c, conv, plan, x, {}, want);
@@ -402,15 +417,16 @@ void test_fused_depthwise() {
       expect(wrong == 0, where);
     };
     for (const spmm::Kernel* kernel : spmm::kernels()) {
-      if (!isa_supported(kernel->isa) || !fits(*kernel, checked.weight)) continue;
+      if (!runs_here(*kernel) || !fits(*kernel, checked.weight)) continue;
       for (size_t threads : {1, 4}) {
-        run_plan(make_plan(fused, first.images, first.height, first.width, *kernel, threads));
+        run_plan(make_plan(fused, first.images, first.height, first.width, *kernel, maps_beside(*kernel),
+                           threads));
       }
     }
-    for (Isa isa : {Isa::avx512, Isa::avx2, Isa::generic}) {
-      if (isa_supported(isa)) run_plan(make_plan(fused, first.images, first.height, first.width, isa, 4));
+    for (const Features features : offered_sets()) {
+      run_plan(make_plan(fused, first.images, first.height, first.width, features, 4));
     }
-    const FusedPlan plan = make_plan(fused, first.images, first.height, first.width, Isa::generic);
+    const FusedPlan plan = make_plan(fused, first.images, first.height, first.width, kGeneric);
     std::vector<float> y(want.sum.size());
     std::vector<char> scratch(plan.scratch_bytes);
     Failing failing(0);

@@ -14,6 +14,7 @@
 #include <ctime>
 #include <utility>
 
+#include "kernels/peak/peak.h"
 #include "kernels/spmm/spmm.h"
 #include "random_weight.h"
 
@@ -54,8 +55,9 @@ double time_of(Function function) {
 }
 
 double measured_peak(const Kernel& kernel) {
+  const peak::Kernel& limit = peak::select_kernel(kernel.needs);
   double operations = 0;
-  const double seconds = time_of([&] { operations = kernel.peak(100000); });
+  const double seconds = time_of([&] { operations = limit.in_registers(100000); });
   return operations / seconds;
 }
 
@@ -73,7 +75,7 @@ void bench(size_t K, size_t N, size_t tokens, size_t chunk, size_t block, Activa
       return;
     }
     const Plan plan = kernel != nullptr ? make_plan(checked.weight, tokens, *kernel)
-                                        : make_plan(checked.weight, tokens, active_isa().isa);
+                                        : make_plan(checked.weight, tokens, active_features().features);
     std::vector<char> scratch(plan.scratch_bytes);
     const double peak = measured_peak(*plan.full);
     // Cold: copies of the weight in turn, more than the caches hold.
@@ -131,7 +133,7 @@ int main(int argc, char** argv) {
       activation = static_cast<Activation>(number(next));
     } else if (std::strcmp(word, "--kernel") == 0) {
       kernel = find_kernel(next);
-      if (kernel == nullptr || !isa_supported(kernel->isa)) {
+      if (kernel == nullptr || !runs_here(*kernel)) {
         std::fprintf(stderr, "no kernel %s can run here\n", next);
         return 2;
       }
@@ -142,15 +144,15 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  if (active_isa().error != nullptr) {
-    std::fprintf(stderr, "%s\n", active_isa().error);
+  if (active_features().error != nullptr) {
+    std::fprintf(stderr, "%s\n", active_features().error);
     return 2;
   }
   if (shapes.empty()) shapes = {{768, 768}, {768, 3072}, {3072, 768}};
   for (const auto& [K, N] : shapes) {
     if (!all) bench(K, N, tokens, chunk, block, activation, kernel, cold, width);
     for (const Kernel* one : kernels()) {
-      if (all && isa_supported(one->isa)) bench(K, N, tokens, chunk, block, activation, one, cold, width);
+      if (all && runs_here(*one)) bench(K, N, tokens, chunk, block, activation, one, cold, width);
     }
   }
 }

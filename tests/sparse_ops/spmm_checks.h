@@ -11,6 +11,7 @@
 
 #include "expect.h"
 #include "guarded.h"
+#include "instruction_sets.h"
 #include "kernels/spmm/spmm.h"
 #include "random_weight.h"
 #include "workers.h"
@@ -198,7 +199,7 @@ inline void check_activations(std::span<const Kernel* const> kernels) {
   for (Activation activation : kActivations) {
     const GuardedWeight guarded(identity, activation, 1);
     for (const Kernel* kernel : kernels) {
-      if (!isa_supported(kernel->isa)) continue;
+      if (!runs_here(*kernel)) continue;
       const Plan plan = make_plan(guarded.checked.weight, x.size(), *kernel);
       const std::vector<float> y = guarded_run(plan, guarded.checked.weight, x);
       std::string problem;
@@ -279,7 +280,7 @@ inline void check_subnormal(std::span<const Kernel* const> kernels) {
   for (float& b : ones.bias) b = 0.0f;
   const GuardedWeight guarded(ones, Activation::none);
   for (const Kernel* kernel : kernels) {
-    if (!isa_supported(kernel->isa)) continue;
+    if (!runs_here(*kernel)) continue;
     const size_t tokens = kernel->tile + 1;
     std::vector<float> x(tokens * K);
     for (size_t i = 0; i < x.size(); ++i)
@@ -300,7 +301,7 @@ inline void check_special_values(std::span<const Kernel* const> kernels) {
   check_activations(kernels);
   check_subnormal(kernels);
   for (const Kernel* kernel : kernels) {
-    if (!isa_supported(kernel->isa)) continue;
+    if (!runs_here(*kernel)) continue;
     for (size_t width : {size_t{1}, size_t{4}, size_t{8}}) check_non_finite(*kernel, width);
   }
 }

@@ -59,7 +59,7 @@ void test_every_kernel() {
       const GuardedWeight guarded(random, Activation::relu, 0, edge);
       const Weight& weight = guarded.checked.weight;
       for (const Kernel* kernel : kernels()) {
-        if (!isa_supported(kernel->isa) || !fits(*kernel, weight)) continue;
+        if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
         for (size_t tokens : {kernel->tile - 1, kernel->tile, kernel->tile + 1}) {
           const Plan plan = make_plan(weight, tokens, *kernel);
           current = describe(plan, weight);

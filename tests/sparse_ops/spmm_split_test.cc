@@ -99,13 +99,13 @@ void test_every_kernel() {
     for (size_t tokens : {1, 5, 16, 33, 130}) {
       const std::vector<float> x = random_floats(tokens * s.K);
       for (const Kernel* kernel : kernels()) {
-        if (!isa_supported(kernel->isa) || !fits(*kernel, weight)) continue;
+        if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
         const Plan plan = make_plan(weight, tokens, *kernel);
         in_strips += plan.strip < tokens;
         check_plan(plan, weight, x, s.split);
       }
-      for (Isa isa : kIsas) {
-        if (isa_supported(isa)) check_plan(make_plan(weight, tokens, isa), weight, x, s.split);
+      for (const Features features : offered_sets()) {
+        check_plan(make_plan(weight, tokens, features), weight, x, s.split);
       }
     }
   }

@@ -10,11 +10,11 @@ using namespace sparse_ops::spmm;
 void test_shapes() {
   for_every_shape([](const Weight& weight, size_t tokens, const std::vector<float>& x, const Exact& want) {
     for (const Kernel* kernel : kernels()) {
-      if (!isa_supported(kernel->isa) || !fits(*kernel, weight)) continue;
+      if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
       compare(make_plan(weight, tokens, *kernel), weight, x, want);
     }
-    for (Isa isa : kIsas) {
-      if (isa_supported(isa)) compare(make_plan(weight, tokens, isa), weight, x, want);
+    for (const Features features : offered_sets()) {
+      compare(make_plan(weight, tokens, features), weight, x, want);
     }
   });
 }
@@ -26,9 +26,8 @@ void test_strips() {
   const std::vector<float> x = random_floats(tokens * K);
   const Exact want = exact(random, x, tokens);
   const GuardedWeight guarded(random, Activation::none, 0);
-  for (Isa isa : kIsas) {
-    if (!isa_supported(isa)) continue;
-    const Plan plan = make_plan(guarded.checked.weight, tokens, isa);
+  for (const Features features : offered_sets()) {
+    const Plan plan = make_plan(guarded.checked.weight, tokens, features);
     expect(plan.strip < tokens, "the test is too small for strips");
     expect(plan.scratch_bytes < (size_t{40} << 20), "scratch memory is not bounded");
     compare(plan, guarded.checked.weight, x, want);
@@ -104,19 +103,12 @@ void test_check() {
 }
 
 void test_dispatch() {
-  expect(choose_isa(nullptr).error == nullptr, "nothing forced is an error");
-  expect(choose_isa("").error == nullptr, "an empty name is an error");
-  for (const char* name : {"avx1024", "AVX2", "generic ", "reference"}) {
-    expect(choose_isa(name).error != nullptr, std::string(name) + " was accepted");
-  }
-  for (Isa isa : kIsas) {
-    const IsaChoice choice = choose_isa(isa_name(isa));
-    expect((choice.error == nullptr) == isa_supported(isa), std::string("forcing ") + isa_name(isa));
-    if (choice.error == nullptr)
-      expect(choice.isa == isa, std::string("forcing does not force ") + isa_name(isa));
-    const auto has_isa = [isa](const Kernel* kernel) { return kernel->isa == isa; };
-    expect(!isa_supported(isa) || std::ranges::any_of(kernels(), has_isa),
-           std::string("no kernel for ") + isa_name(isa));
+  for (const NamedFeatures& set : kInstructionSets) {  // pure: also those that this processor lacks
+    const Features features = set.features;
+    const auto is_of = [&](const Kernel* kernel) {
+      return &instruction_set(kernel->needs) == &set && kernel != kernels().back();
+    };
+    if (std::ranges::none_of(kernels(), is_of)) continue;  // of another architecture
     for (size_t block : {size_t{1}, size_t{64}, size_t{256}}) {
       for (size_t chunk : {size_t{1}, size_t{128}, size_t{255}}) {
         Weight weight{};
@@ -124,12 +116,13 @@ void test_dispatch() {
         weight.block = block;
         size_t narrowest = 1000;
         for (const Kernel* kernel : kernels()) {
-          if (kernel->isa == isa && fits(*kernel, weight)) narrowest = std::min(narrowest, kernel->tile);
+          if (is_of(kernel) && fits(*kernel, weight)) narrowest = std::min(narrowest, kernel->tile);
         }
         if (narrowest == 1000) continue;
         for (size_t tokens : {size_t{1}, size_t{5}, size_t{64}, size_t{1000}}) {
-          const Kernel& kernel = select_kernel(isa, weight, tokens);
-          expect(kernel.isa == isa && fits(kernel, weight), std::string("wrong kernel ") + kernel.name);
+          const Kernel& kernel = select_kernel(features, weight, tokens);
+          expect(is_of_set(kernel, features) && fits(kernel, weight),
+                 std::string("wrong kernel ") + kernel.name);
           expect(kernel.tile == narrowest || kernel.tile < 2 * tokens,
                  std::string("too wide: ") + kernel.name);
         }
@@ -141,9 +134,8 @@ void test_dispatch() {
   long_weight.chunk = 128;
   long_weight.block = 64;
   long_weight.blocks = 1;
-  for (Isa isa : kIsas) {
-    if (!isa_supported(isa)) continue;
-    expect(make_plan(long_weight, 1000, isa).scratch_bytes < (size_t{40} << 20),
+  for (const Features features : offered_sets()) {
+    expect(make_plan(long_weight, 1000, features).scratch_bytes < (size_t{40} << 20),
            "scratch memory is not bounded");
   }
   expect(find_kernel("reference") != nullptr && find_kernel("nothing") == nullptr, "find_kernel");
@@ -151,13 +143,13 @@ void test_dispatch() {
   const RandomWeight random = random_weight(8, 8, 0.5, 8, 8);
   CheckedWeight checked;
   expect(check(random.stored(), Activation::none, checked).empty(), "weight refused");
-  const Plan plan = make_plan(checked.weight, 3, Isa::generic);
+  const Plan plan = make_plan(checked.weight, 3, kGeneric);
   std::vector<float> x(24), y(24);
   std::vector<char> scratch(plan.scratch_bytes);
   Failing failing;
   expect(!run(plan, checked.weight, x.data(), y.data(), scratch.data(), failing),
          "a failure of workers was lost");
-  const Plan nothing = make_plan(checked.weight, 0, Isa::generic);
+  const Plan nothing = make_plan(checked.weight, 0, kGeneric);
   expect(run(nothing, checked.weight, x.data(), y.data(), scratch.data(), failing), "no tokens, yet work");
 }
 
@@ -165,7 +157,7 @@ void test_dispatch() {
 
 int main() {
   for (const Kernel* kernel : kernels()) {
-    std::printf("%s%s", kernel->name, isa_supported(kernel->isa) ? " " : " (not here) ");
+    std::printf("%s%s", kernel->name, runs_here(*kernel) ? " " : " (not here) ");
   }
   test_dispatch();
   test_check();

@@ -77,7 +77,7 @@ void test_threads_agree() {
     const GuardedWeight guarded(random, Activation::gelu);
     const Weight& weight = guarded.checked.weight;
     for (const Kernel* kernel : kernels()) {
-      if (!isa_supported(kernel->isa) || !fits(*kernel, weight)) continue;
+      if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
       const Plan plan = make_plan(weight, s.tokens, *kernel, 4);
       in_strips += plan.strip < plan.tokens;
       Threads alone(1), many(4);
@@ -99,8 +99,7 @@ void test_feed_forward() {
   for (size_t tokens : {3, 200}) {  // blocks as tasks, and tiles
     const std::vector<float> x = random_floats(tokens * a.K);
     for (const Kernel* kernel : kernels()) {
-      if (!isa_supported(kernel->isa) || !fits(*kernel, first.checked.weight, second.checked.weight))
-        continue;
+      if (!runs_here(*kernel) || !fits(*kernel, first.checked.weight, second.checked.weight)) continue;
       const Plan plan = make_plan(first.checked.weight, second.checked.weight, tokens, *kernel, 4);
       const auto run_on_threads = [&](size_t threads) {
         std::vector<float> y(tokens * b.N);
@@ -120,14 +119,14 @@ void test_calls_at_once() {
   const RandomWeight random = random_weight(300, 100, 0.2, 128, 64);
   const GuardedWeight guarded(random, Activation::silu);
   const Weight& weight = guarded.checked.weight;
-  const Isa isa = choose_isa(nullptr).isa;
+  const Features features = offered_features();
   const size_t tokens = 40;
   const std::vector<float> x = random_floats(tokens * random.K);
   std::vector<std::vector<float>> results(4);
   std::vector<std::thread> callers;
   for (std::vector<float>& result : results) {
-    callers.emplace_back([&weight, &x, &result, isa] {
-      const Plan plan = make_plan(weight, tokens, isa);
+    callers.emplace_back([&weight, &x, &result, features] {
+      const Plan plan = make_plan(weight, tokens, features);
       const std::unique_ptr<char[]> scratch(new char[plan.scratch_bytes]);
       result.resize(tokens * weight.N);
       Threads two(2);
@@ -135,7 +134,7 @@ void test_calls_at_once() {
     });
   }
   for (std::thread& caller : callers) caller.join();
-  compare(make_plan(weight, tokens, isa), weight, x, exact(random, x, tokens));
+  compare(make_plan(weight, tokens, features), weight, x, exact(random, x, tokens));
   for (const std::vector<float>& result : results) expect(result == results[0], "calls at once disagree");
 }
 
@@ -177,7 +176,9 @@ void test_tasks_fit_the_threads() {
 void test_threads_are_learned() {
   const size_t all = ThreadCount::processors();
   ThreadCount count;
-  for (size_t call = 0; call < ThreadCount::kFirst; ++call) {
+  static_assert(ThreadCount::kFirst % ThreadCount::kAgain ==
+                0);  // the call behind the first ones looks again, too
+  for (size_t call = 0; call <= ThreadCount::kFirst; ++call) {
     expect(count.expected() == all, "the first calls are for all that could be there");
   }
   expect(count.expected() == 1, "nobody was seen but the caller");
@@ -219,7 +220,7 @@ void race() {
   const RandomWeight random = random_weight(300, 100, 0.2, 128, 64);
   const GuardedWeight guarded(random, Activation::none);
   Twice twice;
-  run_on(twice, make_plan(guarded.checked.weight, 40, Isa::generic), guarded.checked.weight,
+  run_on(twice, make_plan(guarded.checked.weight, 40, kGeneric), guarded.checked.weight,
          random_floats(40 * random.K));
 }
 

@@ -10,10 +10,14 @@ using namespace sparse_ops;
 using namespace sparse_ops::spmm;
 
 constexpr Kernel wide[] = {
-    make_kernel<16, 8, 1>("wide16_t128", Isa::generic), make_kernel<16, 4, 2>("wide16_t64", Isa::generic),
-    make_kernel<16, 2, 4>("wide16_t32", Isa::generic),  make_kernel<16, 1, 4>("wide16_t16", Isa::generic),
-    make_kernel<8, 8, 1>("wide8_t64", Isa::generic),    make_kernel<8, 4, 2>("wide8_t32", Isa::generic),
-    make_kernel<8, 2, 4>("wide8_t16", Isa::generic),    make_kernel<8, 1, 4>("wide8_t8", Isa::generic),
+    make_kernel<16, 8, 1>({"wide16_t128", kGeneric, float32, 16, 128}),
+    make_kernel<16, 4, 2>({"wide16_t64", kGeneric, float32, 16, 64}),
+    make_kernel<16, 2, 4>({"wide16_t32", kGeneric, float32, 16, 32}),
+    make_kernel<16, 1, 4>({"wide16_t16", kGeneric, float32, 16, 16}),
+    make_kernel<8, 8, 1>({"wide8_t64", kGeneric, float32, 8, 64}),
+    make_kernel<8, 4, 2>({"wide8_t32", kGeneric, float32, 8, 32}),
+    make_kernel<8, 2, 4>({"wide8_t16", kGeneric, float32, 8, 16}),
+    make_kernel<8, 1, 4>({"wide8_t8", kGeneric, float32, 8, 8}),
 };
 
 }  // namespace

@@ -40,6 +40,11 @@ def test_info():
     assert info.isa in ISAS
     assert {"generic_t4", "reference"} <= set(info.kernels)
     assert any(name.startswith(info.isa) for name in info.kernels)
+    assert len(info.features) == len(set(info.features))
+    if info.isa != "generic":
+        assert {"avx512": {"avx2", "avx512f"}, "avx2": {"avx2", "fma"}, "neon": {"neon"}}[info.isa] <= set(
+            info.features
+        )
 
 
 @pytest.mark.parametrize("activation", sm.OP_TYPES)
@@ -106,6 +111,12 @@ def test_select_names_a_kernel_of_the_active_instruction_set(sparse):
     tiles = [int(name.rpartition("_t")[2]) for name in chosen]
     assert tiles == sorted(tiles)
     assert tiles[0] == (1 if isa == "avx512" else 4)
+
+
+@pytest.mark.parametrize("width", [0, 16])
+def test_select_refuses_a_width_that_no_kernel_has(width):
+    with pytest.raises(sm.FormatError, match=f"no kernel takes chunk 128, block 64 and width {width}"):
+        library.select_for(128, 64, width, 4)
 
 
 @pytest.mark.parametrize("limit", [library.peak, library.load_peak])
@@ -217,6 +228,33 @@ def test_forced_instruction_set_is_the_one_that_runs(isa):
     assert active == isa
     assert kernel.startswith(isa)
     assert error < 2e-5
+
+
+FEATURES = """
+import json
+from sparse_onnx import sparse_ops
+print(json.dumps([sparse_ops.info().isa, sparse_ops.info().features]))
+"""
+
+
+def test_a_feature_can_be_forced_beside_an_instruction_set():
+    whole = sparse_ops.info()
+    assert json.loads(in_subprocess(FEATURES, "generic").stdout) == ["generic", []]
+    for feature in whole.features:
+        isa, features = json.loads(in_subprocess(FEATURES, f"generic+{feature}").stdout)
+        assert features == [feature]
+        assert isa == ("neon" if feature == "neon" else "generic")
+    everything = in_subprocess(FEATURES, "+".join(["generic", *whole.features]))
+    assert json.loads(everything.stdout) == [whole.isa, list(whole.features)]
+
+
+@pytest.mark.parametrize(
+    ("forced", "word"), [("generic+fast", "an unknown feature"), ("generic+", "an unknown feature")]
+)
+def test_unknown_feature_is_refused(forced, word):
+    result = in_subprocess("from sparse_onnx import sparse_ops; sparse_ops.info()", forced)
+    assert result.returncode != 0
+    assert f"HostError: SPARSE_ONNX_FORCE_ISA adds {word}" in result.stderr
 
 
 @pytest.mark.parametrize("isa", ["avx1024", "AVX2", "sse", "reference"])

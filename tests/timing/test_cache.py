@@ -233,6 +233,7 @@ def test_the_environment_is_part_of_a_key():
     key = environment_key(3)
     assert key["threads"] == 3
     assert key["isa"] == sparse_ops.info().isa
+    assert key["features"] == list(sparse_ops.info().features)
     assert key["library_sha256"] == hashlib.sha256(sparse_ops.library_path().read_bytes()).hexdigest()[:16]
     assert key["cpu"]
     assert key["onnxruntime"]

@@ -305,7 +305,7 @@ def test_what_a_time_depends_on_is_measured_again(chain, timed, tmp_path, model,
     assert bool(timed.calls) is again
 
 
-@pytest.mark.parametrize("what", ["onnxruntime", "isa", "library_sha256", "cpu"])
+@pytest.mark.parametrize("what", ["onnxruntime", "isa", "features", "library_sha256", "cpu"])
 def test_other_software_or_another_machine_is_measured_again(chain, timed, tmp_path, monkeypatch, what):
     file = tmp_path / "timings.jsonl"
     decided(chain(), tmp_path, cache=TimingCache(file))

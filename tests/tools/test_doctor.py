@@ -45,6 +45,7 @@ def test_this_machine(run_cli):
     assert values["onnxruntime"]["version"] == version
     assert values["onnxruntime"]["api"] == int(version.split(".")[1])
     assert values["isa"]["isa"] == sparse_ops.info().isa
+    assert values["isa"]["features"] == list(sparse_ops.info().features)
     assert values["library"]["path"] == str(sparse_ops.library_path())
     assert values["self_test_library"]["relative_error"] < 1e-5
     # No claims about speed, but units: a processor of the last 20 years makes between 1 and 10 000 GFLOP/s.
@@ -251,7 +252,7 @@ def test_missing_library(monkeypatch):
 
 
 def test_library_of_another_version(monkeypatch):
-    other = LibraryInfo(sparse_ops.library_path(), "0.0.1", "avx2", ("avx2_t8",))
+    other = LibraryInfo(sparse_ops.library_path(), "0.0.1", "avx2", ("avx2", "fma"), ("avx2_t8",))
     monkeypatch.setattr(sparse_ops, "info", lambda: other)
     found = find("library", doctor._library)
     assert found.status == "problem"
@@ -264,7 +265,7 @@ def test_forced_instructions_are_told(monkeypatch):
     found = find("isa", doctor._library)
     assert found.status == "note"
     assert found.detail == "generic, forced by SPARSE_ONNX_FORCE_ISA=generic"
-    assert found.values == {"isa": "generic", "forced": "generic"}
+    assert found.values == {"isa": "generic", "features": [], "forced": "generic"}
 
 
 def test_instructions_that_do_not_exist_are_a_problem(monkeypatch):

@@ -16,6 +16,13 @@
 namespace sparse_ops {
 namespace {
 
+// Vectors that the processor holds.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr size_t kRegisters = 32;
+#else
+constexpr size_t kRegisters = 16;
+#endif
+
 template <size_t kLanes>
 struct VectorOf {
   typedef float Float __attribute__((vector_size(kLanes * 4)));

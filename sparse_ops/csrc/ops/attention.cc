@@ -83,7 +83,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   scale_ = node.number("scale");
   if (!std::isfinite(scale_))
     node.fail("attribute scale is " + std::to_string(scale_) + ", expected a finite number");
-  kernel_ = &attention::select_kernel(node.isa());
+  kernel_ = &attention::select_kernel(node.features());
   node.log(std::string("kernel ") + kernel_->name);
 }
 

@@ -108,10 +108,10 @@ NodeReader::Constant NodeReader::constant(size_t index, const char* name, OrtEle
   return {data, count};
 }
 
-Isa NodeReader::isa() const {
-  const IsaChoice choice = active_isa();
+Features NodeReader::features() const {
+  const FeatureChoice choice = active_features();
   if (choice.error != nullptr) fail(choice.error);
-  return choice.isa;
+  return choice.features;
 }
 
 void NodeReader::log(const std::string& message) const {

@@ -47,8 +47,8 @@ class NodeReader {
   };
   Constant constant(size_t index, const char* name, OrtElementType type) const;
 
-  // The instruction set to use.
-  Isa isa() const;
+  // What kernels may use.
+  Features features() const;
 
   void log(const std::string& message) const;
 

@@ -110,7 +110,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   if (!(epsilon_ >= 0) || std::isinf(epsilon_)) {
     node.fail("attribute epsilon is " + std::to_string(epsilon_) + ", expected a number of at least 0");
   }
-  kernel_ = &normalization::select_kernel(node.isa());
+  kernel_ = &normalization::select_kernel(node.features());
   node.log(std::string("kernel ") + kernel_->name);
 }
 

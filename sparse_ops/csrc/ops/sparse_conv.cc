@@ -14,7 +14,7 @@
 namespace sparse_ops {
 namespace {
 
-using spmm::MapEpilogue;
+using spconv::MapEpilogue;
 
 // What the name of an operator says.
 struct ConvVariant {
@@ -56,7 +56,7 @@ class Kernel {
  private:
   const OrtApi& api_;
   std::string where_;
-  Isa isa_;
+  Features features_;
   mutable ThreadCount threads_;
   bool residual_;
   MapEpilogue epilogue_;
@@ -70,7 +70,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     : api_(api), residual_(variant.residual) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = node.isa();
+  features_ = node.features();
   const Window window = Window::read("", node);
   axes_ = window.axes();
   rows_ = window.rows();
@@ -92,7 +92,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   if (__builtin_mul_overflow(weight.K / taps, group, &channels) || channels > size_t{1} << 48) {
     node.fail("attributes K and group are too large");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -117,7 +117,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (batch == 0) return;
 
-  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, isa_, threads_.expected());
+  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, features_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
   SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());

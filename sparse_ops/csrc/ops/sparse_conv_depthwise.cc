@@ -11,7 +11,7 @@
 namespace sparse_ops {
 namespace {
 
-using spmm::MapEpilogue;
+using spconv::MapEpilogue;
 using enum MapEpilogue::Activation;
 
 struct DepthwiseVariant {
@@ -46,7 +46,7 @@ class Kernel {
  private:
   const OrtApi& api_;
   std::string where_;
-  Isa isa_;
+  Features features_;
   mutable ThreadCount threads_;
   MapEpilogue epilogue_;
   size_t axes_;
@@ -59,7 +59,7 @@ class Kernel {
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = node.isa();
+  features_ = node.features();
   const Window first = Window::read("", node), depthwise = Window::read(kPrefix, node);
   if (first.axes() != depthwise.axes()) node.fail("kernel_shape and depthwise_kernel_shape differ in length");
   axes_ = first.axes();
@@ -82,7 +82,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   };
   filters_ = constant(kFilters, "filters", weight.N * taps);
   filter_bias_ = constant(kFilterBias, "filter_bias", weight.N);
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -106,7 +106,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   if (batch == 0) return;
 
   const spconv::FusedPlan plan =
-      spconv::make_plan(fused, batch, height, width, isa_, threads_.expected());
+      spconv::make_plan(fused, batch, height, width, features_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
   SessionWorkers workers(api_, context, &threads_);
   if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());

@@ -48,7 +48,7 @@ class Kernel {
  private:
   const OrtApi& api_;
   std::string where_;
-  Isa isa_;
+  Features features_;
   mutable ThreadCount threads_;
   spmm::CheckedWeight first_, second_;
 };
@@ -56,7 +56,7 @@ class Kernel {
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = node.isa();
+  features_ = node.features();
   int64_t hidden;
   if (variant.gated) {
     const auto halves = read_halves(node);
@@ -72,7 +72,8 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     node.fail("attribute down_K is " + std::to_string(second_.weight.K) + ", expected the " +
               std::to_string(hidden) + " outputs of the first weight");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, first_.weight, second_.weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") +
+           spmm::select_kernel(features_, first_.weight, second_.weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -83,7 +84,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(first, second, x.elements / first.K, isa_, threads_.expected());
+  const spmm::Plan plan =
+      spmm::make_plan(first, second, x.elements / first.K, features_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
   SessionWorkers workers(api_, context, &threads_);
   if (!spmm::run(plan, first, second, x.data, y, scratch.get(), workers)) check_status(workers.status());

@@ -51,7 +51,7 @@ class Kernel {
  private:
   const OrtApi& api_;
   std::string where_;
-  Isa isa_;
+  Features features_;
   mutable ThreadCount threads_;
   spmm::CheckedWeight weight_;
   std::vector<int64_t> split_;  // channels of each output
@@ -60,7 +60,7 @@ class Kernel {
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = node.isa();
+  features_ = node.features();
   if (variant.gated) {
     const auto halves = read_halves(node);
     read_gated_weight(node, variant.activation, weight_, halves);
@@ -76,7 +76,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     read_weight(node, variant.activation, weight_);
     split_ = {static_cast<int64_t>(weight_.weight.N)};
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, weight_.weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight_.weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -90,7 +90,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   }
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, isa_, threads_.expected());
+  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
   SessionWorkers workers(api_, context, &threads_);
   const std::span<const spmm::Output> used(outputs, split_.size());

@@ -62,7 +62,7 @@ class Kernel {
   const OrtApi& api_;
   const Variant& variant_;
   std::string where_;
-  Isa isa_;
+  Features features_;
   mutable ThreadCount threads_;
   Cell cell_;
   bool reverse_;
@@ -74,7 +74,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     : api_(api), variant_(variant) {
   const NodeReader node(api, info, variant.name);
   where_ = node.where();
-  isa_ = node.isa();
+  features_ = node.features();
   cell_ = Cell::lstm;
   if (!variant.is_lstm) {
     const int64_t behind = node.integer("linear_before_reset");
@@ -100,8 +100,8 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
               " for each of " + std::to_string(recurrent::gates(cell_)) + " gates and " +
               std::to_string(directions_) + " directions");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(isa_, input, SIZE_MAX).name + " and " +
-           spmm::select_kernel(isa_, recurrent, 1).name);
+  node.log(std::string("kernel ") + spmm::select_kernel(features_, input, SIZE_MAX).name + " and " +
+           spmm::select_kernel(features_, recurrent, 1).name);
 }
 
 // sequence_lens, one for each row of the batch; `x` is the shape of X.
@@ -166,8 +166,8 @@ void Kernel::compute(OrtKernelContext* context) const {
                            ? problem.steps
                            : static_cast<size_t>(*std::max_element(lengths, lengths + problem.batch)));
   const size_t threads = threads_.expected();
-  const spmm::Plan products = spmm::make_plan(input, rows, isa_, threads);
-  const recurrent::Plan plan = recurrent::make_plan(problem, isa_, threads);
+  const spmm::Plan products = spmm::make_plan(input, rows, features_, threads);
+  const recurrent::Plan plan = recurrent::make_plan(problem, features_, threads);
   size_t size, bytes;
   if (__builtin_mul_overflow(rows, input.N, &size) || __builtin_mul_overflow(size, sizeof(float), &bytes)) {
     throw InvalidError{where_ + ": input X of shape " + text_of(x.dims) + " is too large"};

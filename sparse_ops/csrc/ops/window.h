@@ -85,10 +85,10 @@ struct Window {
 };
 
 // The limits of a clip are attributes, those of ReLU are known.
-inline spmm::MapEpilogue read_epilogue(const NodeReader& node, spmm::MapEpilogue::Activation activation,
-                                       bool has_limits) {
+inline spconv::MapEpilogue read_epilogue(const NodeReader& node, spconv::MapEpilogue::Activation activation,
+                                         bool has_limits) {
   if (!has_limits) return {activation, 0.0f, std::numeric_limits<float>::infinity()};
-  const spmm::MapEpilogue epilogue = {activation, node.number("min"), node.number("max")};
+  const spconv::MapEpilogue epilogue = {activation, node.number("min"), node.number("max")};
   if (!(epilogue.low <= epilogue.high)) node.fail("attribute min is not at most attribute max");
   return epilogue;
 }

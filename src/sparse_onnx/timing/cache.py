@@ -62,6 +62,7 @@ def environment_key(threads: int) -> dict[str, Any]:
         "library": library.version,
         "library_sha256": file_digest(library.path),
         "isa": library.isa,
+        "features": list(library.features),
     }
 
 

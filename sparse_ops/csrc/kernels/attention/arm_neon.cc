@@ -3,6 +3,6 @@
 
 namespace sparse_ops::attention {
 
-constexpr Kernel neon = {"neon", Isa::neon, 4, 4 * 4, run_tile<4, 4, 24>, lay_mask_of_tile<4, 4>};
+constexpr Kernel neon = make_kernel<4, 4, 24>(row::neon);
 
 }  // namespace sparse_ops::attention

@@ -12,9 +12,9 @@ namespace sparse_ops::attention {
 namespace {
 
 constexpr const Kernel* kKernels[] = {
-#define ATTENTION_KERNEL(name) &name,
+#define KERNEL(name, ...) &name,
 #include "kernels/attention/kernels.inc"
-#undef ATTENTION_KERNEL
+#undef KERNEL
 };
 
 // Enough for the threads of any processor to share; the bits of a FreeScratch.
@@ -69,21 +69,18 @@ struct Plan {
 };
 
 Plan::Plan(const Kernel& k, const Arguments& a)
-    : kernel(k),
-      arguments(a),
-      vectors(divide_up(a.queries, k.lanes)),
-      strips(divide_up(a.queries, k.queries)) {
+    : kernel(k), arguments(a), vectors(divide_up(a.queries, k.lanes)), strips(divide_up(a.queries, k.tile)) {
   tiles = a.batches * a.heads * strips;
   const size_t work = a.queries * a.keys * (a.size + a.value_size) / std::max<size_t>(1, strips);
   per_task = std::max({size_t{1}, divide_up(tiles, kMostTasks), kTaskWork / std::max<size_t>(1, work)});
-  mask_floats = a.keys * k.queries;
+  mask_floats = a.keys * k.tile;
   if (a.mask.data != nullptr && a.mask.row != 0 && a.mask.head == 0 && a.heads > 1 &&
       a.queries > kFewQueries && k.lay_mask != nullptr) {
     masks = a.mask.batch == 0 ? 1 : a.batches;
     if (masks * strips * mask_floats > kSharedMask) masks = 0;
   }
   const size_t key_width = round_up(a.size, k.lanes), value_width = round_up(a.value_size, k.lanes);
-  scratch_floats = whole_lines(k.queries * (a.size + 2 * kKeyBlock + 3 + value_width) +
+  scratch_floats = whole_lines(k.tile * (a.size + 2 * kKeyBlock + 3 + value_width) +
                                kKeyBlock * (key_width + value_width));
 }
 
@@ -108,11 +105,9 @@ void task(void* context, size_t index) {
 
 }  // namespace
 
-std::span<const Kernel* const> kernels() { return kKernels; }
+Table<Kernel> kernels() { return kKernels; }
 
-const Kernel& select_kernel(Isa isa) {
-  return **std::find_if(std::begin(kKernels), std::end(kKernels), [&](auto k) { return k->isa == isa; });
-}
+const Kernel& select_kernel(Features features) { return select_permitted<Kernel>(kKernels, features); }
 
 size_t scratch_bytes(const Kernel& kernel, const Arguments& arguments) {
   const Plan plan(kernel, arguments);

@@ -1,18 +1,17 @@
 // Choosing a kernel and running it over all batches, heads and queries.
 #pragma once
 
-#include <span>
-
 #include "kernels/attention/kernel.h"
+#include "kernels/dispatch.h"
 #include "kernels/workers.h"
 
 namespace sparse_ops::attention {
 
 // Every kernel that was compiled, best first.
-std::span<const Kernel* const> kernels();
+Table<Kernel> kernels();
 
-// The kernel of `isa`.
-const Kernel& select_kernel(Isa isa);
+// The best kernel that needs none but `features`.
+const Kernel& select_kernel(Features features);
 
 // Memory that run() needs, any alignment: a bounded number of tiles, which do not depend on the number of
 // keys, and up to 4 MiB for a mask that all heads share.

@@ -3,6 +3,6 @@
 
 namespace sparse_ops::attention {
 
-constexpr Kernel generic = {"generic", Isa::generic, 4, 8 * 4, run_tile<4, 2, 12>, lay_mask_of_tile<4, 2>};
+constexpr Kernel generic = make_kernel<4, 2, 12>(row::generic);
 
 }  // namespace sparse_ops::attention

@@ -433,5 +433,12 @@ void lay_mask_of_tile(const Arguments& a, const Tile& tile, float* to) {
   }
 }
 
+template <size_t kLanes, size_t kVectors, size_t kSums>
+constexpr Kernel make_kernel(const KernelRow& row) {
+  constexpr size_t kStrip = kLanes * kVectors;
+  return {agreed(row, kLanes, row.tile / kStrip * kStrip), run_tile<kLanes, kVectors, kSums>,
+          lay_mask_of_tile<kLanes, kVectors>};
+}
+
 }  // namespace
 }  // namespace sparse_ops::attention

@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-#include "cpu_features.h"
+#include "kernels/row.h"
 
 namespace sparse_ops::attention {
 
@@ -43,11 +43,8 @@ constexpr size_t kKeyBlock = 64;
 // Up to this many queries, a kernel puts channels into the lanes of vectors, else queries.
 constexpr size_t kFewQueries = 3;
 
-struct Kernel {
-  const char* name;
-  Isa isa;
-  size_t lanes, queries;  // of a vector; of a tile at most, a multiple of `lanes`
-
+// `tile` counts queries, and is a multiple of `lanes`.
+struct Kernel : KernelRow {
   // Tiles do not depend on each other. `mask` is what lay_mask() made, or nullptr. `scratch` is aligned to 64
   // bytes and has scratch_floats(); neither is looked at where a kernel has no lay_mask().
   void (*run)(const Arguments& arguments, const Tile& tile, const float* mask, float* scratch);

@@ -49,6 +49,6 @@ void run_tile(const Arguments& arguments, const Tile& tile, const float*, float*
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, 1, 4, run_tile, nullptr};
+constexpr Kernel reference = {agreed(row::reference, 1, 4), run_tile, nullptr};
 
 }  // namespace sparse_ops::attention

@@ -3,6 +3,6 @@
 
 namespace sparse_ops::attention {
 
-constexpr Kernel avx2 = {"avx2", Isa::avx2, 8, 8 * 8, run_tile<8, 2, 12>, lay_mask_of_tile<8, 2>};
+constexpr Kernel avx2 = make_kernel<8, 2, 12>(row::avx2);
 
 }  // namespace sparse_ops::attention

@@ -3,6 +3,6 @@
 
 namespace sparse_ops::attention {
 
-constexpr Kernel avx512 = {"avx512", Isa::avx512, 16, 4 * 16, run_tile<16, 4, 24>, lay_mask_of_tile<16, 4>};
+constexpr Kernel avx512 = make_kernel<16, 4, 24>(row::avx512);
 
 }  // namespace sparse_ops::attention

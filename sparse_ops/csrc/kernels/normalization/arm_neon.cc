@@ -3,6 +3,6 @@
 
 namespace sparse_ops::normalization {
 
-constexpr Kernel neon = {"neon", Isa::neon, run_rows<4>};
+constexpr Kernel neon = make_kernel<4>(row::neon);
 
 }  // namespace sparse_ops::normalization

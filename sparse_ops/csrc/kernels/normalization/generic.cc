@@ -3,6 +3,6 @@
 
 namespace sparse_ops::normalization {
 
-constexpr Kernel generic = {"generic", Isa::generic, run_rows<4>};
+constexpr Kernel generic = make_kernel<4>(row::generic);
 
 }  // namespace sparse_ops::normalization

@@ -129,5 +129,10 @@ void run_rows(const Arguments& a, size_t begin, size_t end) {
   }
 }
 
+template <size_t kLanes>
+constexpr Kernel make_kernel(const KernelRow& row) {
+  return {agreed(row, kLanes), run_rows<kLanes>};
+}
+
 }  // namespace
 }  // namespace sparse_ops::normalization

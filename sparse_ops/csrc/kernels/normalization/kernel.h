@@ -8,7 +8,7 @@
 
 #include <cstddef>
 
-#include "cpu_features.h"
+#include "kernels/row.h"
 
 namespace sparse_ops::normalization {
 
@@ -24,10 +24,7 @@ struct Arguments {
   float epsilon;
 };
 
-struct Kernel {
-  const char* name;
-  Isa isa;
-
+struct Kernel : KernelRow {
   // Rows begin..end-1; they do not depend on each other.
   void (*run)(const Arguments& arguments, size_t begin, size_t end);
 };

@@ -9,9 +9,9 @@ namespace sparse_ops::normalization {
 namespace {
 
 constexpr const Kernel* kKernels[] = {
-#define NORMALIZATION_KERNEL(name) &name,
+#define KERNEL(name, ...) &name,
 #include "kernels/normalization/kernels.inc"
-#undef NORMALIZATION_KERNEL
+#undef KERNEL
 };
 
 // Channels of the rows of one task: some microseconds of work, so that waking a thread for it pays.
@@ -31,11 +31,9 @@ void task(void* context, size_t index) {
 
 }  // namespace
 
-std::span<const Kernel* const> kernels() { return kKernels; }
+Table<Kernel> kernels() { return kKernels; }
 
-const Kernel& select_kernel(Isa isa) {
-  return **std::find_if(std::begin(kKernels), std::end(kKernels), [&](auto k) { return k->isa == isa; });
-}
+const Kernel& select_kernel(Features features) { return select_permitted<Kernel>(kKernels, features); }
 
 bool run(const Kernel& kernel, const Arguments& arguments, Workers& workers) {
   if (arguments.rows == 0 || arguments.channels == 0) return true;

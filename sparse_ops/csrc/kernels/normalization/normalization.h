@@ -1,18 +1,17 @@
 // Choosing a kernel and running it over all rows: layer and RMS normalization, with or without x + skip.
 #pragma once
 
-#include <span>
-
+#include "kernels/dispatch.h"
 #include "kernels/normalization/kernel.h"
 #include "kernels/workers.h"
 
 namespace sparse_ops::normalization {
 
 // Every kernel that was compiled, best first.
-std::span<const Kernel* const> kernels();
+Table<Kernel> kernels();
 
-// The kernel of `isa`.
-const Kernel& select_kernel(Isa isa);
+// The best kernel that needs none but `features`.
+const Kernel& select_kernel(Features features);
 
 // False only if `workers` failed. Little work is not spread over workers.
 bool run(const Kernel& kernel, const Arguments& arguments, Workers& workers);

@@ -39,6 +39,6 @@ void run_rows(const Arguments& a, size_t begin, size_t end) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, run_rows};
+constexpr Kernel reference = {agreed(row::reference, 1), run_rows};
 
 }  // namespace sparse_ops::normalization

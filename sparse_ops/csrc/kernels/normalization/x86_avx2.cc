@@ -3,6 +3,6 @@
 
 namespace sparse_ops::normalization {
 
-constexpr Kernel avx2 = {"avx2", Isa::avx2, run_rows<8>};
+constexpr Kernel avx2 = make_kernel<8>(row::avx2);
 
 }  // namespace sparse_ops::normalization

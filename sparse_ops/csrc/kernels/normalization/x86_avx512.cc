@@ -3,6 +3,6 @@
 
 namespace sparse_ops::normalization {
 
-constexpr Kernel avx512 = {"avx512", Isa::avx512, run_rows<16>};
+constexpr Kernel avx512 = make_kernel<16>(row::avx512);
 
 }  // namespace sparse_ops::normalization

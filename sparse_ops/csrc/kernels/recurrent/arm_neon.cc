@@ -3,6 +3,6 @@
 
 namespace sparse_ops::recurrent {
 
-constexpr Kernel neon = make_kernel<4>("neon", Isa::neon);
+constexpr Kernel neon = make_kernel<4>(row::neon);
 
 }  // namespace sparse_ops::recurrent

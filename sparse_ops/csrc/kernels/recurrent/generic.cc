@@ -3,6 +3,6 @@
 
 namespace sparse_ops::recurrent {
 
-constexpr Kernel generic = make_kernel<4>("generic", Isa::generic);
+constexpr Kernel generic = make_kernel<4>(row::generic);
 
 }  // namespace sparse_ops::recurrent

@@ -66,8 +66,8 @@ void gru_update(const Row& row, size_t begin, size_t end) {
 }
 
 template <size_t kLanes>
-constexpr Kernel make_kernel(const char* name, Isa isa) {
-  return {name, isa, lstm<kLanes>, gru<kLanes>, gru_reset<kLanes>, gru_update<kLanes>};
+constexpr Kernel make_kernel(const KernelRow& row) {
+  return {agreed(row, kLanes), lstm<kLanes>, gru<kLanes>, gru_reset<kLanes>, gru_update<kLanes>};
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 #include <cstddef>
 
-#include "cpu_features.h"
+#include "kernels/row.h"
 
 namespace sparse_ops::recurrent {
 
@@ -26,10 +26,7 @@ struct Row {
 // Elements begin..end-1 of a row; they do not depend on each other.
 using Gates = void (*)(const Row& row, size_t begin, size_t end);
 
-struct Kernel {
-  const char* name;
-  Isa isa;
-
+struct Kernel : KernelRow {
   Gates lstm;
   Gates gru;
   Gates gru_reset;   // z to where pz was, and r h to `reset`

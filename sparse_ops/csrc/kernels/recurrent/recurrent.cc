@@ -11,9 +11,9 @@ namespace sparse_ops::recurrent {
 namespace {
 
 constexpr const Kernel* kKernels[] = {
-#define RECURRENT_KERNEL(name) &name,
+#define KERNEL(name, ...) &name,
 #include "kernels/recurrent/kernels.inc"
-#undef RECURRENT_KERNEL
+#undef KERNEL
 };
 
 // Stored weights times rows of one step from which on sharing it among workers pays: waiting for all of them
@@ -198,11 +198,9 @@ void slice_task(void* context, size_t index) {
 
 }  // namespace
 
-std::span<const Kernel* const> kernels() { return kKernels; }
+Table<Kernel> kernels() { return kKernels; }
 
-const Kernel& select_kernel(Isa isa) {
-  return **std::find_if(std::begin(kKernels), std::end(kKernels), [&](auto k) { return k->isa == isa; });
-}
+const Kernel& select_kernel(Features features) { return select_permitted<Kernel>(kKernels, features); }
 
 namespace {
 
@@ -216,11 +214,11 @@ Plan make_plan(const Problem& problem, const Kernel& gates, const spmm::Kernel& 
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, Isa isa, size_t threads) {
+Plan make_plan(const Problem& problem, Features features, size_t threads) {
   const spmm::Weight& weight = *problem.weight;
-  const spmm::Kernel& full = spmm::select_kernel(isa, weight, problem.batch);
-  const spmm::Kernel& last = spmm::select_last(full, weight, problem.batch % full.tile);
-  Plan plan = make_plan(problem, select_kernel(isa), full, last);
+  const spmm::Kernel& full = spmm::select_kernel(features, weight, problem.batch);
+  const spmm::Kernel& last = spmm::select_last(full, features, weight, problem.batch % full.tile);
+  Plan plan = make_plan(problem, select_kernel(features), full, last);
   plan.steps_are_split = problem.directions * tiles(plan, problem) < threads &&
                          weight.entries * weight.width * problem.batch >= kStepProducts;
   return plan;

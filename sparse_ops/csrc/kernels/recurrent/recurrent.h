@@ -3,8 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
-
+#include "kernels/dispatch.h"
 #include "kernels/recurrent/kernel.h"
 #include "kernels/spmm/spmm.h"
 #include "kernels/workers.h"
@@ -17,10 +16,10 @@ enum class Cell { lstm, gru, gru_reset_first };
 inline size_t gates(Cell cell) { return cell == Cell::lstm ? 4 : 3; }
 
 // Every kernel that was compiled, best first.
-std::span<const Kernel* const> kernels();
+Table<Kernel> kernels();
 
-// The kernel of `isa`.
-const Kernel& select_kernel(Isa isa);
+// The best kernel that needs none but `features`.
+const Kernel& select_kernel(Features features);
 
 // All arrays are row-major. Direction 0 goes backwards in time if `reverse`, direction 1 always does.
 struct Problem {
@@ -43,7 +42,7 @@ struct Plan {
   size_t scratch_bytes;  // memory that run() needs, any alignment
 };
 // For as many `threads` as the caller's workers have.
-Plan make_plan(const Problem& problem, Isa isa, size_t threads);
+Plan make_plan(const Problem& problem, Features features, size_t threads);
 Plan make_plan(const Problem& problem, const Kernel& gates, const spmm::Kernel& kernel, bool steps_are_split);
 
 // False only if `workers` failed. A row without steps ends in a state of zeros, as in ONNX Runtime.

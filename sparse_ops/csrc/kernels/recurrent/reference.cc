@@ -46,6 +46,6 @@ void gru_update(const Row& row, size_t begin, size_t end) {
 
 }  // namespace
 
-constexpr Kernel reference = {"reference", Isa::reference, lstm, gru, gru_reset, gru_update};
+constexpr Kernel reference = {agreed(row::reference, 1), lstm, gru, gru_reset, gru_update};
 
 }  // namespace sparse_ops::recurrent

@@ -1,12 +1,19 @@
-// The kernels of kernels.inc, declared. Each is defined in the source file of its instruction set.
+// The rows of kernels.inc and their kernels, declared. Each kernel is defined in the source file of its
+// features.
 #pragma once
 
 #include "kernels/recurrent/kernel.h"
 
 namespace sparse_ops::recurrent {
 
-#define RECURRENT_KERNEL(name) extern const Kernel name;
+namespace row {
+#define KERNEL(name, ...) constexpr KernelRow name = {#name, __VA_ARGS__};
 #include "kernels/recurrent/kernels.inc"
-#undef RECURRENT_KERNEL
+#undef KERNEL
+}  // namespace row
+
+#define KERNEL(name, ...) extern const Kernel name;
+#include "kernels/recurrent/kernels.inc"
+#undef KERNEL
 
 }  // namespace sparse_ops::recurrent

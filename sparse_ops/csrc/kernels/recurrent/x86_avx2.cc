@@ -3,6 +3,6 @@
 
 namespace sparse_ops::recurrent {
 
-constexpr Kernel avx2 = make_kernel<8>("avx2", Isa::avx2);
+constexpr Kernel avx2 = make_kernel<8>(row::avx2);
 
 }  // namespace sparse_ops::recurrent

@@ -3,6 +3,6 @@
 
 namespace sparse_ops::recurrent {
 
-constexpr Kernel avx512 = make_kernel<16>("avx512", Isa::avx512);
+constexpr Kernel avx512 = make_kernel<16>(row::avx512);
 
 }  // namespace sparse_ops::recurrent

@@ -58,10 +58,10 @@ void channel(const Call& call, size_t image, size_t n, float* band) {
   for (size_t first = 0; first < map.out_height; first += call.band) {
     const size_t rows = std::min(call.band, map.out_height - first);
     fill(map, call.x + index * map.height * map.width, first, rows, band);
-    const spmm::MapProduct product = map.product(reinterpret_cast<const unsigned char*>(filter),
-                                                 weight.bias + n * sizeof(float), band, rows);
+    const MapProduct product = map.product(reinterpret_cast<const unsigned char*>(filter),
+                                           weight.bias + n * sizeof(float), band, rows);
     const size_t at = (index * map.out_height + first) * map.out_width;
-    call.plan.full->depthwise(call.conv.epilogue, product,
+    call.plan.maps->depthwise(call.conv.epilogue, product,
                               call.residual == nullptr ? nullptr : call.residual + at, call.y + at);
   }
 }

@@ -12,7 +12,6 @@
 namespace sparse_ops::spconv {
 namespace {
 
-using spmm::Kernel;
 using spmm::Weight;
 
 // Panels and maps of a task, in bytes: the share of a second-level cache that they may take.
@@ -35,11 +34,11 @@ struct Call {
 // The positions of the maps between that a task computes, tile by tile.
 struct Tiles {
   size_t first, count;
-  const Kernel& full;
-  const Kernel& last;  // takes the partial tile
+  const spmm::Kernel& full;
+  const spmm::Kernel& last;  // takes the partial tile
 
   size_t lanes(size_t done) const { return std::min(full.tile, count - done); }
-  const Kernel& kernel(size_t done) const { return lanes(done) < full.tile ? last : full; }
+  const spmm::Kernel& kernel(size_t done) const { return lanes(done) < full.tile ? last : full; }
 };
 
 // The panels of the tiles, one after another.
@@ -58,11 +57,12 @@ void multiply_block(const Call& call, const Tiles& tiles, size_t block, const fl
   const size_t channels = std::min(weight.block, weight.N - block * weight.block);
   alignas(kCacheLine) float acc[spmm::kMaxAccumulators];
   for (size_t done = 0; done < tiles.count; done += tiles.full.tile) {
-    const Kernel& kernel = tiles.kernel(done);
+    const spmm::Kernel& kernel = tiles.kernel(done);
     kernel.multiply(weight, block, panels + done * weight.K, acc);
     for (const Run& run : runs_of(done, tiles.lanes(done), call.map.height, call.map.width)) {
-      kernel.store_channels(call.fused.first.epilogue, acc + run.lane, kernel.tile, channels, run.count,
-                            call.plan.map_floats, nullptr, maps + run.row * call.map.pitch + run.column);
+      call.plan.maps->store_channels(call.fused.first.epilogue, acc + run.lane, kernel.tile, channels,
+                                     run.count, call.plan.map_floats, nullptr,
+                                     maps + run.row * call.map.pitch + run.column);
     }
   }
 }
@@ -78,9 +78,9 @@ void compute(const Call& call, size_t task, float* panels, float* maps) {
   const size_t first = band * plan.band_rows, count = std::min(plan.band_rows, map.out_height - first);
   const PaddedMap::Rows rows = map.seen(first, count);
   const size_t positions = (rows.end - rows.begin) * map.width;
-  const Tiles tiles{
-      rows.begin * map.width, positions, *plan.full,
-      plan.narrow_last ? spmm::select_last(*plan.full, weight, positions % plan.full->tile) : *plan.full};
+  const Tiles tiles{rows.begin * map.width, positions, *plan.full,
+                    plan.last ? spmm::select_last(*plan.full, *plan.last, weight, positions % plan.full->tile)
+                              : *plan.full};
   gather_panels(call, image, tiles, panels);
   for (size_t n = 0; n < std::min(weight.block, weight.N); ++n) {
     map.clear_outside(first, count, maps + n * plan.map_floats);
@@ -91,11 +91,11 @@ void compute(const Call& call, size_t task, float* panels, float* maps) {
     multiply_block(call, tiles, block, panels, inside);
     for (size_t n = block * weight.block; n < std::min((block + 1) * weight.block, weight.N); ++n) {
       const size_t taps = fused.rows.kernel * fused.columns.kernel;
-      const spmm::MapProduct product =
+      const MapProduct product =
           map.product(fused.filters + n * taps * sizeof(float), fused.bias + n * sizeof(float),
                       maps + (n - block * weight.block) * plan.map_floats, count);
       float* to = call.y + ((image * weight.N + n) * map.out_height + first) * map.out_width;
-      plan.full->depthwise(fused.first.epilogue, product, nullptr, to);
+      plan.maps->depthwise(fused.first.epilogue, product, nullptr, to);
     }
   }
 }
@@ -115,7 +115,8 @@ PaddedMap between(const FusedDepthwise& fused, size_t height, size_t width) {
 }
 
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const Kernel& full, bool narrow_last, size_t threads) {
+                    const spmm::Kernel& full, const Kernel& maps, std::optional<Features> last,
+                    size_t threads) {
   const Weight& weight = fused.first.weight;
   const PaddedMap map = between(fused, height, width);
   const auto map_floats = [&](size_t rows) {  // an odd number of cache lines: maps do not compete for sets
@@ -136,7 +137,8 @@ FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, s
   const size_t parts = std::min(weight.blocks, divide_up(threads, images * bands));
   const size_t jobs = std::min(threads, images * bands * parts);
   return {&full,
-          narrow_last,
+          &maps,
+          last,
           images,
           height,
           width,
@@ -152,16 +154,16 @@ FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, s
 
 }  // namespace
 
-FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa,
-                    size_t threads) {
+FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
+                    Features features, size_t threads) {
   const size_t map = output_size(fused.first.rows, height) * output_size(fused.first.columns, width);
-  const Kernel& kernel = spmm::select_kernel(isa, fused.first.weight, map);
-  return make_plan(fused, images, height, width, kernel, true, threads);
+  const spmm::Kernel& products = spmm::select_kernel(features, fused.first.weight, map);
+  return make_plan(fused, images, height, width, products, select_kernel(features), features, threads);
 }
 
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const Kernel& kernel, size_t threads) {
-  return make_plan(fused, images, height, width, kernel, false, threads);
+                    const spmm::Kernel& products, const Kernel& maps, size_t threads) {
+  return make_plan(fused, images, height, width, products, maps, std::nullopt, threads);
 }
 
 bool run(const FusedPlan& plan, const FusedDepthwise& fused, const float* x, float* y, void* scratch,

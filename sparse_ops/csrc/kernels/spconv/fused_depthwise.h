@@ -7,6 +7,8 @@
 // band sees, then computes one block of the maps between at a time and the depthwise convolution of each.
 #pragma once
 
+#include <optional>
+
 #include "kernels/spconv/spconv.h"
 
 namespace sparse_ops::spconv {
@@ -21,7 +23,9 @@ struct FusedDepthwise {
 
 struct FusedPlan {
   const spmm::Kernel* full;
-  bool narrow_last;              // whether a narrower kernel may take the last, partial tile of a band
+  const Kernel* maps;
+  std::optional<Features>
+      last;  // a narrower kernel with no more than these may take the last, partial tile of a band
   size_t images, height, width;  // of X
   size_t band_rows;              // rows of Y of a task
   size_t bands, parts;           // tasks of an image: bands, and parts of the channels
@@ -32,10 +36,10 @@ struct FusedPlan {
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
 // `threads`: as in spconv.h; no more than these work at a time.
-FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width, Isa isa,
-                    size_t threads = 1);
 FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
-                    const spmm::Kernel& kernel, size_t threads = 1);
+                    Features features, size_t threads = 1);
+FusedPlan make_plan(const FusedDepthwise& fused, size_t images, size_t height, size_t width,
+                    const spmm::Kernel& products, const Kernel& maps, size_t threads = 1);
 
 // `x` [images, channels, height, width] to `y` [images, N, out_height, out_width]. Nothing may be empty.
 // False only if `workers` failed.

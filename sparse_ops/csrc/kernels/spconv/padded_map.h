@@ -32,7 +32,7 @@ struct PaddedMap {
   }
 
   // Of a band of `count` output rows, with what kernels may touch behind.
-  size_t floats(size_t count) const { return reach(rows, count) * pitch + spmm::kMapSlack; }
+  size_t floats(size_t count) const { return reach(rows, count) * pitch + kMapSlack; }
 
   // The rows of the map that a band sees: begin..end-1; row `begin` is row `offset` of the band.
   struct Rows {
@@ -54,19 +54,19 @@ struct PaddedMap {
   }
 
   // What `filter`, with all taps of the window, gives on a band.
-  spmm::MapProduct product(const unsigned char* filter, const unsigned char* bias, const float* band,
-                           size_t count) const {
-    spmm::MapProduct result{filter,
-                            0.0f,
-                            band,
-                            rows.kernel,
-                            columns.kernel,
-                            rows.dilation * pitch,
-                            columns.dilation,
-                            rows.stride * pitch,
-                            columns.stride,
-                            count,
-                            out_width};
+  MapProduct product(const unsigned char* filter, const unsigned char* bias, const float* band,
+                     size_t count) const {
+    MapProduct result{filter,
+                      0.0f,
+                      band,
+                      rows.kernel,
+                      columns.kernel,
+                      rows.dilation * pitch,
+                      columns.dilation,
+                      rows.stride * pitch,
+                      columns.stride,
+                      count,
+                      out_width};
     std::memcpy(&result.bias, bias, sizeof(result.bias));
     return result;
   }

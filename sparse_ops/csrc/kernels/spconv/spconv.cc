@@ -5,12 +5,17 @@
 #include "kernels/sizes.h"
 #include "kernels/spconv/depthwise.h"
 #include "kernels/spconv/panel.h"
+#include "kernels/spconv/table.h"
 #include "kernels/spmm/spmm.h"
 
 namespace sparse_ops::spconv {
 namespace {
 
-using spmm::Kernel;
+constexpr const Kernel* kKernels[] = {
+#define KERNEL(name, ...) &name,
+#include "kernels/spconv/kernels.inc"
+#undef KERNEL
+};
 
 // Panels in memory at a time: few enough to stay in the second-level cache, enough for every thread.
 constexpr size_t kPanelBytes = size_t{1} << 19;
@@ -18,7 +23,7 @@ constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kSlice = 256;  // rows of a panel gathered by one task, about
 
 // Floats of the panels of one tile: one for each group.
-size_t panel_size(const Convolution& c, const Kernel& kernel) {
+size_t panel_size(const Convolution& c, const spmm::Kernel& kernel) {
   return round_up(kernel.tile * c.weight.K, kCacheLine / sizeof(float));
 }
 
@@ -38,7 +43,7 @@ struct Strip {
   size_t tile_positions(size_t tile) const {
     return std::min(plan.full->tile, positions - tile * plan.full->tile);
   }
-  const Kernel& kernel(size_t tile) const {
+  const spmm::Kernel& kernel(size_t tile) const {
     return tile_positions(tile) < plan.full->tile ? *plan.last : *plan.full;
   }
   float* panel(size_t tile, size_t group) const {
@@ -79,7 +84,7 @@ void multiply_task(void* context, size_t index) {
   const spmm::Weight& weight = conv.weight;
   const size_t tile = index % strip.tiles, block = index / strip.tiles;
   const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
-  const Kernel& kernel = strip.kernel(tile);
+  const spmm::Kernel& kernel = strip.kernel(tile);
   const size_t map = strip.plan.out_height * strip.plan.out_width;
   const Runs images = strip.runs(tile, 1, map);
   const auto place = [&](const Run& run) { return (run.image * weight.N + first) * map + run.column; };
@@ -92,42 +97,46 @@ void multiply_task(void* context, size_t index) {
   alignas(kCacheLine) float acc[spmm::kMaxAccumulators];
   kernel.multiply(weight, block, strip.panel(tile, first / (weight.N / conv.group)), acc);
   for (const Run& run : images) {
-    kernel.store_channels(conv.epilogue, acc + run.lane, kernel.tile, channels, run.count, map,
-                          strip.residual == nullptr ? nullptr : strip.residual + place(run),
-                          strip.y + place(run));
+    strip.plan.maps->store_channels(conv.epilogue, acc + run.lane, kernel.tile, channels, run.count, map,
+                                    strip.residual == nullptr ? nullptr : strip.residual + place(run),
+                                    strip.y + place(run));
   }
 }
 
-Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& full,
-               const Kernel& last, size_t threads) {
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const spmm::Kernel& full,
+               const spmm::Kernel& last, const Kernel& maps, size_t threads) {
   const size_t out_height = output_size(c.rows, height), out_width = output_size(c.columns, width);
   const size_t panel_bytes = panel_size(c, full) * c.group * sizeof(float);
   const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(threads, c.weight.blocks));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
   const size_t strip = std::min({wanted, possible, tiles});
-  return {
-      &full, &last, images, height, width, out_height, out_width, strip, strip * panel_bytes + kCacheLine};
+  return {&full, &last,      &maps,     images, height,
+          width, out_height, out_width, strip,  strip * panel_bytes + kCacheLine};
 }
 
 }  // namespace
+
+Table<Kernel> kernels() { return kKernels; }
+
+const Kernel& select_kernel(Features features) { return select_permitted<Kernel>(kKernels, features); }
 
 size_t output_size(const Axis& axis, size_t size) {
   const size_t window = (axis.kernel - 1) * axis.dilation + 1, padded = axis.begin + size + axis.end;
   return padded < window ? 0 : (padded - window) / axis.stride + 1;
 }
 
-Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Isa isa,
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Features features,
                size_t threads) {
   const size_t positions = images * output_size(c.rows, height) * output_size(c.columns, width);
-  const Kernel& full = spmm::select_kernel(isa, c.weight, positions);
-  const Kernel& last = spmm::select_last(full, c.weight, positions % full.tile);
-  return make_plan(c, images, height, width, full, last, threads);
+  const spmm::Kernel& full = spmm::select_kernel(features, c.weight, positions);
+  const spmm::Kernel& last = spmm::select_last(full, features, c.weight, positions % full.tile);
+  return make_plan(c, images, height, width, full, last, select_kernel(features), threads);
 }
 
-Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const Kernel& kernel,
-               size_t threads) {
-  return make_plan(c, images, height, width, kernel, kernel, threads);
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const spmm::Kernel& products,
+               const Kernel& maps, size_t threads) {
+  return make_plan(c, images, height, width, products, products, maps, threads);
 }
 
 bool run(const Plan& plan, const Convolution& conv, const float* x, const float* residual, float* y,

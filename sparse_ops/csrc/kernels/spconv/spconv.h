@@ -5,10 +5,18 @@
 // window, and a kernel of spmm multiplies the panel by one block of output channels at a time.
 #pragma once
 
+#include "kernels/dispatch.h"
+#include "kernels/spconv/kernel.h"
 #include "kernels/spmm/kernel.h"
 #include "kernels/workers.h"
 
 namespace sparse_ops::spconv {
+
+// Every kernel that was compiled, best first.
+Table<Kernel> kernels();
+
+// The best kernel that needs none but `features`.
+const Kernel& select_kernel(Features features);
 
 // Of one spatial axis. `end` is the padding behind the image.
 struct Axis {
@@ -24,7 +32,7 @@ struct Convolution {
   const spmm::Weight& weight;
   Axis rows, columns;
   size_t group;
-  spmm::MapEpilogue epilogue;
+  MapEpilogue epilogue;
 
   size_t taps() const { return rows.kernel * columns.kernel; }
   size_t channels() const { return weight.K / taps() * group; }  // of X
@@ -35,16 +43,17 @@ struct Convolution {
 struct Plan {
   const spmm::Kernel* full;
   const spmm::Kernel* last;
+  const Kernel* maps;
   size_t images, height, width;  // of X
   size_t out_height, out_width;  // of Y
   size_t strip;                  // tiles whose panels are in memory at a time
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
 // `threads`: those that the tasks are cut for; any number may run them.
-Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width, Isa isa,
+Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width, Features features,
                size_t threads = 1);
 Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width,
-               const spmm::Kernel& kernel, size_t threads = 1);
+               const spmm::Kernel& products, const Kernel& maps, size_t threads = 1);
 
 // `x` [images, channels, height, width] to `y` [images, N, out_height, out_width]; `residual` is nullptr or
 // has y's shape. Nothing may be empty. False only if `workers` failed.

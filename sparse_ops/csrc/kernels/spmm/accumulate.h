@@ -56,11 +56,6 @@ inline void add_segment(const float* x, const uint8_t* offsets, const unsigned c
   }
 }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr size_t kRegisters = 32;
-#else
-constexpr size_t kRegisters = 16;
-#endif
 constexpr size_t kWideRows = kRegisters == 32 ? 8 : 4;  // output channels that share a loaded activation
 
 // How many of the kVectors vectors of a tile fit the registers: sums for some channels, activations, one

@@ -102,14 +102,14 @@ bool fits(const Kernel& kernel, const Weight& first, const Weight& second) {
   return fits(kernel, larger(first, second));
 }
 
-const Kernel& select_kernel(Isa isa, const Weight& first, const Weight& second, size_t tokens) {
-  return select_kernel(isa, larger(first, second), tokens);
+const Kernel& select_kernel(Features features, const Weight& first, const Weight& second, size_t tokens) {
+  return select_kernel(features, larger(first, second), tokens);
 }
 
-Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa, size_t threads) {
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Features features, size_t threads) {
   const Weight both = larger(first, second);
-  const Kernel& full = select_kernel(isa, both, tokens);
-  return make_plan(first, tokens, full, select_last(full, both, tokens % full.tile), threads);
+  const Kernel& full = select_kernel(features, both, tokens);
+  return make_plan(first, tokens, full, select_last(full, features, both, tokens % full.tile), threads);
 }
 
 Plan make_plan(const Weight& first, const Weight&, size_t tokens, const Kernel& kernel, size_t threads) {

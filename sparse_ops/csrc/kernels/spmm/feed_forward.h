@@ -8,7 +8,7 @@ namespace sparse_ops::spmm {
 
 // `first` may have an activation and be gated, `second` may not, and has an input channel for each output of
 // `first`.
-Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Isa isa,
+Plan make_plan(const Weight& first, const Weight& second, size_t tokens, Features features,
                size_t threads = 1);
 Plan make_plan(const Weight& first, const Weight& second, size_t tokens, const Kernel& kernel,
                size_t threads = 1);
@@ -20,7 +20,7 @@ bool run(const Plan& plan, const Weight& first, const Weight& second, const floa
 // Whether `kernel` takes both.
 bool fits(const Kernel& kernel, const Weight& first, const Weight& second);
 
-// The best kernel of `isa` for both and a number of tokens.
-const Kernel& select_kernel(Isa isa, const Weight& first, const Weight& second, size_t tokens);
+// The best kernel for both and a number of tokens.
+const Kernel& select_kernel(Features features, const Weight& first, const Weight& second, size_t tokens);
 
 }  // namespace sparse_ops::spmm

@@ -3,9 +3,7 @@
 
 #include "kernels/activations.h"
 #include "kernels/spmm/accumulate.h"
-#include "kernels/spmm/depthwise.h"
 #include "kernels/spmm/kernel.h"
-#include "kernels/spmm/store_channels.h"
 #include "kernels/vector.h"
 
 namespace sparse_ops::spmm {
@@ -88,61 +86,16 @@ void transpose(const float* x, size_t tokens, size_t K, size_t begin, size_t end
   }
 }
 
-template <size_t kLanes>
-double peak(size_t steps) {
-  constexpr size_t kChains = 12;
-  Vector<kLanes> sum[kChains];
-  const Vector<kLanes> factor = splat<kLanes>(0.5f), term = splat<kLanes>(0.25f);
-#pragma GCC unroll 16
-  for (size_t c = 0; c < kChains; ++c) sum[c] = splat<kLanes>(static_cast<float>(c));
-  for (size_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
-    for (size_t c = 0; c < kChains; ++c) sum[c] = sum[c] * factor + term;
-  }
-#pragma GCC unroll 16
-  for (size_t c = 1; c < kChains; ++c) sum[0] += sum[c];
-  [[maybe_unused]] volatile float keep = sum[0][0];
-  return 2.0 * kLanes * kChains * static_cast<double>(steps);
-}
-
-template <size_t kLanes>
-double load_peak(size_t steps) {
-  constexpr size_t kChains = 12, kFloats = 4096;  // 16 KiB: half of the smallest first-level cache
-  alignas(64) float factors[kFloats];
-  for (size_t i = 0; i < kFloats; ++i) factors[i] = 0.5f;
-  Vector<kLanes> sum[kChains];
-  const Vector<kLanes> term = splat<kLanes>(0.25f);
-#pragma GCC unroll 16
-  for (size_t c = 0; c < kChains; ++c) sum[c] = splat<kLanes>(static_cast<float>(c));
-  size_t at = 0;
-  for (size_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
-    for (size_t c = 0; c < kChains; ++c) sum[c] = sum[c] * load<kLanes>(factors + at + c * kLanes) + term;
-    at += kChains * kLanes;
-    if (at > kFloats - kChains * kLanes) at = 0;
-  }
-#pragma GCC unroll 16
-  for (size_t c = 1; c < kChains; ++c) sum[0] += sum[c];
-  [[maybe_unused]] volatile float keep = sum[0][0];
-  return 2.0 * kLanes * kChains * static_cast<double>(steps);
-}
-
 template <size_t kLanes, size_t kVectors, size_t kSets>
-constexpr Kernel make_kernel(const char* name, Isa isa) {
-  return {name,
-          isa,
-          kLanes * kVectors,
+constexpr Kernel make_kernel(const KernelRow& row) {
+  return {agreed(row, kLanes, kLanes * kVectors),
           255,
           8,
           vectors_at_a_time<kVectors, 4>(),
           transpose<kLanes, kVectors>,
           multiply<kLanes, kVectors, kSets>,
           activate<kLanes>,
-          store_tokens<kLanes, kLanes * kVectors>,
-          store_channels<kLanes>,
-          depthwise<kLanes>,
-          peak<kLanes>,
-          load_peak<kLanes>};
+          store_tokens<kLanes, kLanes * kVectors>};
 }
 
 }  // namespace

@@ -126,15 +126,9 @@ void store_tokens(const float* acc, size_t channels, size_t tokens, size_t strid
 
 // `kTokens` one or two.
 template <size_t kTokens>
-constexpr Kernel make_kernel(const char* name, Isa isa) {
-  Kernel kernel = spmm::make_kernel<16, 1, 1>(name, isa);
-  kernel.tile = kTokens;
-  kernel.max_chunk = kMaxChunk;
-  kernel.max_width = 1;
-  kernel.transpose = transpose<kTokens>;
-  kernel.multiply = multiply<kTokens>;
-  kernel.store_tokens = store_tokens<kTokens>;
-  return kernel;
+constexpr Kernel make_kernel(const KernelRow& row) {
+  return {agreed(row, 16, kTokens), kMaxChunk, 1, 1, transpose<kTokens>, multiply<kTokens>, activate<16>,
+          store_tokens<kTokens>};
 }
 
 }  // namespace lookup

@@ -62,57 +62,9 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
   std::memcpy(y, acc, channels * sizeof(float));
 }
 
-double activated(const MapEpilogue& epilogue, double h) {
-  switch (epilogue.activation) {
-    case MapEpilogue::Activation::none:
-      return h;
-    case MapEpilogue::Activation::clip:
-      return h < epilogue.low ? epilogue.low : h > epilogue.high ? epilogue.high : h;
-    case MapEpilogue::Activation::silu:
-      return h / (1 + std::exp(-h));
-    case MapEpilogue::Activation::hard_swish:
-      return h <= -3 ? h * 0 : h >= 3 ? h : h * (h / 6 + 0.5);
-  }
-  return h;
-}
-
-void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_stride, size_t channels,
-                    size_t positions, size_t stride, const float* residual, float* y) {
-  for (size_t n = 0; n < channels; ++n) {
-    for (size_t p = 0; p < positions; ++p) {
-      const double added = residual != nullptr ? static_cast<double>(residual[n * stride + p]) : 0.0;
-      y[n * stride + p] = static_cast<float>(activated(epilogue, acc[n * acc_stride + p] + added));
-    }
-  }
-}
-
-void depthwise(const MapEpilogue& epilogue, const MapProduct& p, const float* residual, float* y) {
-  for (size_t r = 0; r < p.rows; ++r) {
-    for (size_t c = 0; c < p.columns; ++c, ++y) {
-      double sum = p.bias;
-      for (size_t tap = 0; tap < p.window_rows * p.window_columns; ++tap) {
-        const size_t i = tap / p.window_columns, j = tap % p.window_columns;
-        float value;
-        std::memcpy(&value, p.filter + tap * sizeof(float), sizeof(value));
-        sum += static_cast<double>(value) *
-               p.from[i * p.tap_row_step + j * p.tap_column_step + r * p.row_step + c * p.column_step];
-      }
-      if (residual != nullptr) sum += residual[r * p.columns + c];
-      *y = static_cast<float>(activated(epilogue, sum));
-    }
-  }
-}
-
-double peak(size_t steps) {
-  volatile double sum = 0;
-  for (size_t i = 0; i < steps; ++i) sum = sum * 0.5 + 0.25;
-  return 2.0 * static_cast<double>(steps);
-}
-
 }  // namespace
 
 constexpr Kernel reference = {
-    "reference",  Isa::reference, 1,       255,  8,   1, transpose, multiply, activate,
-    store_tokens, store_channels, depthwise, peak, peak};
+    agreed(row::reference, 1, 1), 255, 8, 1, transpose, multiply, activate, store_tokens};
 
 }  // namespace sparse_ops::spmm

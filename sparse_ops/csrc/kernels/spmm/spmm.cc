@@ -11,10 +11,16 @@ namespace sparse_ops::spmm {
 namespace {
 
 constexpr const Kernel* kKernels[] = {
-#define SPMM_KERNEL(name) &name,
+#define KERNEL(name, ...) &name,
 #include "kernels/spmm/kernels.inc"
-#undef SPMM_KERNEL
+#undef KERNEL
 };
+
+constexpr Table<Kernel> kChosen = without_reference<Kernel>(kKernels);
+
+bool same_set(const Kernel& a, const Kernel& b) {
+  return &instruction_set(a.needs) == &instruction_set(b.needs);
+}
 
 // Everything that the tasks of one strip of tokens need.
 struct Strip {
@@ -85,7 +91,7 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& full, const Ke
 
 }  // namespace
 
-std::span<const Kernel* const> kernels() { return kKernels; }
+Table<Kernel> kernels() { return kKernels; }
 
 const Kernel* find_kernel(const char* name) {
   for (const Kernel* kernel : kKernels) {
@@ -99,37 +105,43 @@ bool fits(const Kernel& kernel, const Weight& weight) {
          kernel.tile * weight.block <= kMaxAccumulators;
 }
 
-const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens) {
+const Kernel* select(Table<Kernel> table, Features features, const Weight& weight, size_t tokens) {
   // Activations of one chunk that spill from the first-level cache cost more than a narrower tile, and the
   // panel of one tile must stay small however large K is.
   const size_t cache = static_cast<size_t>(l1_cache_bytes()) / sizeof(float);
   const size_t memory = kMaxPanelBytes / sizeof(float);
   const Kernel* best = nullptr;
   const Kernel* narrowest = nullptr;
-  for (const Kernel* kernel : kKernels) {  // of one instruction set: from wide tiles to narrow ones
-    if (kernel->isa != isa) continue;
-    if (!fits(*kernel, weight)) continue;
+  for (const Kernel* kernel : table) {  // of one instruction set: from wide tiles to narrow ones
+    if (!is_there(*kernel, features) || !fits(*kernel, weight)) continue;
+    if (narrowest != nullptr && (!same_set(*kernel, *narrowest) || kernel->tile == narrowest->tile)) continue;
     narrowest = kernel;
     if (kernel->tile * weight.chunk > cache || kernel->tile * weight.K > memory) continue;
     const bool better_for_wide = best != nullptr && weight.width > 1 && kernel->tile <= tokens &&
                                  kernel->wide_vectors > best->wide_vectors;
     if (best == nullptr || kernel->tile >= tokens || better_for_wide) best = kernel;
   }
-  return best != nullptr ? *best : *narrowest;
+  return best != nullptr ? best : narrowest;
 }
 
-const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
-  const Kernel* best = &full;
-  for (const Kernel* kernel : kKernels) {
-    if (kernel->isa != full.isa || !fits(*kernel, weight)) continue;
-    if (kernel->tile >= tokens && kernel->tile < best->tile) best = kernel;
-  }
-  return *best;
+const Kernel& select_kernel(Features features, const Weight& weight, size_t tokens) {
+  return choose_permitted(features, [&](Features f) { return select(kChosen, f, weight, tokens); });
 }
 
-Plan make_plan(const Weight& weight, size_t tokens, Isa isa, size_t threads) {
-  const Kernel& full = select_kernel(isa, weight, tokens);
-  return make_plan(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
+const Kernel& select_last(const Kernel& full, Features features, const Weight& weight, size_t tokens) {
+  return choose_permitted(features, [&](Features f) {
+    const Kernel* best = &full;
+    for (const Kernel* kernel : kChosen) {
+      if (!is_there(*kernel, f) || !same_set(*kernel, full) || !fits(*kernel, weight)) continue;
+      if (kernel->tile >= tokens && kernel->tile < best->tile) best = kernel;
+    }
+    return best;
+  });
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads) {
+  const Kernel& full = select_kernel(features, weight, tokens);
+  return make_plan(weight, tokens, full, select_last(full, features, weight, tokens % full.tile), threads);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {

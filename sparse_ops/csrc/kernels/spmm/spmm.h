@@ -4,13 +4,14 @@
 #include <cstddef>
 #include <span>
 
+#include "kernels/dispatch.h"
 #include "kernels/spmm/kernel.h"
 #include "kernels/workers.h"
 
 namespace sparse_ops::spmm {
 
 // Every kernel that was compiled, best first.
-std::span<const Kernel* const> kernels();
+Table<Kernel> kernels();
 
 // The kernel of that name, or nullptr.
 const Kernel* find_kernel(const char* name);
@@ -18,11 +19,16 @@ const Kernel* find_kernel(const char* name);
 // Whether `kernel` takes weights with that chunk and block.
 bool fits(const Kernel& kernel, const Weight& weight);
 
-// The best kernel of `isa` for a weight and a number of tokens.
-const Kernel& select_kernel(Isa isa, const Weight& weight, size_t tokens);
+// The best row of a table for a weight and a number of tokens; nullptr if none that needs no more than
+// `features` takes the weight. All rows of one instruction set are looked at, that of the first which is
+// there and fits.
+const Kernel* select(Table<Kernel> table, Features features, const Weight& weight, size_t tokens);
+
+// The best kernel for a weight, which some kernel fits, and a number of tokens.
+const Kernel& select_kernel(Features features, const Weight& weight, size_t tokens);
 
 // The kernel for fewer tokens than a tile of `full` has, behind its full tiles.
-const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens);
+const Kernel& select_last(const Kernel& full, Features features, const Weight& weight, size_t tokens);
 
 // Which kernels one call uses. Full tiles come first; the last, partial one may have a smaller kernel.
 struct Plan {
@@ -33,7 +39,7 @@ struct Plan {
   size_t scratch_bytes;  // memory that run() needs, any alignment
   size_t threads;        // that the tasks are cut for; any number may run them
 };
-Plan make_plan(const Weight& weight, size_t tokens, Isa isa, size_t threads = 1);
+Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads = 1);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads = 1);
 
 // Part of Y: `channels` of its columns as a matrix of their own, `y` [tokens, channels], row-major.

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "kernels/activations.h"
-#include "kernels/spmm/kernel.h"
+#include "kernels/spconv/kernel.h"
 #include "kernels/vector.h"
 
-namespace sparse_ops::spmm {
+namespace sparse_ops::spconv {
 namespace {
 
 template <class V>
@@ -105,4 +105,4 @@ void store_channels(const MapEpilogue& epilogue, const float* acc, size_t acc_st
 }
 
 }  // namespace
-}  // namespace sparse_ops::spmm
+}  // namespace sparse_ops::spconv

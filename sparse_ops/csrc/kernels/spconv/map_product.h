@@ -2,12 +2,11 @@
 // Included like generic.h.
 #pragma once
 
-#include "kernels/spmm/accumulate.h"
-#include "kernels/spmm/kernel.h"
-#include "kernels/spmm/store_channels.h"
+#include "kernels/spconv/kernel.h"
+#include "kernels/spconv/store_channels.h"
 #include "kernels/vector.h"
 
-namespace sparse_ops::spmm {
+namespace sparse_ops::spconv {
 namespace {
 
 // Lanes kFirst, kFirst + 2, .. of `a` followed by `b`.
@@ -167,4 +166,4 @@ void depthwise(const MapEpilogue& epilogue, const MapProduct& p, const float* re
 }
 
 }  // namespace
-}  // namespace sparse_ops::spmm
+}  // namespace sparse_ops::spconv

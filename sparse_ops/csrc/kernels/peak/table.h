@@ -1,0 +1,19 @@
+// The rows of kernels.inc and their kernels, declared. Each kernel is defined in the source file of its
+// features.
+#pragma once
+
+#include "kernels/peak/kernel.h"
+
+namespace sparse_ops::peak {
+
+namespace row {
+#define KERNEL(name, ...) constexpr KernelRow name = {#name, __VA_ARGS__};
+#include "kernels/peak/kernels.inc"
+#undef KERNEL
+}  // namespace row
+
+#define KERNEL(name, ...) extern const Kernel name;
+#include "kernels/peak/kernels.inc"
+#undef KERNEL
+
+}  // namespace sparse_ops::peak
