@@ -36,6 +36,7 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 )
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.quantize.round import Round
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
@@ -78,6 +79,7 @@ PASSES: tuple[type[Pass], ...] = (
     Taylor,
     Threshold,
     Wanda,
+    Round,
 )
 """Every pass, sorted by name."""
 

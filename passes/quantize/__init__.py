@@ -1,0 +1,1 @@
+"""Give weights fewer values."""
