@@ -199,6 +199,7 @@ def test_the_last_block_may_be_shorter():
     scales = np.float32([[1, 2], [3, 4]])
     np.testing.assert_array_equal(spread(scales, (3, 2), 0, 2), [[1, 2], [1, 2], [3, 4]])
     np.testing.assert_array_equal(spread(scales, (2, 3), 1, 2), [[1, 1, 2], [3, 3, 4]])
+    np.testing.assert_array_equal(spread(scales[:1], (3, 2), 0, 2**62), [[1, 2], [1, 2], [1, 2]])
 
 
 @st.composite

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_array, constant_tensor
+from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.encodings import Affine, Encoding, Palette
 from sparse_onnx.model.graph import is_standard
 
@@ -230,10 +230,11 @@ def _parameter(node: ir.Node, index: int, what: str) -> ir.TensorProtocol | None
 def _axis(scale: ir.TensorProtocol, axis: int, block_size: int, shape: Shape) -> int | None:
     """The axis of ``shape`` along which scales differ; None: there is one scale."""
     scales, rank = _shape(scale), len(shape)
-    if block_size == 0 and scale.size == 1 and len(scales) <= 1:
+    one = scale.size == 1 and len(scales) <= 1
+    if one and block_size == 0:
         return None
     place = axis + rank if axis < 0 else axis
-    if 0 <= place < rank:
+    if 0 <= place < rank and not one:
         size = shape[place]
         if block_size == 0 and scales == (size,):
             return place
@@ -275,8 +276,7 @@ def _reshaped(node: ir.Node, shape: Shape) -> Shape | None:
         axis = node.attributes.get_int("axis", 1)
         fits = -rank <= axis <= rank
         return (math.prod(shape[:axis]), math.prod(shape[axis:])) if fits else None
-    given = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    numbers = None if given is None else tuple(int(number) for number in given.reshape(-1))
+    numbers = _numbers(node.inputs[1]) if len(node.inputs) > 1 else None
     if node.op_type == "Squeeze":
         gone = [axis for axis in range(rank) if shape[axis] == 1] if len(node.inputs) < 2 else numbers
         if gone is None or not all(-rank <= axis < rank and shape[axis] == 1 for axis in gone):
@@ -299,6 +299,14 @@ def _reshaped(node: ir.Node, shape: Shape) -> Shape | None:
     if numbers.count(-1) == 1 and known > 0:
         return tuple(math.prod(shape) // known if number == -1 else number for number in numbers)
     return numbers if all(number >= 0 for number in numbers) else None
+
+
+def _numbers(value: ir.Value | None) -> Shape | None:
+    """Sizes or axes that are constant."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.dtype != ir.DataType.INT64:
+        return None
+    return tuple(int(number) for number in tensor.numpy().reshape(-1))
 
 
 def _dtype(node: ir.Node, attribute: str) -> ir.DataType:

@@ -52,8 +52,7 @@ def spread(parameters: np.ndarray, shape: tuple[int, ...], axis: int | None, blo
     if axis is None:
         return parameters.reshape(())
     if block_size:
-        of_all = np.repeat(parameters, block_size, axis)
-        return of_all[(slice(None),) * axis + (slice(shape[axis]),)]
+        return np.take(parameters, np.arange(shape[axis]) // block_size, axis)
     return parameters.reshape([-1 if index == axis else 1 for index in range(len(shape))])
 
 
