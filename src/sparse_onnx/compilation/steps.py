@@ -293,7 +293,7 @@ class Compilation:
                 changed = zeros or prepared.removed.modified or prepared.cleaned.modified or self.fixed
                 verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
-                kernels = kernel_names(optimized, decisions, shapes[0])
+                kernels = kernel_names(optimized, shapes[0])
                 layers = self.rows(decisions, shapes[0], prepared, kernels)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
