@@ -398,7 +398,20 @@ def _machine() -> Iterator[Finding]:
         yield Finding("cpu_limit", "processor", "note", detail, fix, values)
     else:
         yield Finding("cpu_limit", "processor", "ok", "no tighter limit by a control group", "", values)
+    yield _memory_limit()
     yield _scratch()
+
+
+def _memory_limit(root: Path = Path("/")) -> Finding:
+    limit, whole, free = host.memory_limit(root), host.machine_memory(root), host.available_memory(root)
+    values = {"limit_bytes": limit, "machine_bytes": whole, "available_bytes": free}
+    there = f"{format_bytes(free)} of {format_bytes(whole)} available"
+    if limit is None or limit >= whole:
+        detail = f"{there}, no tighter limit by a control group"
+        return Finding("memory_limit", "main memory", "ok", detail, "", values)
+    detail = f"{there}; a control group (container) allows {format_bytes(limit)} in all"
+    fix = "nothing for these commands, which keep to it as far as they can; for larger models a higher limit"
+    return Finding("memory_limit", "main memory", "note", detail, fix, values)
 
 
 def _scratch() -> Finding:

@@ -33,7 +33,7 @@ import onnx_ir as ir
 from sparse_onnx.model.graph import Names, add_initializer, is_standard, name_of
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.own_operators import drop_unused_functions, is_ours, joined, put_in_place
-from sparse_onnx.model.stored_weights import StoredWeight, stored_weights
+from sparse_onnx.model.stored_weights import MERGED_FROM, StoredWeight, stored_weights
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
 from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, PackedWeight
@@ -228,6 +228,7 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     name = Names(model).stem(name, [f".{key}" for key in parts])
     for key, array in parts.items():
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
+    stored[0].meta[MERGED_FROM] = tuple(part for weight in weights for part in weight.made_of)
     attributes: dict[str, int | str | list[int]] = {
         **packed.attributes(),
         "mask_structure": weights[0].mask_structure,

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from sparse_onnx.model.constants import constant_array, constant_number
 from sparse_onnx.model.dimensions import Dim
 from sparse_onnx.model.graph import axis_from_end, is_standard, producer
-from sparse_onnx.model.shapes import Dims, Shapes, keeps
+from sparse_onnx.model.shapes import Dims, Shapes, keeps, same
 from sparse_onnx.passes.patterns.match import transposed
 
 __all__ = ["Attention", "Mask", "is_attention", "match_attention"]
@@ -320,7 +320,7 @@ def _unknown(*alternatives: Dims) -> int:
     """In how many places the last of these shapes is not known to equal one of the others. If the sizes of
     two tensors agree and all dimensions but one do, that one does too."""
     *others, last = alternatives
-    return sum(dim is None or all(dim != other[i] for other in others) for i, dim in enumerate(last))
+    return sum(not any(same(dim, other[i]) for other in others) for i, dim in enumerate(last))
 
 
 def _unscaled(value: ir.Value | None, shapes: Shapes) -> tuple[ir.Value | None, float]:
@@ -365,7 +365,7 @@ def _merged_heads(value: ir.Value | None, shapes: Shapes) -> _Heads | None:
     if len(before) != 3 or len(after) != 4 or not isinstance(before[2], int):
         return None
     width, (count, size) = before[2], after[2:]
-    rows_agree = sum(x is not None and x == y for x, y in zip(before[:2], after[:2], strict=True))
+    rows_agree = sum(map(same, before[:2], after[:2]))
     if isinstance(count, int) and isinstance(size, int):
         proven = count * size == width and rows_agree >= 1
     elif rows_agree == 2 and isinstance(size, int) and size and width % size == 0:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array
 from sparse_onnx.model.graph import producer
-from sparse_onnx.model.shapes import Dims, Shapes
+from sparse_onnx.model.shapes import Dims, Shapes, agree, same
 
 __all__ = ["constant_piece", "counterpart", "product", "template"]
 
@@ -16,7 +16,7 @@ __all__ = ["constant_piece", "counterpart", "product", "template"]
 def counterpart(here: Dims, there: Dims, position: int) -> int | None:
     """Where, in another shape of as many elements, what follows ``position`` begins."""
     before = here[:position]
-    if position < len(there) and None not in before and before == there[:position]:
+    if position < len(there) and agree(before, there[:position]):
         return position
     rest = product(here[position:])
     ends = [at for at in range(len(there)) if rest is not None and product(there[at:]) == rest]
@@ -31,12 +31,12 @@ def product(dims: Dims) -> int | None:
 
 def template(before: Dims, after: Dims, axis: int) -> tuple[int, ...] | None:
     """A shape for Reshape that holds for all sizes of what is not known; the entry at ``axis`` is a placeholder."""
-    same = 0
-    while same < min(axis, len(before)) and before[same] is not None and before[same] == after[same]:
-        same += 1
-    dims = [0] * same + [dim if isinstance(dim, int) else -1 for dim in after[same:]]
+    kept = 0
+    while kept < min(axis, len(before)) and same(before[kept], after[kept]):
+        kept += 1
+    dims = [0] * kept + [dim if isinstance(dim, int) else -1 for dim in after[kept:]]
     dims[axis] = 1
-    return None if dims.count(-1) > 1 or 0 in dims[same:] else tuple(dims)
+    return None if dims.count(-1) > 1 or 0 in dims[kept:] else tuple(dims)
 
 
 def constant_piece(shape: ir.Value | None, position: int, shapes: Shapes) -> tuple[int, int] | None:

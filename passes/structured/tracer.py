@@ -34,7 +34,7 @@ from sparse_onnx.model.graph import (
     is_standard,
     producer,
 )
-from sparse_onnx.model.shapes import Dims, Shapes
+from sparse_onnx.model.shapes import Dims, Shapes, agree, same
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.match import only_user, transposed
 from sparse_onnx.passes.structured.operators import (
@@ -371,7 +371,7 @@ class _Tracer:
         at = counterpart(here, there, position)
         if at is not None:
             size = there[at]
-            if size == here[position]:
+            if same(size, here[position]):
                 return at, blocks
             if not isinstance(size, int) or not size:
                 raise Unsuitable(f"the dimensions around {label(node)} are not known")
@@ -380,7 +380,7 @@ class _Tracer:
             if len(blocks) == 1 and self.units % size == 0 and size > 1:
                 raise _Coarser(size)
             raise Unsuitable(f"{label(node)} cuts through units")
-        if None not in here[axis:] and here[axis:] == there[axis:]:
+        if agree(here[axis:], there[axis:]):
             return len(there) + axis, blocks
         # Several parts side by side, each with all units: [3, H, D] as [3·H·D].
         for first in range(position):
@@ -398,9 +398,9 @@ class _Tracer:
         if len(split) != 4 or len(middle) != 3 or len(swapped) != 4:
             return False
         b, h, s, d = split
-        known = None not in (h, s, d) and middle[1:] == (s, d) and swapped[1:3] == (h, d)
+        known = agree(middle[1:], (s, d)) and agree(swapped[1:3], (h, d))
         # Of batch and length, one tells the other.
-        return known and (swapped[3] == s or (b is not None and swapped[0] == b))
+        return known and (same(swapped[3], s) or same(swapped[0], b))
 
     def transpose(self, node: ir.Node, value: ir.Value, axis: int, blocks: Blocks) -> None:
         rank = self.rank(value)
@@ -476,7 +476,7 @@ class _Tracer:
             raise Unsuitable(f"the dimensions around {label(node)} are not known")
         dims = []
         for old, new in zip(before, after, strict=True):
-            if old is not None and old == new:
+            if same(old, new):
                 dims.append(1)
             elif isinstance(new, int):
                 dims.append(new)

@@ -256,6 +256,13 @@ MEMORY = {
 }
 
 
+def test_memory_of_the_machine(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/meminfo": "MemTotal:       2048 kB\nMemAvailable: 7 kB\n"})
+    assert host.machine_memory(tmp_path) == 2 * MB
+    assert host.machine_memory(tmp_path / "nothing") == host.machine_memory(tmp_path / "other") > MB
+    assert host.memory_limit(tmp_path) is None
+
+
 @pytest.mark.parametrize("case", MEMORY)
 def test_memory_of_control_groups(case: str, tmp_path: Path) -> None:
     line, files, limit, free = MEMORY[case]

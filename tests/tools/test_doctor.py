@@ -16,8 +16,8 @@ from sparse_onnx.tools import doctor
 
 KEYS = [
     "python", "glibc", "packages", "installation", "extra_cpu", "extra_export", "onnxruntime", "telemetry", "library",
-    "isa", "self_test_standard_operators", "self_test_library", "processor", "cpu_limit", "scratch", "memory",
-    "arithmetic",
+    "isa", "self_test_standard_operators", "self_test_library", "processor", "cpu_limit", "memory_limit",
+    "scratch", "memory", "arithmetic",
 ]  # fmt: skip
 """Of a healthy machine, in their order. Programs rely on them."""
 
@@ -401,6 +401,58 @@ def test_container_with_fewer_processors_than_are_visible(monkeypatch, limit, st
     if status == "note":
         assert f"{limit:g} of the 4 cores" in found.detail
         assert f"intra_op_num_threads = {threads} " in found.fix
+
+
+def machine_of(root, limit, *, total=16_000, available=9_000, used=500):
+    """A machine with ``total`` megabytes, of which a container of version 2 may take ``limit``; see test_host."""
+    files = {
+        "proc/meminfo": f"MemTotal: {total * 1000} kB\nMemFree: 1 kB\nMemAvailable: {available * 1000} kB\n",
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": "max\n" if limit is None else f"{limit * 1_024_000}\n",
+        "sys/fs/cgroup/memory.current": f"{used * 1_024_000}\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "available", "said"),
+    [
+        (None, "ok", 9_000, "9.2 GB of 16.4 GB available, no tighter limit by a control group"),
+        (
+            2_000,
+            "note",
+            1_500,
+            "1.5 GB of 16.4 GB available; a control group (container) allows 2.0 GB in all",
+        ),
+        (
+            12_000,
+            "note",
+            9_000,
+            "9.2 GB of 16.4 GB available; a control group (container) allows 12.3 GB in all",
+        ),
+        (16_000, "ok", 9_000, "9.2 GB of 16.4 GB available, no tighter limit by a control group"),
+        (64_000, "ok", 9_000, "9.2 GB of 16.4 GB available, no tighter limit by a control group"),
+    ],
+)
+def test_container_with_less_memory_than_the_machine_has(tmp_path, limit, status, available, said):
+    found = doctor._memory_limit(machine_of(tmp_path, limit))
+    assert (found.key, found.status, found.detail) == ("memory_limit", status, said)
+    assert bool(found.fix) is (status == "note")
+    assert found.values == {
+        "limit_bytes": None if limit is None else limit * 1_024_000,
+        "machine_bytes": 16_000 * 1_024_000,
+        "available_bytes": available * 1_024_000,
+    }
+
+
+def test_memory_of_a_machine_that_tells_nothing(tmp_path):
+    found = doctor._memory_limit(tmp_path)
+    assert found.status == "ok"
+    assert found.values["limit_bytes"] is None
+    assert 0 < found.values["available_bytes"] <= found.values["machine_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ which turn sums over layers into times of models (:mod:`.time_model`). Any plan 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from sparse_onnx.data.inputs import InputSpec, Value, plain_values
 from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
-from sparse_onnx.model.opset_conversion import CONVERTED_FROM, conversion_note
+from sparse_onnx.model.opset_conversion import converted_from
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.model.work import NodeWork, Untouched, Work, untouched
@@ -51,7 +51,7 @@ from sparse_onnx.report.environment import environment
 from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
-from sparse_onnx.running.runtime import Runner, open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner, session_budget
 from sparse_onnx.running.stages import StageClock
 from sparse_onnx.timing.curves import (
     SPARSITIES,
@@ -356,10 +356,12 @@ class _Job:
         with self.clock("load"):
             self.path = source_file(self.source, self.work)
             original = model_io.load_model(self.path)
-            if (opset := original.meta.get(CONVERTED_FROM)) is not None:
-                self.say(conversion_note(opset))
+            converted_from(original, self.say)
             self.nbytes = model_io.file_bytes(self.path, original)
             self.budget = session_budget(model_io.weight_bytes(original))
+            self.open = functools.partial(
+                open_runner, threads=self.threads, budget=self.budget, work=self.work, progress=self.say
+            )
             specs = inputs.input_specs(original, values, fixed)
             steered = original.clone()
             fix_inputs(steered, specs)
@@ -416,17 +418,6 @@ class _Job:
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,
-        )
-
-    def open(self, model: ir.Model, path: Path | None, *, library: bool) -> AbstractContextManager[Runner]:
-        return open_runner(
-            model,
-            threads=self.threads,
-            library=library,
-            budget=self.budget,
-            work=self.work,
-            path=path,
-            progress=self.say,
         )
 
     def run_dense(

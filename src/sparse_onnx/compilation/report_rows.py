@@ -114,29 +114,16 @@ def layer_rows(
     return rows
 
 
-def kernel_names(
-    model: ir.Model, decisions: Sequence[Decision], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """The kernels that a session here computes the lowered layers of ``model`` with, by the name of the layer's weight;
-    ``shapes`` are those of the layers' inputs."""
-    known = [name for decision in decisions if decision.lowered for name in decision.candidate.names]
+def kernel_names(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The kernels that a session here computes the sparse layers of ``model``, as it was lowered, with, by the name of
+    the layer's weight; ``shapes`` are those of the layers' inputs."""
     found: dict[str, str] = {}
     for node in sparse_nodes(model):
         x = node.inputs[0]
         if x is not None and x.name and x.name in shapes:
             kernel = kernel_of(node, shapes[x.name])
-            found |= {name: kernel for weight in stored_weights(node) for name in _parts(weight.name, known)}
+            found |= {name: kernel for weight in stored_weights(node) for name in weight.made_of}
     return found
-
-
-def _parts(name: str, known: Sequence[str]) -> list[str]:
-    """The weights in ``known`` that a stored weight of that name was made of, see
-    :func:`sparse_onnx.model.own_operators.joined`."""
-    if name in known:
-        return [name]
-    first, *others = name.split("+")
-    start = max(first.rfind("."), first.rfind("/")) + 1
-    return [part for part in known if part == first or any(part == first[:start] + other for other in others)]
 
 
 def times(timing: Ratio | None) -> dict[str, float | None]:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.errors import GoalNotMetError, UsageError, VerificationError
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
-from sparse_onnx.model.opset_conversion import CONVERTED_FROM, conversion_note, refusal
+from sparse_onnx.model.opset_conversion import converted_from, refusal
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.model.work import NodeWork, Work
 from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline, Stage
@@ -128,9 +127,7 @@ class Compilation:
     def load(self) -> ir.Model:
         self.path = source_file(self.source, self.work, self.say)
         model, target = model_io.load_model(self.path), self.recipe.target
-        self.converted_from = model.meta.get(CONVERTED_FROM)
-        if self.converted_from is not None:
-            self.say(conversion_note(self.converted_from))
+        self.converted_from = converted_from(model, self.say)
         check_outputs(model, self.say)
         self.left_out = left_out(model)
         self.specs = inputs.input_specs(model, target.input_values, target.fixed_inputs)
@@ -252,6 +249,9 @@ class Compilation:
         self.nbytes = model_io.file_bytes(self.path, model)
         self.weight_bytes = model_io.weight_bytes(model)
         self.budget = session_budget(self.weight_bytes)
+        self.open = functools.partial(
+            open_runner, threads=self.threads, budget=self.budget, work=self.work, progress=self.say
+        )
         samples, self.feeds = self.inputs(model, pipeline)
         self.prove_conversion(model, samples[0])
         metric = self.metric(model)
@@ -302,7 +302,7 @@ class Compilation:
                 changed = zeros or prepared.removed.modified or prepared.cleaned.modified or rewritten
                 verification = self.verify(optimized, unfused, samples, reference, changed)
             with self.clock("compare weights"):
-                kernels = kernel_names(optimized, decisions, shapes[0])
+                kernels = kernel_names(optimized, shapes[0])
                 layers = self.rows(decisions, shapes[0], prepared, kernels)
             profile = self.profile(optimized, [row["name"] for row in layers]) if timings else None
         measured = None
@@ -569,20 +569,6 @@ class Compilation:
     def written(self) -> Path:
         return self.folder / "model.onnx"
 
-    def open(
-        self, model: ir.Model, path: Path | None, *, library: bool = True, lean: bool = False
-    ) -> AbstractContextManager[Runner]:
-        return open_runner(
-            model,
-            threads=self.threads,
-            library=library,
-            budget=self.budget,
-            work=self.work,
-            path=path,
-            progress=self.say,
-            lean=lean,
-        )
-
     def verify(
         self,
         optimized: ir.Model,
@@ -595,7 +581,7 @@ class Compilation:
         ``reference`` are the outputs of ``dense`` on the samples."""
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
-        with self.open(optimized, self.written) as runner:
+        with self.open(optimized, self.written, library=True) as runner:
             ours = self.run_all(runner, samples, "with the library")
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
             self.levels["with_library"] = runner.level

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import onnx.version_converter
+import onnx_ir as ir
 
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model.check import (
@@ -19,7 +21,7 @@ from sparse_onnx.model.check import (
 )
 from sparse_onnx.model.shape_inference import type_error
 
-__all__ = ["CONVERTED_FROM", "conversion_note", "convert_opset", "default_opset", "refusal"]
+__all__ = ["CONVERTED_FROM", "convert_opset", "converted_from", "default_opset", "refusal"]
 
 CONVERTED_FROM = "sparse_onnx.converted_from"
 """Key of a model's metadata in memory: the opset of its file, if it had to be converted."""
@@ -33,11 +35,14 @@ def default_opset(model: onnx.ModelProto) -> int:
     return next((entry.version for entry in model.opset_import if entry.domain == ""), MIN_OPSET)
 
 
-def conversion_note(opset: int) -> str:
-    """What to say of a model of ``opset`` that was converted."""
-    return (
-        f"note: the model of opset {opset} was converted to {MIN_OPSET} inside; the file stays the original"
-    )
+def converted_from(model: ir.Model, say: Callable[[str], None]) -> int | None:
+    """The opset of the file of ``model`` if it was converted, which is then told."""
+    opset: int | None = model.meta.get(CONVERTED_FROM)
+    if opset is not None:
+        say(
+            f"note: the model of opset {opset} was converted to {MIN_OPSET} inside; the file stays the original"
+        )
+    return opset
 
 
 def refusal(path: Path, opset: int, reason: str = "") -> ModelFileError:

@@ -30,6 +30,7 @@ from sparse_onnx.sparse_ops.sparse_matmul import (
 )
 
 __all__ = [
+    "MERGED_FROM",
     "SPARSE_OP_TYPES",
     "StoredWeight",
     "sparse_nodes",
@@ -58,6 +59,10 @@ def weight_prefixes(op_type: str) -> tuple[str, ...]:
     return ("",) if op_type in SPARSE_OP_TYPES else ()
 
 
+MERGED_FROM = "sparse_onnx.merged_from"
+"""Key of the metadata in memory of the first stored tensor of a weight: the names of those that it was merged from."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
     """One weight of ``node``: ``prefix`` is before the names of its attributes, and ``first`` is the place of its
@@ -82,6 +87,12 @@ class StoredWeight:
         """That of the weight that was packed."""
         values = self.parts[0]
         return "" if values is None else (values.name or "").removesuffix(".values")
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """The names of the weights in it: of linears that were merged since the model was read those of all."""
+        values = self.parts[0]
+        return (self.name,) if values is None else values.meta.get(MERGED_FROM, (self.name,))
 
     @property
     def sizes(self) -> dict[str, int]:

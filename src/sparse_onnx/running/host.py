@@ -23,6 +23,7 @@ __all__ = [
     "cpu_limit",
     "cpu_name",
     "file_system",
+    "machine_memory",
     "memory_limit",
     "peak_rss_bytes",
     "processors",
@@ -116,6 +117,15 @@ def available_memory(root: Path = _ROOT) -> int:
     """Bytes that this process could still take without swapping, as far as the system and its control groups tell.
     Cached file pages are given back when they are needed, so they count as free."""
     return min([_free_on_machine(root), *(free for _, free in _memory_limits(root))])
+
+
+def machine_memory(root: Path = _ROOT) -> int:
+    """Bytes of memory that the machine has, whoever may take them."""
+    for line in _lines(root / "proc/meminfo"):
+        key, _, value = line.partition(":")
+        if key == "MemTotal" and (number := _number(value.split()[:1])) is not None:
+            return number * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_limit(root: Path = _ROOT) -> int | None:

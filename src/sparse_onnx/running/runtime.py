@@ -296,12 +296,12 @@ def _describe(feeds: Feeds) -> str:
 @contextmanager
 def open_runner(
     model: ir.Model,
+    path: Path | None = None,
     *,
     threads: int,
     library: bool,
     budget: int,
     work: Path,
-    path: Path | None = None,
     progress: Callable[[str], None] = lambda _line: None,
     lean: bool = False,
     level: str = LEVELS[0],

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
@@ -94,6 +95,26 @@ def test_query_key_and_value_are_one_operator(lowered, sizes, check_merge):
     ]
     assert set(model.graph.initializers) == {value.name for value in node.inputs[1:]}
     assert [(domain, name) for domain, name, _ in model.functions] == [("sparse_onnx", "SparseMatMulSplit3")]
+
+
+def test_the_merged_weight_says_what_it_is_made_of_in_memory_only(from_text, check_merge):
+    """Names say too little: they may have the sign in them that joins them."""
+    names = ["block.0.q+k", "block.0.k", "block.1/k"]
+    body = " ".join(f'Y{i} = MatMul(X, "{name}")' for i, name in enumerate(names))
+    text = f"""<ir_version: 8, opset_import: ["" : 20]>
+        g (float[B, S, {K}] X) => ({", ".join(f"float[B, S, {N}] Y{i}" for i in range(3))}) {{ {body} }}"""
+    model = from_text(text, **{name: sparse(seed=i) for i, name in enumerate(names)})
+    LowerSparseMatMul(min_sparsity=0.0)(model)
+    assert [weight.made_of for node in model.graph for weight in stored_weights(node)] == [
+        (n,) for n in names
+    ]
+    check_merge(model, ["SparseMatMulSplit3"])
+    (weight,) = stored_weights(model.graph[0])
+    assert weight.made_of == tuple(names)
+    (copy,) = stored_weights(model.clone().graph[0])
+    assert copy.made_of == tuple(names)
+    (read,) = stored_weights(ir.from_proto(ir.to_proto(model)).graph[0])
+    assert read.made_of == (weight.name,) == ("block.0.q+k+0.k+1/k",)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 64), (312, 312, 312), (383, 383, 383)])
