@@ -15,9 +15,9 @@ import onnx_ir as ir
 from sparse_onnx.model.constants import constant_array, is_constant
 from sparse_onnx.model.graph import input_at, is_read
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer, Part
+from sparse_onnx.passes.patterns.layer import Layer, Part, place_reason, storage_reason
 from sparse_onnx.passes.patterns.match import float32_constant
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, best_block
+from sparse_onnx.sparse_ops.sparse_matmul import best_block
 from sparse_onnx.sparse_ops.sparse_recurrent import (
     CELLS,
     DIRECTIONS,
@@ -101,15 +101,13 @@ def match_recurrent(
 
     ``recurrent`` is None if R is no weight that a pass may touch.
     """
-    if node.graph is not main_graph:
-        return "lies in the body of If, Loop or Scan, where it cannot be timed"
+    if reason := place_reason(node, main_graph):
+        return reason
     if recurrent is None:
         return "the other weight of its node is no constant of its own"
     for one in (weight, recurrent):
-        if one.tensor.dtype != ir.DataType.FLOAT:
-            return f"has dtype {one.tensor.dtype}; the sparse kernels take FLOAT"
-        if one.tensor.size > MAX_ELEMENTS:
-            return f"has {one.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+        if reason := storage_reason(one):
+            return reason
         if len(one.nodes) > 1:
             return "is shared by several nodes"
     x, cell = input_at(node, 0), node.op_type

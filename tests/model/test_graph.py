@@ -11,6 +11,7 @@ from sparse_onnx.model.graph import (
     input_at,
     is_read,
     is_read_once,
+    is_read_outside,
     is_standard,
     producer,
     remove_if_unread,
@@ -93,6 +94,22 @@ def test_inputs_that_are_left_out(from_text):
 def test_who_needs_a_value(from_text, body, outputs, read, once):
     a = value(build(from_text, body, outputs=outputs), "a")
     assert (is_read(a), is_read_once(a)) == (read, once)
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs", "outside"),
+    [
+        ("a = Relu(X) b = Neg(a) Y = Add(a, b)", "float[N] Y", False),
+        ("a = Relu(X) Y = Mul(a, a)", "float[N] Y", False),
+        ("a = Relu(X) Y = Neg(X)", "float[N] Y", False),
+        ("a = Relu(X) b = Neg(a) Y = Add(a, b)", "float[N] Y, float[N] a", True),
+        ("a = Relu(X) b = Neg(a) Y = " + BODY.format("y = Add(a, b)"), "float[N] Y", True),
+    ],
+)
+def test_who_else_needs_a_value(from_text, body, outputs, outside):
+    model = build(from_text, body, outputs=outputs)
+    assert is_read_outside(value(model, "a"), list(model.graph)) is outside
+    assert is_read_outside(value(model, "X"), list(model.graph)[1:])
 
 
 def test_an_output_of_a_body_is_needed(from_text):
