@@ -30,6 +30,7 @@ from sparse_onnx.model.graph import (
     add_initializer,
     drop_if_unused,
     is_read,
+    is_read_outside,
     name_of,
     new_name,
     producer,
@@ -122,7 +123,7 @@ def _match_standard(node: ir.Node, shapes: Shapes) -> _Residual | str | None:
     a, b = add.inputs
     if a is None or b is None or any(is_constant(value) and len(shapes.dims(value)) < 2 for value in (a, b)):
         return None  # a bias
-    outside = source.is_graph_output() or any(use.node not in norm.nodes for use in source.uses())
+    outside = is_read_outside(source, norm.nodes)
     return _Residual(norm, a, b, None, source if outside else None, add, (add, *norm.nodes))
 
 

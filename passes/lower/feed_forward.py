@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.model.graph import name_of
+from sparse_onnx.model.graph import is_read_once, name_of
 from sparse_onnx.model.own_operators import drop_unused_functions, is_ours, put_in_place
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -70,8 +70,7 @@ def _reader(first: ir.Node) -> ir.Node | None:
 
 def _problem(first: ir.Node, second: ir.Node) -> str | None:
     """Why the two cannot be one operator."""
-    output = first.outputs[0]
-    if output.is_graph_output() or len(output.uses()) != 1:
+    if not is_read_once(first.outputs[0]):
         return f"its output is used by more than {name_of(second)}"
     if first.graph is not second.graph:
         return f"{name_of(second)} is in another graph"

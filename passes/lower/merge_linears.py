@@ -30,7 +30,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.graph import Names, add_initializer, is_standard, name_of
+from sparse_onnx.model.graph import Names, add_initializer, is_read_once, is_standard, name_of, producer
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.own_operators import drop_unused_functions, is_ours, joined, put_in_place
 from sparse_onnx.model.stored_weights import MERGED_FROM, StoredWeight, stored_weights
@@ -88,7 +88,7 @@ def _find_gates(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
     for node in graph:
         if not is_standard(node, "Mul"):
             continue
-        producers = [value.producer() if value is not None else None for value in node.inputs]
+        producers = [producer(value) for value in node.inputs]
         gate, up = sorted(producers, key=lambda p: p is not None and is_ours(p, _PLAIN))
         if gate is None or up is None or not is_ours(gate, *_GATE_OF) or not is_ours(up, _PLAIN):
             continue
@@ -102,8 +102,7 @@ def _find_gates(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
 
 def _gate_problem(gate: ir.Node, up: ir.Node) -> str | None:
     for linear in (gate, up):
-        output = linear.outputs[0]
-        if output.is_graph_output() or len(output.uses()) != 1:
+        if not is_read_once(linear.outputs[0]):
             return f"the output of {name_of(linear)} is used elsewhere, too"
         if problem := _weight_problem(linear):
             return f"{name_of(linear)} {problem}"

@@ -21,11 +21,10 @@ from sparse_onnx.model.constants import constant_number, is_constant
 from sparse_onnx.model.graph import input_at, producer
 from sparse_onnx.model.shapes import Shapes, agree
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
 from sparse_onnx.passes.patterns.linear import match_relu, match_silu
 from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, same_pads, users_of
 from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
 
 __all__ = ["Convolution", "match_conv"]
 
@@ -75,12 +74,8 @@ class Convolution(Layer):
 
 def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Convolution | str:
     """The convolution that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
-    if node.graph is not main_graph:
-        return "lies in the body of If, Loop or Scan, where it cannot be timed"
-    if weight.tensor.dtype != ir.DataType.FLOAT:
-        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > MAX_ELEMENTS:
-        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if reason := place_reason(node, main_graph) or storage_reason(weight):
+        return reason
     if len(weight.tensor.shape) not in (3, 4):
         return f"has rank {len(weight.tensor.shape)}; the sparse kernels take one axis or images: rank 3 or 4"
     x, output = node.inputs[0], node.outputs[0]

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import PackedWeight
+from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, PackedWeight
 
-__all__ = ["MIN_SPARSITY", "Layer", "Part", "count_zeros", "layer_kind"]
+__all__ = ["MIN_SPARSITY", "Layer", "Part", "count_zeros", "layer_kind", "place_reason", "storage_reason"]
 
 MIN_SPARSITY = 0.3
 """Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
@@ -124,6 +124,22 @@ def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any
         **{part.prefix + "weight": list(part.weight.shape) for part in layer.parts},
         "inputs": [list(shape) for shape in shapes],
     }
+
+
+def place_reason(node: ir.Node, main_graph: ir.Graph) -> str | None:
+    """Why no node of an own operator can stand where ``node`` does, or None."""
+    return (
+        None if node.graph is main_graph else "lies in the body of If, Loop or Scan, where it cannot be timed"
+    )
+
+
+def storage_reason(weight: Weight) -> str | None:
+    """Why ``weight`` cannot be stored for the sparse kernels, or None."""
+    if weight.tensor.dtype != ir.DataType.FLOAT:
+        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
+    if weight.tensor.size > MAX_ELEMENTS:
+        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    return None
 
 
 def count_zeros(weight: Weight) -> tuple[int, int]:

@@ -22,10 +22,10 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import is_constant
-from sparse_onnx.model.graph import input_at, is_standard, producer
+from sparse_onnx.model.graph import input_at, is_read_outside, is_standard, producer
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
 from sparse_onnx.passes.patterns.match import (
     gate_of,
     is_bias,
@@ -35,7 +35,7 @@ from sparse_onnx.passes.patterns.match import (
     other_operand,
     users_of,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, best_block
+from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, best_block
 
 __all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
 
@@ -64,12 +64,8 @@ class Linear(Layer):
 
 def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Linear | str:
     """The linear that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
-    if node.graph is not main_graph:
-        return "lies in the body of If, Loop or Scan, where it cannot be timed"
-    if weight.tensor.dtype != ir.DataType.FLOAT:
-        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > MAX_ELEMENTS:
-        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if reason := place_reason(node, main_graph) or storage_reason(weight):
+        return reason
     x, output = node.inputs[0], node.outputs[0]
     if x is None or is_constant(x):
         return "has a constant activation"
@@ -157,9 +153,7 @@ def _gate(h: ir.Value, inner: list[ir.Node], gate: ir.Value, shapes: Shapes) -> 
 
 def _covered(h: ir.Value, nodes: list[ir.Node] | None) -> list[ir.Node] | None:
     """``nodes`` if they are all that reads h: nothing outside the pattern may need it."""
-    if nodes is None or any(user not in nodes for user in users_of(h)):
-        return None
-    return nodes
+    return None if nodes is None or is_read_outside(h, nodes) else nodes
 
 
 def _gelu_erf(h: ir.Value, shapes: Shapes) -> list[ir.Node] | None:

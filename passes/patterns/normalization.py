@@ -22,7 +22,7 @@ import dataclasses
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_integers, constant_number
-from sparse_onnx.model.graph import input_at, is_read, is_standard, producer
+from sparse_onnx.model.graph import input_at, is_read, is_read_outside, is_standard, producer
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.passes.patterns.match import (
     both_ways,
@@ -121,9 +121,8 @@ def _match_result(
         if shift is not None and offset is not None and is_vector(offset):
             beta = offset
             nodes.append(shift)
-    for value in (node.outputs[0] for node in nodes[:-1]):
-        if value.is_graph_output() or any(use.node not in nodes for use in value.uses()):
-            return "has a step whose result is used elsewhere"
+    if any(is_read_outside(node.outputs[0], nodes) for node in nodes[:-1]):
+        return "has a step whose result is used elsewhere"
     return Normalization(source, gamma, beta, rms, epsilon, tuple(nodes), nodes[-1].outputs[0])
 
 

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.constants import constant_array, is_constant
 from sparse_onnx.model.graph import input_at, is_read
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer, Part
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, best_block
+from sparse_onnx.passes.patterns.layer import Layer, Part, place_reason, storage_reason
+from sparse_onnx.passes.patterns.match import float32_constant
+from sparse_onnx.sparse_ops.sparse_matmul import best_block
 from sparse_onnx.sparse_ops.sparse_recurrent import (
     CELLS,
     DIRECTIONS,
@@ -54,7 +56,7 @@ class Recurrent(Layer):
 
     @property
     def inputs(self) -> tuple[ir.Value, ...]:
-        return tuple(value for value in self.operands if not _is_constant(value))
+        return tuple(value for value in self.operands if not is_constant(value))
 
     @property
     def outputs(self) -> tuple[ir.Value | None, ...]:
@@ -78,8 +80,8 @@ class Recurrent(Layer):
         block = recurrent_block(*self.recurrent.shape)
         if self.bias is None:
             return Part(self.weight, self.block), Part(self.recurrent, block, PREFIX)
-        assert self.bias.const_value is not None
-        biases = self.bias.const_value.numpy()  # of each direction first those of W, then those of R
+        biases = constant_array(self.bias)  # of each direction first those of W, then those of R
+        assert biases is not None
         of_input, of_recurrence = (
             np.ascontiguousarray(half).reshape(-1) for half in np.split(biases, 2, axis=1)
         )
@@ -99,19 +101,17 @@ def match_recurrent(
 
     ``recurrent`` is None if R is no weight that a pass may touch.
     """
-    if node.graph is not main_graph:
-        return "lies in the body of If, Loop or Scan, where it cannot be timed"
+    if reason := place_reason(node, main_graph):
+        return reason
     if recurrent is None:
         return "the other weight of its node is no constant of its own"
     for one in (weight, recurrent):
-        if one.tensor.dtype != ir.DataType.FLOAT:
-            return f"has dtype {one.tensor.dtype}; the sparse kernels take FLOAT"
-        if one.tensor.size > MAX_ELEMENTS:
-            return f"has {one.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+        if reason := storage_reason(one):
+            return reason
         if len(one.nodes) > 1:
             return "is shared by several nodes"
     x, cell = input_at(node, 0), node.op_type
-    if x is None or _is_constant(x):
+    if x is None or is_constant(x):
         return "has a constant activation"
     if reason := _unusual(node):
         return f"is an {cell} with {reason}" if cell == "LSTM" else f"is a {cell} with {reason}"
@@ -136,15 +136,9 @@ def match_recurrent(
     return Recurrent(weight, (node,), bias, "none", made[0], recurrent, signature)
 
 
-def _is_constant(value: ir.Value) -> bool:
-    return value.const_value is not None and not value.is_graph_input()
-
-
 def _is_bias(value: ir.Value, shape: tuple[int | None, int]) -> bool:
-    tensor = value.const_value
-    if tensor is None or value.is_graph_input() or tensor.dtype != ir.DataType.FLOAT:
-        return False
-    return tuple(tensor.shape.numpy()) == shape
+    tensor = float32_constant(value)
+    return tensor is not None and tuple(tensor.shape.numpy()) == shape
 
 
 def _unusual(node: ir.Node) -> str | None:

@@ -430,7 +430,7 @@ class _Tracer:
         axes, rank = constant_integers(node, "axes", 1), self.rank(large)
         if axes is None:
             raise Unsuitable(f"{label(node)} has axes that are no constant")
-        others = [one - rank for one in range(rank) if one not in {given % rank for given in axes}]
+        others = sorted(set(range(-rank, 0)) - {axis_from_end(given, rank) for given in axes})
         if value is large and axis not in others:
             raise Unsuitable(f"{label(node)} takes some of the units")
         self.visit(small, others.index(axis) - len(others) if value is large else axis, blocks)

@@ -33,7 +33,7 @@ __all__ = [
     "attributes",
     "check_model",
     "describe_node",
-    "is_constant",
+    "is_constant_node",
     "quote",
     "scopes",
     "sparse_tensors",
@@ -102,7 +102,7 @@ def attributes(scope: _Scope) -> Iterator[tuple[str, _Owner, onnx.AttributeProto
             yield f"attribute {quote(attribute.name)} of function {quote(scope.name)}", scope, attribute
 
 
-def is_constant(node: onnx.NodeProto) -> bool:
+def is_constant_node(node: onnx.NodeProto) -> bool:
     """Whether ``node`` is the standard operator Constant."""
     return node.op_type == "Constant" and node.domain in STANDARD_DOMAINS
 
@@ -290,7 +290,7 @@ class _ModelCheck:
                 self._fail(place, "has no type, or one that is too new; export it again")
             for type_proto in (attribute.tp, *attribute.type_protos):
                 self._check_type(type_proto, place)
-            constant = isinstance(owner, onnx.NodeProto) and is_constant(owner)
+            constant = isinstance(owner, onnx.NodeProto) and is_constant_node(owner)
             if attribute.type == _Attribute.SPARSE_TENSORS or (
                 attribute.type == _Attribute.SPARSE_TENSOR and not constant
             ):

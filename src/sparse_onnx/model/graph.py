@@ -20,6 +20,7 @@ __all__ = [
     "input_at",
     "is_read",
     "is_read_once",
+    "is_read_outside",
     "is_standard",
     "name_of",
     "new_name",
@@ -59,6 +60,11 @@ def is_read(value: ir.Value) -> bool:
 def is_read_once(value: ir.Value) -> bool:
     """Whether one input of one node, of a subgraph maybe, is all that needs ``value``."""
     return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def is_read_outside(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Whether others than ``nodes`` need ``value``."""
+    return value.is_graph_output() or any(use.node not in nodes for use in value.uses())
 
 
 def axis_from_end(axis: int, rank: int) -> int:

@@ -15,7 +15,7 @@ from sparse_onnx.model.check import (
     MAX_OPSET,
     MIN_OPSET,
     OLDEST_OPSET,
-    is_constant,
+    is_constant_node,
     scopes,
     tensors,
 )
@@ -115,7 +115,7 @@ def _place_pixels(model: onnx.ModelProto) -> None:
     constants = {tensor.name: tensor for scope in scopes(model) for tensor in scope.initializer}
     for scope in scopes(model):
         for node in scope.node:
-            if is_constant(node):
+            if is_constant_node(node):
                 values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
                 constants.update(zip(node.output, values, strict=False))
     for scope in scopes(model):

@@ -199,6 +199,20 @@ def test_a_softmax_over_something_else(from_text, run, body):
     assert "Flatten" in op_types(model)
 
 
+def test_a_column_is_no_row(from_text, run):
+    """Behind the last axis of a vector, Flatten makes a matrix of one column: its Softmax is 1 everywhere."""
+    body = f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)".replace("axis = 2", "axis = 1")
+    model = build(from_text, body, inputs="float[N] X", outputs="float[N] Y")
+    assert check(model, run, [{"X": x(5)}]).statistics["softmax"] == 0
+
+
+def test_a_softmax_whose_matrix_is_an_output(from_text, run):
+    body = f"{SOFTMAX} s = Shape(X) Q = Reshape(p, s) Y = Relu(Q)"
+    model = build(from_text, body, outputs="float[N, M, 12] Y, float[R, 12] p")
+    assert check(model, run, [{"X": x(2, 3, 12)}]).statistics["softmax"] == 0
+    assert "Flatten" in op_types(model)
+
+
 EXPANDED = "q = Equal(t, less) w = Where(q, ones, t) Y = Expand(X, w)"
 EXPAND = {"less": np.array([-1, -1, -1]), "ones": np.array([1, 1, 1])}
 

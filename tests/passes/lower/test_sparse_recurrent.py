@@ -1,6 +1,7 @@
 """Lowering to SparseLSTM and SparseGRU: right answers on plain ONNX Runtime, and what must not fire."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from sparse_onnx.model.weights import find_weights
@@ -134,6 +135,30 @@ def test_constant_state_and_lengths(from_text, run):
     }
     body = f"Y, Y_h, Y_c = LSTM<hidden_size = {H}>(X, W, R, B, lens, h0, c0)"
     model = build(from_text, "LSTM", body, **state)
+    (candidate,), _ = LowerSparseRecurrent.find_candidates(model)
+    assert [value.name for value in candidate.layers[0].inputs] == ["X"]
+    before = run(model, feeds(model, 1))
+    assert LowerSparseRecurrent()(model).modified
+    after = run(model, feeds(model, 1))
+    for key, value in before.items():
+        np.testing.assert_allclose(after[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_constants_in_nodes(from_text, run):
+    """A bias or a state in a Constant node is as good as one in an initializer."""
+    body = f"Y, Y_h, Y_c = LSTM<hidden_size = {H}>(X, W, R, B, lens, h0, c0)"
+    tensors = {
+        "h0": normal(1, B, H, seed=7),
+        "c0": normal(1, B, H, seed=8),
+        "lens": np.array([1, S, 3], np.int32),
+    }
+    model = build(from_text, "LSTM", body, **tensors)
+    for name in ("B", *tensors):
+        value = model.graph.initializers.pop(name)
+        node = ir.node("Constant", [], {"value": value.const_value})
+        model.graph.insert_before(model.graph[0], node)
+        value.replace_all_uses_with(node.outputs[0])
+        value.name, node.outputs[0].name = None, name
     (candidate,), _ = LowerSparseRecurrent.find_candidates(model)
     assert [value.name for value in candidate.layers[0].inputs] == ["X"]
     before = run(model, feeds(model, 1))

@@ -247,6 +247,46 @@ def test_fuses_no_more_than_it_may(body, outputs):
     assert linear.output.name == "h"
 
 
+GATES = {
+    "silu": "s = Sigmoid(h) {} = Mul(h, s)",
+    "quick_gelu": "t = Mul(h, slope) s = Sigmoid(t) {} = Mul(h, s)",
+    "gelu": "s = Div(h, root) e = Erf(s) a = Add(e, one) m = Mul(h, a) {} = Mul(m, half)",
+    "gelu_tanh": "c = Pow(h, three) s = Mul(c, cubic) t = Add(h, s) u = Mul(t, tanh_scale) v = Tanh(u) a = Add(v, one) "
+    "m = Mul(h, a) {} = Mul(m, half)",
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_an_activation_in_a_body_stays_there(gate):
+    """Its nodes run or do not; the linear always does."""
+    inner = GATES[gate].format("y")
+    body = f"""h = MatMul(X, W) c = ReduceMax<keepdims = 0>(X) p = Cast<to = 9>(c)
+        Y = If(p) <then_branch = yes () => (float[B, 4] y) {{ {inner} }}, else_branch = no () => (float[B, 4] z)
+        {{ z = Identity(filled) }}>"""
+    filled = f", float[1, 4] filled = {{{','.join(['1'] * N)}}}"
+    names = "one half root three cubic tanh_scale slope"
+    numbers = "".join(f", float {name} = {{{HIGH.get(name, 1.702)}}}" for name in names.split())
+    text = f"""<ir_version: 9, opset_import: ["" : 17]> g (float[B, {K}] X) => (float[B, 4] Y)
+        <float[{K}, {N}] W = {{{",".join(["1"] * K * N)}}} {filled} {numbers}> {{ {body} }}"""
+    linear = only_match(ir.from_proto(onnx.parser.parse_model(text)))
+    assert (linear.activation, linear.output.name) == ("none", "h")
+
+
+@pytest.mark.parametrize(
+    ("gate", "operator"),
+    [
+        (gate, operator)
+        for gate, body in GATES.items()
+        for operator in ("Sigmoid", "Mul", "Div", "Erf", "Pow", "Tanh", "Add")
+        if f"{operator}(" in body
+    ],
+)
+def test_operators_of_another_domain_are_no_gate(gate, operator):
+    inner = GATES[gate].format("Y").replace(f"{operator}(", f"com.example.{operator}(")
+    model = build("h = MatMul(X, W) " + inner, opsets=', "com.example" : 1')
+    assert only_match(model).activation == "none"
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
