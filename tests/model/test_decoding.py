@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 from sparse_onnx.errors import ModelFileError, UsageError
 from sparse_onnx.model.encodings import Affine, Palette
 from sparse_onnx.model.weights import find_weights
-from sparse_onnx.model.work import Work, known_shapes, left_alone, untouched
+from sparse_onnx.model.work import Work, left_alone, untouched
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.prune.magnitude import Magnitude
 
@@ -695,7 +695,7 @@ def test_callers_that_take_floats_decline_with_the_encoding(from_text, case):
     assert [(place.place, place.reason) for place in result.declined] == [("q", reason)]
     with pytest.raises(UsageError, match=f"targets: 'q' cannot be pruned: it {reason}"):
         Magnitude(sparsity=0.5, targets=("q",))(model)
-    (work,) = Work(model, known_shapes(model)).count()
+    (work,) = Work(model).count()
     assert (work.weight, work.products) == ("q", 3 * K * N)
     (row,) = untouched([work], set(), dict(find_weights(model)[1]))
     assert (row.op_type, row.share, row.reason) == ("MatMul", 1.0, reason)
