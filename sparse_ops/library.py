@@ -10,16 +10,21 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops.formats.base import FormatError, StoredFormat
+from sparse_onnx.sparse_ops.ops.sparse_matmul import OP_TYPES
 from sparse_onnx.sparse_ops.ort_path import native_path
-from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, FormatError, PackedWeight
+
+if TYPE_CHECKING:
+    from sparse_onnx.sparse_ops.formats.chunked_csc import PackedWeight
 
 __all__ = [
     "LibraryInfo",
@@ -148,15 +153,18 @@ def info() -> LibraryInfo:
 
 def select(packed: PackedWeight, tokens: int) -> str:
     """Name of the kernel that a session here uses for ``tokens`` tokens."""
-    return select_for(packed.chunk, packed.block, packed.width, tokens, packed.K)
+    sizes = {name: int(value) for name, value in packed.attributes().items() if name != "format"}
+    return select_for(packed.stored_format, sizes, tokens)
 
 
-def select_for(chunk: int, block: int, width: int, tokens: int, inputs: int = 1) -> str:
-    """As :func:`select`, for a weight of so many inputs (K) that is stored with that chunk, block and width."""
-    name = _library().sparse_onnx_select(inputs, chunk, block, width, tokens)
+def select_for(stored: StoredFormat, sizes: Mapping[str, int], tokens: int) -> str:
+    """As :func:`select`, for a weight in the format ``stored`` with these ``sizes``."""
+    order = (sizes[name] for name in ("K", "chunk", "block", "width"))
+    name = _library().sparse_onnx_select(*order, tokens)
     if name is None:
         info()  # raises if the forced instruction set is what is wrong
-        raise FormatError(f"no kernel takes chunk {chunk}, block {block} and width {width}")
+        text = ", ".join(f"{name} {sizes[name]}" for name in stored.sizes)
+        raise FormatError(f"no kernel takes a weight in the format {stored.name} with {text}")
     return str(name.decode())
 
 
@@ -174,7 +182,7 @@ def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
 def check(packed: PackedWeight) -> None:
     """Raise FormatError unless the library accepts the stored arrays. The same code checks every session."""
     if packed.split:  # the library is told one linear: what its blocks hold, with the padding between them
-        columns = (packed.blocks - 1) * packed.block + (packed.parts[-1] - 1) % packed.block + 1
+        columns = (packed.blocks - 1) * packed.block + (packed.linears[-1] - 1) % packed.block + 1
         packed = dataclasses.replace(packed, N=columns, split=())
     bias = np.zeros(max(packed.N, 0), np.float32)
     weight = _weight(packed, bias)

@@ -3,7 +3,7 @@
 Before::                                       After::
 
     h = Conv<...>(X, W, bias)                      Y = sparse_onnx.SparseConvAddRelu<kernel_shape, ..., K, N, ...>(
-    s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
+    s = Add(h, R)                                      X, stored parts of W, bias, R)
     Y = Relu(s)
 
 A convolution and the depthwise one behind it become one operator, ``SparseConvDepthwise``, see
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
 
 from sparse_onnx.model.shapes import Shapes
@@ -26,7 +25,6 @@ from sparse_onnx.model.weights import CONVOLUTIONS, find_weights
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.patterns.conv import match_conv
 from sparse_onnx.passes.patterns.depthwise import join_depthwise
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
 
 __all__ = ["LowerSparseConv"]
 
@@ -52,9 +50,3 @@ class LowerSparseConv(Lowering):
             else:
                 alike.append((weight, layers))
         return [Candidate(weight, layers, cls) for weight, layers in join_depthwise(alike)], declined
-
-    @staticmethod
-    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-        if op_type in sparse_conv_depthwise.OP_TYPES:
-            return sparse_conv_depthwise.function_body(op_type, opset)
-        return sparse_conv.function_body(op_type, opset)

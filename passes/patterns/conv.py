@@ -21,11 +21,11 @@ from sparse_onnx.model.constants import constant_number, constant_tensor
 from sparse_onnx.model.graph import is_standard
 from sparse_onnx.model.shapes import Shapes, agree
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.layer import Layer, storage_problem
 from sparse_onnx.passes.patterns.linear import match_relu, match_silu
 from sparse_onnx.passes.patterns.match import is_bias, only_user, other_operand, same_pads, users_of
-from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS
+from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.ops.sparse_conv import Window, operator_name, outputs_of
 
 __all__ = ["Convolution", "match_conv"]
 
@@ -65,8 +65,8 @@ class Convolution(Layer):
         return self.window.group > 1 and self.weight.tensor.shape[1] == 1
 
     @property
-    def block(self) -> int:
-        return block_size(self.weight.shape[1], self.window.group)
+    def stored_outputs(self) -> Outputs:
+        return outputs_of(self.weight.shape[1], self.window.group)
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         batch, _, *sizes = x_shape
@@ -77,10 +77,8 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
     """The convolution that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
     if node.graph is not main_graph:
         return "lies in the body of If, Loop or Scan, where it cannot be timed"
-    if weight.tensor.dtype != ir.DataType.FLOAT:
-        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > MAX_ELEMENTS:
-        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if problem := storage_problem(weight):
+        return problem
     if len(weight.tensor.shape) not in (3, 4):
         return f"has rank {len(weight.tensor.shape)}; the sparse kernels take one axis or images: rank 3 or 4"
     x, output = node.inputs[0], node.outputs[0]

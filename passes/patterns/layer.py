@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import PackedWeight
+from sparse_onnx.sparse_ops.formats.base import ONE_RUN, Outputs, Packed, StoredFormat
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 
-__all__ = ["MIN_SPARSITY", "Layer", "Part", "count_zeros", "layer_kind"]
+__all__ = ["MIN_SPARSITY", "Layer", "Part", "count_zeros", "layer_kind", "storage_problem"]
 
 MIN_SPARSITY = 0.3
 """Below this share of zeros no sparse kernel was ever faster than dense, on any shape: not worth timing."""
@@ -24,16 +24,16 @@ MIN_SPARSITY = 0.3
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """One weight of a layer. ``prefix`` is before the names of the inputs and attributes that it has in the operator,
-    ``block`` are the outputs in a block of its stored form. ``bias`` [N] comes with it; None: what the layer has."""
+    which asks ``outputs`` of its stored form. ``bias`` [N] comes with it; None: what the layer has."""
 
     weight: Weight
-    block: int
+    outputs: Outputs = ONE_RUN
     prefix: str = ""
     bias: np.ndarray | None = None
 
-    def pack(self) -> PackedWeight:
-        """The weight as the operator stores it."""
-        return sparse_matmul.pack(self.weight.matrix(), block=self.block)
+    def pack(self, stored: StoredFormat = SPARSE_FORMAT) -> Packed:
+        """The weight as the operator stores it in that format."""
+        return stored.pack(self.weight.matrix(), self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Layer(abc.ABC):
     @property
     def parts(self) -> tuple[Part, ...]:
         """The weights of the operator in its order, ``weight`` first."""
-        return (Part(self.weight, self.block),)
+        return (Part(self.weight, self.stored_outputs),)
 
     @property
     def attributes(self) -> Mapping[str, int | float | str | Sequence[int]]:
@@ -97,9 +97,9 @@ class Layer(abc.ABC):
         return False
 
     @property
-    @abc.abstractmethod
-    def block(self) -> int:
-        """Outputs in a block of the stored weight."""
+    def stored_outputs(self) -> Outputs:
+        """What the operator asks of the order of the outputs of ``weight``, stored."""
+        return ONE_RUN
 
     @abc.abstractmethod
     def products(self, x_shape: tuple[int, ...]) -> int:
@@ -124,6 +124,16 @@ def layer_kind(layer: Layer, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any
         **{part.prefix + "weight": list(part.weight.shape) for part in layer.parts},
         "inputs": [list(shape) for shape in shapes],
     }
+
+
+def storage_problem(weight: Weight) -> str | None:
+    """Why no sparse kernel takes a weight."""
+    if weight.tensor.dtype != ir.DataType.FLOAT:
+        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
+    if weight.tensor.size > SPARSE_FORMAT.max_elements:
+        most = SPARSE_FORMAT.max_elements
+        return f"has {weight.tensor.size} elements; the storage format takes at most {most}"
+    return None
 
 
 def count_zeros(weight: Weight) -> tuple[int, int]:

@@ -24,9 +24,9 @@ import onnx_ir as ir
 from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.layer import Layer, storage_problem
 from sparse_onnx.passes.patterns.match import is_bias, is_scalar, only_user, other_operand, users_of
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, OP_TYPES, best_block
+from sparse_onnx.sparse_ops.ops.sparse_matmul import OP_TYPES
 
 __all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
 
@@ -45,10 +45,6 @@ class Linear(Layer):
         assert x is not None
         return (x,)
 
-    @property
-    def block(self) -> int:
-        return best_block(self.weight.shape[1])
-
     def products(self, x_shape: tuple[int, ...]) -> int:
         return math.prod(x_shape[:-1])
 
@@ -57,10 +53,8 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     """The linear that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
     if node.graph is not main_graph:
         return "lies in the body of If, Loop or Scan, where it cannot be timed"
-    if weight.tensor.dtype != ir.DataType.FLOAT:
-        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > MAX_ELEMENTS:
-        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if problem := storage_problem(weight):
+        return problem
     x, output = node.inputs[0], node.outputs[0]
     if x is None or constant_tensor(x) is not None:
         return "has a constant activation"

@@ -13,15 +13,14 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.layer import Layer, Part
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, best_block
-from sparse_onnx.sparse_ops.sparse_recurrent import (
+from sparse_onnx.passes.patterns.layer import Layer, Part, storage_problem
+from sparse_onnx.sparse_ops.ops.sparse_recurrent import (
     CELLS,
     DIRECTIONS,
     PREFIX,
     Signature,
     operator_name,
-    recurrent_block,
+    recurrent_outputs,
 )
 
 __all__ = ["Recurrent", "match_recurrent"]
@@ -69,22 +68,18 @@ class Recurrent(Layer):
         return {**direction, "linear_before_reset": reset}
 
     @property
-    def block(self) -> int:
-        return best_block(self.weight.shape[1])
-
-    @property
     def parts(self) -> tuple[Part, ...]:
-        block = recurrent_block(*self.recurrent.shape)
+        gates = recurrent_outputs(self.recurrent.shape[0])
         if self.bias is None:
-            return Part(self.weight, self.block), Part(self.recurrent, block, PREFIX)
+            return Part(self.weight), Part(self.recurrent, gates, PREFIX)
         assert self.bias.const_value is not None
         biases = self.bias.const_value.numpy()  # of each direction first those of W, then those of R
         of_input, of_recurrence = (
             np.ascontiguousarray(half).reshape(-1) for half in np.split(biases, 2, axis=1)
         )
         return (
-            Part(self.weight, self.block, bias=of_input),
-            Part(self.recurrent, block, PREFIX, of_recurrence),
+            Part(self.weight, bias=of_input),
+            Part(self.recurrent, gates, PREFIX, of_recurrence),
         )
 
     def products(self, x_shape: tuple[int, ...]) -> int:
@@ -103,10 +98,8 @@ def match_recurrent(
     if recurrent is None:
         return "the other weight of its node is no constant of its own"
     for one in (weight, recurrent):
-        if one.tensor.dtype != ir.DataType.FLOAT:
-            return f"has dtype {one.tensor.dtype}; the sparse kernels take FLOAT"
-        if one.tensor.size > MAX_ELEMENTS:
-            return f"has {one.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+        if problem := storage_problem(one):
+            return problem
         if len(one.nodes) > 1:
             return "is shared by several nodes"
     x, cell = _input(node, 0), node.op_type

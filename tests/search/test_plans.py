@@ -10,6 +10,7 @@ from sparse_onnx.analysis.time_model import TimeModel
 from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.search.plans import allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Goals
+from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.curves import Curve
 
 _SHARES = (0.3, 0.95)
@@ -31,7 +32,7 @@ def _layer(name, ms, size, **options):
         sparsity=0.0,
         reason="",
         companion=False,
-        block=32,
+        outputs=Outputs(32, apart=True),
         packed_bytes=0,
         key=size,
         dense_ms=ms,

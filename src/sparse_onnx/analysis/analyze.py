@@ -525,7 +525,7 @@ class _Job:
                     sparsity=candidate.sparsity,
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
-                    block=candidate.layers[0].block,
+                    outputs=candidate.layers[0].stored_outputs,
                     packed_bytes=sum(part.pack().nbytes for part in candidate.parts)
                     if _has_zeros(candidate)
                     else 0,

@@ -19,7 +19,8 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.options import unknown
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
-from sparse_onnx.sparse_ops.sparse_matmul import WIDTHS, expected_nbytes
+from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve
 
@@ -48,7 +49,7 @@ class LayerForecast:
         sparsity: The share of zeros that are there already.
         reason: Why pruning leaves it alone; empty if it does not.
         companion: Whether it is lowered beside sparse layers of its ``kind``, with the few zeros that it has.
-        block: Outputs in a block of the stored form.
+        outputs: What its operator asks of the order of the stored outputs.
         packed_bytes: Size in sparse form with the zeros that are there.
         key: Equal for layers that were measured together.
         dense_ms: Its time alone.
@@ -68,7 +69,7 @@ class LayerForecast:
     sparsity: float
     reason: str
     companion: bool
-    block: int
+    outputs: Outputs
     packed_bytes: int
     key: int
     dense_ms: float
@@ -101,8 +102,7 @@ class LayerForecast:
             return self.packed_bytes
         parsed = MaskStructure.parse(structure)
         rows = parsed.size[0] if parsed.kind == "block" else 1
-        width = max(width for width in WIDTHS if rows % width == 0)
-        return expected_nbytes(*self.shape, sparsity, width=width, block=self.block)
+        return SPARSE_FORMAT.expected_nbytes(*self.shape, sparsity, self.outputs, together=rows)
 
 
 @dataclasses.dataclass(frozen=True)

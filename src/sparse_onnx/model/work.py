@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from sparse_onnx.model.graph import all_graphs, is_standard, name_of, subgraphs
 from sparse_onnx.model.stored_weights import stored_weights
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = [
     "OPERATORS",
