@@ -1,5 +1,5 @@
 // The operators Attention, AttentionSplit and AttentionHeads, each with and without a mask; contract in
-// sparse_ops/attention.py.
+// sparse_ops/ops/attention.py.
 #pragma once
 
 #include <vector>
