@@ -14,9 +14,8 @@ Gate and up projection of a gated MLP, with SiLU or GELU (tanh)::
     u = SparseMatMul(X, Wu, bu)
     Y = Mul(g, u)
 
-Conditions: the weights are stored alike (K, chunk, block, width), and no other node uses them. The stored tensors then
-lie behind one another as they are, whatever the numbers of outputs; one in smaller blocks than its neighbours is packed
-once more in theirs, if these are hardly larger together. See
+Conditions: the weights are stored so that their format joins them
+(:meth:`sparse_onnx.sparse_ops.formats.base.StoredFormat.join`), and no other node uses them. See
 :mod:`sparse_onnx.sparse_ops.ops.sparse_matmul_split` for the operators.
 """
 

@@ -8,7 +8,7 @@ Before::                                       After::
 
 A convolution and the depthwise one behind it become one operator, ``SparseConvDepthwise``, see
 :mod:`sparse_onnx.passes.patterns.depthwise`. Other depthwise convolutions go along where others are lowered, whatever
-their zeros: one group has one block of one output channel then, and the operator computes it without a panel.
+their zeros: the operator computes them without a panel.
 
 See :mod:`sparse_onnx.passes.lower.lowering` for what is the same for all operators.
 """
