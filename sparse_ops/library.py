@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sparse_onnx.errors import HostError
+from sparse_onnx.sparse_ops.formats.base import FormatError, Packed, StoredFormat
+from sparse_onnx.sparse_ops.ops.sparse_matmul import OP_TYPES
 from sparse_onnx.sparse_ops.ort_path import native_path
-from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, FormatError, PackedWeight
 
 __all__ = [
     "LibraryInfo",
@@ -42,17 +43,25 @@ _FILE_NAME = "libsparse_ops.so"
 _MESSAGE_SIZE = 512
 
 
+class _Array(ctypes.Structure):
+    """``SparseOnnxArray`` of c_api.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("count", ctypes.c_size_t))
+
+
 class _Weight(ctypes.Structure):
     """``SparseOnnxWeight`` of c_api.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("K", "N", "chunk", "block", "width")),
-        *(
-            field
-            for name in ("values", "offsets", "counts", "rows", "bias")
-            for field in ((name, ctypes.c_void_p), (f"{name}_count", ctypes.c_size_t))
-        ),
-    ]
+    _fields_ = (
+        ("format", ctypes.c_char_p),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("size_count", ctypes.c_size_t),
+        ("parts", ctypes.POINTER(_Array)),
+        ("part_count", ctypes.c_size_t),
+        ("bias", _Array),
+        ("linears", ctypes.POINTER(ctypes.c_int64)),
+        ("linear_count", ctypes.c_size_t),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +128,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "sparse_onnx_kernel_supported": (ctypes.c_int, (text,)),
         "sparse_onnx_check": (ctypes.c_int, (weight, *message)),
         "sparse_onnx_run": (ctypes.c_int, (weight, ctypes.c_int, text, floats, size, floats, *message)),
-        "sparse_onnx_select": (text, (*(ctypes.c_int64,) * 4, size)),
+        "sparse_onnx_select": (text, (text, ctypes.POINTER(ctypes.c_int64), size, size)),
         "sparse_onnx_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_load_peak": (ctypes.c_double, (text, ctypes.c_double)),
         "sparse_onnx_time": (ctypes.c_double, (weight, text, size, ctypes.c_double, *message)),
@@ -162,38 +171,52 @@ def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def select(packed: PackedWeight, tokens: int) -> str:
+def select(packed: Packed, tokens: int) -> str:
     """Name of the kernel that a session here uses for ``tokens`` tokens."""
-    return select_for(packed.chunk, packed.block, packed.width, tokens, packed.K)
+    attributes = packed.attributes()
+    stored = packed.stored_format
+    return select_for(stored, {name: int(attributes[name]) for name in stored.sizes}, tokens)
 
 
-def select_for(chunk: int, block: int, width: int, tokens: int, inputs: int = 1) -> str:
-    """As :func:`select`, for a weight of so many inputs (K) that is stored with that chunk, block and width."""
-    name = _library().sparse_onnx_select(inputs, chunk, block, width, tokens)
+def select_for(stored: StoredFormat, sizes: Mapping[str, int], tokens: int) -> str:
+    """As :func:`select`, for a weight in the format ``stored`` with these ``sizes``."""
+    order = (ctypes.c_int64 * len(stored.sizes))(*(sizes[name] for name in stored.sizes))
+    name = _library().sparse_onnx_select(stored.name.encode(), order, len(order), tokens)
     if name is None:
         info()  # raises if the forced instruction set is what is wrong
-        raise FormatError(f"no kernel takes chunk {chunk}, block {block} and width {width}")
+        text = ", ".join(f"{name} {sizes[name]}" for name in stored.sizes)
+        raise FormatError(f"no kernel takes a weight in the format {stored.name} with {text}")
     return str(name.decode())
 
 
-def _weight(packed: PackedWeight, bias: npt.NDArray[np.float32]) -> _Weight:
-    weight = _Weight(K=packed.K, N=packed.N, chunk=packed.chunk, block=packed.block, width=packed.width)
-    for name, array in {**packed.arrays(), "bias": bias}.items():
-        dtype = np.float32 if name in ("values", "bias") else np.uint8
-        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
-            raise FormatError(f"{name} must be a contiguous vector of {np.dtype(dtype).name}")
-        setattr(weight, name, array.ctypes.data)
-        setattr(weight, f"{name}_count", array.size)
-    return weight
+def _array(name: str, array: np.ndarray, dtype: type[np.generic]) -> _Array:
+    if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+        raise FormatError(f"{name} must be a contiguous vector of {np.dtype(dtype).name}")
+    return _Array(array.ctypes.data, array.size)
 
 
-def check(packed: PackedWeight) -> None:
+def _weight(packed: Packed, bias: npt.NDArray[np.float32], linears: Sequence[int] = ()) -> _Weight:
+    """What the library is told of a weight; valid as long as ``packed`` and ``bias`` are."""
+    stored, attributes, arrays = packed.stored_format, packed.attributes(), packed.arrays()
+    sizes = [int(attributes[name]) for name in stored.sizes]
+    parts = [_array(part.name, arrays[part.name], part.dtype) for part in stored.parts]
+    return _Weight(
+        str(attributes["format"]).encode(),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        len(sizes),
+        (_Array * len(parts))(*parts),
+        len(parts),
+        _array("bias", bias, np.float32),
+        (ctypes.c_int64 * len(linears))(*linears),
+        len(linears),
+    )
+
+
+def check(packed: Packed) -> None:
     """Raise FormatError unless the library accepts the stored arrays. The same code checks every session."""
-    if packed.split:  # the library is told one linear: what its blocks hold, with the padding between them
-        columns = (packed.blocks - 1) * packed.block + (packed.parts[-1] - 1) % packed.block + 1
-        packed = dataclasses.replace(packed, N=columns, split=())
-    bias = np.zeros(max(packed.N, 0), np.float32)
-    weight = _weight(packed, bias)
+    bias = np.zeros(max(packed.shape[1], 0), np.float32)
+    linears = packed.linears if len(packed.linears) > 1 else ()
+    weight = _weight(packed, bias, linears)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     if _library().sparse_onnx_check(ctypes.byref(weight), message, _MESSAGE_SIZE):
         raise FormatError(message.value.decode())
@@ -201,7 +224,7 @@ def check(packed: PackedWeight) -> None:
 
 def run(
     x: npt.NDArray[np.float32],
-    packed: PackedWeight,
+    packed: Packed,
     bias: npt.NDArray[np.float32],
     activation: str = "none",
     kernel: str | None = None,
@@ -213,23 +236,23 @@ def run(
     """
     if activation not in OP_TYPES:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(OP_TYPES)}")
-    if x.dtype != np.float32 or x.ndim < 1 or x.shape[-1] != packed.K:
-        raise ValueError(f"x must be float32 [..., {packed.K}], not {x.dtype}{list(x.shape)}")
+    if x.dtype != np.float32 or x.ndim < 1 or x.shape[-1] != packed.shape[0]:
+        raise ValueError(f"x must be float32 [..., {packed.shape[0]}], not {x.dtype}{list(x.shape)}")
     library = _library()
     weight = _weight(packed, bias)
     check(packed)
-    if bias.size != packed.N:
-        raise FormatError(f"bias must have {packed.N} elements, not {bias.size}")
+    if bias.size != packed.shape[1]:
+        raise FormatError(f"bias must have {packed.shape[1]} elements, not {bias.size}")
     _require_kernel(kernel)
     x = np.ascontiguousarray(x)
-    y = np.empty((*x.shape[:-1], packed.N), np.float32)
+    y = np.empty((*x.shape[:-1], packed.shape[1]), np.float32)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
     failed = library.sparse_onnx_run(
         ctypes.byref(weight),
         list(OP_TYPES).index(activation),
         kernel.encode() if kernel is not None else None,
         x.ctypes.data,
-        x.size // packed.K,
+        x.size // packed.shape[0],
         y.ctypes.data,
         message,
         _MESSAGE_SIZE,
@@ -239,7 +262,7 @@ def run(
     return y
 
 
-def time_kernel(packed: PackedWeight, tokens: int, kernel: str | None = None, seconds: float = 0.2) -> float:
+def time_kernel(packed: Packed, tokens: int, kernel: str | None = None, seconds: float = 0.2) -> float:
     """Seconds of processor time that ``x · W`` takes for ``x`` [``tokens``, K] in one thread, without ONNX Runtime.
 
     The lower quartile of calls during about ``seconds``, at least seven; x, y and a weight that fits are warm in the
@@ -250,7 +273,7 @@ def time_kernel(packed: PackedWeight, tokens: int, kernel: str | None = None, se
     check(packed)
     _require_kernel(kernel)
     message = ctypes.create_string_buffer(_MESSAGE_SIZE)
-    bias = np.zeros(packed.N, np.float32)
+    bias = np.zeros(packed.shape[1], np.float32)
     name = kernel.encode() if kernel is not None else None
     weight = ctypes.byref(_weight(packed, bias))
     result = float(_library().sparse_onnx_time(weight, name, tokens, seconds, message, _MESSAGE_SIZE))

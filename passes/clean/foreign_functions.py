@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import all_graphs
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
-from sparse_onnx.sparse_ops.operators import CONTRACTS
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 __all__ = ["ForeignFunctions"]
 
@@ -43,9 +43,9 @@ class ForeignFunctions(Pass):
 
 def _is_ours(function: ir.Function) -> bool:
     """Whether a function has the signature of an operator of ours; bodies differ from version to version."""
-    if function.name not in CONTRACTS or function.overload:
+    if function.name not in OP_TYPES or function.overload:
         return False
-    body = CONTRACTS[function.name](function.name, 17)
+    body = OP_TYPES[function.name].function_body(17)
     ours = list(body.input), list(body.output), set(body.attribute)
     names = [[value.name for value in values] for values in (function.inputs, function.outputs)]
     return (*names, set(function.attributes)) == ours

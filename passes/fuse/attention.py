@@ -48,8 +48,9 @@ from sparse_onnx.model.graph import (
 from sparse_onnx.model.shapes import Run, Shapes
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.patterns.attention import Attention, is_attention, match_attention
-from sparse_onnx.sparse_ops import attention
-from sparse_onnx.sparse_ops.attention import DOMAIN, Signature
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops import attention
+from sparse_onnx.sparse_ops.ops.attention import Signature
 
 __all__ = ["FuseAttention"]
 
@@ -121,7 +122,7 @@ class _Rewriter:
         op_type = _OP_TYPES[signature]
         attributes = {"num_heads": match.heads, "scale": match.scale}
         fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
-        add_function(self._model, attention.function_body(op_type, self._opset), attention.VERSION)
+        add_function(self._model, attention.function_body(op_type, self._opset), VERSION)
         nodes = [fused]
         if match.split_to is not None:
             shape = self._constant((0, 0, *match.split_to))

@@ -40,8 +40,9 @@ from sparse_onnx.model.shapes import Dims, Shapes
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.patterns.match import is_vector
 from sparse_onnx.passes.patterns.normalization import Normalization, match_normalization
-from sparse_onnx.sparse_ops import skip_layer_norm
-from sparse_onnx.sparse_ops.skip_layer_norm import DOMAIN, Signature
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops import skip_layer_norm
+from sparse_onnx.sparse_ops.ops.skip_layer_norm import Signature
 
 __all__ = ["FuseSkipLayerNorm"]
 
@@ -93,7 +94,7 @@ class FuseSkipLayerNorm(Pass):
                     fused.append(_fuse(model, graph, match, zeros))
         for signature in sorted(set(fused), key=_OP_TYPES.__getitem__):
             body = skip_layer_norm.function_body(_OP_TYPES[signature], opset)
-            add_function(model, body, skip_layer_norm.VERSION)
+            add_function(model, body, VERSION)
         statistics: dict[str, int | float] = {"normalizations": len(fused)}
         return PassResult(model, bool(fused), statistics, tuple(declined))
 

@@ -9,8 +9,8 @@ The MLP of a transformer, gated ones included, and a weight of low rank as its t
 
 Conditions: nothing but the second linear reads the output of the first, as its activations; the second has no
 activation of its own. The stored tensors stay what they are, shared with other nodes or not. See
-:mod:`sparse_onnx.sparse_ops.sparse_feed_forward` for the operators; :mod:`.merge_linears`, which makes one operator of
-gate and up projection, goes before.
+:mod:`sparse_onnx.sparse_ops.ops.sparse_feed_forward` for the operators; :mod:`.merge_linears`, which makes one operator
+of gate and up projection, goes before.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import is_read_once, name_of
-from sparse_onnx.model.own_operators import drop_unused_functions, is_ours, put_in_place
+from sparse_onnx.model.own_operators import base_type, drop_unused_functions, is_ours, put_in_place
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul
-from sparse_onnx.sparse_ops.sparse_feed_forward import PAIRS, PREFIX
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, PARTS_FORMAT
-from sparse_onnx.sparse_ops.sparse_matmul_split import GATES
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops import sparse_matmul
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
+from sparse_onnx.sparse_ops.ops.sparse_feed_forward import PAIRS, PREFIX
+from sparse_onnx.sparse_ops.ops.sparse_matmul_split import GATES
 
 __all__ = ["FuseFeedForward"]
 
@@ -78,22 +79,21 @@ def _problem(first: ir.Node, second: ir.Node) -> str | None:
     hidden = weight.shape[1] // 2 if is_ours(first, *GATES.values()) else weight.shape[1]
     if down.shape[0] != hidden:
         return f"it has {hidden} outputs, and {name_of(second)} takes {down.shape[0]}"
-    formats = [node.attributes.get_string("format", "") for node in (first, second)]
-    # The second is one linear, which lies alike in both.
-    if formats[0] != formats[1] and formats != [PARTS_FORMAT, FORMAT]:
-        return f"its weight is stored as {formats[0]}, and that of {name_of(second)} as {formats[1]}"
+    if weight.stored is not down.stored or not weight.stored.reads_alike(weight.variant, down.variant):
+        return f"its weight is stored as {weight.variant}, and that of {name_of(second)} as {down.variant}"
     return None
 
 
 def _fuse(model: ir.Model, first: ir.Node, second: ir.Node) -> None:
-    op_type = PAIRS[first.op_type]
+    (weight,) = stored_weights(first)
+    op_type = weight.stored.op_type(PAIRS[base_type(first)])
     own = {name: attribute.value for name, attribute in first.attributes.items()}
     others = {PREFIX + name: a.value for name, a in second.attributes.items() if name != "format"}
     node = ir.node(op_type, [*first.inputs, *second.inputs[1:]], {**own, **others}, domain=DOMAIN)
     put_in_place(
         model,
         node,
-        sparse_feed_forward.function_body(op_type, model.opset_imports[""]),
+        OP_TYPES[op_type].function_body(model.opset_imports[""]),
         linears=(first, second),
         nodes=(first, second),
         place=second,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sparse_onnx.options import require
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure
-from sparse_onnx.sparse_ops.sparse_matmul import WIDTHS, expected_nbytes
+from sparse_onnx.sparse_ops.formats.base import Outputs, StoredFormat
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 
 if TYPE_CHECKING:
     from sparse_onnx.passes.lower.lowering import Lowering
@@ -36,6 +37,7 @@ class Form(abc.ABC):
     Attributes:
         name: What decisions, reports, curves and caches call it.
         lowering: The pass that puts it into a model.
+        stored: How its weights lie.
         exact: Whether the weight keeps its numbers. A form that changes them (fewer bits) is considered only where it
             is allowed by name.
         least_zeros: The share of zeros below which it was never faster than dense: not worth timing. 0: it needs none.
@@ -45,6 +47,7 @@ class Form(abc.ABC):
 
     name: str
     lowering: type[Lowering]
+    stored: StoredFormat = SPARSE_FORMAT
     exact: bool = True
     least_zeros: float = 0.0
     sure_from: float | None = None
@@ -58,20 +61,23 @@ class Form(abc.ABC):
         return f"{sparsity:.1%} zeros: too few for any {self.name} kernel" if few else ""
 
     @abc.abstractmethod
-    def expected_nbytes(self, shape: tuple[int, int], sparsity: float, structure: str, block: int) -> float:
-        """What a weight [K, N] with this share and pattern of zeros would take, see
-        :class:`sparse_onnx.passes.patterns.layer.Part` for ``block``."""
+    def expected_nbytes(
+        self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
+    ) -> float:
+        """What a weight [K, N] with this share and pattern of zeros would take; ``outputs`` is what its operator asks
+        of their order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseForm(Form):
     """Zeros are not stored, and not multiplied."""
 
-    def expected_nbytes(self, shape: tuple[int, int], sparsity: float, structure: str, block: int) -> float:
+    def expected_nbytes(
+        self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
+    ) -> float:
         parsed = MaskStructure.parse(structure)
         rows = parsed.size[0] if parsed.kind == "block" else 1
-        width = max(width for width in WIDTHS if rows % width == 0)
-        return expected_nbytes(*shape, sparsity, width=width, block=block)
+        return self.stored.expected_nbytes(*shape, sparsity, outputs, together=rows)
 
 
 def sparse_form(lowering: type[Lowering]) -> Form:

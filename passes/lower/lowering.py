@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
@@ -32,7 +31,9 @@ from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Sta
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.patterns.layer import Layer, Part, count_zeros
 from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.base import StoredFormat
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 __all__ = ["Candidate", "Lowering", "PackedTensors", "Packer", "match_layers"]
 
@@ -88,6 +89,7 @@ class Candidate:
 class PackedTensors:
     """Packed weights as stored tensors, by the names of the inputs: what the nodes of all layers share."""
 
+    stored: StoredFormat
     tensors: Mapping[str, ir.TensorProtocol]
     attributes: Mapping[str, int | str]
 
@@ -109,14 +111,18 @@ class Packer:
             tensors: dict[str, ir.TensorProtocol] = {}
             attributes: dict[str, int | str] = {}
             for part in candidate.parts:
-                self._pack(part, tensors, attributes)
-            self._packed[key] = PackedTensors(tensors, attributes)
+                self._pack(part, form.stored, tensors, attributes)
+            self._packed[key] = PackedTensors(form.stored, tensors, attributes)
         return self._packed[key]
 
     def _pack(
-        self, part: Part, tensors: dict[str, ir.TensorProtocol], attributes: dict[str, int | str]
+        self,
+        part: Part,
+        stored: StoredFormat,
+        tensors: dict[str, ir.TensorProtocol],
+        attributes: dict[str, int | str],
     ) -> None:
-        weight, packed = part.weight, part.pack()
+        weight, packed = part.weight, part.pack(stored)
         weight.release()
         for name, array in packed.arrays().items():
             tensors[part.prefix + name] = self._context.store(array, f"{weight.name}.{name}")
@@ -175,11 +181,6 @@ class Lowering(Pass):
         """Weights that the kernels could take, whatever their sparsity, each with the one form that this lowering
         makes, and (place, reason) of the others."""
 
-    @staticmethod
-    @abc.abstractmethod
-    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-        """The operator in standard ops."""
-
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         packer = self.packer or Packer(context)
         candidates, left = self.find_candidates(model)
@@ -210,9 +211,8 @@ class Lowering(Pass):
             (form,) = candidate.forms
             lowerer.lower(candidate, packer(candidate, form))
             packing.step()
-        if lowered:
-            for op_type in sorted({layer.op_type for c in lowered for layer in c.layers}):
-                add_function(model, self.function_body(op_type, model.opset_imports[""]), VERSION)
+        for op_type in sorted(lowerer.op_types):
+            add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
         count = sum(len(candidate.layers) for candidate in lowered)
         statistics: dict[str, int | float] = {"weights": len(lowered), f"{self.kind}s": count}
         return PassResult(model, bool(lowered), statistics, tuple(declined))
@@ -223,6 +223,7 @@ class _Lowerer:
 
     def __init__(self, model: ir.Model, context: PassContext) -> None:
         self._graph, self._context, self._names = model.graph, context, Names(model)
+        self.op_types: set[str] = set()
         self._zeros: dict[int, ir.Value] = {}
         self._biases: dict[ir.Value, ir.Value] = {}
 
@@ -236,8 +237,10 @@ class _Lowerer:
             ]
             for key, array in layer.constants.items():
                 others.append(self._add(key, array))
+            op_type = packed.stored.op_type(layer.op_type)
+            self.op_types.add(op_type)
             node = ir.node(
-                layer.op_type,
+                op_type,
                 [x, *weights, *others],
                 {**layer.attributes, **packed.attributes},
                 domain=DOMAIN,
@@ -266,9 +269,10 @@ class _Lowerer:
 
     def _stored(self, part: Part, packed: PackedTensors) -> list[ir.Value]:
         """What holds the weight, which all layers of a candidate share."""
-        name = self._names.stem(part.weight.name, [f".{key}" for key in STORED])
+        keys = [one.name for one in packed.stored.parts]
+        name = self._names.stem(part.weight.name, [f".{key}" for key in keys])
         return [
-            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key]) for key in STORED
+            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key]) for key in keys
         ]
 
     def _output(self, layer: Layer, index: int) -> ir.Value:

@@ -14,10 +14,9 @@ Gate and up projection of a gated MLP, with SiLU or GELU (tanh)::
     u = SparseMatMul(X, Wu, bu)
     Y = Mul(g, u)
 
-Conditions: the weights are stored alike (K, chunk, block, width), and no other node uses them. The stored tensors then
-lie behind one another as they are, whatever the numbers of outputs; one in smaller blocks than its neighbours is packed
-once more in theirs, if these are hardly larger together. See
-:mod:`sparse_onnx.sparse_ops.sparse_matmul_split` for the operators.
+Conditions: the weights are stored so that their format joins them
+(:meth:`sparse_onnx.sparse_ops.formats.base.StoredFormat.join`), and no other node uses them. See
+:mod:`sparse_onnx.sparse_ops.ops.sparse_matmul_split` for the operators.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import Names, add_initializer, is_read_once, is_standard, name_of, producer
 from sparse_onnx.model.model_io import release_mapping
-from sparse_onnx.model.own_operators import drop_unused_functions, is_ours, joined, put_in_place
+from sparse_onnx.model.own_operators import base_type, drop_unused_functions, is_ours, joined, put_in_place
 from sparse_onnx.model.stored_weights import MERGED_FROM, StoredWeight, stored_weights
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
-from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FORMAT, PackedWeight
-from sparse_onnx.sparse_ops.sparse_matmul_split import GATES, SPLITS
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops import sparse_matmul
+from sparse_onnx.sparse_ops.ops.base import BIAS
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
+from sparse_onnx.sparse_ops.ops.sparse_matmul_split import GATES, SPLITS
 
 __all__ = ["MergeLinears"]
 
 _PLAIN = sparse_matmul.OP_TYPES["none"]
-# Outputs of zeros, at least and of all: more would cost more than reading the activations once saves.
-_FEW_OUTPUTS, _FEW_OF_ALL = 8, 1 / 8
 _GATE_OF = {sparse_matmul.OP_TYPES[activation]: op_type for activation, op_type in GATES.items()}
 
 
@@ -97,7 +96,7 @@ def _find_gates(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
         if problem := _gate_problem(gate, up):
             yield name_of(node), problem
         else:
-            yield _Merge(_GATE_OF[gate.op_type], (gate, up), (gate, up, node), node, (node.outputs[0],))
+            yield _Merge(_GATE_OF[base_type(gate)], (gate, up), (gate, up, node), node, (node.outputs[0],))
 
 
 def _gate_problem(gate: ir.Node, up: ir.Node) -> str | None:
@@ -137,21 +136,23 @@ def _find_splits(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
 
 
 def _stored_alike(linears: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
-    """The linears in groups whose weights may lie in the blocks of the widest."""
+    """The linears in groups whose weights may become one with that of the widest."""
     left = list(linears)
     while left:
         widest = max(left, key=_channels)
-        group = [linear for linear in left if _fits_blocks(linear, widest)]
+        group = [linear for linear in left if _may_join(linear, widest)]
         yield group
         left = [linear for linear in left if linear not in group]
 
 
-def _fits_blocks(linear: ir.Node, widest: ir.Node) -> bool:
-    if _storage(linear) == _storage(widest):
-        return True
-    size, block, larger = _channels(linear), _block(linear), _block(widest)
-    rest = [[pair for pair in _storage(node) if pair[0] != "block"] for node in (linear, widest)]
-    return rest[0] == rest[1] and block < larger and -size % larger <= max(_FEW_OUTPUTS, size * _FEW_OF_ALL)
+def _may_join(linear: ir.Node, widest: ir.Node) -> bool:
+    one, other = _stored(linear), _stored(widest)
+    alike = (one.stored, one.variant, one.mask_structure) == (
+        other.stored,
+        other.variant,
+        other.mask_structure,
+    )
+    return alike and one.stored.may_join(one.sizes, other.sizes)
 
 
 def _threes_and_twos(linears: Sequence[ir.Node]) -> Iterator[tuple[ir.Node, ...]]:
@@ -171,21 +172,6 @@ def _channels(linear: ir.Node) -> int:
     return _stored(linear).shape[1]
 
 
-def _block(linear: ir.Node) -> int:
-    return _stored(linear).sizes["block"]
-
-
-def _in_blocks(packed: PackedWeight, block: int) -> PackedWeight:
-    """The same weight in blocks of that many outputs."""
-    if packed.block == block:
-        return packed
-    dense = sparse_matmul.unpack(packed)
-    room = np.zeros((packed.K, max(0, block - packed.N)), np.float32)  # a block is no larger than the weight
-    whole = np.concatenate([dense, room], axis=1)
-    stored = sparse_matmul.pack(whole, chunk=packed.chunk, block=block, width=packed.width)
-    return dataclasses.replace(stored, N=packed.N)
-
-
 def _storage(linear: ir.Node) -> tuple[tuple[str, object], ...]:
     """All attributes but N: how the weight is stored."""
     return tuple(sorted((name, a.value) for name, a in linear.attributes.items() if name != "N"))
@@ -199,13 +185,12 @@ def _weight_problem(linear: ir.Node) -> str | None:
     weight = _stored(linear)
     if any(len(value.uses()) > 1 for value in weight.parts if value is not None):
         return "shares its weight with another node"
-    if linear.attributes.get_string("format", "") != FORMAT or min(weight.sizes.values()) < 1:
-        return f"does not have its weight in the format {FORMAT}"
+    if weight.variant != weight.stored.name or min(weight.sizes.values()) < 1:
+        return f"does not have its weight in the format {weight.stored.name}"
     return None
 
 
-def _tensor(linear: ir.Node, index: int) -> ir.TensorProtocol:
-    value = linear.inputs[index]
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
     assert value is not None
     assert value.const_value is not None
     return value.const_value
@@ -216,14 +201,13 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     weights = [_stored(linear) for linear in linears]
     name = joined([weight.name for weight in weights])
     context.progress(f"merging {name}")
-    block = max(_block(linear) for linear in linears)
-    packed = sparse_matmul_split.concatenate([_in_blocks(weight.packed(), block) for weight in weights])
-    bias = np.concatenate([_tensor(linear, 5).numpy() for linear in linears])
-    for linear in linears:
-        for index in range(1, 6):
-            release_mapping(_tensor(linear, index))
+    packed = weights[0].stored.join([weight.packed() for weight in weights])
+    bias = np.concatenate([_tensor(weight.bias).numpy() for weight in weights])
+    for weight in weights:
+        for value in (*weight.parts, weight.bias):
+            release_mapping(_tensor(value))
     stored = []
-    parts = {**packed.arrays(), "bias": bias}
+    parts = {**packed.arrays(), BIAS: bias}
     name = Names(model).stem(name, [f".{key}" for key in parts])
     for key, array in parts.items():
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
@@ -234,14 +218,15 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     }
     if merge.op_type in SPLITS.values():
         attributes["split"] = [_channels(linear) for linear in linears]
+    op_type = weights[0].stored.op_type(merge.op_type)
     node = ir.node(
-        merge.op_type,
+        op_type,
         [linears[0].inputs[0], *stored],
         attributes,
         domain=DOMAIN,
         num_outputs=len(merge.outputs),
     )
-    body = sparse_matmul_split.function_body(merge.op_type, model.opset_imports[""])
+    body = OP_TYPES[op_type].function_body(model.opset_imports[""])
     put_in_place(
         model, node, body, linears=linears, nodes=merge.nodes, place=merge.place, outputs=merge.outputs
     )

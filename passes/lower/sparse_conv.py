@@ -3,12 +3,12 @@
 Before::                                       After::
 
     h = Conv<...>(X, W, bias)                      Y = sparse_onnx.SparseConvAddRelu<kernel_shape, ..., K, N, ...>(
-    s = Add(h, R)                                      X, W.values, W.offsets, W.counts, W.rows, bias, R)
+    s = Add(h, R)                                      X, stored parts of W, bias, R)
     Y = Relu(s)
 
 A convolution and the depthwise one behind it become one operator, ``SparseConvDepthwise``, see
 :mod:`sparse_onnx.passes.patterns.depthwise`. Other depthwise convolutions go along where others are lowered, whatever
-their zeros: one group has one block of one output channel then, and the operator computes it without a panel.
+their zeros: the operator computes them without a panel.
 
 See :mod:`sparse_onnx.passes.lower.lowering` for what is the same for all operators.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
 
 from sparse_onnx.model.shapes import Shapes
@@ -27,7 +26,6 @@ from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.patterns.conv import match_conv
 from sparse_onnx.passes.patterns.depthwise import join_depthwise
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise
 
 __all__ = ["LowerSparseConv"]
 
@@ -56,9 +54,3 @@ class LowerSparseConv(Lowering):
         return [
             Candidate(weight, layers, cls.kind, forms) for weight, layers in join_depthwise(alike)
         ], declined
-
-    @staticmethod
-    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-        if op_type in sparse_conv_depthwise.OP_TYPES:
-            return sparse_conv_depthwise.function_body(op_type, opset)
-        return sparse_conv.function_body(op_type, opset)

@@ -2,8 +2,8 @@
 
 Before::                                       After::
 
-    h = MatMul(X, W)                               Y = sparse_onnx.SparseMatMulGelu<K, N, chunk, block, ...>(
-    b = Add(h, bias)                                   X, W.values, W.offsets, W.counts, W.rows, bias)
+    h = MatMul(X, W)                               Y = sparse_onnx.SparseMatMulGelu<K, N, ...>(
+    b = Add(h, bias)                                   X, stored parts of W, bias)
     Y = Gelu(b)
 
 See :mod:`sparse_onnx.passes.lower.lowering` for what is the same for all operators.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
 
 from sparse_onnx.model.shapes import Shapes
@@ -22,7 +21,6 @@ from sparse_onnx.model.weights import LINEARS, find_weights
 from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, match_layers
 from sparse_onnx.passes.patterns.linear import match_linear
-from sparse_onnx.sparse_ops import sparse_matmul
 
 __all__ = ["LowerSparseMatMul"]
 
@@ -43,7 +41,3 @@ class LowerSparseMatMul(Lowering):
         )
         forms = (sparse_form(cls),)
         return [Candidate(weight, linears, cls.kind, forms) for weight, linears in found], declined
-
-    @staticmethod
-    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-        return sparse_matmul.function_body(op_type, opset)

@@ -3,7 +3,7 @@
 Before::                                       After::
 
     Y, Y_h, Y_c = LSTM<direction, ...>(            Y, Y_h, Y_c = sparse_onnx.SparseLSTMState<direction, K, N, ...>(
-        X, W, R, B, , h0, c0)                          X, W.values, ..., R.values, ..., h0, c0)
+        X, W, R, B, , h0, c0)                          X, stored parts of W and R, h0, c0)
 
 Both weights of a node become sparse, or none. See :mod:`sparse_onnx.passes.patterns.recurrent` for the nodes that can
 be, and :mod:`sparse_onnx.passes.lower.lowering` for what is the same for all operators.
@@ -14,14 +14,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import onnx
 import onnx_ir as ir
 
 from sparse_onnx.model.weights import RECURRENT, find_weights
 from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.patterns.recurrent import match_recurrent
-from sparse_onnx.sparse_ops import sparse_recurrent
 
 __all__ = ["LowerSparseRecurrent"]
 
@@ -56,7 +54,3 @@ class LowerSparseRecurrent(Lowering):
         reason = "the other weight of its node is no constant of its own"
         declined += [(weight.name, reason) for weight in weights if weight.name not in known]
         return candidates, declined
-
-    @staticmethod
-    def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-        return sparse_recurrent.function_body(op_type, opset)

@@ -24,7 +24,8 @@ from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
 from sparse_onnx.passes.patterns.linear import match_relu, match_silu
 from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, same_pads, users_of
-from sparse_onnx.sparse_ops.sparse_conv import Window, block_size, operator_name
+from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.ops.sparse_conv import Window, operator_name, outputs_of
 
 __all__ = ["Convolution", "match_conv"]
 
@@ -64,8 +65,8 @@ class Convolution(Layer):
         return self.window.group > 1 and self.weight.tensor.shape[1] == 1
 
     @property
-    def block(self) -> int:
-        return block_size(self.weight.shape[1], self.window.group)
+    def stored_outputs(self) -> Outputs:
+        return outputs_of(self.weight.shape[1], self.window.group)
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         batch, _, *sizes = x_shape

@@ -3,8 +3,8 @@
 ``act(DepthwiseConv(act(Conv(X, W) + bias), D) + bias of D)``, where the first has one group and no residual, nothing
 else reads its result, both have the same activation with the same limits, and the first is pointwise or has few
 inputs: rows that two bands of the kernel both see are computed twice, which must cost little. The maps between the two
-are the largest of such a model; as one operator (:mod:`sparse_onnx.sparse_ops.sparse_conv_depthwise`) they are never
-written to memory.
+are the largest of such a model; as one operator (:mod:`sparse_onnx.sparse_ops.ops.sparse_conv_depthwise`) they are
+never written to memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.conv import Convolution
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY, Layer, count_zeros
 from sparse_onnx.passes.patterns.match import users_of
-from sparse_onnx.sparse_ops.sparse_conv_depthwise import PREFIX, operator_name
+from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.ops.sparse_conv_depthwise import PREFIX, operator_name
 
 __all__ = ["DepthwisePair", "join_depthwise"]
 
@@ -70,8 +71,8 @@ class DepthwisePair(Layer):
         return self.weight.shape[0] <= _FEW_INPUTS and zeros < MIN_SPARSITY * self.weight.tensor.size
 
     @property
-    def block(self) -> int:
-        return self.first.block
+    def stored_outputs(self) -> Outputs:
+        return self.first.stored_outputs
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         return self.first.products(x_shape)

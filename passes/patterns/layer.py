@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.sparse_ops import sparse_matmul
-from sparse_onnx.sparse_ops.sparse_matmul import MAX_ELEMENTS, PackedWeight
+from sparse_onnx.sparse_ops.formats.base import ONE_RUN, Outputs, Packed, StoredFormat
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 
 __all__ = ["MIN_SPARSITY", "Layer", "Part", "count_zeros", "layer_kind", "place_reason", "storage_reason"]
 
@@ -24,16 +24,16 @@ MIN_SPARSITY = 0.3
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """One weight of a layer. ``prefix`` is before the names of the inputs and attributes that it has in the operator,
-    ``block`` are the outputs in a block of its stored form. ``bias`` [N] comes with it; None: what the layer has."""
+    which asks ``outputs`` of its stored form. ``bias`` [N] comes with it; None: what the layer has."""
 
     weight: Weight
-    block: int
+    outputs: Outputs = ONE_RUN
     prefix: str = ""
     bias: np.ndarray | None = None
 
-    def pack(self) -> PackedWeight:
-        """The weight as the operator stores it."""
-        return sparse_matmul.pack(self.weight.matrix(), block=self.block)
+    def pack(self, stored: StoredFormat = SPARSE_FORMAT) -> Packed:
+        """The weight as the operator stores it in that format."""
+        return stored.pack(self.weight.matrix(), self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Layer(abc.ABC):
     @property
     def parts(self) -> tuple[Part, ...]:
         """The weights of the operator in its order, ``weight`` first."""
-        return (Part(self.weight, self.block),)
+        return (Part(self.weight, self.stored_outputs),)
 
     @property
     def attributes(self) -> Mapping[str, int | float | str | Sequence[int]]:
@@ -97,9 +97,9 @@ class Layer(abc.ABC):
         return False
 
     @property
-    @abc.abstractmethod
-    def block(self) -> int:
-        """Outputs in a block of the stored weight."""
+    def stored_outputs(self) -> Outputs:
+        """What the operator asks of the order of the outputs of ``weight``, stored."""
+        return ONE_RUN
 
     @abc.abstractmethod
     def products(self, x_shape: tuple[int, ...]) -> int:
@@ -137,8 +137,9 @@ def storage_reason(weight: Weight) -> str | None:
     """Why ``weight`` cannot be stored for the sparse kernels, or None."""
     if weight.tensor.dtype != ir.DataType.FLOAT:
         return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > MAX_ELEMENTS:
-        return f"has {weight.tensor.size} elements; the storage format takes at most {MAX_ELEMENTS}"
+    if weight.tensor.size > SPARSE_FORMAT.max_elements:
+        most = SPARSE_FORMAT.max_elements
+        return f"has {weight.tensor.size} elements; the storage format takes at most {most}"
     return None
 
 

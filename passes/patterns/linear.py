@@ -35,7 +35,7 @@ from sparse_onnx.passes.patterns.match import (
     other_operand,
     users_of,
 )
-from sparse_onnx.sparse_ops.sparse_matmul import OP_TYPES, best_block
+from sparse_onnx.sparse_ops.ops.sparse_matmul import OP_TYPES
 
 __all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
 
@@ -53,10 +53,6 @@ class Linear(Layer):
         x = self.nodes[0].inputs[0]
         assert x is not None
         return (x,)
-
-    @property
-    def block(self) -> int:
-        return best_block(self.weight.shape[1])
 
     def products(self, x_shape: tuple[int, ...]) -> int:
         return math.prod(x_shape[:-1])

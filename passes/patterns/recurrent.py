@@ -17,14 +17,13 @@ from sparse_onnx.model.graph import input_at, is_read
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer, Part, place_reason, storage_reason
 from sparse_onnx.passes.patterns.match import float32_constant
-from sparse_onnx.sparse_ops.sparse_matmul import best_block
-from sparse_onnx.sparse_ops.sparse_recurrent import (
+from sparse_onnx.sparse_ops.ops.sparse_recurrent import (
     CELLS,
     DIRECTIONS,
     PREFIX,
     Signature,
     operator_name,
-    recurrent_block,
+    recurrent_outputs,
 )
 
 __all__ = ["Recurrent", "match_recurrent"]
@@ -72,22 +71,18 @@ class Recurrent(Layer):
         return {**direction, "linear_before_reset": reset}
 
     @property
-    def block(self) -> int:
-        return best_block(self.weight.shape[1])
-
-    @property
     def parts(self) -> tuple[Part, ...]:
-        block = recurrent_block(*self.recurrent.shape)
+        gates = recurrent_outputs(self.recurrent.shape[0])
         if self.bias is None:
-            return Part(self.weight, self.block), Part(self.recurrent, block, PREFIX)
+            return Part(self.weight), Part(self.recurrent, gates, PREFIX)
         biases = constant_array(self.bias)  # of each direction first those of W, then those of R
         assert biases is not None
         of_input, of_recurrence = (
             np.ascontiguousarray(half).reshape(-1) for half in np.split(biases, 2, axis=1)
         )
         return (
-            Part(self.weight, self.block, bias=of_input),
-            Part(self.recurrent, block, PREFIX, of_recurrence),
+            Part(self.weight, bias=of_input),
+            Part(self.recurrent, gates, PREFIX, of_recurrence),
         )
 
     def products(self, x_shape: tuple[int, ...]) -> int:

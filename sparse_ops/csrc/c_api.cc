@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "formats/chunked_csc.h"
 #include "kernels/peak/peak.h"
-#include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
 
 namespace sparse_ops {
@@ -38,11 +38,15 @@ int guarded(char* message, size_t size, Function&& function) noexcept {
 }
 
 std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation,
-                         spmm::CheckedWeight& result) {
-  const spmm::StoredWeight stored = {w.K,      w.N,           w.chunk,     w.block,        w.width,
-                                     w.values, w.value_count, w.offsets,   w.offset_count, w.counts,
-                                     w.count_count, w.rows,   w.row_count, w.bias,         w.bias_count};
-  return spmm::check(stored, activation, result);
+                         chunked_csc::CheckedWeight& result) {
+  if (!chunked_csc::is_format(w.format)) return std::string("no format is named ") + w.format;
+  std::vector<RawArray> parts(w.part_count);
+  for (size_t i = 0; i < w.part_count; ++i) parts[i] = {w.parts[i].data, w.parts[i].count};
+  const RawWeight raw = {{w.sizes, w.size_count},
+                         parts,
+                         {w.bias.data, w.bias.count},
+                         {w.linears, w.linear_count}};
+  return chunked_csc::check(raw, activation, result);
 }
 
 class ThisThread final : public Workers {
@@ -55,7 +59,7 @@ class ThisThread final : public Workers {
 
 // The checked weight, and the plan for `tokens` tokens with the kernel `name` (nullptr: a session's choice).
 std::string prepare(const SparseOnnxWeight& stored, int activation, const char* name, size_t tokens,
-                    spmm::CheckedWeight& checked, spmm::Plan& plan) {
+                    chunked_csc::CheckedWeight& checked, spmm::Plan& plan) {
   if (activation < SPARSE_ONNX_NONE || activation > SPARSE_ONNX_QUICK_GELU) return "unknown activation";
   const std::string problem = check_weight(stored, static_cast<spmm::Activation>(activation), checked);
   if (!problem.empty()) return problem;
@@ -77,7 +81,7 @@ std::string prepare(const SparseOnnxWeight& stored, int activation, const char* 
 
 std::string run(const SparseOnnxWeight& stored, int activation, const char* name, const float* x,
                 size_t tokens, float* y) {
-  spmm::CheckedWeight checked;
+  chunked_csc::CheckedWeight checked;
   spmm::Plan plan;
   const std::string problem = prepare(stored, activation, name, tokens, checked, plan);
   if (!problem.empty()) return problem;
@@ -97,7 +101,7 @@ double processor_time() {
 std::string time_calls(const SparseOnnxWeight& stored, const char* name, size_t tokens, double seconds,
                        double& result) {
   if (tokens == 0) return "there must be a token";
-  spmm::CheckedWeight checked;
+  chunked_csc::CheckedWeight checked;
   spmm::Plan plan;
   const std::string problem = prepare(stored, SPARSE_ONNX_NONE, name, tokens, checked, plan);
   if (!problem.empty()) return problem;
@@ -163,7 +167,7 @@ int sparse_onnx_kernel_supported(const char* kernel) {
 
 int sparse_onnx_check(const SparseOnnxWeight* weight, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {
-    spmm::CheckedWeight result;
+    chunked_csc::CheckedWeight result;
     return check_weight(*weight, spmm::Activation::none, result);
   });
 }
@@ -173,16 +177,13 @@ int sparse_onnx_run(const SparseOnnxWeight* weight, int activation, const char* 
   return guarded(message, message_size, [&] { return run(*weight, activation, kernel, x, tokens, y); });
 }
 
-const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width, size_t tokens) {
+const char* sparse_onnx_select(const char* format, const int64_t* sizes, size_t size_count, size_t tokens) {
   const FeatureChoice choice = active_features();
-  if (choice.error != nullptr || K < 1 || chunk < 1 || chunk > 255 || block < 1 || block > 256 || width < 1) {
+  spmm::Weight weight{};
+  if (choice.error != nullptr || !chunked_csc::is_format(format) ||
+      !chunked_csc::check_sizes({sizes, size_count}, weight).empty()) {
     return nullptr;
   }
-  spmm::Weight weight{};
-  weight.K = static_cast<size_t>(K);
-  weight.chunk = static_cast<size_t>(chunk);
-  weight.block = static_cast<size_t>(block);
-  weight.width = static_cast<size_t>(width);
   const auto takes = [&](const spmm::Kernel* kernel) { return spmm::fits(*kernel, weight); };
   if (std::ranges::none_of(spmm::kernels(), takes)) return nullptr;
   return spmm::select_kernel(choice.features, weight, tokens).name;

@@ -13,20 +13,22 @@
 extern "C" {
 #endif
 
-/* The attributes and tensors of one operator; layout and rules in sparse_ops/sparse_matmul.py. The arrays of
- * floats may have any alignment. */
+typedef struct SparseOnnxArray {
+  const void* data;
+  size_t count; /* elements */
+} SparseOnnxArray;
+
+/* A stored weight: what an operator's attributes and inputs say of it, in the order of its format, see
+ * sparse_ops/formats/. Arrays of floats may have any alignment. */
 typedef struct SparseOnnxWeight {
-  int64_t K, N, chunk, block, width;
-  const void* values; /* float32 */
-  size_t value_count;
-  const uint8_t* offsets;
-  size_t offset_count;
-  const uint8_t* counts;
-  size_t count_count;
-  const uint8_t* rows;
-  size_t row_count;
-  const void* bias; /* float32 */
-  size_t bias_count;
+  const char* format; /* the attribute of that name */
+  const int64_t* sizes;
+  size_t size_count;
+  const SparseOnnxArray* parts;
+  size_t part_count;
+  SparseOnnxArray bias;   /* float32 */
+  const int64_t* linears; /* outputs of each of several linears; none: it is that of one */
+  size_t linear_count;
 } SparseOnnxWeight;
 
 /* Values of `activation`. */
@@ -67,9 +69,9 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
                                        const float* x, size_t tokens, float* y, char* message,
                                        size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight of K inputs with that chunk, block and
- * width and `tokens` tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or a number is out of range. */
-SPARSE_ONNX_EXPORT const char* sparse_onnx_select(int64_t K, int64_t chunk, int64_t block, int64_t width,
+/* Name of the kernel that a session would use for a full tile of a weight with these sizes and `tokens` tokens;
+ * NULL if SPARSE_ONNX_FORCE_ISA is wrong or the format has no such sizes. */
+SPARSE_ONNX_EXPORT const char* sparse_onnx_select(const char* format, const int64_t* sizes, size_t size_count,
                                                   size_t tokens);
 
 /* Floating-point operations per second that multiply-adds in registers reach in one thread, in the widest

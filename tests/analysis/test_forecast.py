@@ -10,7 +10,8 @@ from sparse_onnx.analysis.time_model import Anchor, Sums, fit
 from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.lower.forms import Form, sparse_form
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.sparse_ops.sparse_matmul import expected_nbytes
+from sparse_onnx.sparse_ops.formats.base import ONE_RUN
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
 from sparse_onnx.timing.curves import Curve
 
 PLAIN = ("sparse", "unstructured")
@@ -35,7 +36,7 @@ def layer(name, curves, **changes):
         "sparsity": 0.0,
         "reason": "",
         "companion": False,
-        "block": 64,
+        "outputs": ONE_RUN,
         "forms": (sparse_form(LowerSparseMatMul),),
         "packed_bytes": {"sparse": 0},
         "key": 0,
@@ -71,10 +72,12 @@ def test_times_and_bytes_add_up():
     assert found.milliseconds == pytest.approx(5 + 5 + 10 + 5)
     assert found.speedup == pytest.approx(35 / 25)
     assert found.low < found.speedup < found.high
-    assert found.nbytes == pytest.approx(1000 + 4 * 64 * 128 + 2 * expected_nbytes(64, 128, 0.7))
+    assert found.nbytes == pytest.approx(1000 + 4 * 64 * 128 + 2 * CHUNKED_CSC.expected_nbytes(64, 128, 0.7))
     assert model.layer_milliseconds("a", (0.7, "unstructured")) == pytest.approx(5)
     assert model.layer_milliseconds("b", (0.7, "unstructured")) == pytest.approx(10)
-    assert model.layer_bytes("b", (0.9, "unstructured")) == pytest.approx(expected_nbytes(64, 128, 0.9))
+    assert model.layer_bytes("b", (0.9, "unstructured")) == pytest.approx(
+        CHUNKED_CSC.expected_nbytes(64, 128, 0.9)
+    )
 
 
 def test_plans_may_differ_by_layer_and_pattern():

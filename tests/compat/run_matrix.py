@@ -66,25 +66,27 @@ def write_models(folder: Path) -> None:
     """``good.onnx`` with all operators in a chain and external data, ``bad.onnx``, ``x.npy``, ``expected.npy``."""
     import onnx
 
-    from sparse_onnx.sparse_ops import sparse_feed_forward as ff
-    from sparse_onnx.sparse_ops import sparse_matmul as sm
-    from sparse_onnx.sparse_ops import sparse_matmul_split as split
+    from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+    from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, PackedWeight, concatenate
+    from sparse_onnx.sparse_ops.ops import sparse_feed_forward as ff
+    from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
+    from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 37, WIDTHS[0])).astype(np.float32)
     expected = x.astype(np.float64)
     nodes, initializers = [], []
 
-    def stored(K: int, N: int) -> tuple[sm.PackedWeight, np.ndarray]:
+    def stored(K: int, N: int) -> tuple[PackedWeight, np.ndarray]:
         weight = np.where(rng.random((K, N)) < 0.3, rng.standard_normal((K, N)) / np.sqrt(0.3 * K), 0)
-        return sm.pack(weight.astype(np.float32), block=32), rng.standard_normal(N).astype(np.float32)
+        return CHUNKED_CSC.pack(weight.astype(np.float32), block=32), rng.standard_normal(N).astype(
+            np.float32
+        )
 
     def append(op_type: str, arrays: dict[str, np.ndarray], attributes: dict[str, int | str]) -> None:
         i = len(nodes)
         named = {f"{name}{i}": array for name, array in arrays.items()}
-        node = onnx.helper.make_node(
-            op_type, [f"h{i}", *named], [f"h{i + 1}"], f"{NODE}.{i}", domain=sm.DOMAIN
-        )
+        node = onnx.helper.make_node(op_type, [f"h{i}", *named], [f"h{i + 1}"], f"{NODE}.{i}", domain=DOMAIN)
         node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
         nodes.append(node)
         initializers.extend(onnx.numpy_helper.from_array(array, name) for name, array in named.items())
@@ -96,7 +98,7 @@ def write_models(folder: Path) -> None:
     for op_type, first in ff.OP_TYPES.items():
         hidden = 128 if first in sm.ACTIVATIONS else 45  # a gate of two linears that have no whole blocks
         linears = [stored(WIDTHS[-1], hidden) for _ in range(1 if first in sm.ACTIVATIONS else 2)]
-        packed = split.concatenate([weight for weight, _ in linears])
+        packed = concatenate([weight for weight, _ in linears])
         bias = np.concatenate([vector for _, vector in linears])
         down, down_bias = stored(hidden, WIDTHS[-1])
         expected = ff.reference(op_type, expected, packed, bias, down, down_bias)
@@ -113,10 +115,10 @@ def write_models(folder: Path) -> None:
             initializers,
         ),
         ir_version=9,
-        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(DOMAIN, VERSION)],
         functions=[
-            *(sm.function_body(op_type, 17) for op_type in sm.ACTIVATIONS),
-            *(ff.function_body(op_type, 17) for op_type in ff.OP_TYPES),
+            *(OP_TYPES[op_type].function_body(17) for op_type in sm.ACTIVATIONS),
+            *(OP_TYPES[op_type].function_body(17) for op_type in ff.OP_TYPES),
         ],
     )
     bad = onnx.ModelProto()
@@ -138,8 +140,10 @@ def write_recurrent(folder: Path) -> None:
     no tokens ONNX Runtime's own break."""
     import onnx
 
-    from sparse_onnx.sparse_ops import sparse_matmul as sm
-    from sparse_onnx.sparse_ops import sparse_recurrent as sr
+    from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+    from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
+    from sparse_onnx.sparse_ops.ops import sparse_recurrent as sr
+    from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
     rng = np.random.default_rng(1)
     hidden, nodes, initializers = WIDTHS[0], [], []
@@ -148,12 +152,12 @@ def write_recurrent(folder: Path) -> None:
         signature = sr.OP_TYPES[op_type]
         N = sr.CELLS[signature.cell] * hidden
         options = {"linear_before_reset": 1} if signature.cell == "GRU" else {}
-        attributes: dict[str, int | str] = {"direction": "reverse", "format": sm.FORMAT, **options}
+        attributes: dict[str, int | str] = {"direction": "reverse", "format": CHUNKED_CSC.name, **options}
         arrays, weights = {}, []
         for prefix in ("", sr.PREFIX):
             dense = np.where(rng.random((hidden, N)) < 0.3, rng.standard_normal((hidden, N)) / 6, 0)
             packed, bias = (
-                sm.pack(dense.astype(np.float32), block=32),
+                CHUNKED_CSC.pack(dense.astype(np.float32), block=32),
                 rng.standard_normal(N).astype(np.float32),
             )
             weights += [packed, bias]
@@ -166,7 +170,7 @@ def write_recurrent(folder: Path) -> None:
         names = [f"{op_type}.{name}" for name in arrays]
         made = [f"{op_type}.{name}" for name in signature.outputs]
         read = nodes[-1].output[1] if nodes else "x"
-        node = onnx.helper.make_node(op_type, [read, *names], made, f"{NODE}.{op_type}", domain=sm.DOMAIN)
+        node = onnx.helper.make_node(op_type, [read, *names], made, f"{NODE}.{op_type}", domain=DOMAIN)
         node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
         nodes.append(node)
         initializers += [
@@ -183,8 +187,8 @@ def write_recurrent(folder: Path) -> None:
     model = onnx.helper.make_model(
         graph,
         ir_version=9,
-        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[sr.function_body(node.op_type, 17) for node in nodes],
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[OP_TYPES[node.op_type].function_body(17) for node in nodes],
     )
     onnx.save_model(model, folder / "recurrent.onnx")
     np.save(folder / "recurrent.npy", expected[:, None])
@@ -195,7 +199,7 @@ def write_attention(folder: Path) -> None:
     import onnx
     import onnx.parser
 
-    from sparse_onnx.sparse_ops import attention
+    from sparse_onnx.sparse_ops.ops import attention
 
     x = np.load(folder / "x.npy")
     batch, tokens, channels = x.shape

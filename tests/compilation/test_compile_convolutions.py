@@ -8,7 +8,7 @@ import pytest
 
 import sparse_onnx
 from sparse_onnx.analysis.inspection import inspect_model
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 C = 64
 

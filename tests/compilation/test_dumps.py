@@ -7,7 +7,7 @@ import pytest
 
 import sparse_onnx
 from sparse_onnx.errors import UsageError
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_large_model_runs_in_segments_with_the_same_result(tmp_path, monkeypatch
 
 
 def test_wrong_kernel_is_caught_and_nothing_is_written(tmp_path, monkeypatch):
-    from sparse_onnx.sparse_ops import sparse_matmul
+    from sparse_onnx.sparse_ops.ops import sparse_matmul
 
     source = write_model(tmp_path / "in", sparsity=0.9)
     real = sparse_matmul.pack

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.passes.base import Pass, PassResult
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 
 def _answers(model: ir.Model, feeds: Mapping[str, np.ndarray], *, library: bool) -> list[np.ndarray]:

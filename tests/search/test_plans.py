@@ -12,6 +12,7 @@ from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.search.plans import allocated, modifiers, uniform
 from sparse_onnx.search.strategy import Goals
+from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.curves import Curve
 
 _SHARES = (0.3, 0.95)
@@ -33,7 +34,7 @@ def _layer(name, ms, size, **options):
         sparsity=0.0,
         reason="",
         companion=False,
-        block=32,
+        outputs=Outputs(32, apart=True),
         forms=(sparse_form(LowerSparseMatMul),),
         packed_bytes={"sparse": 0},
         key=size,

@@ -13,8 +13,9 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul_split
-from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.chunked_csc import PackedWeight
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 NODE = "encoder/layer.3/query"
 
@@ -26,7 +27,7 @@ def _sparse(K: int, N: int, density: float, seed: int = 0) -> np.ndarray:
 
 
 def _model(
-    packed: sm.PackedWeight,
+    packed: PackedWeight,
     bias: np.ndarray,
     op_type: str = "SparseMatMul",
     *,
@@ -42,7 +43,7 @@ def _model(
     them, ``inputs`` names arrays that become inputs of the graph instead of initializers."""
     stored = {**packed.arrays(), "bias": bias, **(arrays or {})}
     wanted = {**packed.attributes(), "mask_structure": "unstructured", **(attributes or {})}
-    node = onnx.helper.make_node(op_type, ["X", *stored], outputs, name=NODE, domain=sm.DOMAIN)
+    node = onnx.helper.make_node(op_type, ["X", *stored], outputs, name=NODE, domain=DOMAIN)
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
     if x_shape is not None:
         x_shape = [*x_shape[:-1], packed.K if x_shape[-1] is None else x_shape[-1]]
@@ -62,13 +63,11 @@ def _model(
         [onnx.helper.make_tensor_value_info(name, float32, None) for name in outputs],
         [onnx.numpy_helper.from_array(array, name) for name, array in stored.items() if name not in inputs],
     )
-    others = (sparse_matmul_split, sparse_feed_forward)
-    contract = next((other for other in others if op_type in other.OP_TYPES), sm)
     return onnx.helper.make_model(
         graph,
         ir_version=9,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[contract.function_body(op_type, opset)] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[OP_TYPES[op_type].function_body(opset)] if with_body else [],
     )
 
 

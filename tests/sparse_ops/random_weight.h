@@ -7,9 +7,13 @@
 #include <random>
 #include <vector>
 
-#include "kernels/spmm/check.h"
+#include "formats/chunked_csc.h"
 
 namespace sparse_ops::spmm {
+
+using chunked_csc::check;
+using chunked_csc::CheckedWeight;
+using chunked_csc::StoredWeight;
 
 struct RandomWeight {
   size_t K, N, chunk, block, width;

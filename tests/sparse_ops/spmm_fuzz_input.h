@@ -6,9 +6,13 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/spmm/check.h"
+#include "formats/chunked_csc.h"
 
 namespace sparse_ops::spmm {
+
+using chunked_csc::check;
+using chunked_csc::CheckedWeight;
+using chunked_csc::StoredWeight;
 
 // The bytes begin with these fields, in host byte order and without padding. The arrays follow: values,
 // offsets, counts, rows, bias. One that is longer than what is left takes what is left.

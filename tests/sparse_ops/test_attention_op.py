@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import attention
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops import attention
 
 B, H, D, DV = 2, 3, 20, 24
 SQ, SK = 6, 10
@@ -42,7 +43,7 @@ def feeds(op_type, sq, sk, *, batch=B, mask=None):
 def model(op_type, *, shapes=None, opset=17, num_heads=H, scale=SCALE, with_body=True):
     """One node; ``shapes`` are those of the inputs by name (default: of unknown rank)."""
     signature, float32 = attention.OP_TYPES[op_type], onnx.TensorProto.FLOAT
-    node = onnx.helper.make_node(op_type, signature.inputs, ["Y"], name=NODE, domain=attention.DOMAIN)
+    node = onnx.helper.make_node(op_type, signature.inputs, ["Y"], name=NODE, domain=DOMAIN)
     for name, value in (("num_heads", num_heads), ("scale", scale)):
         if value is not None:
             node.attribute.append(onnx.helper.make_attribute(name, value))
@@ -58,7 +59,7 @@ def model(op_type, *, shapes=None, opset=17, num_heads=H, scale=SCALE, with_body
         ir_version=9 if opset < 21 else 10,
         opset_imports=[
             onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid(attention.DOMAIN, attention.VERSION),
+            onnx.helper.make_opsetid(DOMAIN, VERSION),
         ],
         functions=[attention.function_body(op_type, opset)] if with_body else [],
     )
@@ -265,7 +266,7 @@ def test_the_node_is_ours_only_with_the_library(op_type, open_session, tmp_path)
         options.optimized_model_filepath = str(tmp_path / f"{library}.onnx")
         open_session(model(op_type), library=library, options=options)
         nodes = onnx.load(tmp_path / f"{library}.onnx").graph.node
-        kept[library] = [node.op_type for node in nodes if node.domain == attention.DOMAIN]
+        kept[library] = [node.op_type for node in nodes if node.domain == DOMAIN]
     assert kept == {True: [op_type], False: []}
 
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import sparse_feed_forward, sparse_matmul_split
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops.sparse_matmul import FormatError, PackedWeight, pack, unpack, validate
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.base import FormatError, Outputs
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, PackedWeight
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 SPECIAL = st.sampled_from([0.0, 0.0, 0.0, -0.0, 1.0, -2.5, np.inf, -np.inf, np.nan, 1e-45, 3e38])
 WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=SPECIAL)
@@ -26,10 +27,10 @@ WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_si
 )
 @settings(max_examples=300, deadline=None)
 def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, groups, width):
-    packed = pack(weight, chunk=chunk, block=groups * (width or 1), width=width)
-    validate(packed)
+    packed = CHUNKED_CSC.pack(weight, chunk=chunk, block=groups * (width or 1), width=width)
+    packed.validate()
     sparse_ops.check(packed)
-    dense = unpack(packed)
+    dense = packed.unpack()
     assert dense.dtype == np.float32
     # Bit for bit, but for the sign of zero.
     np.testing.assert_array_equal(
@@ -45,22 +46,22 @@ def test_round_trip_is_exact_and_the_library_agrees(weight, chunk, groups, width
 def test_blocks_along_the_outputs_are_found(height, expected):
     rng = np.random.default_rng(0)
     kept = np.repeat(rng.random((60, 48 // height)) < 0.3, height, axis=1)
-    packed = pack(np.where(kept, rng.standard_normal((60, 48)), 0).astype(np.float32))
+    packed = CHUNKED_CSC.pack(np.where(kept, rng.standard_normal((60, 48)), 0).astype(np.float32))
     assert packed.width == expected
-    assert pack(unpack(packed), width=1).values.size == np.count_nonzero(kept)
+    assert CHUNKED_CSC.pack(packed.unpack(), width=1).values.size == np.count_nonzero(kept)
 
 
 def test_blocks_along_the_inputs_or_shifted_are_not_wide(sparse):
     rng = np.random.default_rng(0)
     kept = np.repeat(rng.random((15, 48)) < 0.3, 4, axis=0)
     weight = np.where(kept, rng.standard_normal((60, 48)), 0).astype(np.float32)
-    assert pack(weight).width == 1
-    assert pack(np.roll(np.where(kept[:48].T, 1, 0).astype(np.float32), 2, axis=1)).width == 1
-    assert pack(sparse(64, 64, 0.5)).width == 1
+    assert CHUNKED_CSC.pack(weight).width == 1
+    assert CHUNKED_CSC.pack(np.roll(np.where(kept[:48].T, 1, 0).astype(np.float32), 2, axis=1)).width == 1
+    assert CHUNKED_CSC.pack(sparse(64, 64, 0.5)).width == 1
 
 
 def test_negative_zero_is_not_stored():
-    packed = pack(np.array([[-0.0, 1.0]], np.float32), chunk=1, block=2)
+    packed = CHUNKED_CSC.pack(np.array([[-0.0, 1.0]], np.float32), chunk=1, block=2)
     assert packed.values.tolist() == [0.0, 1.0]
     assert not np.signbit(packed.values).any()
 
@@ -83,7 +84,7 @@ def test_negative_zero_is_not_stored():
 )
 def test_pack_refuses(weight, chunk, block, width):
     with pytest.raises(ValueError, match=r"float32 matrix|chunk must lie|width must"):
-        pack(weight, chunk=chunk, block=block, width=width)
+        CHUNKED_CSC.pack(weight, chunk=chunk, block=block, width=width)
 
 
 def with_item(array: np.ndarray, index: int, value: int) -> np.ndarray:
@@ -126,7 +127,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_library_refuses(case, sparse):
-    packed = pack(sparse(50, 30, 0.6), chunk=16, block=8)
+    packed = CHUNKED_CSC.pack(sparse(50, 30, 0.6), chunk=16, block=8)
     change, word = BROKEN[case]
     with pytest.raises(FormatError, match=word):
         sparse_ops.check(dataclasses.replace(packed, **change(packed)))
@@ -136,10 +137,10 @@ def test_library_refuses(case, sparse):
     "case", [c for c in BROKEN if not c.startswith(("chunk", "block", "K zero", "N neg"))]
 )
 def test_validate_refuses(case, sparse):
-    packed = pack(sparse(50, 30, 0.6), chunk=16, block=8)
+    packed = CHUNKED_CSC.pack(sparse(50, 30, 0.6), chunk=16, block=8)
     change, word = BROKEN[case]
     with pytest.raises(FormatError, match=word):
-        validate(dataclasses.replace(packed, **change(packed)))
+        dataclasses.replace(packed, **change(packed)).validate()
 
 
 @given(data=st.data())
@@ -149,7 +150,7 @@ def test_python_and_library_judge_every_byte_alike(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 20)))
     weight = np.where(rng.random((23, 11)) < 0.4, rng.random((23, 11), np.float32), np.float32(0))
     chunk, block = data.draw(st.sampled_from([1, 5, 8, 23])), data.draw(st.sampled_from([1, 4, 11]))
-    packed = pack(weight, chunk=chunk, block=block, width=4 if block == 4 else 1)
+    packed = CHUNKED_CSC.pack(weight, chunk=chunk, block=block, width=4 if block == 4 else 1)
     name = data.draw(st.sampled_from(["offsets", "counts", "rows"]))
     array = getattr(packed, name)
     index, value = data.draw(st.integers(0, array.size - 1)), data.draw(st.integers(0, 255))
@@ -162,35 +163,23 @@ def test_python_and_library_judge_every_byte_alike(data):
             return False
         return True
 
-    assert accepts(validate) == accepts(sparse_ops.check)
+    assert accepts(PackedWeight.validate) == accepts(sparse_ops.check)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21, 26])
-@pytest.mark.parametrize(
-    ("contract", "op_type"),
-    [
-        (contract, op_type)
-        for contract, op_types in (
-            (sm, sm.ACTIVATIONS),
-            (sparse_matmul_split, sparse_matmul_split.OP_TYPES),
-            (sparse_feed_forward, sparse_feed_forward.OP_TYPES),
-        )
-        for op_type in op_types
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_function_body_is_valid_onnx(contract, op_type, opset):
-    body = contract.function_body(op_type, opset)
-    assert (body.domain, body.name) == (sm.DOMAIN, op_type)
+@pytest.mark.parametrize("op_type", OP_TYPES)
+def test_function_body_is_valid_onnx(op_type, opset):
+    body = OP_TYPES[op_type].function_body(opset)
+    assert (body.domain, body.name) == (DOMAIN, op_type)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = 8
-    context.opset_imports = {"": opset, sm.DOMAIN: sm.VERSION}
+    context.opset_imports = {"": opset, DOMAIN: VERSION}
     onnx.checker.check_function(body, context)
 
 
 def test_a_weight_takes_five_bytes_an_entry(sparse):
     weight = sparse(768, 768, 0.1)
-    packed = pack(weight)
+    packed = CHUNKED_CSC.pack(weight)
     assert packed.nbytes == 5 * packed.values.size + 2 * packed.counts.size
     assert packed.nbytes < 0.15 * weight.nbytes
     assert isinstance(packed, PackedWeight)
@@ -204,14 +193,16 @@ def test_the_size_is_known_without_packing(K, N, width, sparsity):
     rng = np.random.default_rng(0)
     groups = rng.random((K, -(-N // width))) < sparsity
     weight = np.where(np.repeat(groups, width, axis=1)[:, :N], 0, 1).astype(np.float32)
-    packed = pack(weight)
+    packed = CHUNKED_CSC.pack(weight)
     assert packed.width == width
-    assert sm.expected_nbytes(K, N, groups.mean(), width=width) == pytest.approx(packed.nbytes, rel=0.005)
+    assert CHUNKED_CSC.expected_nbytes(K, N, groups.mean(), together=width) == pytest.approx(
+        packed.nbytes, rel=0.005
+    )
 
 
 def test_the_size_of_channels_in_groups():
     weight = np.where(np.random.default_rng(0).random((288, 96)) < 0.8, 0, 1).astype(np.float32)
     zeros = float((weight == 0).mean())
-    assert sm.expected_nbytes(288, 96, zeros, block=24) == pytest.approx(
-        pack(weight, block=24).nbytes, rel=0.005
+    assert CHUNKED_CSC.expected_nbytes(288, 96, zeros, Outputs(24, apart=True)) == pytest.approx(
+        CHUNKED_CSC.pack(weight, block=24).nbytes, rel=0.005
     )

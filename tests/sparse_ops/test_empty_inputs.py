@@ -7,7 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
-from sparse_onnx.sparse_ops import (
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, concatenate
+from sparse_onnx.sparse_ops.ops import (
     attention,
     skip_layer_norm,
     sparse_conv,
@@ -15,10 +17,11 @@ from sparse_onnx.sparse_ops import (
     sparse_feed_forward,
     sparse_matmul_split,
 )
-from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
-OP_TYPES = {
-    op_type: contract.function_body
+EVERY = [
+    op_type
     for contract in (
         sparse_matmul_split,
         sparse_feed_forward,
@@ -28,7 +31,7 @@ OP_TYPES = {
         skip_layer_norm,
     )
     for op_type in contract.OP_TYPES
-} | dict.fromkeys(sm.ACTIVATIONS, sm.function_body)
+] + [*sm.ACTIVATIONS]
 
 C, N, H = 12, 16, 4
 WINDOW = sparse_conv.Window((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
@@ -51,9 +54,9 @@ def sparse(*shape):
 def linear(op_type):
     count = 3 if op_type == "SparseMatMulSplit3" else 2
     if op_type in sparse_matmul_split.OP_TYPES:
-        packed = sparse_matmul_split.concatenate([sm.pack(sparse(C, N), block=8) for _ in range(count)])
+        packed = concatenate([CHUNKED_CSC.pack(sparse(C, N), block=8) for _ in range(count)])
     else:
-        packed = sm.pack(sparse(C, N), block=8)
+        packed = CHUNKED_CSC.pack(sparse(C, N), block=8)
     constants = {**packed.arrays(), "bias": np.ones(packed.N, np.float32)}
     attributes = {**packed.attributes(), "mask_structure": "unstructured"}
     outputs = {"Y": N}
@@ -65,7 +68,7 @@ def linear(op_type):
 
 def feed_forward(op_type):
     constants, attributes, _ = linear(sparse_feed_forward.OP_TYPES[op_type])
-    down = sm.pack(sparse(N, C))
+    down = CHUNKED_CSC.pack(sparse(N, C))
     prefix = sparse_feed_forward.PREFIX
     bias = np.ones(C, np.float32)
     constants |= {prefix + name: array for name, array in {**down.arrays(), "bias": bias}.items()}
@@ -75,7 +78,7 @@ def feed_forward(op_type):
 
 
 def convolution(op_type):
-    packed = sparse_conv.pack_filters(sparse(N, C, 3, 3), block=8)
+    packed = CHUNKED_CSC.pack(sparse_conv.matrix_of(sparse(N, C, 3, 3)), block=8)
     constants = {**packed.arrays(), "bias": np.ones(N, np.float32)}
     attributes = {**packed.attributes(), **WINDOW.attributes(), "mask_structure": "unstructured"}
     if op_type in sparse_conv_depthwise.OP_TYPES:
@@ -118,8 +121,8 @@ def case(op_type):
 
 def model_of(op_type, opset):
     constants, attributes, outputs, fed = case(op_type)
-    body = OP_TYPES[op_type](op_type, opset)
-    node = onnx.helper.make_node(op_type, list(body.input), list(outputs), domain=sm.DOMAIN)
+    body = OP_TYPES[op_type].function_body(opset)
+    node = onnx.helper.make_node(op_type, list(body.input), list(outputs), domain=DOMAIN)
     node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
     floats, info = onnx.TensorProto.FLOAT, onnx.helper.make_tensor_value_info
     inputs = [name for name in body.input if name not in constants]
@@ -133,7 +136,7 @@ def model_of(op_type, opset):
     model = onnx.helper.make_model(
         graph,
         ir_version=9 if opset < 21 else 10,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
         functions=[body],
     )
     feeds = [
@@ -142,7 +145,7 @@ def model_of(op_type, opset):
     return model, feeds
 
 
-@pytest.mark.parametrize("op_type", OP_TYPES)
+@pytest.mark.parametrize("op_type", EVERY)
 @pytest.mark.parametrize(
     ("library", "opset"), [(True, 17), *((False, opset) for opset in (13, 14, 15, 17, 18, 20, 23, 26))]
 )

@@ -20,16 +20,18 @@ import sparse_onnx
 from sparse_onnx import sparse_ops
 from sparse_onnx.errors import HostError
 from sparse_onnx.sparse_ops import library
-from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.formats.base import FormatError
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, PackedWeight
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
 
 CSRC = Path(__file__).resolve().parents[2] / "sparse_ops" / "csrc"
 ISAS = ("avx512", "avx2", "neon", "generic")
 KERNELS = sparse_ops.info().kernels
 
 
-def tolerance(x: np.ndarray, packed: sm.PackedWeight, bias: np.ndarray) -> np.ndarray:
+def tolerance(x: np.ndarray, packed: PackedWeight, bias: np.ndarray) -> np.ndarray:
     """What rounding in float32 may amount to; no activation is steeper than 1.13."""
-    magnitude = np.abs(x).astype(np.float64) @ np.abs(sm.unpack(packed)) + np.abs(bias)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(packed.unpack()) + np.abs(bias)
     return 1.13 * np.finfo(np.float32).eps * (packed.K + 8) * magnitude
 
 
@@ -50,7 +52,7 @@ def test_info():
 @pytest.mark.parametrize("activation", sm.OP_TYPES)
 @pytest.mark.parametrize("kernel", [*KERNELS, None])
 def test_every_kernel_computes_the_reference(kernel, activation, sparse):
-    packed = sm.pack(sparse(131, 67, 0.3))
+    packed = CHUNKED_CSC.pack(sparse(131, 67, 0.3))
     rng = np.random.default_rng(1)
     bias = rng.standard_normal(67).astype(np.float32)
     for tokens in (1, 2, 7, 33, 130):
@@ -62,22 +64,22 @@ def test_every_kernel_computes_the_reference(kernel, activation, sparse):
 
 @pytest.mark.parametrize("shape", [(131,), (0, 131), (2, 3, 131), (2, 0, 3, 131)])
 def test_leading_dimensions_are_kept(shape, sparse):
-    packed = sm.pack(sparse(131, 20, 0.3))
+    packed = CHUNKED_CSC.pack(sparse(131, 20, 0.3))
     x = np.ones(shape, np.float32)
     got = sparse_ops.run(x, packed, np.zeros(20, np.float32))
     assert got.shape == (*shape[:-1], 20)
-    np.testing.assert_allclose(got, x @ sm.unpack(packed), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, x @ packed.unpack(), rtol=1e-5, atol=1e-5)
 
 
 def test_strided_input_is_copied(sparse):
-    packed = sm.pack(sparse(16, 8, 0.5))
+    packed = CHUNKED_CSC.pack(sparse(16, 8, 0.5))
     x = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32).T
     got = sparse_ops.run(x, packed, np.zeros(8, np.float32))
-    np.testing.assert_allclose(got, x @ sm.unpack(packed), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, x @ packed.unpack(), rtol=1e-5, atol=1e-5)
 
 
 def test_run_refuses(sparse):
-    packed, bias = sm.pack(sparse(16, 8, 0.5)), np.zeros(8, np.float32)
+    packed, bias = CHUNKED_CSC.pack(sparse(16, 8, 0.5)), np.zeros(8, np.float32)
     x = np.zeros((3, 16), np.float32)
     with pytest.raises(ValueError, match=r"x must be float32 \[..., 16\]"):
         sparse_ops.run(np.zeros((3, 15), np.float32), packed, bias)
@@ -87,24 +89,24 @@ def test_run_refuses(sparse):
         sparse_ops.run(x, packed, bias, "tanh")
     with pytest.raises(ValueError, match="no kernel 'avx9000'"):
         sparse_ops.run(x, packed, bias, kernel="avx9000")
-    with pytest.raises(sm.FormatError, match="bias"):
+    with pytest.raises(FormatError, match="bias"):
         sparse_ops.run(x, packed, bias[:-1])
-    with pytest.raises(sm.FormatError, match="bias must be a contiguous vector of float32"):
+    with pytest.raises(FormatError, match="bias must be a contiguous vector of float32"):
         sparse_ops.run(x, packed, bias.astype(np.float64))
 
 
 def test_some_kernels_refuse_large_chunks_and_blocks(sparse):
-    packed = sm.pack(sparse(200, 300, 0.5), chunk=200, block=256)
+    packed = CHUNKED_CSC.pack(sparse(200, 300, 0.5), chunk=200, block=256)
     x, bias = np.ones((2, 200), np.float32), np.zeros(300, np.float32)
     for kernel in KERNELS:
         if kernel in ("avx512_t128", "avx512_t1"):
             with pytest.raises(ValueError, match="the chunk or the block is too large"):
                 sparse_ops.run(x, packed, bias, kernel=kernel)
-    np.testing.assert_allclose(sparse_ops.run(x, packed, bias), x @ sm.unpack(packed), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(sparse_ops.run(x, packed, bias), x @ packed.unpack(), rtol=1e-5, atol=1e-4)
 
 
 def test_select_names_a_kernel_of_the_active_instruction_set(sparse):
-    packed = sm.pack(sparse(768, 64, 0.1))
+    packed = CHUNKED_CSC.pack(sparse(768, 64, 0.1))
     isa = sparse_ops.info().isa
     chosen = [library.select(packed, tokens) for tokens in (1, 4, 5, 16, 64, 1000)]
     assert all(name.startswith(isa) for name in chosen)
@@ -129,22 +131,22 @@ def test_limits_of_the_processor(limit):
 
 @pytest.mark.parametrize("kernel", [*KERNELS, None])
 def test_time_kernel(kernel, sparse):
-    packed = sm.pack(sparse(131, 67, 0.3))
+    packed = CHUNKED_CSC.pack(sparse(131, 67, 0.3))
     assert 0 < library.time_kernel(packed, 7, kernel, seconds=0) < 1
 
 
 def test_time_kernel_refuses(sparse):
-    packed = sm.pack(sparse(16, 8, 0.5))
+    packed = CHUNKED_CSC.pack(sparse(16, 8, 0.5))
     with pytest.raises(ValueError, match="tokens must be at least 1, not 0"):
         library.time_kernel(packed, 0)
     with pytest.raises(ValueError, match="no kernel 'avx9000'"):
         library.time_kernel(packed, 4, "avx9000")
-    with pytest.raises(sm.FormatError, match="counts"):
+    with pytest.raises(FormatError, match="counts"):
         library.time_kernel(dataclasses.replace(packed, counts=np.zeros_like(packed.counts)), 4)
 
 
 def test_time_kernel_says_why_a_kernel_does_not_fit(sparse):
-    packed = sm.pack(sparse(200, 300, 0.5), chunk=200, block=256)
+    packed = CHUNKED_CSC.pack(sparse(200, 300, 0.5), chunk=200, block=256)
     for kernel in {"avx512_t128", "avx512_t1"} & set(KERNELS):
         with pytest.raises(ValueError, match="the chunk or the block is too large"):
             library.time_kernel(packed, 4, kernel)
@@ -208,10 +210,12 @@ def in_subprocess(code: str, isa: str) -> subprocess.CompletedProcess[str]:
 FORCED = """
 import json, numpy as np
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import library, sparse_matmul as sm
+from sparse_onnx.sparse_ops import library
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
 rng = np.random.default_rng(0)
 weight = rng.standard_normal((200, 90)).astype(np.float32) * (rng.random((200, 90)) < 0.2)
-packed, bias = sm.pack(weight.astype(np.float32)), rng.standard_normal(90).astype(np.float32)
+packed, bias = CHUNKED_CSC.pack(weight.astype(np.float32)), rng.standard_normal(90).astype(np.float32)
 x = rng.standard_normal((77, 200)).astype(np.float32)
 error = np.abs(sparse_ops.run(x, packed, bias, "gelu") - sm.reference(x, packed, bias, "gelu")).max()
 print(json.dumps([sparse_ops.info().isa, library.select(packed, 77), float(error)]))

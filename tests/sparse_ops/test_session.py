@@ -8,14 +8,15 @@ import pytest
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.errors import HostError
-from sparse_onnx.sparse_ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
 
 K, N = 70, 45
 
 
 @pytest.fixture
 def packed(sparse):
-    return sm.pack(sparse(K, N, 0.3), chunk=32, block=16)
+    return CHUNKED_CSC.pack(sparse(K, N, 0.3), chunk=32, block=16)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_library_and_body_compute_the_reference(op_type, threads, packed, bias, 
 @pytest.mark.parametrize("width", [4, 8])
 def test_entries_of_several_outputs(width, bias, layer_model, open_session):
     kept = np.repeat(np.random.default_rng(1).random((K, -(-N // width))) < 0.3, width, axis=1)[:, :N]
-    packed = sm.pack(np.where(kept, inputs(K, N), 0).astype(np.float32), chunk=32, block=16)
+    packed = CHUNKED_CSC.pack(np.where(kept, inputs(K, N), 0).astype(np.float32), chunk=32, block=16)
     assert packed.width == width
     model, x = layer_model(packed, bias, "SparseMatMulGelu"), inputs(150, K)
     for library in (True, False):
@@ -277,7 +278,7 @@ def test_not_a_number_and_infinity_pass_through(packed, layer_model, open_sessio
     bias = np.zeros(N, np.float32)
     bias[3], bias[4] = np.nan, np.inf
     (got,) = open_session(layer_model(packed, bias)).run(None, {"X": x})
-    touched = sm.unpack(packed)[5] != 0
+    touched = packed.unpack()[5] != 0
     assert np.isnan(got[1, touched]).all()
     assert not np.isfinite(got[2, touched]).any()
     assert np.isnan(got[:, 3]).all()
@@ -322,11 +323,11 @@ def test_unknown_instruction_set_is_an_error_of_the_environment(monkeypatch):
 def test_large_weight_in_strips(sparse, layer_model, open_session):
     """More tokens than have room in the scratch memory at a time, and a large last tile."""
     K = 40000
-    packed, bias = sm.pack(sparse(K, 3, 0.01)), np.zeros(3, np.float32)
+    packed, bias = CHUNKED_CSC.pack(sparse(K, 3, 0.01)), np.zeros(3, np.float32)
     x = inputs(300, K)
     for threads in (1, 2):
         (got,) = open_session(layer_model(packed, bias), threads=threads).run(None, {"X": x})
-        np.testing.assert_allclose(got, x @ sm.unpack(packed), rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(got, x @ packed.unpack(), rtol=1e-4, atol=1e-3)
 
 
 def test_concurrent_runs_of_one_session(packed, bias, layer_model, open_session):

@@ -6,7 +6,8 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import skip_layer_norm as sln
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops import skip_layer_norm as sln
 
 C = 45
 EPSILON = 1e-5
@@ -28,7 +29,7 @@ def model(op_type, *, x=None, skip=None, opset=17, epsilon=EPSILON, stored=None,
     """One node; ``x`` and ``skip`` are the shapes of the inputs (None: of unknown rank)."""
     signature, float32 = sln.OP_TYPES[op_type], onnx.TensorProto.FLOAT
     stored = constants(op_type) if stored is None else stored
-    node = onnx.helper.make_node(op_type, signature.inputs, signature.outputs, name=NODE, domain=sln.DOMAIN)
+    node = onnx.helper.make_node(op_type, signature.inputs, signature.outputs, name=NODE, domain=DOMAIN)
     if epsilon is not None:
         node.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
     shapes = {"X": x, "skip": skip}
@@ -44,7 +45,7 @@ def model(op_type, *, x=None, skip=None, opset=17, epsilon=EPSILON, stored=None,
         ir_version=9 if opset < 21 else 10,
         opset_imports=[
             onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid(sln.DOMAIN, sln.VERSION),
+            onnx.helper.make_opsetid(DOMAIN, VERSION),
         ],
         functions=[sln.function_body(op_type, opset)] if with_body else [],
     )
@@ -155,7 +156,7 @@ def test_the_node_is_ours_only_with_the_library(op_type, open_session, tmp_path)
         options.optimized_model_filepath = str(tmp_path / f"{library}.onnx")
         open_session(model(op_type, x=["b", C], skip=["b", C]), library=library, options=options)
         nodes = onnx.load(tmp_path / f"{library}.onnx").graph.node
-        kept[library] = [node.op_type for node in nodes if node.domain == sln.DOMAIN]
+        kept[library] = [node.op_type for node in nodes if node.domain == DOMAIN]
     assert kept == {True: [op_type], False: []}
 
 

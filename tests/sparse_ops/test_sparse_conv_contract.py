@@ -5,9 +5,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from sparse_onnx.sparse_ops import sparse_conv as sc
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops.sparse_conv import Window
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, block_size
+from sparse_onnx.sparse_ops.ops import sparse_conv as sc
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
+from sparse_onnx.sparse_ops.ops.sparse_conv import Window
 
 RNG = np.random.default_rng(3)
 
@@ -53,7 +55,7 @@ def onnx_conv(x, filters, bias, window):
 def test_filters_survive_packing(case):
     window, (channels, outputs) = WINDOWS[case]
     filters = filters_of(window, channels, outputs)
-    packed = sc.pack_filters(filters, group=window.group, block=4)
+    packed = CHUNKED_CSC.pack(sc.matrix_of(filters), sc.outputs_of(len(filters), window.group), block=4)
     assert (filters[0].size, outputs) == (packed.K, packed.N)
     np.testing.assert_array_equal(sc.unpack_filters(packed, window), filters)
     if window.group > 1:
@@ -67,7 +69,9 @@ def test_reference_is_the_convolution_of_the_standard(case):
     sizes = (9, 10)[-len(window.kernel_shape) :]
     x = RNG.standard_normal((2, channels, *sizes)).astype(np.float32)
     bias = RNG.standard_normal(outputs).astype(np.float32)
-    got = sc.reference(x, sc.pack_filters(filters, group=window.group), bias, window)
+    got = sc.reference(
+        x, CHUNKED_CSC.pack(sc.matrix_of(filters), sc.outputs_of(len(filters), window.group)), bias, window
+    )
     expected = onnx_conv(x, filters, bias, window)
     assert got.shape == (2, outputs, *window.output_size(*sizes)) == expected.shape
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -85,7 +89,7 @@ def test_reference_is_the_convolution_of_the_standard(case):
 )
 @pytest.mark.parametrize("residual", [True, False])
 def test_activations_of_the_reference(activation, limits, expected, residual):
-    packed = sc.pack_filters(np.ones((1, 1, 1, 1), np.float32))
+    packed = CHUNKED_CSC.pack(sc.matrix_of(np.ones((1, 1, 1, 1), np.float32)), sc.outputs_of(1))
     h = np.array([-4, -1, 0, 1, 4], np.float32).reshape(1, 1, 1, 5)
     x, r = (h - 1, np.ones_like(h)) if residual else (h, None)
     got = sc.reference(
@@ -98,12 +102,12 @@ def test_activations_of_the_reference(activation, limits, expected, residual):
     ("N", "group", "block"), [(64, 1, 64), (6, 2, 3), (130, 1, 64), (256, 2, 64), (202, 2, 1), (12, 12, 1)]
 )
 def test_block_never_straddles_groups(N, group, block):
-    assert sc.block_size(N, group) == block
+    assert block_size(N, sc.outputs_of(N, group)) == block
 
 
 def test_output_channels_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 output channels cannot be cut into 2 groups"):
-        sc.pack_filters(np.ones((5, 1, 1, 1), np.float32), group=2)
+        sc.outputs_of(5, 2)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +127,10 @@ def test_window_that_does_not_fit():
 @pytest.mark.parametrize("opset", [13, 14, 17, 18, 20, 21, 22, 26])
 @pytest.mark.parametrize("op_type", sc.OP_TYPES)
 def test_body_is_a_valid_function(op_type, opset):
-    body = sc.function_body(op_type, opset)
+    body = OP_TYPES[op_type].function_body(opset)
     activation, residual = sc.OP_TYPES[op_type]
     assert body.name == op_type == sc.operator_name(activation, residual)
-    assert body.domain == sm.DOMAIN
+    assert body.domain == DOMAIN
     assert ("R" in body.input) == residual == op_type.startswith("SparseConvAdd")
     assert ("min" in body.attribute) == (activation == "clip")
     assert {node.domain for node in body.node} == {""}

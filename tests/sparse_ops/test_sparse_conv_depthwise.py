@@ -4,10 +4,12 @@ import numpy as np
 import onnx
 import pytest
 
-from sparse_onnx.sparse_ops import sparse_conv as sc
-from sparse_onnx.sparse_ops import sparse_conv_depthwise as scd
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops.sparse_conv import Window
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
+from sparse_onnx.sparse_ops.ops import sparse_conv as sc
+from sparse_onnx.sparse_ops.ops import sparse_conv_depthwise as scd
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
+from sparse_onnx.sparse_ops.ops.sparse_conv import Window
 
 NODE = "block.1/expand"
 CHANNELS, OUTPUTS = 5, 22
@@ -22,7 +24,7 @@ def pack(window):
     shape = (OUTPUTS, CHANNELS, *window.kernel_shape)
     rng = np.random.default_rng(1)
     dense = np.where(rng.random(shape) < 0.6, 0, rng.standard_normal(shape)).astype(np.float32)
-    return sc.pack_filters(dense, chunk=16, block=8)
+    return CHUNKED_CSC.pack(sc.matrix_of(dense), chunk=16, block=8)
 
 
 def filters_of(depthwise):
@@ -56,7 +58,7 @@ def model_of(
     if scd.OP_TYPES[op_type] == "clip":
         wanted["min"], wanted["max"] = LIMITS
     wanted |= attributes or {}
-    node = onnx.helper.make_node(op_type, ["X", *stored], ["Y"], name=NODE, domain=sm.DOMAIN)
+    node = onnx.helper.make_node(op_type, ["X", *stored], ["Y"], name=NODE, domain=DOMAIN)
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
@@ -69,8 +71,8 @@ def model_of(
     return onnx.helper.make_model(
         graph,
         ir_version=9 if opset < 21 else 10,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[scd.function_body(op_type, opset)] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[OP_TYPES[op_type].function_body(opset)] if with_body else [],
     )
 
 

@@ -7,9 +7,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from sparse_onnx.sparse_ops import sparse_conv as sc
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops.sparse_conv import Window
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, PackedWeight
+from sparse_onnx.sparse_ops.ops import sparse_conv as sc
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
+from sparse_onnx.sparse_ops.ops.sparse_conv import Window
 
 NODE = "stage.2/conv"
 CHANNELS, OUTPUTS = 6, 20
@@ -25,8 +27,10 @@ def filters_of(window: Window, channels: int = CHANNELS) -> np.ndarray:
     return np.where(rng.random(shape) < 0.7, 0, rng.standard_normal(shape)).astype(np.float32)
 
 
-def pack(window: Window, channels: int = CHANNELS) -> sm.PackedWeight:
-    return sc.pack_filters(filters_of(window, channels), group=window.group, chunk=16, block=8)
+def pack(window: Window, channels: int = CHANNELS) -> PackedWeight:
+    filters = filters_of(window, channels)
+    outputs = sc.outputs_of(len(filters), window.group)
+    return CHUNKED_CSC.pack(sc.matrix_of(filters), outputs, chunk=16, block=8)
 
 
 def model_of(
@@ -50,7 +54,7 @@ def model_of(
         wanted["min"], wanted["max"] = LIMITS
     wanted |= attributes or {}
     names = ["X", *stored, *(["R"] if residual else [])]
-    node = onnx.helper.make_node(op_type, names, ["Y"], name=NODE, domain=sm.DOMAIN)
+    node = onnx.helper.make_node(op_type, names, ["Y"], name=NODE, domain=DOMAIN)
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
     info = onnx.helper.make_tensor_value_info
     inputs = [info("X", onnx.TensorProto.FLOAT, x_shape)]
@@ -66,8 +70,8 @@ def model_of(
     return onnx.helper.make_model(
         graph,
         ir_version=9 if opset < 21 else 10,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[sc.function_body(op_type, opset)] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[OP_TYPES[op_type].function_body(opset)] if with_body else [],
     )
 
 

@@ -5,9 +5,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from sparse_onnx.sparse_ops import sparse_feed_forward as ff
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops import sparse_matmul_split as split
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, concatenate
+from sparse_onnx.sparse_ops.ops import sparse_feed_forward as ff
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.ops import sparse_matmul_split as split
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 K, HIDDEN, N = 70, 48, 33
 every_op_type = pytest.mark.parametrize("op_type", ff.OP_TYPES)
@@ -33,12 +35,12 @@ def weights(sparse):
 
     def packed(k, n, width, seed, **stored):
         dense = np.repeat(sparse(k, -(-n // width), 0.3, seed), width, axis=1)[:, :n]
-        return sm.pack(dense, width=width, **stored)
+        return CHUNKED_CSC.pack(dense, width=width, **stored)
 
     def weights(op_type, width=1, down_width=1, hidden=HIDDEN, block=16):
         n = 2 * hidden if gated(op_type) else hidden
         halves = [packed(K, hidden, width, seed, chunk=32, block=block) for seed in (0, 2)]
-        first = split.concatenate(halves) if gated(op_type) else halves[0]
+        first = concatenate(halves) if gated(op_type) else halves[0]
         down = packed(hidden, N, down_width, 1, chunk=20, block=8)
         return first, np.linspace(-2, 2, n, dtype=np.float32), down, np.linspace(3, 4, N, dtype=np.float32)
 
@@ -150,9 +152,9 @@ def test_body_folds_to_the_linears(op_type, opset, weights, pair_model, open_ses
 
 
 def test_the_second_decoder_is_the_first_with_other_names():
-    assert sm.decoder(ff.PREFIX).count(ff.PREFIX) > 100
-    assert sm.decoder(ff.PREFIX).replace(ff.PREFIX, "") == sm.decoder()
-    body = ff.function_body("SparseFeedForward", 17)
+    assert CHUNKED_CSC.decoder(ff.PREFIX).count(ff.PREFIX) > 100
+    assert CHUNKED_CSC.decoder(ff.PREFIX).replace(ff.PREFIX, "") == CHUNKED_CSC.decoder()
+    body = OP_TYPES["SparseFeedForward"].function_body(17)
     made = [name for node in body.node for name in node.output]
     assert len(made) == len(set(made))
     own = {name for node in body.node for name in node.output if name.startswith(ff.PREFIX)}

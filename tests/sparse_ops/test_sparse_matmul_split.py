@@ -9,8 +9,10 @@ import onnxruntime
 import pytest
 
 from sparse_onnx import sparse_ops
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops import sparse_matmul_split as split
+from sparse_onnx.sparse_ops.formats.base import FormatError
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, concatenate
+from sparse_onnx.sparse_ops.ops import sparse_matmul as sm
+from sparse_onnx.sparse_ops.ops import sparse_matmul_split as split
 
 K, BLOCK = 70, 16
 # Output channels of the linears: whole blocks, but for the last one of a split; and others.
@@ -44,7 +46,7 @@ def at_block(weight, width=1):
     """Packed with blocks of BLOCK, also where there are fewer outputs."""
     n = weight.shape[1]
     wide = np.concatenate([weight, np.zeros((K, max(0, BLOCK - n)), np.float32)], axis=1)
-    return dataclasses.replace(sm.pack(wide, chunk=32, block=BLOCK, width=width), N=n)
+    return dataclasses.replace(CHUNKED_CSC.pack(wide, chunk=32, block=BLOCK, width=width), N=n)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def layer(weights, layer_model):
     def layer(op_type, width=1, sizes=None, attributes=None, **more):
         sizes = sizes or SIZES[op_type]
         parts = [at_block(w, width) for w in weights(op_type, width, sizes)]
-        packed = split.concatenate(parts)
+        packed = concatenate(parts)
         bias = np.linspace(-2, 2, packed.N, dtype=np.float32)
         own = () if op_type in split.GATES.values() else sizes
         outputs = [f"Y{i}" for i in range(len(own))] or ["Y"]
@@ -101,8 +103,8 @@ every_odd_size = pytest.mark.parametrize(
 def test_linears_of_any_width(op_type, sizes, width, library, layer, weights, open_session):
     """Not whole blocks: what lies between the linears is no part of the weight."""
     packed, bias, own, model = layer(op_type, width, sizes)
-    assert packed.format == sm.PARTS_FORMAT
-    np.testing.assert_array_equal(sm.unpack(packed), np.concatenate(weights(op_type, width, sizes), axis=1))
+    assert packed.format == CHUNKED_CSC.variants[1]
+    np.testing.assert_array_equal(packed.unpack(), np.concatenate(weights(op_type, width, sizes), axis=1))
     x = inputs(37, K)
     expected = split.reference(op_type, x, packed, bias, own)
     for threads in (1, 2):
@@ -144,7 +146,7 @@ def test_the_reference_is_what_the_linears_compute(
     activations = {gate: activation for activation, gate in split.GATES.items()}
     for index, weight in enumerate(weights(op_type)):
         activation = activations.get(op_type, "none") if index == 0 else "none"
-        part = sm.pack(weight, chunk=32, block=BLOCK)
+        part = CHUNKED_CSC.pack(weight, chunk=32, block=BLOCK)
         single = layer_model(part, bias[first : first + part.N], sm.OP_TYPES[activation])
         alone += open_session(single, library=library).run(None, {"X": x})
         first += part.N
@@ -210,7 +212,7 @@ def test_not_a_number_and_infinity_pass_through(op_type, layer, open_session):
     touched = split.reference(op_type, x, packed, bias, own)
     for mine, theirs in zip(got, touched, strict=True):
         np.testing.assert_allclose(mine[[0, 2]], theirs[[0, 2]], rtol=1e-5, atol=2e-4)
-    stored = np.split(sm.unpack(packed)[5] != 0, np.cumsum(SIZES[op_type])[:-1])
+    stored = np.split(packed.unpack()[5] != 0, np.cumsum(SIZES[op_type])[:-1])
     reached = stored if own else [stored[0] | stored[1]]
     for mine, columns in zip(got, reached, strict=True):
         np.testing.assert_array_equal(np.isnan(mine[1]), columns)
@@ -218,11 +220,15 @@ def test_not_a_number_and_infinity_pass_through(op_type, layer, open_session):
 
 def test_a_weight_with_padding_is_not_read_as_one_without(layer, open_session, node_name):
     """Neither the other way round: a format that a library does not know is refused."""
-    for sizes, wrong in (((32, 45), sm.PARTS_FORMAT), ((31, 45), sm.FORMAT), ((31, 45), "chunked_csc_newer")):
+    for sizes, wrong in (
+        ((32, 45), CHUNKED_CSC.variants[1]),
+        ((31, 45), CHUNKED_CSC.name),
+        ((31, 45), "chunked_csc_newer"),
+    ):
         packed, bias, own, model = layer(
             "SparseMatMulSplit2", sizes=sizes, attributes={"format": wrong}, with_body=False
         )
-        if wrong == sm.PARTS_FORMAT:  # whole blocks are the same in both
+        if wrong == CHUNKED_CSC.variants[1]:  # whole blocks are the same in both
             x = inputs(5, K)
             compare(
                 open_session(model).run(None, {"X": x}),
@@ -235,8 +241,8 @@ def test_a_weight_with_padding_is_not_read_as_one_without(layer, open_session, n
     with pytest.raises(Exception, match="'bitmap'; this library reads chunked_csc and chunked_csc_parts"):
         open_session(model)
     single = layer("SparseMatMulSplit2", sizes=(31, 45))[0]
-    with pytest.raises(sm.FormatError, match="are not the sizes of linears"):
-        sm.validate(dataclasses.replace(single, split=(31, 46)))
+    with pytest.raises(FormatError, match="are not the sizes of linears"):
+        dataclasses.replace(single, split=(31, 46)).validate()
 
 
 WRONG_PARTS = {
@@ -317,7 +323,7 @@ def test_split_of_another_kind_is_refused(value, layer, open_session):
 
 def test_gate_without_whole_blocks_is_refused(sparse, layer_model, open_session, node_name):
     for n in (BLOCK, 3 * BLOCK, 2 * BLOCK + 2):
-        packed = sm.pack(sparse(K, n, 0.3), chunk=32, block=BLOCK)
+        packed = CHUNKED_CSC.pack(sparse(K, n, 0.3), chunk=32, block=BLOCK)
         model = layer_model(packed, np.zeros(n, np.float32), "SparseMatMulSiluGate", with_body=False)
         message = rf"node '{node_name}' .*attribute N is {n}, expected 2 sizes that add up to N = {n}, all but the last"
         with pytest.raises(Exception, match=message):
@@ -331,9 +337,9 @@ def test_concatenated_weights_are_the_weights_side_by_side(sizes, width, sparse)
         np.repeat(sparse(K, -(-n // width), 0.3, n + seed), width, axis=1)[:, :n]
         for seed, n in enumerate(sizes)
     ]
-    packed = split.concatenate([sm.pack(w, chunk=32, block=BLOCK, width=width) for w in dense])
+    packed = concatenate([CHUNKED_CSC.pack(w, chunk=32, block=BLOCK, width=width) for w in dense])
     sparse_ops.check(packed)
-    whole = sm.pack(np.concatenate(dense, axis=1), chunk=32, block=BLOCK, width=width)
+    whole = CHUNKED_CSC.pack(np.concatenate(dense, axis=1), chunk=32, block=BLOCK, width=width)
     for name, array in whole.arrays().items():
         np.testing.assert_array_equal(packed.arrays()[name], array)
     assert packed.attributes() == whole.attributes()
@@ -341,11 +347,11 @@ def test_concatenated_weights_are_the_weights_side_by_side(sizes, width, sparse)
 
 def test_concatenate_refuses_weights_that_do_not_fit(sparse):
     def part(k=K, n=32, **options):
-        return sm.pack(sparse(k, n, 0.3), **{"chunk": 32, "block": BLOCK, "width": 1, **options})
+        return CHUNKED_CSC.pack(sparse(k, n, 0.3), **{"chunk": 32, "block": BLOCK, "width": 1, **options})
 
     for other in (part(k=71), part(chunk=16), part(block=8), part(width=4)):
         with pytest.raises(ValueError, match="equal K, chunk, block and width"):
-            split.concatenate([part(), other])
+            concatenate([part(), other])
 
 
 @pytest.mark.parametrize("width", [1, 4, 8])
@@ -355,8 +361,8 @@ def test_concatenated_weights_of_any_width(sizes, width, sparse):
         np.repeat(sparse(K, -(-n // width), 0.3, n + seed), width, axis=1)[:, :n]
         for seed, n in enumerate(sizes)
     ]
-    packed = split.concatenate([at_block(w, width) for w in dense])
-    assert packed.attributes()["format"] == sm.PARTS_FORMAT
+    packed = concatenate([at_block(w, width) for w in dense])
+    assert packed.attributes()["format"] == CHUNKED_CSC.variants[1]
     sparse_ops.check(packed)
-    sm.validate(packed)
-    np.testing.assert_array_equal(sm.unpack(packed), np.concatenate(dense, axis=1))
+    packed.validate()
+    np.testing.assert_array_equal(packed.unpack(), np.concatenate(dense, axis=1))

@@ -7,8 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from sparse_onnx.sparse_ops import sparse_matmul as sm
-from sparse_onnx.sparse_ops import sparse_recurrent as sr
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, block_size
+from sparse_onnx.sparse_ops.ops import sparse_recurrent as sr
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 S, B, K, H = 6, 3, 37, 24
 NODE = "encoder/lstm"
@@ -26,11 +28,11 @@ def normal(*shape, seed=3, scale=1.0):
 def weights(op_type, sparse, *, inputs=K, hidden=H, directions=1, block=None, chunk=None):
     """Both packed weights and their biases."""
     N = directions * sr.CELLS[sr.OP_TYPES[op_type].cell] * hidden
-    block = block or sr.recurrent_block(hidden, N)
+    block = block or block_size(N, sr.recurrent_outputs(hidden))
     return (
-        sm.pack(sparse(inputs, N, 0.3, 0) * np.float32(0.5), chunk=chunk),
+        CHUNKED_CSC.pack(sparse(inputs, N, 0.3, 0) * np.float32(0.5), chunk=chunk),
         normal(N, seed=5, scale=0.3),
-        sm.pack(sparse(hidden, N, 0.3, 1) * np.float32(0.5), block=block, chunk=chunk),
+        CHUNKED_CSC.pack(sparse(hidden, N, 0.3, 1) * np.float32(0.5), block=block, chunk=chunk),
         normal(N, seed=6, scale=0.3),
     )
 
@@ -66,7 +68,7 @@ def model(
         wanted["linear_before_reset"] = reset
     wanted |= attributes or {}
     node = onnx.helper.make_node(
-        op_type, ["X", *stored, *signature.operands], signature.outputs, name=NODE, domain=sm.DOMAIN
+        op_type, ["X", *stored, *signature.operands], signature.outputs, name=NODE, domain=DOMAIN
     )
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in wanted.items() if v is not None)
     types = {"sequence_lens": onnx.TensorProto.INT32}
@@ -87,8 +89,8 @@ def model(
     return onnx.helper.make_model(
         graph,
         ir_version=9 if opset < 21 else 10,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(sm.DOMAIN, sm.VERSION)],
-        functions=[sr.function_body(op_type, opset)] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[OP_TYPES[op_type].function_body(opset)] if with_body else [],
     )
 
 
@@ -172,7 +174,7 @@ def test_body_folds_to_the_standard_operator(op_type, opset, sparse, open_sessio
 
 @every_op_type
 def test_body_makes_every_value_once(op_type):
-    made = [name for node in sr.function_body(op_type, 17).node for name in node.output]
+    made = [name for node in OP_TYPES[op_type].function_body(17).node for name in node.output]
     assert len(made) == len(set(made))
 
 
@@ -308,4 +310,4 @@ def test_inputs_that_do_not_fit_are_refused(case, sparse, open_session):
     ("hidden", "N", "block"), [(256, 1024, 64), (48, 192, 48), (37, 148, 37), (134, 536, 64)]
 )
 def test_blocks_end_where_gates_do_if_they_can(hidden, N, block):
-    assert sr.recurrent_block(hidden, N) == block
+    assert block_size(N, sr.recurrent_outputs(hidden)) == block

@@ -281,7 +281,7 @@ def test_optimize_and_verify_pass(tmp_path, kind):
 
 
 def test_optimize_names_the_layer_where_a_fault_begins(tmp_path, monkeypatch):
-    from sparse_onnx.sparse_ops import sparse_matmul
+    from sparse_onnx.sparse_ops.ops import sparse_matmul
 
     real = sparse_matmul.pack
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
 from sparse_onnx.sparse_ops import library
-from sparse_onnx.sparse_ops.sparse_matmul import pack
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 from sparse_onnx.tools.benchmarks.section import Settings, Table, percent
 
 __all__ = ["kernels"]
@@ -54,7 +54,7 @@ def kernels(settings: Settings) -> Iterator[Table]:
             settings.say(f"kernels: {K} x {N}, {name}")
             structure = MaskStructure.parse(name)
             keep = keep_mask(weight, level, structure)
-            packed = pack(np.where(keep, weight, np.float32(0)))
+            packed = SPARSE_FORMAT.pack(np.where(keep, weight, np.float32(0)))
             kernel = library.select(packed, _ROWS)
             time = library.time_kernel(packed, _ROWS, seconds=seconds)
             peak, load_peak = (limit(kernel, seconds / 3) for limit in (library.peak, library.load_peak))

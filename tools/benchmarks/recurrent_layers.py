@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
-from sparse_onnx.sparse_ops.sparse_recurrent import CELLS
+from sparse_onnx.sparse_ops.ops.sparse_recurrent import CELLS
 from sparse_onnx.timing.layers import time_pair
 from sparse_onnx.tools.benchmarks.section import Settings, Table, band, count, percent
 

@@ -1,4 +1,4 @@
-// The operators SkipLayerNormalization* and SkipRMSNormalization*; contract in sparse_ops/skip_layer_norm.py.
+// The operators SkipLayerNormalization* and SkipRMSNormalization*; contract in sparse_ops/ops/skip_layer_norm.py.
 #pragma once
 
 #include <vector>

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "kernels/spconv/spconv.h"
-#include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
@@ -26,7 +25,7 @@ struct ConvVariant {
 using enum MapEpilogue::Activation;
 
 // The residual comes last.
-constexpr size_t kResidual = 1 + std::size(kWeightInputs);
+constexpr size_t kResidual = 1 + kWeightInputs;
 
 class Kernel {
  public:
@@ -43,9 +42,7 @@ class Kernel {
       {"SparseConvAddSilu", true, silu, false},
       {"SparseConvAddHardSwish", true, hard_swish, false},
   };
-  static OrtElementType input_type(const Variant&, size_t i) {
-    return i == 0 || i == kResidual ? ORT_FLOAT : kWeightInputs[i - 1].type;
-  }
+  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
   static size_t input_count(const Variant& variant) { return kResidual + variant.residual; }
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
@@ -63,7 +60,7 @@ class Kernel {
   size_t axes_;
   spconv::Axis rows_, columns_;
   size_t group_;
-  spmm::CheckedWeight weight_;
+  chunked_csc::CheckedWeight weight_;
 };
 
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)

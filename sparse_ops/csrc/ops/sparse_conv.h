@@ -1,5 +1,5 @@
 // The operators SparseConv*, one op type per activation, with and without a residual; contract in
-// sparse_ops/sparse_conv.py.
+// sparse_ops/ops/sparse_conv.py.
 #pragma once
 
 #include <vector>

@@ -1,7 +1,6 @@
 #include "ops/sparse_conv_depthwise.h"
 
 #include "kernels/spconv/fused_depthwise.h"
-#include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
@@ -21,7 +20,7 @@ struct DepthwiseVariant {
 };
 
 // The filters of the depthwise convolution come behind the weight of the first, then their bias.
-constexpr size_t kFilters = 1 + std::size(kWeightInputs), kFilterBias = kFilters + 1;
+constexpr size_t kFilters = 1 + kWeightInputs, kFilterBias = kFilters + 1;
 constexpr const char* kPrefix = "depthwise_";
 
 class Kernel {
@@ -33,9 +32,7 @@ class Kernel {
       {"SparseConvDepthwiseSilu", silu, false},
       {"SparseConvDepthwiseHardSwish", hard_swish, false},
   };
-  static OrtElementType input_type(const Variant&, size_t i) {
-    return i == 0 || i >= kFilters ? ORT_FLOAT : kWeightInputs[i - 1].type;
-  }
+  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
   static size_t input_count(const Variant&) { return kFilterBias + 1; }
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
@@ -51,7 +48,7 @@ class Kernel {
   MapEpilogue epilogue_;
   size_t axes_;
   spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
-  spmm::CheckedWeight weight_;
+  chunked_csc::CheckedWeight weight_;
   const unsigned char* filters_;
   const unsigned char* filter_bias_;
 };

@@ -1,5 +1,5 @@
 // The operators SparseConvDepthwise*, one op type per activation; contract in
-// sparse_ops/sparse_conv_depthwise.py.
+// sparse_ops/ops/sparse_conv_depthwise.py.
 #pragma once
 
 #include <vector>

@@ -2,7 +2,6 @@
 
 #include <string>
 
-#include "kernels/spmm/check.h"
 #include "kernels/spmm/feed_forward.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
@@ -21,7 +20,7 @@ struct FeedForwardVariant {
 };
 
 // The second weight stands behind the first.
-constexpr size_t kSecond = 1 + std::size(kWeightInputs);
+constexpr size_t kSecond = 1 + kWeightInputs;
 constexpr const char* kPrefix = "down_";
 
 class Kernel {
@@ -35,10 +34,8 @@ class Kernel {
                                           {"SparseFeedForwardQuickGelu", Activation::quick_gelu},
                                           {"SparseFeedForwardGeluTanhGate", Activation::gelu_tanh, true},
                                           {"SparseFeedForwardSiluGate", Activation::silu, true}};
-  static OrtElementType input_type(const Variant&, size_t i) {
-    return i == 0 ? ORT_FLOAT : kWeightInputs[(i - 1) % std::size(kWeightInputs)].type;
-  }
-  static size_t input_count(const Variant&) { return kSecond + std::size(kWeightInputs); }
+  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i, 2); }
+  static size_t input_count(const Variant&) { return kSecond + kWeightInputs; }
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
 
@@ -50,7 +47,7 @@ class Kernel {
   std::string where_;
   Features features_;
   mutable ThreadCount threads_;
-  spmm::CheckedWeight first_, second_;
+  chunked_csc::CheckedWeight first_, second_;
 };
 
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {

@@ -1,5 +1,5 @@
 // The operators SparseFeedForward*, one op type per activation; contract in
-// sparse_ops/sparse_feed_forward.py.
+// sparse_ops/ops/sparse_feed_forward.py.
 #pragma once
 
 #include <vector>

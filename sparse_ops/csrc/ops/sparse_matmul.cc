@@ -4,7 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels/spmm/check.h"
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
@@ -38,10 +37,8 @@ class Kernel {
                                           {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
                                           {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
                                           {"SparseMatMulSiluGate", Activation::silu, 1, true}};
-  static OrtElementType input_type(const Variant&, size_t i) {
-    return i == 0 ? ORT_FLOAT : kWeightInputs[i - 1].type;
-  }
-  static size_t input_count(const Variant&) { return 1 + std::size(kWeightInputs); }
+  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
+  static size_t input_count(const Variant&) { return 1 + kWeightInputs; }
   static size_t output_count(const Variant& variant) { return variant.outputs; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
@@ -53,7 +50,7 @@ class Kernel {
   std::string where_;
   Features features_;
   mutable ThreadCount threads_;
-  spmm::CheckedWeight weight_;
+  chunked_csc::CheckedWeight weight_;
   std::vector<int64_t> split_;  // channels of each output
 };
 

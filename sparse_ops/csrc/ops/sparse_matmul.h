@@ -1,5 +1,5 @@
 // The operators SparseMatMul*, one op type per activation and per form of output; contracts in
-// sparse_ops/sparse_matmul.py and sparse_ops/sparse_matmul_split.py.
+// sparse_ops/ops/sparse_matmul.py and sparse_ops/ops/sparse_matmul_split.py.
 #pragma once
 
 #include <vector>

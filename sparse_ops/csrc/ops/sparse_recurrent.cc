@@ -5,7 +5,6 @@
 
 #include "kernels/recurrent/recurrent.h"
 #include "kernels/sizes.h"
-#include "kernels/spmm/check.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
 #include "ops/stored_weight.h"
@@ -26,8 +25,8 @@ struct RecurrentVariant {
 };
 
 // The recurrent weight stands behind the other.
-constexpr size_t kRecurrent = 1 + std::size(kWeightInputs);
-constexpr size_t kLengths = kRecurrent + std::size(kWeightInputs);
+constexpr size_t kRecurrent = 1 + kWeightInputs;
+constexpr size_t kLengths = kRecurrent + kWeightInputs;
 constexpr const char* kPrefix = "recurrent_";
 
 class Kernel {
@@ -42,9 +41,7 @@ class Kernel {
                                           {"SparseGRUState", false, false, true},
                                           {"SparseGRULengthsState", false, true, true}};
   static OrtElementType input_type(const Variant& variant, size_t i) {
-    if (i == 0 || i > kLengths) return ORT_FLOAT;
-    if (i == kLengths) return variant.has_lengths ? ORT_INT32 : ORT_FLOAT;
-    return kWeightInputs[(i - 1) % std::size(kWeightInputs)].type;
+    return i == kLengths && variant.has_lengths ? ORT_INT32 : weight_input_type(i, 2);
   }
   static size_t input_count(const Variant& variant) {
     return kLengths + variant.has_lengths + (variant.has_state ? variant.states() : 0);
@@ -67,7 +64,7 @@ class Kernel {
   Cell cell_;
   bool reverse_;
   size_t directions_;
-  spmm::CheckedWeight input_, recurrent_;
+  chunked_csc::CheckedWeight input_, recurrent_;
 };
 
 Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)

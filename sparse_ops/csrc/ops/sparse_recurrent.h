@@ -1,4 +1,4 @@
-// The operators SparseLSTM* and SparseGRU*; contract in sparse_ops/sparse_recurrent.py.
+// The operators SparseLSTM* and SparseGRU*; contract in sparse_ops/ops/sparse_recurrent.py.
 #pragma once
 
 #include <vector>

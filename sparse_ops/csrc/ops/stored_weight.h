@@ -1,78 +1,64 @@
-// The compressed weight of a node, as all sparse operators store it.
+// The compressed weights of a node, read from its attributes and inputs and checked by their format.
 #pragma once
 
 #include <array>
+#include <iterator>
 #include <span>
 #include <string>
 
-#include "kernels/spmm/check.h"
+#include "formats/chunked_csc.h"
 #include "ops/op_support.h"
 
 namespace sparse_ops {
 
-struct WeightInput {
-  const char* name;
-  OrtElementType type;
-};
-// The inputs that hold it, in order, right behind the activations.
-constexpr WeightInput kWeightInputs[] = {{"values", ORT_FLOAT},
-                                         {"offsets", ORT_UINT8},
-                                         {"counts", ORT_UINT8},
-                                         {"rows", ORT_UINT8},
-                                         {"bias", ORT_FLOAT}};
+// The inputs of one weight, right behind the activations: its parts and its bias.
+constexpr size_t kWeightInputs = std::size(chunked_csc::kParts) + 1;
 
-// How they lie: as one weight, of which several linears may have whole blocks each, or with outputs of zeros
-// that fill the last block of each linear.
-constexpr const char* kFormat = "chunked_csc";
-constexpr const char* kPartsFormat = "chunked_csc_parts";
+// Of input `i` of an operator with `weights` weights behind X; what stands behind these is float32, too.
+constexpr OrtElementType weight_input_type(size_t i, size_t weights = 1) {
+  if (i == 0 || i > weights * kWeightInputs) return ORT_FLOAT;
+  const size_t part = (i - 1) % kWeightInputs;
+  return part < std::size(chunked_csc::kParts) ? chunked_csc::kParts[part].type : ORT_FLOAT;
+}
 
 // Read and check them, from input `first` on; they stay where they are. Names of a node's second weight have
-// a `prefix`. With `parts` they are in kPartsFormat, and these are the outputs of each linear.
-inline void read_tensors(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
-                         std::span<const int64_t> parts, const std::string& prefix = "", size_t first = 1) {
-  const auto size = [&](const char* name) { return node.integer((prefix + name).c_str()); };
-  const auto input = [&](size_t index) {
-    const auto& [name, type] = kWeightInputs[index];
-    return node.constant(first + index, (prefix + name).c_str(), type);
+// a `prefix`. With `linears` outputs of zeros may lie between them, and these are the outputs of each.
+inline void read_tensors(const NodeReader& node, spmm::Activation activation,
+                         chunked_csc::CheckedWeight& weight, std::span<const int64_t> linears,
+                         const std::string& prefix = "", size_t first = 1) {
+  int64_t sizes[std::size(chunked_csc::kSizes)];
+  RawArray parts[std::size(chunked_csc::kParts)];
+  const auto input = [&](size_t index, const Part& part) {
+    const NodeReader::Constant found = node.constant(first + index, (prefix + part.name).c_str(), part.type);
+    return RawArray{found.data, found.count};
   };
-  const auto bytes = [](const NodeReader::Constant& c) { return static_cast<const uint8_t*>(c.data); };
-  const NodeReader::Constant values = input(0), offsets = input(1), counts = input(2), rows = input(3),
-                             bias = input(4);
-  const spmm::StoredWeight stored = {size("K"),    size("N"),    size("chunk"),  size("block"), size("width"),
-                                     values.data,  values.count, bytes(offsets), offsets.count, bytes(counts),
-                                     counts.count, bytes(rows),  rows.count,     bias.data,     bias.count,
-                                     parts};
-  const std::string problem = spmm::check(stored, activation, weight);
+  for (size_t i = 0; i < std::size(parts); ++i) parts[i] = input(i, chunked_csc::kParts[i]);
+  const RawArray bias = input(std::size(parts), {"bias", ORT_FLOAT});
+  for (size_t i = 0; i < std::size(sizes); ++i) {
+    sizes[i] = node.integer((prefix + chunked_csc::kSizes[i]).c_str());
+  }
+  const std::string problem = chunked_csc::check(RawWeight{sizes, parts, bias, linears}, activation, weight);
   if (!problem.empty()) node.fail(prefix.empty() ? problem : "weight " + prefix + "*: " + problem);
 }
 
 // A weight of one linear.
-inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
-                        const std::string& prefix = "", size_t first = 1) {
-  node.expect("format", kFormat);
+inline void read_weight(const NodeReader& node, spmm::Activation activation,
+                        chunked_csc::CheckedWeight& weight, const std::string& prefix = "",
+                        size_t first = 1) {
+  node.expect("format", chunked_csc::kFormat);
   read_tensors(node, activation, weight, {}, prefix, first);
 }
 
-// A weight of several linears side by side, `split` outputs each; `name` is what says so. Each begins with a
-// block of its own: in kFormat because those before it have whole blocks.
-inline void read_weight(const NodeReader& node, spmm::Activation activation, spmm::CheckedWeight& weight,
-                        const std::string& name, std::span<const int64_t> split) {
-  if (node.one_of("format", {kFormat, kPartsFormat}) == 1) {
+// A weight of several linears side by side, `split` outputs each; `name` is what says so.
+inline void read_weight(const NodeReader& node, spmm::Activation activation,
+                        chunked_csc::CheckedWeight& weight, const std::string& name,
+                        std::span<const int64_t> split) {
+  if (node.one_of("format", {chunked_csc::kFormat, chunked_csc::kPartsFormat}) == 1) {
     return read_tensors(node, activation, weight, split);
   }
   read_tensors(node, activation, weight, {});
-  const auto N = static_cast<int64_t>(weight.weight.N), block = static_cast<int64_t>(weight.weight.block);
-  bool good = true;
-  int64_t left = N;
-  for (int64_t outputs : split) {
-    good = good && outputs >= 1 && outputs <= left && (outputs == left || outputs % block == 0);
-    if (good) left -= outputs;
-  }
-  if (!good || left != 0) {
-    node.fail("attribute " + name + ", expected " + std::to_string(split.size()) +
-              " sizes that add up to N = " + std::to_string(N) + ", all but the last multiples of block " +
-              std::to_string(block));
-  }
+  const std::string expected = chunked_csc::check_whole_blocks(weight.weight, split);
+  if (!expected.empty()) node.fail("attribute " + name + ", expected " + expected);
 }
 
 // The halves of a gated weight, gate and up projection.
@@ -83,7 +69,7 @@ inline std::array<int64_t, 2> read_halves(const NodeReader& node) {
 }
 
 inline void read_gated_weight(const NodeReader& node, spmm::Activation activation,
-                              spmm::CheckedWeight& weight, const std::array<int64_t, 2>& halves) {
+                              chunked_csc::CheckedWeight& weight, const std::array<int64_t, 2>& halves) {
   read_weight(node, activation, weight, "N is " + std::to_string(2 * halves[0]), halves);
   weight.weight.gated = true;
 }

@@ -523,7 +523,7 @@ class _Job:
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
                     forms=candidate.allowed_forms(),
-                    block=candidate.layers[0].block,
+                    outputs=candidate.layers[0].stored_outputs,
                     packed_bytes=_packed_bytes(candidate),
                     key=places[kinds[0]],
                     dense_ms=measured.dense_ms,

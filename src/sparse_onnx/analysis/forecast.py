@@ -20,6 +20,7 @@ from sparse_onnx.options import unknown
 from sparse_onnx.passes.lower.forms import DENSE, Form
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
+from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve
 
@@ -49,7 +50,7 @@ class LayerForecast:
         reason: Why pruning leaves it alone; empty if it does not.
         companion: Whether it is lowered beside layers of its ``kind`` in the same form, with the few zeros that it has.
         forms: Those that it can get beside dense.
-        block: Outputs in a block of the stored weight.
+        outputs: What its operator asks of the order of the stored outputs.
         packed_bytes: Size with the zeros that are there, by the form; without forms that refuse these.
         key: Equal for layers that were measured together.
         dense_ms: Its time alone.
@@ -70,7 +71,7 @@ class LayerForecast:
     reason: str
     companion: bool
     forms: tuple[Form, ...]
-    block: int
+    outputs: Outputs
     packed_bytes: Mapping[str, int]
     key: int
     dense_ms: float
@@ -137,7 +138,7 @@ class LayerForecast:
         if sparsity <= self.sparsity:
             return self.packed_bytes[form]
         (chosen,) = (own for own in self.forms if own.name == form)
-        return chosen.expected_nbytes(self.shape, sparsity, structure, self.block)
+        return chosen.expected_nbytes(self.shape, sparsity, structure, self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Constants
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, FormatError, unpack
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.formats.base import FormatError
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -221,7 +222,7 @@ def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[di
     """One row for each stored weight of sparse operators; operators may share one. Metrics go to ``measured``."""
     seen = set()
     for weight in (weight for node in sparse_nodes(model) for weight in stored_weights(node)):
-        values = weight.parts[0]
+        values = weight.values
         if values is None or values.const_value is None or values.name in seen:
             continue
         seen.add(values.name)
@@ -230,7 +231,7 @@ def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[di
         nbytes, reason = sum(tensor.nbytes for tensor in weight.tensors), ""
         if measured is not None:
             try:
-                W = unpack(weight.packed())
+                W = weight.unpack()
             except FormatError as error:
                 reason = f"the stored weight is damaged: {error}"
             else:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import onnx
 import onnx_ir as ir
 
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = [
     "STANDARD_DOMAINS",

@@ -10,14 +10,21 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import add_function, all_graphs, drop_if_unused, name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
-__all__ = ["drop_unused_functions", "is_ours", "joined", "put_in_place"]
+__all__ = ["base_type", "drop_unused_functions", "is_ours", "joined", "put_in_place"]
+
+
+def base_type(node: ir.Node) -> str:
+    """The operator of ours that ``node`` is, in whatever format its weights are stored; "" if it is none."""
+    found = OP_TYPES.get(node.op_type) if node.domain == DOMAIN else None
+    return "" if found is None else found.base
 
 
 def is_ours(node: ir.Node, *op_types: str) -> bool:
     """Whether ``node`` is one of these operators of ours."""
-    return node.domain == DOMAIN and node.op_type in op_types
+    return base_type(node) in op_types
 
 
 def joined(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import value_names
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = ["shapes_in", "uses_library", "with_shape_outputs"]
 

@@ -27,7 +27,7 @@ from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
 from sparse_onnx.model.encodings import DENSE, Dense, Encoding
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.model_io import release_mapping
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "RECURRENT", "Selection", "Weight", "find_weights"]
 

@@ -21,7 +21,7 @@ from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import input_at, is_standard, name_of, subgraphs
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = [
     "OPERATORS",

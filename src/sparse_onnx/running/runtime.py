@@ -28,7 +28,7 @@ from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.outputs import tensor_outputs
 from sparse_onnx.running.session import import_onnxruntime
-from sparse_onnx.sparse_ops import sparse_matmul
+from sparse_onnx.sparse_ops.domain import DOMAIN
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -342,7 +342,7 @@ def _session_bytes(node: ir.Node, library: bool) -> int:
     """Weights that a session holds for ``node``; without the library a compressed one is unfolded to dense."""
     constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
     stored = sum(tensor.nbytes for tensor in constants)
-    if library or node.domain != sparse_matmul.DOMAIN:
+    if library or node.domain != DOMAIN:
         return stored
     return stored + 4 * node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
 

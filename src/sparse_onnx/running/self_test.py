@@ -21,14 +21,19 @@ import onnx_ir as ir
 from sparse_onnx.errors import SparseOnnxError
 from sparse_onnx.model import model_io
 from sparse_onnx.running.runtime import open_session
-from sparse_onnx.sparse_ops import sparse_matmul
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.base import Packed
+from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
+from sparse_onnx.sparse_ops.ops import sparse_matmul
+from sparse_onnx.sparse_ops.ops.base import BIAS
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 __all__ = ["MAX_ERROR", "self_test"]
 
 MAX_ERROR = 1e-5
 """Largest relative error that passes: float32 sums of a few dozen products."""
 
-_OP_TYPE, _ROWS, _K, _N = "SparseMatMulGelu", 19, 131, 67
+_OPERATOR, _ROWS, _K, _N = "SparseMatMulGelu", 19, 131, 67
 
 
 def self_test(*, library: bool) -> float:
@@ -41,8 +46,8 @@ def self_test(*, library: bool) -> float:
     weight[rng.random(weight.shape) < 0.8] = 0
     bias = rng.standard_normal(_N).astype(np.float32)
     x = rng.standard_normal((_ROWS, _K)).astype(np.float32)
-    packed = sparse_matmul.pack(weight)
-    expected = sparse_matmul.reference(x, packed, bias, sparse_matmul.ACTIVATIONS[_OP_TYPE])
+    packed = SPARSE_FORMAT.pack(weight)
+    expected = sparse_matmul.reference(x, packed, bias, sparse_matmul.ACTIVATIONS[_OPERATOR])
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder:
         path = model_io.save_model(ir.from_proto(_model(packed, bias)), Path(folder))
         session = open_session(path, threads=1, library=library)
@@ -50,16 +55,16 @@ def self_test(*, library: bool) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def _model(packed: sparse_matmul.PackedWeight, bias: np.ndarray) -> onnx.ModelProto:
-    arrays = {**packed.arrays(), "bias": bias}
-    node = onnx.helper.make_node(_OP_TYPE, ["X", *arrays], ["Y"], domain=sparse_matmul.DOMAIN)
+def _model(packed: Packed, bias: np.ndarray) -> onnx.ModelProto:
+    op_type, arrays = SPARSE_FORMAT.op_type(_OPERATOR), {**packed.arrays(), BIAS: bias}
+    node = onnx.helper.make_node(op_type, ["X", *arrays], ["Y"], domain=DOMAIN)
     attributes = {**packed.attributes(), "mask_structure": "unstructured"}
     node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
     graph = onnx.helper.make_graph(
         [node],
         "self_test",
-        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["rows", packed.K])],
-        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, ["rows", packed.N])],
+        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["rows", _K])],
+        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, ["rows", _N])],
         [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     opset = 20
@@ -68,9 +73,9 @@ def _model(packed: sparse_matmul.PackedWeight, bias: np.ndarray) -> onnx.ModelPr
         ir_version=9,
         opset_imports=[
             onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid(sparse_matmul.DOMAIN, sparse_matmul.VERSION),
+            onnx.helper.make_opsetid(DOMAIN, VERSION),
         ],
-        functions=[sparse_matmul.function_body(_OP_TYPE, opset)],
+        functions=[OP_TYPES[op_type].function_body(opset)],
     )
 
 

@@ -7,11 +7,10 @@ stored weight when the session is created and runs the same MatMul as for a dens
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +21,11 @@ from sparse_onnx.data.inputs import Feeds, InputSpec, generate
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
-from sparse_onnx.model.stored_weights import sparse_nodes, sparsity_of, stored_weights
+from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
 from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.running.runtime import open_runner, open_session
-from sparse_onnx.sparse_ops import sparse_conv, sparse_conv_depthwise, sparse_recurrent
+from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.library import select_for
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
 from sparse_onnx.timing.rounds import Ratio, evict_caches, interleave, ratio
 
 if TYPE_CHECKING:
@@ -151,7 +149,7 @@ def time_sparse_layers(
                 op_type=node.op_type,
                 x_shape=inputs[0],
                 weight_shapes=tuple(weight.shape for weight in weights),
-                rows=_rows_of(node, inputs[0]),
+                rows=rows_of(node, inputs[0]),
                 sparsity=sparsity_of(node),
                 kernel=kernel_of(node, inputs[0]),
                 times=measured[key],
@@ -163,31 +161,11 @@ def time_sparse_layers(
 def kernel_of(node: ir.Node, x_shape: tuple[int, ...]) -> str:
     """The name of the kernel that full tiles of a sparse operator are computed with, here, for X of that shape: one for
     all weights of the node, but for an LSTM or GRU those of the input and of the recurrence."""
-    sizes, rows = [weight.sizes for weight in stored_weights(node)], _rows_of(node, x_shape)
-    if node.op_type in sparse_recurrent.OP_TYPES:  # each step multiplies the batch
-        of_input, recurrent = sizes
-        return f"{_select([of_input], rows)}, {_select([recurrent], x_shape[1])}"
-    if node.op_type in sparse_conv_depthwise.OP_TYPES:  # image by image
-        rows //= max(1, x_shape[0])
-    return _select(sizes, rows)
-
-
-def _select(sizes: Sequence[Mapping[str, int]], rows: int) -> str:
-    """The kernel that computes weights stored with all these sizes."""
-    chunk, block, width, inputs = (
-        max(one[name] for one in sizes) for name in ("chunk", "block", "width", "K")
-    )
-    return select_for(chunk, block, width, rows, inputs)
-
-
-def _rows_of(node: ir.Node, x_shape: tuple[int, ...]) -> int:
-    """The vectors of activations that every weight multiplies: tokens, or the positions of a convolution's output."""
-    if node.op_type not in (*sparse_conv.OP_TYPES, *sparse_conv_depthwise.OP_TYPES):
-        return math.prod(x_shape[:-1])
-    names = ("kernel_shape", "strides", "pads", "dilations")
-    kernel, strides, pads, dilations = (tuple(node.attributes[name].as_ints()) for name in names)
-    window = sparse_conv.Window(kernel, strides, pads, dilations)
-    return x_shape[0] * math.prod(window.output_size(*x_shape[2:]))
+    weights, rows = stored_weights(node), rows_at_once(node, x_shape)
+    sizes, stored = [weight.sizes for weight in weights], weights[0].stored
+    if len(rows) == 1:
+        return select_for(stored, stored.joint_sizes(sizes), rows[0])
+    return ", ".join(select_for(stored, one, count) for one, count in zip(sizes, rows, strict=True))
 
 
 def cut_layer(

@@ -2,7 +2,7 @@
 
 Every operator of ours becomes the operators of its contract, with the weight that NumPy unpacks as a constant::
 
-    Y = sparse_onnx.SparseMatMulGelu(X, W.values, W.offsets, W.counts, W.rows, bias)
+    Y = sparse_onnx.SparseMatMulGelu(X, stored parts of W, bias)
 
     Y = sparse_onnx.dense.SparseMatMulGelu(X, W, bias)        a function: MatMul, Add, Gelu
 
@@ -21,12 +21,10 @@ import onnx_ir as ir
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model.graph import add_function, add_initializer, drop_if_unused, name_of, new_name
 from sparse_onnx.model.model_io import release_mapping
-from sparse_onnx.model.stored_weights import StoredWeight, stored_weights, weight_prefixes
-from sparse_onnx.sparse_ops import (
-    sparse_matmul,
-)
-from sparse_onnx.sparse_ops.operators import CONTRACTS
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN, STORED, VERSION, FormatError
+from sparse_onnx.model.stored_weights import StoredWeight, stored_weights
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.formats.base import FormatError
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 __all__ = ["dense_reference"]
 
@@ -45,18 +43,18 @@ def dense_reference(model: ir.Model, store: Callable[[np.ndarray, str], ir.Tenso
     weights: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     bodies: dict[str, onnx.FunctionProto] = {}
     for node in [node for node in result.graph.all_nodes() if node.domain == DOMAIN]:
-        if node.op_type not in CONTRACTS:
+        if node.op_type not in OP_TYPES:
             raise ModelFileError(
                 f"{name_of(node)}: there is no operator {DOMAIN}.{node.op_type} in this version"
             )
-        body = CONTRACTS[node.op_type](node.op_type, result.opset_imports[""])
+        body = OP_TYPES[node.op_type].function_body(result.opset_imports[""])
         before, inputs = list(node.inputs), list(node.inputs)
         stored = stored_weights(node)
         for weight in stored:
             if weight.parts not in weights:
                 weights[weight.parts] = _dense_weight(result, weight, store)
         for weight in reversed(stored):
-            inputs[weight.first : weight.first + len(STORED)] = [weights[weight.parts]]
+            inputs[weight.first : weight.first + len(weight.parts)] = [weights[weight.parts]]
         bodies[node.op_type] = body
         _replace(node, inputs)
         for value in before:
@@ -85,7 +83,7 @@ def _dense_weight(
 ) -> ir.Value:
     """The initializer [K, N] that is stored as ``weight``."""
     try:
-        dense = sparse_matmul.unpack(weight.packed())
+        dense = weight.unpack()
     except (FormatError, ValueError, IndexError) as error:
         raise ModelFileError(f"{name_of(weight.node)}: its stored weight is damaged: {error}") from error
     name = new_name(model, weight.name or "W")
@@ -101,9 +99,10 @@ def _without_decoder(body: onnx.FunctionProto) -> onnx.FunctionProto:
     short = onnx.FunctionProto()
     short.CopyFrom(body)
     short.domain = _DENSE_DOMAIN
-    prefixes = weight_prefixes(body.name)
-    decoded = {prefix + STORED[0]: f"{prefix}W" for prefix in prefixes}
-    gone = {prefix + name for prefix in prefixes for name in STORED[1:]}
+    op_type = OP_TYPES[body.name]
+    parts = [part.name for part in op_type.stored.parts] if op_type.stored else []
+    decoded = {prefix + parts[0]: f"{prefix}W" for prefix in op_type.prefixes}
+    gone = {prefix + name for prefix in op_type.prefixes for name in parts[1:]}
     short.ClearField("input")
     short.input.extend(decoded.get(name, name) for name in body.input if name not in gone)
     needed, kept = set(body.output), []

@@ -28,7 +28,7 @@ from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import add_initializer, value_names
 from sparse_onnx.running.recording import record
-from sparse_onnx.sparse_ops.sparse_matmul import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.verification.comparison import Difference, compare
 
 __all__ = ["MARGIN", "Rounding", "exceeding", "measure_rounding", "perturbed"]

@@ -10,7 +10,8 @@ from sparse_onnx.passes.base import CalibrationData, PassContext
 from sparse_onnx.passes.calibration.rows import Recurrence
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot_methods import SparseGPT, Wanda
-from sparse_onnx.sparse_ops import sparse_matmul, sparse_recurrent
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
+from sparse_onnx.sparse_ops.ops import sparse_recurrent
 
 S, B, K, H, OUT = 7, 8, 10, 12, 6
 GATES = {"LSTM": 4, "GRU": 3}
@@ -48,7 +49,7 @@ def states(cell, direction, x, lengths=None, initial=None):
     """All states [S, D, B, H] of a model of :func:`build`, in float64."""
     directions = sparse_recurrent.DIRECTIONS[direction]
     stored = tensors(cell, directions)
-    W, R = (sparse_matmul.pack(stored[name].reshape(-1, stored[name].shape[-1]).T.copy()) for name in "WR")
+    W, R = (CHUNKED_CSC.pack(stored[name].reshape(-1, stored[name].shape[-1]).T.copy()) for name in "WR")
     zeros = np.zeros(W.N, np.float32)
     h0 = np.zeros((directions, x.shape[1], H), np.float32) if initial is None else initial
     return sparse_recurrent.reference(

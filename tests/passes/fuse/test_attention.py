@@ -11,7 +11,8 @@ from sparse_onnx import sparse_ops
 from sparse_onnx.passes.base import Pipeline
 from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Unused
 from sparse_onnx.passes.fuse.attention import FuseAttention
-from sparse_onnx.sparse_ops import attention
+from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.ops import attention
 
 FUSE = FuseAttention()
 H, D = 4, 16
@@ -92,7 +93,7 @@ def counted(model):
 
 
 def is_fused(node):
-    return node.domain == attention.DOMAIN and node.op_type in attention.OP_TYPES
+    return node.domain == DOMAIN and node.op_type in attention.OP_TYPES
 
 
 def session(model):
@@ -201,7 +202,7 @@ def test_scale(from_text, run, case):
 def test_all_opsets(from_text, run, opset):
     model = build(from_text, PLAIN, opset=opset)
     check_fused(model, run)
-    assert model.opset_imports[attention.DOMAIN] == attention.VERSION
+    assert model.opset_imports[DOMAIN] == VERSION
 
 
 LAYOUTS = {

@@ -11,7 +11,7 @@ from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.sparse_ops import sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops.ops import sparse_matmul, sparse_matmul_split
 
 K, N = 40, 64
 X = np.random.default_rng(5).standard_normal((2, 3, K)).astype(np.float32)

@@ -17,8 +17,8 @@ namespace sparse_ops::spmm {
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu, quick_gelu };
 
-// A weight whose arrays were checked (check.h). Nothing is owned, and `values` and `bias` may have any
-// alignment.
+// A weight whose arrays were checked (formats/chunked_csc.h). Nothing is owned, and `values` and `bias` may
+// have any alignment.
 struct Weight {
   size_t K, N;  // N with the zeros that fill the last block of each of several linears but the last
   size_t chunk, block, width;

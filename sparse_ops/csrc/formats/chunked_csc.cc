@@ -1,11 +1,14 @@
-#include "kernels/spmm/check.h"
+#include "formats/chunked_csc.h"
 
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
 
-namespace sparse_ops::spmm {
+namespace sparse_ops::chunked_csc {
 namespace {
+
+using spmm::Activation;
+using spmm::Weight;
 
 std::string text(std::initializer_list<std::string> parts) {
   std::string all;
@@ -75,26 +78,62 @@ std::vector<float> padded_bias(const StoredWeight& s, const Weight& weight) {
 
 }  // namespace
 
-std::string check(const StoredWeight& s, Activation activation, CheckedWeight& result) {
-  if (s.K < 1) return text({"attribute K is ", std::to_string(s.K), ", expected at least 1"});
-  if (s.N < 1) return text({"attribute N is ", std::to_string(s.N), ", expected at least 1"});
-  if (s.chunk < 1 || s.chunk > 255)
-    return text({"attribute chunk is ", std::to_string(s.chunk), ", expected 1..255"});
-  if (s.block < 1 || s.block > 256)
-    return text({"attribute block is ", std::to_string(s.block), ", expected 1..256"});
-  if (s.width != 1 && s.width != 4 && s.width != 8)
-    return text({"attribute width is ", std::to_string(s.width), ", expected 1, 4 or 8"});
-  if (s.block % s.width != 0)
-    return text({"attribute block is ", std::to_string(s.block), ", expected a multiple of width ",
-                 std::to_string(s.width)});
+std::string check_sizes(std::span<const int64_t> sizes, Weight& result) {
+  if (sizes.size() != std::size(kSizes))
+    return text({"a weight in the format ", kFormat, " has ", number(std::size(kSizes)), " sizes, not ",
+                 number(sizes.size())});
+  const int64_t K = sizes[0], N = sizes[1], chunk = sizes[2], block = sizes[3], width = sizes[4];
+  if (K < 1) return text({"attribute K is ", std::to_string(K), ", expected at least 1"});
+  if (N < 1) return text({"attribute N is ", std::to_string(N), ", expected at least 1"});
+  if (chunk < 1 || chunk > 255)
+    return text({"attribute chunk is ", std::to_string(chunk), ", expected 1..255"});
+  if (block < 1 || block > 256)
+    return text({"attribute block is ", std::to_string(block), ", expected 1..256"});
+  if (width != 1 && width != 4 && width != 8)
+    return text({"attribute width is ", std::to_string(width), ", expected 1, 4 or 8"});
+  if (block % width != 0)
+    return text({"attribute block is ", std::to_string(block), ", expected a multiple of width ",
+                 std::to_string(width)});
+  result = Weight{};
+  result.K = static_cast<size_t>(K);
+  result.N = static_cast<size_t>(N);
+  result.chunk = static_cast<size_t>(chunk);
+  result.block = static_cast<size_t>(block);
+  result.width = static_cast<size_t>(width);
+  return {};
+}
 
+std::string check_whole_blocks(const Weight& weight, std::span<const int64_t> linears) {
+  const auto N = static_cast<int64_t>(weight.N), block = static_cast<int64_t>(weight.block);
+  bool good = true;
+  int64_t left = N;
+  for (int64_t outputs : linears) {
+    good = good && outputs >= 1 && outputs <= left && (outputs == left || outputs % block == 0);
+    if (good) left -= outputs;
+  }
+  if (good && left == 0) return {};
+  return text({std::to_string(linears.size()), " sizes that add up to N = ", std::to_string(N),
+               ", all but the last multiples of block ", std::to_string(block)});
+}
+
+std::string check(const RawWeight& raw, Activation activation, CheckedWeight& result) {
+  if (raw.sizes.size() != std::size(kSizes) || raw.parts.size() != std::size(kParts)) {
+    return text({"a weight in the format ", kFormat, " has ", number(std::size(kSizes)), " sizes and ",
+                 number(std::size(kParts)), " parts, not ", number(raw.sizes.size()), " and ",
+                 number(raw.parts.size())});
+  }
+  const auto bytes = [&](size_t part) { return static_cast<const uint8_t*>(raw.parts[part].data); };
+  const StoredWeight stored = {raw.sizes[0],   raw.sizes[1],       raw.sizes[2],       raw.sizes[3],
+                               raw.sizes[4],   raw.parts[0].data,  raw.parts[0].count, bytes(1),
+                               raw.parts[1].count, bytes(2),       raw.parts[2].count, bytes(3),
+                               raw.parts[3].count, raw.bias.data,  raw.bias.count,     raw.linears};
+  return check(stored, activation, result);
+}
+
+std::string check(const StoredWeight& s, Activation activation, CheckedWeight& result) {
+  const int64_t sizes[] = {s.K, s.N, s.chunk, s.block, s.width};
   Weight& w = result.weight;
-  w = Weight{};
-  w.K = static_cast<size_t>(s.K);
-  w.N = static_cast<size_t>(s.N);
-  w.chunk = static_cast<size_t>(s.chunk);
-  w.block = static_cast<size_t>(s.block);
-  w.width = static_cast<size_t>(s.width);
+  if (std::string problem = check_sizes(sizes, w); !problem.empty()) return problem;
   w.chunks = w.K / w.chunk + (w.K % w.chunk != 0);
   w.blocks = w.N / w.block + (w.N % w.block != 0);
   if (!s.parts.empty()) {
@@ -180,4 +219,4 @@ std::string check(const StoredWeight& s, Activation activation, CheckedWeight& r
   return {};
 }
 
-}  // namespace sparse_ops::spmm
+}  // namespace sparse_ops::chunked_csc

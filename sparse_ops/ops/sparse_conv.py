@@ -1,16 +1,15 @@
-"""``SparseConv``: ``Y = act(Conv(X, W) + bias [+ R])`` with W stored compressed. The whole contract of the operator.
+"""``SparseConv``: ``Y = act(Conv(X, W) + bias [+ R])`` with W stored compressed.
 
 Signature (domain ``sparse_onnx``, version 1; one op type per activation and residual, see :data:`OP_TYPES`)::
 
-    SparseConv<kernel_shape, strides, pads, dilations, group, K, N, chunk, block, width, format, mask_structure>(
-        X, values, offsets, counts, rows, bias) -> Y
-    SparseConvAdd<...>(X, values, offsets, counts, rows, bias, R) -> Y
+    SparseConv<kernel_shape, strides, pads, dilations, group, K, N, ..., format, mask_structure>(X, ..., bias) -> Y
+    SparseConvAdd<...>(X, ..., bias, R) -> Y
 
 ===========  =========  ==================  =================================================================
 name         dtype      shape               meaning
 ===========  =========  ==================  =================================================================
 X            float32    [B, C, H, W]        images; or [B, C, W], and so R and Y: a convolution of one axis
-values ...                                  the weight [K, N], stored as for ``SparseMatMul``
+...                                         the weight [K, N], stored as for ``SparseMatMul``
 bias         float32    [N]                 zeros where the layer has none
 R            float32    as Y                residual, added before the activation; no broadcasting
 Y            float32    [B, N, H', W']      feature maps
@@ -18,47 +17,41 @@ Y            float32    [B, N, H', W']      feature maps
 
 The weight of a convolution, [N, C / group, kernel height, kernel width], is stored as the matrix [K, N] with
 K = C / group · kernel height · kernel width: transposed, and with its last three axes as one. Output channel n reads
-the input channels of group ``n // (N / group)``; with more than one group ``block`` divides N / group, so that no block
-of output channels has two.
+the input channels of group ``n // (N / group)``; what is stored together has the outputs of one group:
+:func:`outputs_of`.
 
 Attributes are those of ``Conv``, all of them required and explicit: ``kernel_shape``, ``strides`` and
 ``dilations`` have two integers, at least 1, ``pads`` has four (top, left, bottom, right), at least 0. With one axis
 they have one, and ``pads`` two (left, right); to the kernel that is an image of one row.
 ``SparseConvClip`` and ``SparseConvAddClip`` have two more, the floats ``min`` and ``max``.
 
-A depthwise convolution (group = C = N) has blocks of one output channel; the kernel computes it without gathering.
+A depthwise convolution (group = C = N) is computed without gathering.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-import onnx.parser
 
-from sparse_onnx.sparse_ops.sparse_matmul import (
-    DEFAULT_BLOCK,
-    DOMAIN,
-    SIZES,
-    STORED,
-    PackedWeight,
-    decoder,
-    pack,
-    unpack,
-)
+from sparse_onnx.sparse_ops.formats.base import Outputs, Packed, StoredFormat
+from sparse_onnx.sparse_ops.ops.base import Attributes, Body, Shape, SparseOperator
 
 __all__ = [
     "ACTIVATIONS",
+    "OPERATOR",
     "OP_TYPES",
+    "WINDOW",
     "Window",
     "activation_body",
-    "block_size",
-    "function_body",
+    "matrix_of",
     "operator_name",
-    "pack_filters",
+    "outputs_of",
+    "positions",
     "reference",
+    "reference_of_filters",
     "unpack_filters",
 ]
 
@@ -123,30 +116,21 @@ class Window:
         return tuple(found)
 
 
-def pack_filters(
-    filters: np.ndarray, *, group: int = 1, chunk: int | None = None, block: int = DEFAULT_BLOCK
-) -> PackedWeight:
-    """Compress ``filters`` [N, C / group, window...] float32; see :func:`.sparse_matmul.pack`.
+def matrix_of(filters: np.ndarray) -> np.ndarray:
+    """The weight [K, N] of ``filters`` [N, C / group, window...]."""
+    return filters.reshape(filters.shape[0], -1).T
 
-    ``block`` is an upper bound: with several groups the largest divisor of N / group below it is taken.
-    """
-    N = filters.shape[0]
+
+def outputs_of(N: int, group: int = 1) -> Outputs:
+    """How the outputs of a weight with so many groups may be stored. Raises ValueError where there are no such."""
     if group < 1 or N % group:
         raise ValueError(f"{N} output channels cannot be cut into {group} groups")
-    return pack(filters.reshape(N, -1).T, chunk=chunk, block=block_size(N, group, block))
+    return Outputs(None if group == 1 else N // group, apart=True, maps=True)
 
 
-def block_size(N: int, group: int, block: int = DEFAULT_BLOCK) -> int:
-    """Output channels of a block: ``block``, or with several groups the largest divisor of N / group up to it."""
-    if group == 1:
-        return block
-    channels = N // group
-    return max(size for size in range(1, min(block, channels) + 1) if channels % size == 0)
-
-
-def unpack_filters(packed: PackedWeight, window: Window) -> np.ndarray:
+def unpack_filters(packed: Packed, window: Window) -> np.ndarray:
     """The dense weight [N, C / group, window...]."""
-    return np.ascontiguousarray(unpack(packed).T).reshape(packed.N, -1, *window.kernel_shape)
+    return np.ascontiguousarray(packed.unpack().T).reshape(packed.shape[1], -1, *window.kernel_shape)
 
 
 _FLOAT64: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
@@ -160,7 +144,7 @@ _FLOAT64: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 
 def reference(
     x: np.ndarray,
-    packed: PackedWeight,
+    packed: Packed,
     bias: np.ndarray,
     window: Window,
     activation: str = "none",
@@ -169,7 +153,22 @@ def reference(
     limits: tuple[float, float] = (-np.inf, np.inf),
 ) -> np.ndarray:
     """What the operator computes, in float64: the oracle of the tests. ``limits`` are ``min`` and ``max`` of a clip."""
-    filters = unpack_filters(packed, window).astype(np.float64)
+    filters = unpack_filters(packed, window)
+    return reference_of_filters(x, filters, bias, window, activation, residual=residual, limits=limits)
+
+
+def reference_of_filters(
+    x: np.ndarray,
+    filters: np.ndarray,
+    bias: np.ndarray,
+    window: Window,
+    activation: str,
+    *,
+    residual: np.ndarray | None = None,
+    limits: tuple[float, float],
+) -> np.ndarray:
+    """As :func:`reference`, of ``filters`` [N, C / group, window...]."""
+    filters = filters.astype(np.float64)
     batch, channels, *sizes = x.shape
     axes, outputs = len(sizes), window.output_size(*sizes)
     padding = list(zip(window.pads[:axes], window.pads[axes:], strict=True))
@@ -184,7 +183,7 @@ def reference(
             chosen = first + stride * np.arange(outputs[axis])
             seen = np.take(seen, chosen, axis=3 + axis)
         y += np.einsum("bgc...,gnc->bgn...", seen, split[(..., *tap)])
-    h = y.reshape(batch, packed.N, *outputs) + bias.reshape(-1, *[1] * axes)
+    h = y.reshape(batch, len(filters), *outputs) + bias.reshape(-1, *[1] * axes)
     return _FLOAT64[activation](h if residual is None else h + residual, *limits)
 
 
@@ -210,38 +209,29 @@ def activation_body(activation: str, h: str, y: str) -> str:
     return _ACTIVATION_BODIES[activation].format(h=h, y=y)
 
 
-_WINDOW = ("kernel_shape", "strides", "pads", "dilations")
-_BODY = """
-<domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} <{attributes}> ({inputs}) => (Y)
-{{
-    {decoder}
+WINDOW = ("kernel_shape", "strides", "pads", "dilations")
+"""The attributes of a window that are lists, ``group`` apart."""
+
+
+def _body(op_type: str, stored: StoredFormat) -> Body:
+    activation, residual = OP_TYPES[op_type]
+    window = ", ".join(f"{name}: ints = @{name}" for name in WINDOW)
+    steps = f"""{stored.decoder()}
     window = Constant<value_ints: ints = @kernel_shape>()
     transposed = Transpose<perm = [1, 0]>(W)
     filter_shape = Concat<axis = 0>(n_1, flat_shape, window)
     filters = Reshape(transposed, filter_shape)
-    {product} = Conv<{window}, group: int = @group>(X, filters, bias)
-    {sum}
-    {activation}
-}}
-"""
+    {"product" if residual else "h"} = Conv<{window}, group: int = @group>(X, filters, bias)
+    {"h = Add(product, R)" if residual else ""}
+    {activation_body(activation, "h", "Y")}"""
+    limits = ("min", "max") if activation == "clip" else ()
+    return Body(steps, (*WINDOW, "group", *limits), ("R",) if residual else ())
 
 
-def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
-    activation, residual = OP_TYPES[op_type]
-    attributes = [*SIZES, *_WINDOW, "group"]
-    text = _BODY.format(
-        domain=DOMAIN,
-        opset=opset,
-        op_type=op_type,
-        attributes=", ".join([*attributes, *(["min", "max"] if activation == "clip" else [])]),
-        inputs=", ".join(["X", *STORED, "bias", *(["R"] if residual else [])]),
-        decoder=decoder(),
-        window=", ".join(f"{name}: ints = @{name}" for name in _WINDOW),
-        product="product" if residual else "h",
-        sum="h = Add(product, R)" if residual else "",
-        activation=activation_body(activation, "h", "Y"),
-    )
-    proto: onnx.FunctionProto = onnx.parser.parse_function(text)
-    return proto
+def positions(attributes: Attributes, x_shape: Shape) -> int:
+    """The positions of the output's maps, of all images."""
+    kernel, strides, pads, dilations = (tuple(attributes[name]) for name in WINDOW)
+    return x_shape[0] * math.prod(Window(kernel, strides, pads, dilations).output_size(*x_shape[2:]))
+
+
+OPERATOR = SparseOperator(tuple(OP_TYPES), _body, rows=positions)

@@ -31,10 +31,10 @@ import numpy as np
 import onnx
 import onnx.parser
 
-__all__ = ["DOMAIN", "OP_TYPES", "VERSION", "Signature", "function_body", "reference"]
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops.base import Operator
 
-DOMAIN = "sparse_onnx"
-VERSION = 1
+__all__ = ["OPERATOR", "OP_TYPES", "Signature", "function_body", "reference"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,6 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
 """
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto
+
+
+OPERATOR = Operator(tuple(OP_TYPES), function_body)

@@ -2,12 +2,8 @@
 
 Signatures (domain ``sparse_onnx``, version 1; one op type per combination of inputs, see :data:`OP_TYPES`)::
 
-    SparseLSTM*<K, N, chunk, block, width, format, mask_structure,
-                recurrent_K, recurrent_N, recurrent_chunk, recurrent_block, recurrent_width, recurrent_mask_structure,
-                direction>(
-        X, values, offsets, counts, rows, bias,
-        recurrent_values, recurrent_offsets, recurrent_counts, recurrent_rows, recurrent_bias
-        [, sequence_lens] [, initial_h, initial_c]) -> Y, Y_h, Y_c
+    SparseLSTM*<K, N, ..., format, mask_structure, recurrent_K, recurrent_N, ..., recurrent_mask_structure, direction>(
+        X, ..., bias, recurrent_..., recurrent_bias [, sequence_lens] [, initial_h, initial_c]) -> Y, Y_h, Y_c
 
     SparseGRU*<..., linear_before_reset>(X, ..., recurrent_bias [, sequence_lens] [, initial_h]) -> Y, Y_h
 
@@ -15,8 +11,8 @@ Signatures (domain ``sparse_onnx``, version 1; one op type per combination of in
 name                  dtype      shape         meaning
 ====================  =========  ============  ==================================================================
 X                     float32    [S, B, K]     S steps of B sequences
-values ...                                     the input weight [K, N] and its bias [N], as for ``SparseMatMul*``
-recurrent_values ...                           the recurrent weight [H, N] and its bias [N], in the same ``format``
+...                                            the input weight [K, N] and its bias [N], as for ``SparseMatMul*``
+recurrent_...                                  the recurrent weight [H, N] and its bias [N], in the same ``format``
 sequence_lens         int32      [B]           steps of each sequence, 0..S; where the op type says ``Lengths``
 initial_h, initial_c  float32    [D, B, H]     state before the first step; where the op type says ``State``
 direction             string     attribute     forward, reverse or bidirectional, which has D = 2; else D = 1
@@ -28,8 +24,7 @@ Y_h, Y_c              float32    [D, B, H]     the state behind the last step; z
 What is computed is what ``LSTM`` and ``GRU`` of the standard do, with their default activations, no peepholes and no
 clip. ``recurrent_K`` is H, and both N are D · gates · H: the columns of a weight are all directions side by side, in
 each all gates (i, o, f, c or z, r, h), in each all hidden elements. So one product of S · B rows makes what the input
-gives to every gate, step and direction. The recurrent weight has its blocks where gates end if H has a divisor that
-suits: :func:`recurrent_block`.
+gives to every gate, step and direction. The recurrent weight is better stored gate by gate: :func:`recurrent_outputs`.
 """
 
 from __future__ import annotations
@@ -37,29 +32,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-import onnx.parser
 
-from sparse_onnx.sparse_ops.sparse_matmul import (
-    DEFAULT_BLOCK,
-    DOMAIN,
-    SIZES,
-    STORED,
-    PackedWeight,
-    best_block,
-    decoder,
-    unpack,
-)
+from sparse_onnx.sparse_ops.formats.base import Outputs, Packed, StoredFormat
+from sparse_onnx.sparse_ops.ops.base import Attributes, Body, Shape, SparseOperator
 
 __all__ = [
     "CELLS",
     "DIRECTIONS",
+    "OPERATOR",
     "OP_TYPES",
     "PREFIX",
     "Signature",
-    "function_body",
     "operator_name",
-    "recurrent_block",
+    "recurrent_outputs",
     "reference",
 ]
 
@@ -71,8 +56,6 @@ CELLS = {"LSTM": 4, "GRU": 3}
 
 DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
 """The values of ``direction``, and how many directions they are."""
-
-_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -111,19 +94,17 @@ OP_TYPES = {
 }
 
 
-def recurrent_block(hidden: int, N: int) -> int:
-    """Outputs in a block of a recurrent weight [``hidden``, N]: the largest divisor of ``hidden`` that is no larger
-    than usual, or the usual one if all of these are small."""
-    largest = max(size for size in range(1, min(DEFAULT_BLOCK, hidden) + 1) if hidden % size == 0)
-    return largest if largest >= min(_SMALLEST_BLOCK, hidden) else best_block(N)
+def recurrent_outputs(hidden: int) -> Outputs:
+    """How the outputs of a recurrent weight [``hidden``, N] are best stored: the kernel computes gate by gate."""
+    return Outputs(hidden)
 
 
 def reference(
     op_type: str,
     x: np.ndarray,
-    packed: PackedWeight,
+    packed: Packed,
     bias: np.ndarray,
-    recurrent: PackedWeight,
+    recurrent: Packed,
     recurrent_bias: np.ndarray,
     *,
     direction: str = "forward",
@@ -133,10 +114,10 @@ def reference(
     initial_c: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Y, Y_h and of an LSTM Y_c, in float64: the oracle of the tests."""
-    cell, hidden = OP_TYPES[op_type].cell, recurrent.K
+    cell, hidden = OP_TYPES[op_type].cell, recurrent.shape[0]
     (steps, batch, _), directions = x.shape, DIRECTIONS[direction]
     shape = (directions, batch, hidden)
-    W, R = unpack(packed).astype(np.float64), unpack(recurrent).astype(np.float64)
+    W, R = packed.unpack().astype(np.float64), recurrent.unpack().astype(np.float64)
     projected = (x.astype(np.float64) @ W + bias).reshape(steps, batch, directions, CELLS[cell], hidden)
     weights = R.reshape(hidden, directions, -1, hidden)
     biases = recurrent_bias.astype(np.float64).reshape(directions, -1, hidden)
@@ -180,11 +161,7 @@ def _gru(
 
 
 # W [K, N] of a decoder as the standard has it: [directions, gates · hidden, K].
-_BODY = """
-<domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} <{attributes}> (X, {inputs}) => ({outputs})
-{{
-    {decoder}
+_STEPS = """{decoder}
     {recurrent_decoder}
     gates = Constant<value = int64[1] {{{gates}}}>()
     outputs_1 = Mul(gates, {prefix}k_1)
@@ -198,36 +175,34 @@ _BODY = """
     rows_of_r = Transpose<perm = [1, 0]>({prefix}W)
     r_shape = Concat<axis = 0>(flat_shape, outputs_1, {prefix}k_1)
     r_3 = Reshape(rows_of_r, r_shape)
-    {outputs} = {cell}<{settings}>({operands})
-}}
-"""
+    {outputs} = {cell}<{settings}>({operands})"""
 
 
-def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
+def _body(op_type: str, stored: StoredFormat) -> Body:
     signature = OP_TYPES[op_type]
     skipped = [""] if signature.state and not signature.lengths else []
-    own = ["direction", *(["linear_before_reset"] if signature.cell == "GRU" else [])]
-    stored = [prefix + name for prefix in ("", PREFIX) for name in (*STORED, "bias")]
+    own = ("direction", *(["linear_before_reset"] if signature.cell == "GRU" else []))
     settings = {
         "hidden_size": f"int = @{PREFIX}K",
         "direction": "string = @direction",
         "linear_before_reset": "int = @linear_before_reset",
     }
-    text = _BODY.format(
-        domain=DOMAIN,
-        opset=opset,
-        op_type=op_type,
-        attributes=", ".join([*(prefix + name for prefix in ("", PREFIX) for name in SIZES), *own]),
-        inputs=", ".join([*stored, *signature.operands]),
-        outputs=", ".join(signature.outputs),
-        decoder=decoder(),
-        recurrent_decoder=decoder(PREFIX),
+    steps = _STEPS.format(
+        decoder=stored.decoder(),
+        recurrent_decoder=stored.decoder(PREFIX),
         prefix=PREFIX,
         gates=CELLS[signature.cell],
+        outputs=", ".join(signature.outputs),
         cell=signature.cell,
         settings=", ".join(f"{name}: {settings[name]}" for name in ("hidden_size", *own)),
         operands=", ".join(["X", "w_3", "r_3", "biases", *skipped, *signature.operands]),
     )
-    proto: onnx.FunctionProto = onnx.parser.parse_function(text)
-    return proto
+    return Body(steps, own, signature.operands, signature.outputs)
+
+
+def _rows_at_once(attributes: Attributes, x_shape: Shape) -> tuple[int, ...]:
+    """X meets W whole; each step of the recurrence multiplies the batch."""
+    return x_shape[0] * x_shape[1], x_shape[1]
+
+
+OPERATOR = SparseOperator(tuple(OP_TYPES), _body, ("", PREFIX), at_once=_rows_at_once)

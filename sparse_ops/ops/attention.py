@@ -39,10 +39,10 @@ import numpy as np
 import onnx
 import onnx.parser
 
-__all__ = ["DOMAIN", "OP_TYPES", "VERSION", "Signature", "function_body", "reference"]
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops.base import Operator
 
-DOMAIN = "sparse_onnx"
-VERSION = 1
+__all__ = ["OPERATOR", "OP_TYPES", "Signature", "function_body", "reference"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,6 @@ _MERGED_KEYS = """k_split = Reshape(k, q_shape)
     v_split = Reshape(v, v_shape)
     v_heads = Transpose<perm = [0, 2, 1, 3]>(v_split)
     y_channels = Identity(v_channels)"""
+
+
+OPERATOR = Operator(tuple(OP_TYPES), function_body)

@@ -1,0 +1,1 @@
+"""The operators of the kernel library: one contract a file."""

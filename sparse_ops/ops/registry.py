@@ -1,0 +1,34 @@
+"""The operators of the kernel library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sparse_onnx.sparse_ops.formats.registry import FORMATS
+from sparse_onnx.sparse_ops.ops import (
+    attention,
+    skip_layer_norm,
+    sparse_conv,
+    sparse_conv_depthwise,
+    sparse_feed_forward,
+    sparse_matmul,
+    sparse_matmul_split,
+    sparse_recurrent,
+)
+from sparse_onnx.sparse_ops.ops.base import Operator, OpType, SparseOperator, op_types_of
+
+__all__ = ["OPERATORS", "OP_TYPES"]
+
+OPERATORS: tuple[Operator | SparseOperator, ...] = (
+    sparse_matmul.OPERATOR,
+    sparse_matmul_split.OPERATOR,
+    sparse_feed_forward.OPERATOR,
+    sparse_conv.OPERATOR,
+    sparse_conv_depthwise.OPERATOR,
+    sparse_recurrent.OPERATOR,
+    attention.OPERATOR,
+    skip_layer_norm.OPERATOR,
+)
+
+OP_TYPES: Mapping[str, OpType] = op_types_of(OPERATORS, FORMATS)
+"""Every op type of the domain by its name."""
