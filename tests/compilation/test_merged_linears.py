@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
@@ -10,8 +11,11 @@ import sparse_onnx
 from sparse_onnx import sparse_ops
 from sparse_onnx.analysis.inspection import inspect_model
 from sparse_onnx.compilation import steps
+from sparse_onnx.compilation.report_rows import kernel_names
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import model_io
+from sparse_onnx.passes.lower.merge_linears import MergeLinears
+from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.timing import layers
 from sparse_onnx.timing.choose import Decision
 from sparse_onnx.timing.layers import time_sparse_layers
@@ -124,6 +128,30 @@ def test_report_has_every_linear_and_inspection_every_operator(compiled):
     assert document["total"]["sparsity"] == pytest.approx(0.9, abs=0.02)
     assert all(row["run_by"] == "the kernel library" for row in document["custom_operators"] if row["known"])
     assert {"SparseMatMulSplit3"} <= {row["op_type"] for row in document["custom_operators"] if row["known"]}
+
+
+NAMES = [f"encoder.0.attention.{name}.weight" for name in ("query", "key", "value")]
+
+
+def test_kernels_are_told_by_the_names_of_the_linears_whatever_those_are():
+    """What the names have in common ends in front of ``query.weight``."""
+    rng = np.random.default_rng(1)
+    nodes = [onnx.helper.make_node("MatMul", ["X", name], [f"Y{i}"]) for i, name in enumerate(NAMES)]
+    weights = [np.where(rng.random((WIDTH, WIDTH)) < 0.1, 1, 0).astype(np.float32) for _ in NAMES]
+    made = [onnx.helper.make_tensor_value_info(f"Y{i}", 1, SHAPE) for i in range(3)]
+    tensors = [onnx.numpy_helper.from_array(w, name) for w, name in zip(weights, NAMES, strict=True)]
+    given = [onnx.helper.make_tensor_value_info("X", 1, SHAPE)]
+    graph = onnx.helper.make_graph(nodes, "g", given, made, tensors)
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    LowerSparseMatMul(min_sparsity=0.0)(model)
+    alone = kernel_names(model, {"X": SHAPE})
+    assert sorted(alone) == sorted(NAMES)
+    MergeLinears()(model)
+    assert [node.op_type for node in model.graph] == ["SparseMatMulSplit3"]
+    assert set(kernel_names(model, {"X": SHAPE})) == set(NAMES)
+    assert set(kernel_names(model, {"X": SHAPE}).values()) <= set(sparse_ops.info().kernels)
+    assert kernel_names(model, {}) == {}
 
 
 def test_verification_reads_every_stored_weight(case, compiled):
