@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.options import check_types, require, unknown
+from sparse_onnx.options import (
+    at,
+    build,
+    check_types,
+    documented,
+    holds_numbers,
+    keywords,
+    option,
+    option_names,
+    option_of,
+    require,
+    unknown,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +91,67 @@ def test_unknown_gives_the_nearest_and_the_list():
     )
     assert unknown("key", "zzz", ["a"]) == "unknown key 'zzz' (valid: a)"
     assert unknown("key", 7, []) == "unknown key 7 (valid: none)"
+
+
+# -- declared once -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    size: int = option(4, "How many.", least=1)
+    path: str | None = option(None, "Where.", keyword="from_path", kind="path", otherwise="nowhere")
+    on: bool = option(True, "Whether.", about="True: it is on.", flag=None)
+    names: tuple[str, ...] = option(None, "Which.", factory=tuple)
+    inner: int = 3
+
+
+def test_what_is_said_of_an_option():
+    assert keywords(Group) == {"size": "size", "from_path": "path", "on": "on", "names": "names"}
+    size, path, on = (option_of(Group, name) for name in ("size", "path", "on"))
+    assert (size.flag, size.keyword, size.with_default) == ("--size", "size", "How many.  [default: 4]")
+    assert (path.flag, path.keyword, path.with_default) == (
+        "--from-path",
+        "from_path",
+        "Where.  [default: nowhere]",
+    )
+    assert (on.flag, on.help, on.documentation) == (None, "Whether.", "True: it is on.")
+    assert path.documentation == "Where. Default: nowhere."
+    assert Group() == Group(4, None, True, (), 3)
+
+
+def test_documentation_is_put_in():
+    @documented(Group)
+    def function():
+        """What it does.
+
+        Args:
+            first: One.
+        {options}
+        """
+
+    lines = function.__doc__.splitlines()
+    assert [line.strip() for line in lines[4:8]] == [
+        "size: How many. Default: 4.",
+        "from_path: Where. Default: nowhere.",
+        "on: True: it is on.",
+        "names: Which.",
+    ]
+
+
+def test_values_from_plain_data():
+    assert build(Options, {"names": ["a"], "count": None, "shapes": {"x": [1]}}) == Options(
+        names=("a",), shapes={"x": (1,)}
+    )
+    assert option_names(Group) == {"size", "path", "on", "names", "inner"}
+    with pytest.raises(UsageError, match=r"^Needs: value must be given$"):
+        build(dataclasses.make_dataclass("Needs", [("value", int)]), {"value": None})
+    with pytest.raises(UsageError, match=r"^here: number must be above 0, not 0$"), at("here"):
+        require(False, "number", 0, "above 0")
+
+
+@pytest.mark.parametrize(
+    ("value", "holds"),
+    [(1, True), (0.5, True), (False, True), ((1, (2, 3)), True), ((), False), ((1, ()), False), ("1", False)],
+)
+def test_numbers_and_tuples_of_them(value, holds):
+    assert holds_numbers(value) == holds

@@ -7,10 +7,11 @@ import pytest
 
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.time_model import TimeModel
+from sparse_onnx.compilation.recipe import Recipe, RecipeStage
 from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.registry import pass_by_name
-from sparse_onnx.search.plans import allocated, modifiers, uniform
+from sparse_onnx.search.plans import allocated, modifiers, uniform, with_pruning
 from sparse_onnx.search.strategy import Goals
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.curves import Curve
@@ -150,3 +151,23 @@ def test_a_plan_by_magnitude_is_one_pass_for_each_share():
 
 def test_no_layer_is_no_pass():
     assert modifiers({}, pass_by_name("prune.magnitude")(sparsity=0.5), {}) == ()
+
+
+def test_pruning_comes_before_what_has_to_follow_it():
+    ffn, quant, prune = (
+        pass_by_name(name)(**options)
+        for name, options in (
+            ("prune.ffn", {"sparsity": 0.25}),
+            ("quant.round", {}),
+            ("prune.magnitude", {"sparsity": 0.5}),
+        )
+    )
+    recipe = Recipe((RecipeStage("all", (ffn, quant)),))
+    stages = with_pruning(recipe, (prune,)).stages
+    assert stages == (
+        RecipeStage("all", (ffn,)),
+        RecipeStage("prune", (prune,)),
+        RecipeStage("all", (quant,)),
+    )
+    assert with_pruning(recipe, ()).stages == (stages[0], stages[2])
+    assert with_pruning(Recipe(), (prune,)).stages == (stages[1],)

@@ -119,12 +119,59 @@ def test_missed_goal_is_exit_4(tmp_path, capsys):
         (("--calibration-data", "nosuch.npz"), "nosuch.npz"),
         (("--recipe", "nosuch.yaml"), "nosuch.yaml"),
         (("--threads", "0"), "threads"),
+        (("--set", "prune.magnitude.sparsity"), "write NAME.OPTION=VALUE"),
+        (("--set", "prune.magnitude.sparsity=0.5"), "prune.magnitude is not in the recipe"),
+        (("--method", "random", "--sparsity", "0.5", "--set", "prune.random.sed=1"), "the nearest is 'seed'"),
+        (
+            ("--method", "random", "--set", "prune.random.sparsity=80%"),
+            "sparsity must be a finite number, not '80%'",
+        ),
+        (
+            ("--dump-after", "prune.magnitud"),
+            "unknown pass 'prune.magnitud'; the nearest is 'prune.magnitude'",
+        ),
         (("--nosuch-option",), "nosuch-option"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, message):
     model = write_model(tmp_path / "in")
     refused(capsys, tmp_path, 2, message, model, "-o", tmp_path / "out", "--quiet", *options)
+
+
+def test_settings_reach_modifiers_of_a_recipe_and_of_flags(tmp_path, capsys):
+    model, recipe = write_model(tmp_path / "in"), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "version: 1\nstages: [{name: p, modifiers: ["
+        "{prune.threshold: {theta: 0.1}}, {prune.magnitude: {sparsity: 0.5}}, {quant.round: {}}]}]\n"
+    )
+    settings = ("--set", "prune.magnitude.sparsity=0.75", "--set", "quant.round.bits=4")
+    code, out, err = call(capsys, model, "--dry-run", "--recipe", recipe, *settings, "--format", "json")
+    assert code == 0, err
+    report = json.loads(out)
+    (stage,) = report["recipe"]["stages"]
+    options = {name: given for modifier in stage["modifiers"] for name, given in modifier.items()}
+    assert options["prune.magnitude"]["sparsity"] == 0.75
+    assert options["quant.round"]["bits"] == 4
+    assert report["layers"][0]["sparsity"] >= 0.75
+    flags = ("--method", "magnitude", "--set", "prune.magnitude.mask_structure=2:4")
+    code, out, err = call(capsys, model, "--dry-run", *flags, "--format", "json")
+    assert code == 0, err
+    assert json.loads(out)["layers"][0]["sparsity"] == 0.5
+
+
+def test_the_model_after_a_pass(tmp_path, capsys):
+    model = write_model(tmp_path / "in", sparsity=0.97)
+    dumped = ("--dump-after", "clean.unused", "--dump-after", "lower.sparse-matmul", "--no-benchmark")
+    code, _, err = call(capsys, model, "-o", tmp_path / "out", *dumped, *SHAPE)
+    assert code in (0, 5), err
+    ops = {
+        path.stem: {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+        for path in (tmp_path / "out").glob("after-*.onnx")
+    }
+    assert ops == {
+        "after-clean.unused": {"MatMul", "Relu"},
+        "after-lower.sparse-matmul": {"SparseMatMulRelu"},
+    }
 
 
 def test_several_shapes_and_a_cache_of_ones_own(tmp_path, capsys, monkeypatch):

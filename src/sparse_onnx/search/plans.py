@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from sparse_onnx.analysis.forecast import Choice, Forecast, Plan
-from sparse_onnx.passes.base import Pass
+from sparse_onnx.compilation.recipe import Recipe, RecipeStage
+from sparse_onnx.passes.base import Pass, Stage
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.search.frontier import Option, frontier
 from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.timing.curves import UNSTRUCTURED
 
-__all__ = ["SPARSITIES", "Family", "LossOf", "allocated", "modifiers", "uniform"]
+__all__ = ["SPARSITIES", "Family", "LossOf", "allocated", "modifiers", "uniform", "with_pruning"]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The shares of zeros that a layer may get."""
@@ -129,3 +130,17 @@ def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pas
         shares = {name: share for name, (share, pattern) in plan.items() if pattern == structure}
         passes += template.with_shares(shares, structure, sizes)
     return tuple(passes)
+
+
+def with_pruning(recipe: Recipe, passes: tuple[Pass, ...]) -> Recipe:
+    """``recipe`` with these pruning passes as a stage of its own: before what has to follow them, behind all else."""
+    early, late = (
+        tuple(
+            RecipeStage(stage.name, kept)
+            for stage in recipe.stages
+            if (kept := tuple(step for step in stage.modifiers if (step.stage > Stage.PRUNE) is follows))
+        )
+        for follows in (False, True)
+    )
+    pruning = (RecipeStage("prune", passes),) if passes else ()
+    return dataclasses.replace(recipe, stages=(*early, *pruning, *late))

@@ -43,7 +43,7 @@ from sparse_onnx.search.driver import Compiled, Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.losses import measured_losses, weight_losses
-from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform
+from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform, with_pruning
 from sparse_onnx.search.strategy import Expected, Goals
 from sparse_onnx.search.workers import choose_workers
 from sparse_onnx.timing import rounds
@@ -157,8 +157,7 @@ class _Compile:
 
     def __call__(self, plan: Plan, folder: Path, threads: int) -> Compiled:
         passes = modifiers(plan, self.template, self.sizes)
-        stages = (*self.recipe.stages, *((RecipeStage("prune", passes),) if passes else ()))
-        recipe = dataclasses.replace(self.recipe, stages=stages)
+        recipe = with_pruning(self.recipe, passes)
         folder.mkdir()
         _, report = compile_into(
             folder,
