@@ -69,8 +69,8 @@ SPARSE_ONNX_EXPORT int sparse_onnx_run(const SparseOnnxWeight* weight, int activ
                                        const float* x, size_t tokens, float* y, char* message,
                                        size_t message_size);
 
-/* Name of the kernel that a session would use for a full tile of a weight with these sizes and `tokens` tokens;
- * NULL if SPARSE_ONNX_FORCE_ISA is wrong or the format has no such sizes. */
+/* Name of the kernel that a session would use for a full tile of a weight with these sizes and `tokens`
+ * tokens; NULL if SPARSE_ONNX_FORCE_ISA is wrong or the format has no such sizes. */
 SPARSE_ONNX_EXPORT const char* sparse_onnx_select(const char* format, const int64_t* sizes, size_t size_count,
                                                   size_t tokens);
 

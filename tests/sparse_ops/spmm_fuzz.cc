@@ -28,7 +28,7 @@ class ThisThread final : public Workers {
   std::abort();
 }
 
-// The rules of the format, one after the other, as sparse_ops/sparse_matmul.py states them.
+// The rules of the format, one after the other, as sparse_ops/formats/chunked_csc.py states them.
 bool obeys_format(const StoredWeight& s) {
   if (s.K < 1 || s.N < 1 || s.chunk < 1 || s.chunk > 255 || s.block < 1 || s.block > 256) return false;
   if ((s.width != 1 && s.width != 4 && s.width != 8) || s.block % s.width != 0) return false;

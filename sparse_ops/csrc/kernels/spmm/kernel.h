@@ -2,8 +2,8 @@
 // include it. The columns of W may belong to several outputs, or be those of a gate and of what it
 // multiplies.
 //
-// W is stored in the chunked_csc format, described in sparse_ops/sparse_matmul.py. A kernel works on tiles of
-// tokens. X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies
+// W is stored in the chunked_csc format, described in sparse_ops/formats/chunked_csc.py. A kernel works on
+// tiles of tokens. X is first transposed, tile by tile, into panels [K, tile], so that one stored weight multiplies
 // whole vectors of tokens. Then each (tile, block of output channels) is one independent task, which
 // accumulates chunk by chunk, applies the activation and writes its part of Y.
 #pragma once
