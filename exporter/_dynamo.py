@@ -41,7 +41,7 @@ def trace(
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
-    except Exception as error:
+    except Exception as error:  # torch's exporter raises many kinds
         raise UsageError(f"torch cannot export {type(module).__name__}: {_reason(error)}") from error
     model: ir.Model = program.model
     names = [value.name for value in model.graph.inputs]

@@ -27,7 +27,7 @@ def inference_copy(module: Any) -> Any:
     """
     try:
         copied = copy.deepcopy(module, _shared_tensors(module))
-    except Exception as error:
+    except Exception as error:  # whatever the module's own copying raises
         raise UsageError(f"{type(module).__name__} cannot be copied for the export: {error}") from error
     copied.eval()
     for layer in list(copied.modules()):

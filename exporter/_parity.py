@@ -65,7 +65,7 @@ def _check_case(session: Any, module: Any, case: Mapping[str, Any]) -> float:
     expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     try:
         actual = session.run(None, {name: tensor.detach().numpy() for name, tensor in tensors.items()})
-    except Exception as error:
+    except Exception as error:  # ORT's exceptions have no common base but Exception
         raise VerificationError(f"the exported model does not run on {where}: {error}") from error
     names = [value.name for value in session.get_outputs()]
     if len(names) != len(expected):

@@ -111,7 +111,7 @@ def load_pretrained(folder: Path, task: str | None) -> Any:
             )
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers raises many kinds
         raise UsageError(f"{folder} cannot be loaded for {task or 'its task'}: {error}") from error
     missing = set(info["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):

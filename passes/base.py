@@ -215,7 +215,7 @@ class Pipeline(Pass):
                 if isinstance(error, PassError) or not steps:
                     raise
                 raise type(error)(f"{error} (in pass {step.name}{_after(steps)})") from error
-            except Exception as error:
+            except Exception as error:  # whatever a pass meets, it is told with the pass's name
                 raise PassError(
                     f"pass {step.name} failed{_after(steps)}: {type(error).__name__}: {error}"
                 ) from error

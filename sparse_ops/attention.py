@@ -6,9 +6,12 @@ Signatures (domain ``sparse_onnx``, version 1; one op type per signature)::
     AttentionSplit<num_heads, scale>(q, k, v) -> Y     AttentionSplitMasked<num_heads, scale>(q, k, v, mask) -> Y
     AttentionHeads<num_heads, scale>(q, k, v) -> Y     AttentionHeadsMasked<num_heads, scale>(q, k, v, mask) -> Y
 
-For each batch and head, with the Q, K and V of that head::
+and, inputs and attributes as with ``Masked``, ``AttentionMaskedNanToZero``, ``AttentionSplitMaskedNanToZero`` and
+``AttentionHeadsMaskedNanToZero``. For each batch and head, with the Q, K and V of that head::
 
-    Y = softmax(scale · Q · Kᵀ + mask) · V        softmax over the keys
+    P = softmax(scale · Q · Kᵀ + mask)            softmax over the keys
+    P = Where(IsNaN(P), 0, P)                     where it says NanToZero
+    Y = P · V
 
 ===========  =========  =================  ==================================================================
 name         dtype      shape              meaning
@@ -23,8 +26,9 @@ Y            float32    [B, Sq, H·Dv]
 ===========  =========  =================  ==================================================================
 
 Everything is broadcast as the formula says: q, k, v or the mask may have one batch, which then serves those of the
-others; so do one query and one key where the mask is for more. A row of scores that are all -Inf gives NaN, as
-``Softmax`` does. Any of B, Sq and Sk may be 0; without keys, Y is 0.
+others; so do one query and one key where the mask is for more. A row of scores that are all -Inf, or one of which is
+NaN or +Inf, has weights of NaN, as ``Softmax`` says, and of 0 where it says ``NanToZero``. A weight of 0 times a value
+that is NaN or infinite is NaN, as in any product. Any of B, Sq and Sk may be 0; without keys, Y is 0.
 """
 
 from __future__ import annotations
@@ -44,11 +48,12 @@ VERSION = 1
 @dataclass(frozen=True)
 class Signature:
     """What sets the op types apart: ``split`` has keys and values per head, ``heads`` queries, too, ``masked`` a fourth
-    input."""
+    input, and with ``nan_to_zero`` a weight that is NaN becomes 0."""
 
     split: bool
     masked: bool
     heads: bool = False
+    nan_to_zero: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -58,15 +63,25 @@ class Signature:
 OP_TYPES = {
     "Attention": Signature(split=False, masked=False),
     "AttentionMasked": Signature(split=False, masked=True),
+    "AttentionMaskedNanToZero": Signature(split=False, masked=True, nan_to_zero=True),
     "AttentionSplit": Signature(split=True, masked=False),
     "AttentionSplitMasked": Signature(split=True, masked=True),
+    "AttentionSplitMaskedNanToZero": Signature(split=True, masked=True, nan_to_zero=True),
     "AttentionHeads": Signature(split=True, masked=False, heads=True),
     "AttentionHeadsMasked": Signature(split=True, masked=True, heads=True),
+    "AttentionHeadsMaskedNanToZero": Signature(split=True, masked=True, heads=True, nan_to_zero=True),
 }
 
 
 def reference(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, *, num_heads: int, scale: float
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    num_heads: int,
+    scale: float,
+    nan_to_zero: bool = False,
 ) -> np.ndarray:
     """Y float64 from the operator's inputs, q, k and v of either form. The tests' oracle."""
 
@@ -75,9 +90,11 @@ def reference(
         return x if x.ndim == 4 else x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
 
     scores = heads(q) @ heads(k).swapaxes(2, 3) * scale + (0 if mask is None else mask)
-    with np.errstate(invalid="ignore"):  # -Inf minus -Inf
+    with np.errstate(invalid="ignore"):  # Inf minus Inf
         weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
     weights /= weights.sum(-1, keepdims=True)
+    if nan_to_zero:
+        weights[np.isnan(weights)] = 0
     y: np.ndarray = (weights @ heads(v)).swapaxes(1, 2)
     return y.reshape(*y.shape[:2], -1)
 
@@ -104,7 +121,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     scores = Mul(product, factor)
     {"masked = Add(scores, mask)" if signature.masked else ""}
     weights = Softmax<axis = -1>({"masked" if signature.masked else "scores"})
-    y_heads = MatMul(weights, {"v" if signature.split else "v_heads"})
+    {_NAN_TO_ZERO if signature.nan_to_zero else ""}
+    y_heads = MatMul({"kept" if signature.nan_to_zero else "weights"}, {"v" if signature.split else "v_heads"})
     y_split = Transpose<perm = [0, 2, 1, 3]>(y_heads)
     y_shape = Concat<axis = 0>(same, y_channels)
     Y = Reshape(y_split, y_shape)
@@ -133,6 +151,9 @@ def _dimension(name: str, axis: int, opset: int) -> str:
     {name}_channels = Slice({name}_sizes, {name}_start, {name}_end)"""
 
 
+_NAN_TO_ZERO = """nan = IsNaN(weights)
+    zero = Constant<value_float: float = 0.0>()
+    kept = Where(nan, zero, weights)"""
 _SPLIT_KEYS = """k_heads = Transpose<perm = [0, 1, 3, 2]>(k)
     y_channels = Mul(heads, v_channels)"""
 _MERGED_KEYS = """k_split = Reshape(k, q_shape)

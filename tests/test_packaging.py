@@ -54,20 +54,6 @@ def test_no_cpp_source_is_installed():
     assert not [name for name in installed if name.endswith((".cc", ".h", ".inc", ".map", "CMakeLists.txt"))]
 
 
-def test_imports_go_one_way():
-    """tools -> exporter, passes -> sparse_ops; sparse_ops imports nothing else of ours."""
-    forbidden = {
-        "sparse_ops": ("passes", "exporter", "tools", "compiler", "model_io", "runtime"),
-        "passes": ("exporter", "tools", "compiler"),
-        "exporter": ("passes", "tools", "compiler"),
-    }
-    for folder, names in forbidden.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text()
-            for name in names:
-                assert f"sparse_onnx.{name}" not in text.replace("``", ""), f"{path.name} imports {name}"
-
-
 def test_the_whole_package_imports_without_torch():
     code = "import sys, sparse_onnx, sparse_onnx.tools.cli, sparse_onnx.api; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         _internal(error, arguments)
     except MemoryError:
         _fail("out of memory", HostError.exit_code, arguments)
-    except Exception as error:
+    except Exception as error:  # what is no error of ours is a defect, and reported as one
         _internal(error, arguments)
     sys.exit(code if isinstance(code, int) else 0)
 

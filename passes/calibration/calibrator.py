@@ -27,7 +27,7 @@ from sparse_onnx.passes.calibration.captures import Capture, View, find_captures
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.memory import (
     Demand,
-    Pass,
+    Sweep,
     activation_bytes,
     divide,
     fitting,
@@ -331,7 +331,7 @@ class Calibrator:
     def _run_pass(
         self,
         block: Block,
-        group: Pass,
+        group: Sweep,
         streams: Streams,
         what: str,
         *,

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import name_of, new_name
 from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
-from sparse_onnx.passes.calibration.rows import Recurrence, Window
+from sparse_onnx.passes.calibration.rows import Recurrence, Unfold
 
 __all__ = ["Capture", "View", "find_captures"]
 
@@ -22,7 +22,7 @@ class View:
     ``recurrence``."""
 
     tensor: str
-    window: Window | None = None
+    window: Unfold | None = None
     recurrence: Recurrence | None = None
 
     def __str__(self) -> str:
@@ -125,5 +125,5 @@ def _view(weight: Weight, node: ir.Node) -> View:
     assert value.name is not None
     window = None
     if node.op_type in CONVOLUTIONS:
-        window = Window.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
+        window = Unfold.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
     return View(value.name, window)

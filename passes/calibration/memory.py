@@ -12,7 +12,7 @@ from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.units import format_bytes
 
-__all__ = ["Demand", "Pass", "activation_bytes", "divide", "fitting"]
+__all__ = ["Demand", "Sweep", "activation_bytes", "divide", "fitting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Demand:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class Sweep:
     """Captures that are summed in one pass over the data."""
 
     demands: tuple[Demand, ...]
@@ -77,7 +77,7 @@ def activation_bytes(
     ]
 
 
-def divide(demands: Sequence[Demand], budget: int) -> tuple[list[Pass], list[str]]:
+def divide(demands: Sequence[Demand], budget: int) -> tuple[list[Sweep], list[str]]:
     """Passes over the data that hold at most ``budget`` bytes each, and a line for every Gram that is cut down.
 
     Raises HostError if not even a diagonal fits.
@@ -91,7 +91,7 @@ def divide(demands: Sequence[Demand], budget: int) -> tuple[list[Pass], list[str
             held = 0
         passes[-1].append(demand)
         held += demand.nbytes
-    return [Pass(tuple(group)) for group in passes], said
+    return [Sweep(tuple(group)) for group in passes], said
 
 
 def fitting(demand: Demand, budget: int, say: Callable[[str], None]) -> Demand:

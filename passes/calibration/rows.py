@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from sparse_onnx.passes.patterns.match import same_pads
 
-__all__ = ["Recurrence", "Window", "linear_rows", "unfolded_rows"]
+__all__ = ["Recurrence", "Unfold", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class Unfold:
     """The window of a convolution over its d spatial axes; ``pads`` are d begins and d ends, as ONNX has them.
 
     ``auto_pad`` other than NOTSET determines the pads from the input's size.
@@ -32,7 +32,7 @@ class Window:
     auto_pad: str = "NOTSET"
 
     @classmethod
-    def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> Window:
+    def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> Unfold:
         """The window of a Conv node whose filters have the spatial sizes ``kernel``."""
 
         def ints(name: str, default: int, count: int) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     return rows if keep.all() else rows[keep]
 
 
-def unfolded_rows(x: np.ndarray, window: Window) -> Iterator[list[np.ndarray]]:
+def unfolded_rows(x: np.ndarray, window: Unfold) -> Iterator[list[np.ndarray]]:
     """The rows [n, C / groups · window] of ``x`` [B, C, sizes...], one array a group, a bounded part at a time.
 
     One row a position of the output; its elements in the order of the filters [C / groups, window...].

@@ -19,12 +19,12 @@ from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.calibration.captures import Capture, View
+from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
 from sparse_onnx.passes.calibration.moments import CrossMoments, Layout, Moments
+from sparse_onnx.passes.calibration.order import Order, Part
 from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
-from sparse_onnx.passes.calibration.schedule import Part, Schedule
 from sparse_onnx.passes.calibration.skeleton import PartSession
 from sparse_onnx.passes.calibration.streams import Streams
-from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.progress import Progress
 
@@ -39,7 +39,7 @@ class Aim:
     model: ``pull`` X'Y [K, N] and ``mean`` [N] of Y, float64.
     """
 
-    target: Target
+    target: LayerOutput
     pull: np.ndarray
     mean: np.ndarray
 
@@ -63,7 +63,7 @@ class Plan:
 
     capture: Capture
     weights: tuple[Weight, ...]
-    targets: Mapping[str, Target]
+    targets: Mapping[str, LayerOutput]
     weight_bytes: int
 
 
@@ -93,24 +93,24 @@ class TwoStreams:
         solved = {
             id(node): index for index, (_, own) in enumerate(steps) for weight in own for node in weight.nodes
         }
-        self._schedule = Schedule(model, solved)
+        self._order = Order(model, solved)
         targets = [self._targets(index, *step) for index, step in enumerate(steps)]
         wanted = [
             {name for view in capture.views for name in view.tensors}
             | {_name(target.residual) for target in own.values() if target.residual is not None}
             for (capture, _), own in zip(steps, targets, strict=True)
         ]
-        self._pruned_parts = self._schedule.parts(wanted, changing=True)
+        self._pruned_parts = self._order.parts(wanted, changing=True)
         self.plans = tuple(
             Plan(*step, own, part.weight_bytes)
             for step, own, part in zip(steps, targets, self._pruned_parts, strict=True)
         )
 
-    def _targets(self, index: int, capture: Capture, weights: Sequence[Weight]) -> dict[str, Target]:
+    def _targets(self, index: int, capture: Capture, weights: Sequence[Weight]) -> dict[str, LayerOutput]:
         if len(capture.views) > 1:
             return {}
         found = {
-            weight.name: find_target(weight, lambda residual: self._schedule.is_final(residual, index))
+            weight.name: find_output(weight, lambda residual: self._order.is_final(residual, index))
             for weight in weights
         }
         return {name: target for name, target in found.items() if target is not None}
@@ -123,7 +123,7 @@ class TwoStreams:
         """
         aimed = [plan.targets if layouts[plan.capture] is Layout.FULL else {} for plan in self.plans]
         wanted = [{_name(target.output) for target in targets.values()} for targets in aimed]
-        dense_parts = self._schedule.parts(wanted, changing=False)
+        dense_parts = self._order.parts(wanted, changing=False)
         with (
             contextlib.closing(Streams(self._work)) as pruned,
             contextlib.closing(Streams(self._work)) as dense,
@@ -184,7 +184,7 @@ class _Stream:
 class _Sums:
     """Running sums for one step: of X, and of X'Y and Y for each weight that has one of ``targets``."""
 
-    def __init__(self, plan: Plan, layout: Layout, targets: Mapping[str, Target]) -> None:
+    def __init__(self, plan: Plan, layout: Layout, targets: Mapping[str, LayerOutput]) -> None:
         self.plan, self.targets = plan, targets
         size = plan.capture.size
         self._moments = [Moments(size, layout) for _ in range(plan.capture.groups)]
@@ -267,7 +267,7 @@ def _in_order(
     return [(capture, tuple(own)) for capture, own in steps.items()]
 
 
-def _aim(target: Target, pruned: Feeds, dense: Feeds) -> np.ndarray:
+def _aim(target: LayerOutput, pruned: Feeds, dense: Feeds) -> np.ndarray:
     """The output wanted of a layer: that of the dense model, less what the residual brings already."""
     wanted = dense[_name(target.output)]
     if target.residual is None:

@@ -10,17 +10,18 @@ After, H being the number of heads::
 
 or ``Attention`` without a mask. The operator broadcasts, so that an Expand in front of a mask goes. Several
 masks are added up, and ``Where(keep, S, fill)`` becomes ``Where(keep, 0, fill)``, once for all layers that share
-them. A mask that is known to keep everything is dropped. A test for NaN moves to Y if the mask can make one.
+them. A mask that is known to keep everything is dropped. Where NaN among the weights becomes 0, the operator is
+``AttentionMaskedNanToZero``; without a mask there is no NaN.
 
 Keys and values that exist only per head, [B, H, Sk, D], go into ``AttentionSplit`` as they are, and queries, too,
-into ``AttentionHeads``, each with and without ``Masked``.
+into ``AttentionHeads``, each without and with ``Masked`` and ``MaskedNanToZero``.
 
 The model still runs without our library, since the operators' bodies come along as functions.
 
 A dimension that was symbolic stays so, and what broadcasts still does: an Expand goes, and a mask that keeps
 everything is dropped, only where that is known to change no shape.
 Fully masked rows keep their result: a fill of at most -1e30 absorbs every score below 1e22, and the
-operator and Softmax agree on rows of -Inf (NaN) and of equal scores (the mean).
+operator and Softmax agree on rows of -Inf (NaN, or 0 if that is what becomes of NaN) and of equal scores (the mean).
 
 ONNX ``Attention`` nodes stay: they are fused already, and ONNX Runtime 1.24 and 1.31 give fully masked rows
 different results.
@@ -116,14 +117,12 @@ class _Rewriter:
         inputs = [self._now(x) for x in (match.q, match.k, match.v)]
         if match.masks:
             inputs.append(self._bias(match))
-        op_type = _OP_TYPES[Signature(match.split, bool(match.masks), match.heads_apart)]
+        signature = Signature(match.split, bool(match.masks), match.heads_apart, match.nan_to_zero)
+        op_type = _OP_TYPES[signature]
         attributes = {"num_heads": match.heads, "scale": match.scale}
         fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, name=softmax.name)
         add_function(self._model, attention.function_body(op_type, self._opset), attention.VERSION)
         nodes = [fused]
-        if match.nan_to_zero:
-            test = ir.node("IsNaN", [fused.outputs[0]])
-            nodes += [test, ir.node("Where", [test.outputs[0], self._constant(0.0), fused.outputs[0]])]
         if match.split_to is not None:
             shape = self._constant((0, 0, *match.split_to))
             nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape]))

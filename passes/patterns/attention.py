@@ -62,8 +62,8 @@ class Attention:
     """What a fused operator is made of: ``output`` from ``q``, ``k`` and ``v``, whose ``softmax`` this is.
 
     ``q`` is merged, or per head if ``heads_apart``; ``k`` and ``v`` are both merged or, if ``split``, both per head.
-    ``output`` is [B, Sq, E], or [B, Sq, H, D] if ``split_to`` says H and D. ``nan_to_zero``: a NaN
-    among the weights becomes zero, and there may be one even if all scores are finite.
+    ``output`` is [B, Sq, E], or [B, Sq, H, D] if ``split_to`` says H and D. ``nan_to_zero``: there are masks, and
+    what is NaN among the weights becomes zero.
     """
 
     softmax: ir.Node
@@ -220,9 +220,7 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
     masks = tuple(needed for mask in masks if (needed := _needed(mask, target, shapes)) is not None)
     if q.count == 1 and not all(_axis(mask.value, -3, shapes) == {1} for mask in masks):
         raise _Declined("its only head may be repeated for a mask with more of them")
-    # Two finite masks may add up to -Inf.
-    may_be_nan = len(masks) > 1 or not all(map(_is_finite, masks))
-    tested = _turns_nan_to_zero(weighted.inputs[0], softmax, shapes)
+    nan_to_zero = _turns_nan_to_zero(weighted.inputs[0], softmax, shapes)
     others = [k_batch, v_batch, *(_axis(mask.value, -4, shapes) for mask in masks)]
     if not all(_stays(batch, other) for other in others):
         batch = _names()
@@ -242,7 +240,7 @@ def _match(softmax: ir.Node, shapes: Shapes) -> Attention:
         heads=q.count,
         scale=scale,
         masks=masks,
-        nan_to_zero=tested and may_be_nan,
+        nan_to_zero=nan_to_zero and bool(masks),  # finite scores without a mask give no NaN
         output=output,
         split_to=None if merged else (q.count, v.size),
     )
@@ -461,16 +459,6 @@ def _keeps_all(mask: Mask) -> bool:
         return False
     condition = constant_array(_source(where.inputs[0]))
     return condition is not None and bool(condition.all()) and constant_number(where.inputs[1]) == 0
-
-
-def _is_finite(mask: Mask) -> bool:
-    """Whether the mask is known to have no -Inf: then Softmax gives no NaN for finite scores."""
-    if (fill := constant_number(mask.fill)) is not None:
-        return bool(np.isfinite(fill))
-    source = _source(mask.value)
-    where = _producer(source, "Where")
-    parts = [constant_array(source)] if where is None else [constant_array(part) for part in where.inputs[1:]]
-    return all(part is not None and bool(np.isfinite(part).all()) for part in parts)
 
 
 def _output(value: ir.Value, made: Sequence[Dims], shapes: Shapes) -> tuple[ir.Value, bool]:

@@ -17,9 +17,8 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import Selection, Weight
 from sparse_onnx.options import require, unknown
 from sparse_onnx.passes.solvers import InputStatistics, SparseGPT, wanda_score
+from sparse_onnx.passes.solvers.budget import Budget, smallest
 from sparse_onnx.passes.solvers.masks import MaskStructure
-from sparse_onnx.passes.solvers.selection import Selection as Budget
-from sparse_onnx.passes.solvers.selection import smallest
 from sparse_onnx.passes.solvers.solver import Problem
 
 __all__ = [

@@ -36,8 +36,8 @@ from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
 from sparse_onnx.passes.calibration.moments import Layout
-from sparse_onnx.passes.calibration.targets import Target, find_target
 from sparse_onnx.passes.calibration.two_streams import Aim
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
 from sparse_onnx.passes.prune.pruning import choose_weights
@@ -166,7 +166,7 @@ class _Layer:
 
     weight: Weight
     inputs: tuple[InputStatistics, ...]
-    target: Target | None = None
+    target: LayerOutput | None = None
     aim: Aim | None = None
 
 
@@ -253,7 +253,7 @@ class _Job:
             )
 
     def _plain(self, weight: Weight, statistics: Sequence[InputStatistics]) -> _Layer:
-        target = find_target(weight, lambda _residual: False) if self.options.bias_correction else None
+        target = find_output(weight, lambda _residual: False) if self.options.bias_correction else None
         return _Layer(weight, tuple(statistics), target)
 
     def prune(self, layer: _Layer) -> None:
@@ -353,15 +353,15 @@ class _Job:
         if not options.preserve_mask:
             return pruned
         shape, share = (W.shape[0], W.shape[1]), resolve_sparsity(sparsity, options.structure)
-        selection = solvers.Selection.of(shape, options.structure, share, options.scope)
+        budget = solvers.Budget.of(shape, options.structure, share, options.scope)
         present = W != 0
         # As many as asked stay, even where the method kept fewer of those that are present.
         score = np.abs(pruned) + 1e-6 * np.abs(W)
-        mask = selection.keep(np.where(present, score, 0)) & present
+        mask = budget.keep(np.where(present, score, 0)) & present
         aim = W if target is None else target
         return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
 
-    def _write_bias(self, target: Target, bias: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+    def _write_bias(self, target: LayerOutput, bias: np.ndarray) -> tuple[str, ir.TensorProtocol]:
         """Returns the name of the initializer that holds the bias now, and the tensor that it was before."""
         old, node = target.bias, target.bias_node
         assert old is not None
@@ -381,7 +381,7 @@ class _Job:
         return name, before
 
 
-def _bias_of(target: Target) -> np.ndarray:
+def _bias_of(target: LayerOutput) -> np.ndarray:
     array = constant_array(target.bias)
     assert array is not None
     return array.reshape(-1).astype(np.float64)

@@ -12,6 +12,7 @@ from sparse_onnx.options import unknown
 from sparse_onnx.passes.solvers.admm import Admm
 from sparse_onnx.passes.solvers.alps import Alps
 from sparse_onnx.passes.solvers.auto import Auto
+from sparse_onnx.passes.solvers.budget import Budget, Scope
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
 from sparse_onnx.passes.solvers.gram import relative_error
 from sparse_onnx.passes.solvers.iht import Iht
@@ -27,7 +28,6 @@ from sparse_onnx.passes.solvers.scores import (
     taylor_score,
     wanda_score,
 )
-from sparse_onnx.passes.solvers.selection import Scope, Selection
 from sparse_onnx.passes.solvers.solver import DampedSolver, Solver
 from sparse_onnx.passes.solvers.sparsegpt import SparseGPT
 from sparse_onnx.passes.solvers.statistics import InputStatistics
@@ -37,6 +37,7 @@ __all__ = [
     "Admm",
     "Alps",
     "Auto",
+    "Budget",
     "DampedSolver",
     "Iht",
     "InputStatistics",
@@ -47,7 +48,6 @@ __all__ = [
     "Random",
     "Ria",
     "Scope",
-    "Selection",
     "Solver",
     "SparseGPT",
     "Wanda",

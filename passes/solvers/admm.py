@@ -48,7 +48,7 @@ class Admm(DampedSolver):
         for step in range(1, self.steps + 1):
             share = 1 - (1 - min(step / self.gradual, 1)) ** 3
             full = V + dual
-            sparse = np.where(problem.selection.relaxed(share).keep(full), full, np.float32(0))
+            sparse = np.where(problem.budget.relaxed(share).keep(full), full, np.float32(0))
             dual = full - sparse
             if step < self.steps:
                 V = solve @ (pull + rho * (sparse - dual))

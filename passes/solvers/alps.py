@@ -36,6 +36,6 @@ class Alps(DampedSolver):
         form = unit_form(problem.gram, self.damping)
         T = form.scale * problem.target
         schedule = Schedule(start=self.penalty, steps=self.steps)
-        keep, V = settle(form, T, problem.selection, schedule, problem.initial)
+        keep, V = settle(form, T, problem.budget, schedule, problem.initial)
         V = conjugate_gradients(form.matrix, form.matrix @ T, keep, V, self.refit_steps)
         return np.asarray(V / form.scale)

@@ -47,7 +47,7 @@ class Auto(DampedSolver):
         form = removal_form(unit)
         growth = self.growth
         schedule = Schedule(fast=growth, middle=growth, slow=growth, every=8, still=5e-4, steps=self.steps)
-        keep, V = settle(form, form.scale * problem.target, problem.selection, schedule, problem.initial)
+        keep, V = settle(form, form.scale * problem.target, problem.budget, schedule, problem.initial)
         start = V * (unit.scale / form.scale)
         pull = unit.matrix @ (unit.scale * problem.target)
         return np.asarray(conjugate_gradients(unit.matrix, pull, keep, start, self.refit_steps) / unit.scale)

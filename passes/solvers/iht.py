@@ -35,12 +35,12 @@ class Iht(DampedSolver):
         T = form.scale * problem.target
         step = 1 / lipschitz(form.matrix)
         pull = form.matrix @ T
-        keep = problem.selection.keep(T) if problem.initial is None else problem.initial
+        keep = problem.budget.keep(T) if problem.initial is None else problem.initial
         V = np.where(keep, T, np.float32(0))
         ahead, pace = V, 1.0
         for _ in range(self.steps):
             full = ahead + step * (pull - form.matrix @ ahead)
-            before, keep = V, problem.selection.keep(full)
+            before, keep = V, problem.budget.keep(full)
             V = np.where(keep, full, np.float32(0))
             following = (1 + (1 + 4 * pace * pace) ** 0.5) / 2
             ahead = V + np.float32((pace - 1) / following) * (V - before)

@@ -42,7 +42,7 @@ class Lasso(DampedSolver):
         keep, pace = np.ones(T.shape, bool), 1.0
         for _ in range(self.steps):
             full = ahead + step * (pull - form.matrix @ ahead)
-            keep = problem.selection.keep(full)
+            keep = problem.budget.keep(full)
             size = np.abs(full)
             penalty = np.max(size, axis=axis, keepdims=True, where=~keep, initial=0)
             before, V = V, np.where(keep, np.sign(full) * (size - penalty), np.float32(0))

@@ -30,8 +30,8 @@ class Omp(DampedSolver):
         form = unit_form(problem.gram, self.damping)
         T = form.scale * problem.target
         pull = form.matrix @ T
-        counts = np.count_nonzero(problem.selection.keep(T), axis=0)
-        structure = problem.selection.structure
+        counts = np.count_nonzero(problem.budget.keep(T), axis=0)
+        structure = problem.budget.structure
         group = structure.size if structure.kind == "n:m" else None
         keep = np.zeros(T.shape, bool)
         width = max(1, _BATCH // (4 * len(T) * max(int(counts.max()), 1)))

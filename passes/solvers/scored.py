@@ -26,7 +26,7 @@ class Scored(Solver):
         """Importance [K, N] of W [K, N] with ``diagonal`` G_ii [K]."""
 
     def approximate(self, problem: Problem) -> np.ndarray:
-        keep = problem.selection.keep(self.score(problem.target, problem.gram))
+        keep = problem.budget.keep(self.score(problem.target, problem.gram))
         return np.where(keep, problem.target, np.float32(0))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from sparse_onnx.errors import PassError, UsageError
 from sparse_onnx.options import check_types, require
+from sparse_onnx.passes.solvers.budget import Budget, Scope
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity, structure_reason
 from sparse_onnx.passes.solvers.scores import wanda_score
-from sparse_onnx.passes.solvers.selection import Scope, Selection
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = ["DampedSolver", "Problem", "Solver", "check_layer", "refuse_structure"]
@@ -25,13 +25,13 @@ class Problem:
     """One layer: approximate ``target`` T [K, N] float32 by a sparse V, min tr((T - V)' G (T - V)).
 
     ``gram`` is the whole G [K, K] float32 or float64 (the diagonal [K] alone for a solver that needs no more).
-    Rows of T whose input is dead (G_ii = 0) are zero. ``selection`` is the budget and ``scope`` its extent.
+    Rows of T whose input is dead (G_ii = 0) are zero. ``budget`` is how many go and ``scope`` their extent.
     ``initial`` is where to start: bool [K, N], or None.
     """
 
     target: np.ndarray
     gram: np.ndarray
-    selection: Selection
+    budget: Budget
     scope: Scope
     initial: np.ndarray | None = None
 
@@ -96,8 +96,8 @@ class Solver(abc.ABC):
         alive = statistics.diagonal > 0
         if self.needs != "nothing":
             aim = aim * alive[:, None]
-        selection = Selection.of((W.shape[0], W.shape[1]), structure, share, scope)
-        problem = Problem(aim, statistics.diagonal, selection, scope, initial)
+        budget = Budget.of((W.shape[0], W.shape[1]), structure, share, scope)
+        problem = Problem(aim, statistics.diagonal, budget, scope, initial)
         on_gram = self.needs == "gram"
         result = self._on_gram(problem, statistics.gram) if on_gram else self.approximate(problem)
         if not np.isfinite(result).all():
@@ -105,7 +105,7 @@ class Solver(abc.ABC):
         return np.asarray(result, np.float32)
 
     def _on_gram(self, problem: Problem, gram: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
-        if problem.selection.structure.kind == "channel":
+        if problem.budget.structure.kind == "channel":
             return _prune(problem, _output_norms(problem.target, gram))
         if isinstance(gram, tuple):
             return self._by_blocks(problem, gram)
@@ -117,8 +117,8 @@ class Solver(abc.ABC):
 
     def _by_blocks(self, problem: Problem, blocks: tuple[np.ndarray, ...]) -> np.ndarray:
         """Each block of input channels by itself, with its share of the zeros."""
-        selection, structure = problem.selection, problem.selection.structure
-        pruned = ~selection.keep(wanda_score(problem.target, problem.gram))
+        budget, structure = problem.budget, problem.budget.structure
+        pruned = ~budget.keep(wanda_score(problem.target, problem.gram))
         parts: list[np.ndarray] = []
         start = 0
         for gram in blocks:
@@ -127,14 +127,14 @@ class Solver(abc.ABC):
             shape = part.shape[0], part.shape[1]
             if reason := structure_reason(shape, structure):
                 raise UsageError(f"{reason} (a block of the Gram)")
-            own = selection
+            own = budget
             if structure.kind != "n:m":
                 height, width = structure.tile(shape)
                 units = pruned[rows][::height, ::width]
                 zeros = units.sum(axis=0) if problem.scope == "row" else int(units.sum())
-                own = dataclasses.replace(selection, zeros=zeros)
+                own = dataclasses.replace(budget, zeros=zeros)
             initial = None if problem.initial is None else problem.initial[rows]
-            inner = dataclasses.replace(problem, target=part, selection=own, initial=initial)
+            inner = dataclasses.replace(problem, target=part, budget=own, initial=initial)
             parts.append(self._on_gram(inner, gram))
         return np.concatenate(parts)
 
@@ -150,7 +150,7 @@ class DampedSolver(Solver):
 
 
 def _prune(problem: Problem, score: np.ndarray) -> np.ndarray:
-    return np.where(problem.selection.keep(score), problem.target, np.float32(0))
+    return np.where(problem.budget.keep(score), problem.target, np.float32(0))
 
 
 def _output_norms(target: np.ndarray, gram: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from sparse_onnx.options import require
+from sparse_onnx.passes.solvers.budget import smallest
 from sparse_onnx.passes.solvers.gram import damped, inverse_factor
 from sparse_onnx.passes.solvers.masks import keep_mask
-from sparse_onnx.passes.solvers.selection import smallest
 from sparse_onnx.passes.solvers.solver import DampedSolver, Problem
 
 __all__ = ["SparseGPT"]
@@ -42,7 +42,7 @@ class SparseGPT(DampedSolver):
         factor = inverse_factor(form).astype(np.float32)
         del form
         quota = _Quota(problem, dead)
-        group = problem.selection.structure.size[1]
+        group = problem.budget.structure.size[1]
         width = -(-self.block // group) * group if quota.grouped else self.block
         for first in range(0, len(W), width):
             last = min(first + width, len(W))
@@ -52,7 +52,7 @@ class SparseGPT(DampedSolver):
             for i in range(last - first):
                 if quota.grouped and i % group == 0:
                     score = np.abs(part[i : i + group]) / U.diagonal()[i : i + group, None]
-                    gone[i : i + group] = ~keep_mask(score, None, problem.selection.structure)
+                    gone[i : i + group] = ~keep_mask(score, None, problem.budget.structure)
                 errors[i] = np.where(gone[i], part[i], 0) / U[i, i]
                 part[i + 1 :] -= U[i, i + 1 :, None] * errors[i]
                 part[i][gone[i]] = 0
@@ -65,9 +65,9 @@ class _Quota:
     """How many zeros the block of inputs [first, last) takes: dead inputs all, live ones their even share."""
 
     def __init__(self, problem: Problem, dead: np.ndarray) -> None:
-        self.grouped = problem.selection.structure.kind == "n:m"
+        self.grouped = problem.budget.structure.kind == "n:m"
         self._dead = np.concatenate([[0], np.cumsum(dead)])
-        zeros = problem.selection.zeros
+        zeros = problem.budget.zeros
         self._by_column = isinstance(zeros, np.ndarray)
         units = 1 if self._by_column else problem.target.shape[1]
         self._unit = units

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from sparse_onnx.passes.solvers.budget import Budget
 from sparse_onnx.passes.solvers.gram import Form
-from sparse_onnx.passes.solvers.selection import Selection
 
 __all__ = ["Schedule", "settle"]
 
@@ -29,7 +29,7 @@ class Schedule:
 def settle(
     form: Form,
     target: np.ndarray,
-    selection: Selection,
+    budget: Budget,
     schedule: Schedule,
     initial: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def settle(
     values, vectors = np.linalg.eigh(form.matrix)
     values = np.maximum(values, 0)
     pull = form.matrix @ target
-    keep = selection.keep(target) if initial is None else initial
+    keep = budget.keep(target) if initial is None else initial
     sparse, dual = target * keep, np.zeros_like(target)
     rho = np.float32(schedule.start)
     solve = (vectors / (values + rho)) @ vectors.T
@@ -51,7 +51,7 @@ def settle(
         full += pull
         full = solve @ full
         full += dual
-        keep = selection.keep(full)
+        keep = budget.keep(full)
         sparse = full * keep
         dual = full - sparse
         if step % schedule.every:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.weights import Weight
 
-__all__ = ["Blocks", "Cut", "Divided", "Region", "Reshaped", "Swapped"]
+__all__ = ["Blocks", "Divided", "Region", "Removal", "Reshaped", "Swapped"]
 
 Blocks = tuple[int, ...]
 """How units lie along an axis: one segment after another (queries, keys, values), each with as many consecutive
@@ -16,7 +16,7 @@ elements of every unit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Removal:
     """Input ``index`` of ``node``, a constant with the units along ``axis`` (negative)."""
 
     node: ir.Node
@@ -60,13 +60,13 @@ class Swapped:
 @dataclasses.dataclass(frozen=True)
 class Region:
     """What changes with ``units`` units: ``writers`` make them, ``readers`` mix them (a layer and elements per unit),
-    ``cuts`` are constants, weights of writers included (the bias of a Conv goes with its weight), ``values`` are
+    ``removals`` are constants, weights of writers included (the bias of a Conv goes with its weight), ``values`` are
     computed (axis and blocks of each), ``grouped`` are convolutions with a group for each unit."""
 
     units: int
     writers: tuple[Weight, ...]
     readers: tuple[tuple[Weight, int], ...]
-    cuts: tuple[Cut, ...]
+    removals: tuple[Removal, ...]
     values: tuple[tuple[ir.Value, int, Blocks], ...]
     grouped: tuple[ir.Node, ...]
     reshaped: tuple[Reshaped, ...]

@@ -16,7 +16,7 @@ from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_we
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration.calibrator import Calibrator
-from sparse_onnx.passes.calibration.targets import find_target
+from sparse_onnx.passes.calibration.layer_output import find_output
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.passes.structured.groups import Fit, Reader, choose, fit, kept_units
 from sparse_onnx.passes.structured.region import Region
@@ -205,7 +205,7 @@ class _Job:
 
 def _bias_of(weight: Weight) -> tuple[ir.Node, int] | None:
     """Which input of which node is the bias of a layer; a convolution without one can get one at no cost."""
-    target = find_target(weight, lambda _residual: False)
+    target = find_output(weight, lambda _residual: False)
     if target is not None and target.bias_node is not None:
         return target.bias_node, target.bias_index
     (node,) = weight.nodes

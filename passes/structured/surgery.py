@@ -10,7 +10,7 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.structured.groups import rows_of
-from sparse_onnx.passes.structured.region import Blocks, Cut, Region, Reshaped, Swapped
+from sparse_onnx.passes.structured.region import Blocks, Region, Removal, Reshaped, Swapped
 
 __all__ = ["cut_region", "shift_bias", "write_reader"]
 
@@ -21,10 +21,14 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
     The constants that a node reads are replaced for this node alone.
     """
     left = region.units - len(removed)
-    for cut in region.cuts:
-        _cut(model, cut, region.units, removed, context)
-        if cut.node.op_type == "Conv" and len(cut.node.inputs) > 2 and cut.node.inputs[2] is not None:
-            _cut(model, Cut(cut.node, 2, -1, cut.blocks), region.units, removed, context)
+    for removal in region.removals:
+        _cut(model, removal, region.units, removed, context)
+        if (
+            removal.node.op_type == "Conv"
+            and len(removal.node.inputs) > 2
+            and removal.node.inputs[2] is not None
+        ):
+            _cut(model, Removal(removal.node, 2, -1, removal.blocks), region.units, removed, context)
     for node in region.grouped:
         node.attributes["group"] = ir.AttrInt64("group", left)
     for change in region.reshaped:
@@ -47,13 +51,13 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
         _swap_directly(swap)
 
 
-def _cut(model: ir.Model, cut: Cut, units: int, removed: np.ndarray, context: PassContext) -> None:
-    value = cut.node.inputs[cut.index]
+def _cut(model: ir.Model, removal: Removal, units: int, removed: np.ndarray, context: PassContext) -> None:
+    value = removal.node.inputs[removal.index]
     assert value is not None
     tensor = ir.convenience.get_const_tensor(value)
     assert tensor is not None
-    array = np.delete(tensor.numpy(), _elements_of(removed, units, cut.blocks), axis=cut.axis)
-    _replace_constant(model, cut.node, cut.index, array, context)
+    array = np.delete(tensor.numpy(), _elements_of(removed, units, removal.blocks), axis=removal.axis)
+    _replace_constant(model, removal.node, removal.index, array, context)
 
 
 def _elements_of(removed: np.ndarray, units: int, blocks: Blocks) -> np.ndarray:

@@ -39,7 +39,7 @@ from sparse_onnx.passes.structured.operators import (
     label,
     sources,
 )
-from sparse_onnx.passes.structured.region import Blocks, Cut, Divided, Region, Reshaped, Swapped
+from sparse_onnx.passes.structured.region import Blocks, Divided, Region, Removal, Reshaped, Swapped
 from sparse_onnx.passes.structured.shapes import constant_piece, counterpart, product, template
 
 __all__ = ["Unsuitable", "follow"]
@@ -81,7 +81,7 @@ class _Tracer:
         self.done: set[ir.Node] = set()
         self.writers: dict[ir.Node, Weight] = {}
         self.readers: dict[ir.Node, tuple[Weight, int]] = {}
-        self.cuts: list[Cut] = []
+        self.removals: list[Removal] = []
         self.grouped: list[ir.Node] = []
         self.reshaped: dict[ir.Node, Reshaped] = {}
         self.divided: list[Divided] = []
@@ -122,7 +122,7 @@ class _Tracer:
             self.units,
             tuple(self.writers.values()),
             tuple(self.readers.values()),
-            tuple(self.cuts),
+            tuple(self.removals),
             tuple((value, *place) for value, place in self.places.items()),
             tuple(self.grouped),
             tuple(self.reshaped.values()),
@@ -163,7 +163,7 @@ class _Tracer:
         return rank
 
     def cut(self, node: ir.Node, index: int, axis: int, blocks: Blocks) -> None:
-        self.cuts.append(Cut(node, index, axis, blocks))
+        self.removals.append(Removal(node, index, axis, blocks))
 
     # -- nodes --------------------------------------------------------------------------------------------------
 

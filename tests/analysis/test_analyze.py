@@ -11,6 +11,7 @@ import pytest
 
 import sparse_onnx
 from sparse_onnx.errors import ModelFileError, UsageError
+from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.timing.table import read_table, write_table
 
 WIDTH = 96
@@ -199,6 +200,38 @@ def test_other_programs_make_it_rough(source, monkeypatch, quiet):
     assert any("other programs took processors" in line for line in lines) is not quiet
     if not quiet:
         assert found.forecast.times.error >= 0.15
+
+
+@pytest.mark.parametrize(
+    ("quiet", "calls", "used", "whole_ms"),
+    [
+        ([True] * 3, 3, 3, 10 / 2.1),
+        ([False, False, True, True, True], 5, 3, 10 / 4.0),
+        ([True, False, True, False, False], 5, 5, 10 / 3.0),
+    ],
+)
+def test_models_are_timed_in_several_sessions(source, monkeypatch, quiet, calls, used, whole_ms):
+    """Speedups of 2, 2.1, 3, 4, 5 in the order of the sessions."""
+    asked = []
+
+    def time_models(_pair, _feeds, **_options):
+        turn = len(asked) % calls
+        asked.append(turn)
+        speedup = (2.0, 2.1, 3.0, 4.0, 5.0)[turn]
+        return [Ratio(10.0, 10 / speedup, speedup, speedup, speedup, quiet=quiet[turn])]
+
+    monkeypatch.setattr("sparse_onnx.analysis.analyze.time_models", time_models)
+    found = sparse_onnx.analyze(source, **OPTIONS, min_speedup=1e-6)
+    shares = [share for share, _ in found.anchors]
+    assert asked == list(range(calls)) * (len(shares) - 1), "without zeros nothing is changed, and not timed"
+    speedups = np.array((2.0, 2.1, 3.0, 4.0, 5.0))[quiet if used < calls else slice(calls)]
+    noise = np.log(speedups).std(ddof=1)
+    assert found.anchors[0][1].whole_ms == 10
+    for _, anchor in found.anchors[1:]:
+        assert anchor.whole_ms == pytest.approx(whole_ms)
+        assert anchor.spread == pytest.approx(2.2 * noise * np.sqrt(np.pi / 2 / used))
+    assert found.forecast.times.error > 2 * noise
+    assert found.forecast.dense_ms == 10
 
 
 def test_a_model_too_large_for_one_session(source, monkeypatch):

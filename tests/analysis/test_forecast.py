@@ -193,6 +193,15 @@ def test_patterns_that_no_anchor_has_are_less_sure():
     assert second.high > first.high
 
 
+def test_sums_beyond_all_anchors_are_less_sure():
+    anchors = [Anchor(Sums(20, 0, 0), 16, 0), Anchor(Sums(0, 16, 0.5), 12, 0), Anchor(Sums(0, 10, 0.7), 6, 0)]
+    model = forecast(layer("a", FAST), layer("b", FAST), times=fit(anchors), dense_ms=16.0)
+    inside, beyond = (model.outlook(model.uniform(share)) for share in (0.7, 0.9))
+    assert inside.high / inside.speedup == pytest.approx(1.05)
+    assert beyond.high / beyond.speedup > 1.2
+    assert beyond.speedup > 16 / 2.4, "4 ms alone: proportion makes it 2.4"
+
+
 def test_errors_add_up_in_squares():
     def loss(gain):
         shares = (0.5, 0.9)

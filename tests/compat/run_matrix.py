@@ -130,6 +130,7 @@ def write_models(folder: Path) -> None:
     np.save(folder / "x.npy", x)
     np.save(folder / "expected.npy", expected)
     write_recurrent(folder)
+    write_attention(folder)
 
 
 def write_recurrent(folder: Path) -> None:
@@ -189,6 +190,45 @@ def write_recurrent(folder: Path) -> None:
     np.save(folder / "recurrent.npy", expected[:, None])
 
 
+def write_attention(folder: Path) -> None:
+    """``attention.onnx``, every attention of the same ``x.npy``, where one query has no key, and ``attention.npy``."""
+    import onnx
+    import onnx.parser
+
+    from sparse_onnx.sparse_ops import attention
+
+    x = np.load(folder / "x.npy")
+    batch, tokens, channels = x.shape
+    heads, scale = 4, 0.25
+    apart = x.reshape(batch, tokens, heads, -1).swapaxes(1, 2)
+    mask = np.where(np.random.default_rng(2).random((batch, 1, tokens, tokens)) < 0.3, -np.inf, 0)
+    mask[0, 0, 5] = -np.inf
+    nodes, expected = [], []
+    for op_type, signature in attention.OP_TYPES.items():
+        names = ["apart" if signature.heads else "x", *["apart" if signature.split else "x"] * 2]
+        names += ["mask"] if signature.masked else []
+        nodes.append(f"{op_type}_y = {attention.DOMAIN}.{op_type}<num_heads = {heads}, scale = {scale}>")
+        nodes[-1] += f"({', '.join(names)})"
+        given = {"x": x, "apart": apart, "mask": mask}
+        q, k, v, *masks = (given[name] for name in names)
+        options = {"num_heads": heads, "scale": scale, "nan_to_zero": signature.nan_to_zero}
+        expected.append(attention.reference(q, k, v, masks[0] if masks else None, **options))
+    outputs = ", ".join(f"float[batch, tokens, {channels}] {op_type}_y" for op_type in attention.OP_TYPES)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 17, "{attention.DOMAIN}" : {attention.VERSION}]>
+        attention (float[batch, tokens, {channels}] x) => ({outputs}) {{
+            shape = Constant<value = int64[4] {{0, 0, {heads}, -1}}>()
+            rows = Reshape(x, shape)
+            apart = Transpose<perm = [0, 2, 1, 3]>(rows)
+            {" ".join(nodes)}
+        }}"""
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(mask.astype(np.float32), "mask"))
+    model.functions.extend(attention.function_body(op_type, 17) for op_type in attention.OP_TYPES)
+    onnx.save_model(model, folder / "attention.onnx")
+    np.save(folder / "attention.npy", expected)
+
+
 @dataclasses.dataclass(frozen=True)
 class Check:
     name: str
@@ -222,13 +262,19 @@ def worker(folder: Path, library: str, model: str | None) -> list[Check]:
         check(f"{name}: shape", None if shape == ["batch", "tokens", WIDTHS[-1]] else shape)
         (empty,) = opened.run(None, {"h0": x[:, :0]})
         check(f"{name}: no tokens", None if empty.shape == (2, 0, WIDTHS[-1]) else empty.shape)
-    expected = np.load(folder / "recurrent.npy")
+    expected, attentions = np.load(folder / "recurrent.npy"), np.load(folder / "attention.npy")
     for registrations in (0, 1):
         opened = session(folder / "recurrent.onnx", registrations)
         (got,) = opened.run(None, {"x": x})
         error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
         name = ("recurrent, function bodies", "recurrent, library")[registrations]
         check(name, None if error < 1e-5 else f"relative error {error}")
+        opened = session(folder / "attention.onnx", registrations)
+        results = zip(opened.get_outputs(), opened.run(None, {"x": x}), attentions, strict=True)
+        for output, got, wanted in results:
+            close = np.allclose(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+            name = f"{output.name}, {('function body', 'library')[registrations]}"
+            check(name, None if close else f"difference {np.abs(got - wanted).max()}")
     try:
         session(folder / "bad.onnx", 1)
         check("damaged weight", "was accepted")

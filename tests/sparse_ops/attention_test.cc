@@ -1,5 +1,6 @@
 // Every kernel of the table against formulas in double, with an unreadable page behind every buffer.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>
@@ -51,6 +52,7 @@ struct Problem {
   float scale;
   std::vector<float> q, k, v, mask;
   bool one_batch = false, one_query = false, one_key = false;  // of q, q and k: there is one, which is repeated
+  bool nan_to_zero = false;
 };
 
 Problem random_problem(const Sizes& s, const MaskForm& form, bool split = false) {
@@ -96,6 +98,7 @@ Arguments arguments_of(const Problem& p, const void* q, const void* k, const voi
   a.size = s.size;
   a.value_size = s.value_size;
   a.scale = p.scale;
+  a.nan_to_zero = p.nan_to_zero;
   return a;
 }
 
@@ -148,10 +151,11 @@ Wanted wanted(const Problem& p) {
           score_size = std::fmax(score_size, sizes * std::abs(static_cast<double>(p.scale)));
         }
         for (double& weight : w) sum += weight = std::exp(weight - top);
+        for (double& weight : w) weight = p.nan_to_zero && std::isnan(weight / sum) ? 0 : weight / sum;
         for (size_t c = 0; c < s.value_size; ++c) {
           const size_t at = ((b * s.queries + i) * s.heads + h) * s.value_size + c;
           for (size_t j = 0; j < s.keys; ++j) {
-            want.y[at] += w[j] / sum * element(a.v, b, h, j, c);
+            want.y[at] += w[j] * element(a.v, b, h, j, c);
             want.largest[at] = std::fmax(want.largest[at], score_size * std::abs(element(a.v, b, h, j, c)));
           }
         }
@@ -165,9 +169,9 @@ std::string text_of(const Kernel& kernel, const Problem& p) {
   const Sizes& s = p.sizes;
   char text[200];
   std::snprintf(text, sizeof text,
-                "%s: B %zu, H %zu, Sq %zu, Sk %zu, D %zu, Dv %zu, mask %d%d%d%d%d, split %d", kernel.name,
-                s.batches, s.heads, s.queries, s.keys, s.size, s.value_size, p.form.present, p.form.batch,
-                p.form.head, p.form.row, p.form.key, p.split);
+                "%s: B %zu, H %zu, Sq %zu, Sk %zu, D %zu, Dv %zu, mask %d%d%d%d%d, split %d, NaN to zero %d",
+                kernel.name, s.batches, s.heads, s.queries, s.keys, s.size, s.value_size, p.form.present,
+                p.form.batch, p.form.head, p.form.row, p.form.key, p.split, p.nan_to_zero);
   return text;
 }
 
@@ -178,15 +182,23 @@ void for_each_kernel(Function function) {
   }
 }
 
+size_t count_wrong(const std::vector<float>& got, const Wanted& want) {
+  size_t wrong = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::isfinite(want.y[i])) {
+      wrong += !(std::abs(got[i] - want.y[i]) <= 8 * kEpsilon * want.largest[i]);
+    } else {
+      wrong += std::isnan(want.y[i]) ? !std::isnan(got[i]) : got[i] != want.y[i];
+    }
+  }
+  return wrong;
+}
+
 void compare(const Problem& p, size_t gap = 0) {
   const Wanted want = wanted(p);
   for_each_kernel([&](const Kernel& kernel) {
     for (const Edge edge : {Edge::back, Edge::front}) {
-      const std::vector<float> got = run_kernel(kernel, p, gap, edge);
-      size_t wrong = 0;
-      for (size_t i = 0; i < got.size(); ++i) {
-        wrong += !(std::abs(got[i] - want.y[i]) <= 8 * kEpsilon * want.largest[i]);
-      }
+      const size_t wrong = count_wrong(run_kernel(kernel, p, gap, edge), want);
       expect(wrong == 0, text_of(kernel, p) + ": " + std::to_string(wrong) + " wrong");
     }
   });
@@ -249,11 +261,7 @@ void test_long_sequences() {
   const Wanted want = wanted(p);
   for_each_kernel([&](const Kernel& kernel) {
     if (kernel.isa == Isa::reference) return;
-    const std::vector<float> got = run_kernel(kernel, p);
-    size_t wrong = 0;
-    for (size_t i = 0; i < got.size(); ++i) {
-      wrong += !(std::abs(got[i] - want.y[i]) <= 8 * kEpsilon * want.largest[i]);
-    }
+    const size_t wrong = count_wrong(run_kernel(kernel, p), want);
     expect(wrong == 0, text_of(kernel, p) + ": " + std::to_string(wrong) + " wrong");
   });
 }
@@ -273,13 +281,14 @@ void test_strong_scores() {
   }
 }
 
-// Masked keys have no weight at all; rows without any key are the mean for the lowest number, and NaN for
-// -Inf.
-void test_masked_keys() {
+// Masked keys have no weight at all; rows without any key are the mean for the lowest number, and for -Inf NaN,
+// or zeros if asked for.
+void test_masked_keys(bool nan_to_zero) {
   for (float fill : {kLowest, -1e30f, -kInf}) {
     for (size_t queries : List{2, 40}) {
       for (size_t keys : List{5, 64, 150}) {
         Problem p = random_problem({1, 2, queries, keys, 16, 16}, kCausal);
+        p.nan_to_zero = nan_to_zero;
         const size_t alone = keys / 2;  // the first query keeps this key only, the last one keeps none
         for (size_t j = 0; j < keys; ++j) {
           p.mask[j] = j == alone ? 0 : fill;
@@ -294,7 +303,11 @@ void test_masked_keys() {
             double mean = 0;
             for (size_t j = 0; j < keys; ++j)
               mean += static_cast<double>(p.v[j * 32 + c]) / static_cast<double>(keys);
-            wrong += std::isinf(fill) ? !std::isnan(last) : !(std::abs(last - mean) < 1e-5);
+            if (!std::isinf(fill)) {
+              wrong += !(std::abs(last - mean) < 1e-5);
+            } else {
+              wrong += nan_to_zero ? last != 0 : !std::isnan(last);
+            }
           }
           for (size_t i = 32; i < (queries - 1) * 32; ++i) wrong += !std::isfinite(got[i]);
           expect(wrong == 0, text_of(kernel, p) + ", masked: " + std::to_string(wrong) + " wrong");
@@ -345,6 +358,36 @@ void test_special_values() {
         }
         expect(wrong == 0, text_of(kernel, p) + ", special: " + std::to_string(wrong) + " wrong");
       });
+    }
+  }
+}
+
+// Rows whose weights are NaN, each in its own way, between others that stay as they are; and values that are no
+// numbers, which weights of 0 do not hide.
+void test_nan_to_zero() {
+  const float nan = std::nanf("");
+  for (size_t queries : List{1, 3, 5, 20, 70}) {
+    for (size_t keys : List{1, 5, 64, 150}) {
+      for (size_t size : List{5, 16}) {
+        const bool split = (queries + keys) % 2 == 0;
+        const size_t row = split ? size : 2 * size;  // of keys and values
+        for (size_t kind = 0; kind < 5; ++kind) {
+          Problem p = random_problem({1, 2, queries, keys, size, size}, kCausal, split);
+          p.nan_to_zero = true;
+          if (kind == 0) p.k[(keys - 1) * row] = nan;  // of head 0, for all queries
+          for (size_t i = kind % 2; i < queries; i += 2) {
+            float* mask = p.mask.data() + i * keys;
+            if (kind == 1 || kind == 2) std::fill_n(mask, keys, -kInf);
+            if (kind == 2) mask[i * 37 % keys] = nan;
+            if (kind == 3) mask[i * 37 % keys] = kInf;
+            if (kind == 4) p.q[i * 2 * size] = nan;  // of head 0
+          }
+          compare(p);
+          p.v[keys / 2 * row + 1] = nan;  // channel 1 of head 0
+          p.v[keys / 3 * row + 2] = -kInf;
+          compare(p);
+        }
+      }
     }
   }
 }
@@ -403,9 +446,11 @@ int main() {
   test_masks();
   test_repeated();
   test_strong_scores();
-  test_masked_keys();
+  test_masked_keys(false);
+  test_masked_keys(true);
   test_blocks_without_a_key();
   test_special_values();
+  test_nan_to_zero();
   test_long_sequences();
   return summary();
 }

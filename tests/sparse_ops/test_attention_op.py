@@ -16,9 +16,9 @@ SCALE = 0.3
 NODE = "encoder/layer.3/attention"
 LOWEST = np.finfo(np.float32).min
 every_op = pytest.mark.parametrize("op_type", attention.OP_TYPES)
-masked_ops = pytest.mark.parametrize(
-    "op_type", ["AttentionMasked", "AttentionSplitMasked", "AttentionHeadsMasked"]
-)
+MASKED = [op_type for op_type, signature in attention.OP_TYPES.items() if signature.masked]
+NAN_TO_ZERO = [op_type for op_type in MASKED if attention.OP_TYPES[op_type].nan_to_zero]
+masked_ops = pytest.mark.parametrize("op_type", MASKED)
 both_ways = pytest.mark.parametrize("library", [True, False])
 
 
@@ -64,9 +64,15 @@ def model(op_type, *, shapes=None, opset=17, num_heads=H, scale=SCALE, with_body
     )
 
 
-def expected(given):
+def expected(given, nan_to_zero=False):
     return attention.reference(
-        given["q"], given["k"], given["v"], given.get("mask"), num_heads=H, scale=SCALE
+        given["q"],
+        given["k"],
+        given["v"],
+        given.get("mask"),
+        num_heads=H,
+        scale=SCALE,
+        nan_to_zero=nan_to_zero,
     )
 
 
@@ -147,14 +153,73 @@ def test_a_mask_for_more_keys_than_one_repeats_it(op_type, library, sq, sk, open
 @both_ways
 @pytest.mark.parametrize("fill", [LOWEST, -1e30, -np.inf])
 def test_rows_without_a_key(op_type, library, fill, open_session):
-    """The mean of all values where the scores vanish in the mask, NaN where they are -Inf."""
+    """The mean of all values where the scores vanish in the mask, NaN or 0 where they are -Inf."""
     mask = np.zeros((B, 1, SQ, SK), np.float32)
     mask[1, :, 2] = fill
     given = feeds(op_type, SQ, SK, mask=mask)
     got = open_session(model(op_type), library=library).run(None, given)[0]
-    want = expected(given)
-    assert np.isnan(want[1, 2]).all() == np.isinf(fill)
+    to_zero = op_type in NAN_TO_ZERO
+    want = expected(given, to_zero)
+    assert np.isnan(want[1, 2]).all() == (np.isinf(fill) and not to_zero)
+    assert (want[1, 2] == 0).all() == (np.isinf(fill) and to_zero)
     assert_close(got, want)
+
+
+def spoiled(op_type, kind, sq, sk):
+    """Inputs with rows whose weights are NaN: row 0 of the first batch, or all rows."""
+    mask = floats(B, 1, sq, sk, seed=7)
+    given = feeds(op_type, sq, sk, mask=mask)
+    signature = attention.OP_TYPES[op_type]
+    match kind:
+        case "all -Inf":
+            mask[0, 0, 0] = -np.inf
+        case "NaN in the mask":
+            mask[0, 0, 0, sk // 2] = np.nan
+        case "NaN and -Inf":
+            mask[0, 0, 0] = -np.inf
+            mask[0, 0, 0, -1] = np.nan
+        case "+Inf in the mask":
+            mask[0, 0, 0, sk // 2] = np.inf
+        case "NaN in a query":
+            given["q"][(0, 0, 0, 1) if signature.heads else (0, 0, 1)] = np.nan
+        case "NaN in a key":
+            given["k"][(0, 0, sk - 1, 1) if signature.split else (0, sk - 1, 1)] = np.nan
+    return given
+
+
+KINDS = ["all -Inf", "NaN in the mask", "NaN and -Inf", "+Inf in the mask", "NaN in a query", "NaN in a key"]
+
+
+@pytest.mark.parametrize("op_type", NAN_TO_ZERO)
+@both_ways
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("sq", "sk"), [(1, 5), (2, 150), (40, 33), (40, 150)])
+def test_weights_that_are_no_numbers_become_zeros(op_type, kind, library, sq, sk, open_session):
+    given = spoiled(op_type, kind, sq, sk)
+    want = expected(given, nan_to_zero=True)
+    assert (want[0, 0, :DV] == 0).all()
+    assert (want[1] != 0).all()
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], want)
+
+
+@masked_ops
+@both_ways
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sq", [2, 40])
+def test_values_that_are_no_numbers_are_seen_by_weights_of_zero(
+    op_type, library, special, kind, sq, open_session
+):
+    """0 times NaN or Inf is NaN, whether a key was masked or a weight was NaN."""
+    given = spoiled(op_type, kind, sq, 70)
+    given["v"][(0, 0, 3, 1) if attention.OP_TYPES[op_type].split else (0, 3, 1)] = special
+    given["mask"][0, 0, -1, 3] = -np.inf
+    with np.errstate(invalid="ignore"):
+        want = expected(given, nan_to_zero=op_type in NAN_TO_ZERO)
+    assert np.isnan(want[0, 0, 1])
+    assert np.isnan(want[0, -1, 1])
+    assert np.isnan(want[0, 0, DV - 1]) == (op_type not in NAN_TO_ZERO)
+    assert_close(open_session(model(op_type), library=library).run(None, given)[0], want)
 
 
 @every_op
@@ -164,7 +229,7 @@ def test_not_a_number_stays_in_its_head(op_type, library, open_session):
     clean = expected(given)
     given["q"][(1, 0, 2, 0) if attention.OP_TYPES[op_type].heads else (1, 2, 0)] = np.nan
     got = open_session(model(op_type), library=library).run(None, given)[0]
-    assert np.isnan(got[1, 2, :DV]).all()
+    assert (got[1, 2, :DV] == 0).all() if op_type in NAN_TO_ZERO else np.isnan(got[1, 2, :DV]).all()
     got[1, 2, :DV] = clean[1, 2, :DV]
     assert_close(got, clean)
 

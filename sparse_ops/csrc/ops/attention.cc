@@ -17,6 +17,7 @@ enum Input : size_t { kQ, kK, kV, kMask };
 struct AttentionVariant {
   const char* name;
   bool split, masked, heads;  // k and v are [B, H, Sk, D]; there is a mask; q is [B, H, Sq, D], too
+  bool nan_to_zero;           // a weight that is NaN becomes 0
 };
 
 using Dims = std::vector<int64_t>;
@@ -24,12 +25,15 @@ using Dims = std::vector<int64_t>;
 class Kernel {
  public:
   using Variant = AttentionVariant;
-  static constexpr Variant kVariants[] = {{"Attention", false, false, false},
-                                          {"AttentionMasked", false, true, false},
-                                          {"AttentionSplit", true, false, false},
-                                          {"AttentionSplitMasked", true, true, false},
-                                          {"AttentionHeads", true, false, true},
-                                          {"AttentionHeadsMasked", true, true, true}};
+  static constexpr Variant kVariants[] = {{"Attention", false, false, false, false},
+                                          {"AttentionMasked", false, true, false, false},
+                                          {"AttentionMaskedNanToZero", false, true, false, true},
+                                          {"AttentionSplit", true, false, false, false},
+                                          {"AttentionSplitMasked", true, true, false, false},
+                                          {"AttentionSplitMaskedNanToZero", true, true, false, true},
+                                          {"AttentionHeads", true, false, true, false},
+                                          {"AttentionHeadsMasked", true, true, true, false},
+                                          {"AttentionHeadsMaskedNanToZero", true, true, true, true}};
   static OrtElementType input_type(const Variant&, size_t) { return ORT_FLOAT; }
   static size_t input_count(const Variant& variant) { return size_t{kV} + 1 + variant.masked; }
   static size_t output_count(const Variant&) { return 1; }
@@ -164,6 +168,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   arguments.size = q.size;
   arguments.value_size = v.size;
   arguments.scale = scale_;
+  arguments.nan_to_zero = variant_.nan_to_zero;
   if (variant_.masked) arguments.mask = mask(given, arguments);
   arguments.y =
       float_output(api_, context, 0, {static_cast<int64_t>(batches), static_cast<int64_t>(queries),

@@ -1,5 +1,5 @@
-// The operators Attention, AttentionSplit and AttentionHeads, each with and without a mask; contract in
-// sparse_ops/attention.py.
+// The operators Attention, AttentionSplit and AttentionHeads, each without a mask, with one, and with one where
+// weights that are NaN become 0; contract in sparse_ops/attention.py.
 #pragma once
 
 #include <vector>

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparse_onnx import sparse_ops
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast, Outlook, Plan
 from sparse_onnx.analysis.sensitivity import measure_losses
-from sparse_onnx.analysis.time_model import ROUGH, Anchor, Sums, TimeModel, fit
+from sparse_onnx.analysis.time_model import ROUGH, Anchor, Sums, TimeModel, fit, make_anchor, scatter
 from sparse_onnx.data import inputs
 from sparse_onnx.data.inputs import InputSpec, Value, plain_values
 from sparse_onnx.data.samples import Samples, open_samples
@@ -64,7 +64,7 @@ from sparse_onnx.timing.curves import (
 )
 from sparse_onnx.timing.models import time_models
 from sparse_onnx.timing.profile import NodeProfile, profile_model
-from sparse_onnx.timing.rounds import Ratio, pool
+from sparse_onnx.timing.rounds import FEWEST_STARTS, Ratio
 from sparse_onnx.timing.table import TimingTable
 
 __all__ = ["Analysis", "analyze"]
@@ -82,7 +82,7 @@ DISTURBED = (
     "--threads"
 )
 
-_WHOLE_STARTS, _MOST_WHOLE_STARTS = 2, 4
+_MOST_WHOLE_STARTS, _WHOLE_ROUNDS, _WHOLE_SECONDS = 5, 9, 5.0
 _POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
 
 
@@ -565,7 +565,7 @@ class _Job:
         plans = [(share, plan) for share, plan in plans if forecast.decide(plan)[1]]
         if changed:
             plans.insert(0, (None, {}))
-        timed: list[tuple[float | None, Sums, Ratio]] = []
+        timed: list[tuple[float | None, Sums, list[Ratio]]] = []
         rest = forecast.rest_bytes
         told = Progress(self.say, "models", len(plans), interval=0)
         with self.open(original, self.path, library=False) as dense:
@@ -579,27 +579,31 @@ class _Job:
             kept = sum(forecast.layer_bytes(layer.name, choices[layer.name]) for layer in forecast.layers)
             rest = sum(file.stat().st_size for file in path.parent.iterdir()) - kept
             told.step()
-        self.disturbed |= any(not found.quiet for _, _, found in timed)
-        dense_ms = statistics.median([found.first_ms for _, _, found in timed] or first)
+        self.disturbed |= any(not ratio.quiet for _, _, found in timed for ratio in found)
+        dense_ms = statistics.median([ratio.first_ms for _, _, found in timed for ratio in found] or first)
+        speedups = [[ratio.median for ratio in found] for _, _, found in timed]
+        noise = scatter(speedups)
         anchors = [
-            (share, Anchor(sums, dense_ms / found.median, (found.high - found.low) / 2 / found.median))
-            for share, sums, found in timed
+            (share, make_anchor(sums, dense_ms, medians, noise))
+            for (share, sums, _), medians in zip(timed, speedups, strict=True)
         ]
         if not changed or not whole:
             anchors.insert(0, (None, Anchor(forecast.sums(*forecast.decide({})), dense_ms, 0.0)))
         fitted = dataclasses.replace(
             forecast,
-            times=fit([anchor for _, anchor in anchors]),
+            times=fit([anchor for _, anchor in anchors], noise),
             dense_ms=dense_ms,
             rest_bytes=rest,
             anchored=(UNSTRUCTURED,) if timed else (),
         )
         return fitted, anchors
 
-    def time_whole(self, original: ir.Model, fused: ir.Model, path: Path) -> Ratio:
-        """The original against the model at ``path``, made of ``fused``; again if other programs were in the way."""
+    def time_whole(self, original: ir.Model, fused: ir.Model, path: Path) -> list[Ratio]:
+        """The original against the model at ``path``, made of ``fused``, in new sessions several times; more often if
+        other programs were in the way, whose times are left out where enough others are there."""
         found: list[Ratio] = []
-        while sum(ratio.quiet for ratio in found) < _WHOLE_STARTS and len(found) < _MOST_WHOLE_STARTS:
+        quiet: list[Ratio] = []
+        while len(quiet) < FEWEST_STARTS and len(found) < _MOST_WHOLE_STARTS:
             found += time_models(
                 [(original, self.path), (fused, path)],
                 [self.feeds],
@@ -607,8 +611,11 @@ class _Job:
                 budget=self.budget,
                 work=self.work,
                 progress=self.say,
+                rounds=_WHOLE_ROUNDS,
+                seconds=_WHOLE_SECONDS,
             )
-        return pool([ratio for ratio in found if ratio.quiet][:_WHOLE_STARTS] or found)
+            quiet = [ratio for ratio in found if ratio.quiet]
+        return quiet if len(quiet) >= FEWEST_STARTS else found
 
     def with_losses(self, model: ir.Model, forecast: Forecast, samples: Samples) -> Forecast:
         """With what zeros in each layer that may be pruned do to the outputs."""

@@ -285,8 +285,8 @@ class Forecast:
         return choices, {name: form for name, form in forms.items() if form != DENSE}
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
-        """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole
-        are sums of these and a constant, as long as nothing is given up."""
+        """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole are sums
+        of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
         form = layer.best_form(choice, self.min_speedup)
@@ -335,8 +335,8 @@ class Forecast:
         return self.times.milliseconds(self.sums(choices, forms))
 
     def _error(self, choices: Mapping[str, Choice], forms: Mapping[str, str], ms: float) -> float:
-        """Relative error to expect: of the whole, and for patterns that no anchor has that of their curves (layers
-        measured together err together)."""
+        """Relative error to expect: of the whole, beyond the anchors, and for patterns that no anchor has that of their
+        curves (layers measured together err together)."""
         by_key: dict[int, float] = collections.defaultdict(float)
         for name, form in forms.items():
             layer, (sparsity, structure) = self.by_name[name], choices[name]
@@ -344,4 +344,4 @@ class Forecast:
                 low, high = layer.curves[form, structure].spread(sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
-        return math.hypot(self.times.error, other)
+        return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, forms)), other)

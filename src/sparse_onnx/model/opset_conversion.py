@@ -132,6 +132,6 @@ def _type_error(model: onnx.ModelProto) -> str:
     """What is wrong with the types in ``model``; "" if nothing is."""
     try:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except Exception as error:
+    except Exception as error:  # of whatever kind: it is told as a reason
         return " ".join(str(error).split())[-200:]
     return ""

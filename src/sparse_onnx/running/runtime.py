@@ -284,7 +284,7 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
     wanted = {entry.name for entry in session.get_inputs()}
     try:
         values = session.run(names, {name: value for name, value in feeds.items() if name in wanted})
-    except Exception as error:
+    except Exception as error:  # ORT's exceptions have no common base but Exception
         raise UsageError(f"the model cannot be run with inputs {_describe(feeds)}: {error}") from error
     return dict(zip(names, values, strict=True))
 

@@ -16,8 +16,6 @@ from sparse_onnx.timing.rounds import Ratio, interleave, ratio
 
 __all__ = ["time_models"]
 
-_WHOLE_ROUNDS, _WHOLE_SECONDS = 15, 8.0
-
 
 def time_models(
     pair: Sequence[tuple[ir.Model, Path]],
@@ -27,8 +25,11 @@ def time_models(
     budget: int,
     work: Path,
     progress: Callable[[str], None],
+    rounds: int = 15,
+    seconds: float = 8.0,
 ) -> list[Ratio]:
-    """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``."""
+    """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``. There are
+    fewer than ``rounds`` rounds where they take more than ``seconds`` for each of ``feeds``."""
     (original, source), (compiled, written) = pair
     options: dict[str, Any] = {"threads": threads, "budget": budget, "work": work, "progress": progress}
     with (
@@ -40,8 +41,7 @@ def time_models(
         ]
         load = OtherLoad()
         if dense.whole and sparse.whole:
-            seconds = _WHOLE_SECONDS * len(feeds)
-            found = interleave(runs, rounds=_WHOLE_ROUNDS, seconds=seconds, progress=progress)
+            found = interleave(runs, rounds=rounds, seconds=seconds * len(feeds), progress=progress)
         else:
             found = [[run()] for run in runs]
     quiet = load.spared(threads)

@@ -370,18 +370,60 @@ NAN_TO_ZERO = MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsNaN(p) P = 
 
 
 @pytest.mark.parametrize("fill", [MIN, -np.inf])
-def test_fully_masked_rows_that_are_set_to_zero(from_text, run, fill):
-    model = build(from_text, NAN_TO_ZERO, inputs=f"{INPUTS}, float[B, 1, S, T] mask")
-    ops = check_fused(model, run, special={"mask": padding(fill, whole_rows=True)})
-    assert ops["IsNaN"] == ops["Where"] == 1
+@pytest.mark.parametrize("steps", ["", "i = Identity(p)", "i = Cast<to = 1>(p)"])
+def test_fully_masked_rows_that_are_set_to_zero(from_text, run, fill, steps):
+    body = NAN_TO_ZERO.replace(
+        "n = IsNaN(p) P = Where(n, zero, p)", f"{steps} n = IsNaN(i) P = Where(n, zero, i)"
+    )
+    model = build(from_text, body if steps else NAN_TO_ZERO, inputs=f"{INPUTS}, float[B, 1, S, T] mask")
+    whole_rows = {"mask": padding(fill, whole_rows=True)}
+    given = feeds(model, 2, 3, 5, special=whole_rows)
+    assert (run(model, given)["Y"][-1] == 0).all() == np.isinf(fill)
+    assert check_fused(model, run, special=whole_rows) == {"Attention": 1}
+    assert fused(model).op_type == "AttentionMaskedNanToZero"
 
 
-@pytest.mark.parametrize(("fill", "tests"), [("lowest", 0), ("infinity", 1)])
-def test_the_test_for_nan_goes_if_there_can_be_none(from_text, run, fill, tests):
+@pytest.mark.parametrize("opset", [13, 14, 17, 18, 20, 26])
+@pytest.mark.parametrize("fill", ["lowest", "infinity"])
+@pytest.mark.parametrize("mask", ["mask = Where(keep, zero, {}) M = Add(S, mask)", "M = Where(keep, S, {})"])
+def test_conditions_that_leave_no_key(from_text, run, opset, fill, mask):
+    body = NAN_TO_ZERO.replace("M = Add(S, mask)", mask.format(fill))
+    model = build(from_text, body, inputs=f"{INPUTS}, bool[B, 1, S, T] keep", opset=opset)
+    whole = {"keep": lambda rng, shape: (rng.random(shape) > 0.4) & (np.arange(shape[2]) > 0)[:, None]}
+    assert check_fused(model, run, special=whole) == {"Attention": 1, "Where": 1}
+    assert fused(model).op_type == "AttentionMaskedNanToZero"
+
+
+def test_two_masks_that_leave_no_key_together(from_text, run):
+    body = NAN_TO_ZERO.replace("M = Add(S, mask)", "m = Add(S, mask) M = Add(m, second)")
+    model = build(from_text, body, inputs=f"{INPUTS}, float[B, 1, S, T] mask, float[S, T] second")
+    lowest = padding(MIN, whole_rows=True)
+    assert check_fused(model, run, special={"mask": lowest, "second": lowest}) == {"Attention": 1, "Add": 1}
+
+
+def test_a_mask_that_keeps_everything_takes_the_test_for_nan_with_it(from_text, run):
+    body = NAN_TO_ZERO.replace("M = Add(S, mask)", "mask = Where(yes, zero, infinity) M = Add(S, mask)")
+    model = build(from_text, body)
+    assert check_fused(model, run) == {"Attention": 1}
+    assert fused(model).op_type == "Attention"
+
+
+@pytest.mark.parametrize("fill", ["lowest", "infinity"])
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+@pytest.mark.parametrize("s", [2, 9])
+def test_data_that_is_no_number_gives_what_it_gave(from_text, run, fill, place, s):
+    """NaN in a query or key makes weights of 0, in a value it stays."""
     body = NAN_TO_ZERO.replace("M = Add(S, mask)", f"mask = Where(keep, zero, {fill}) M = Add(S, mask)")
     model = build(from_text, body, inputs=f"{INPUTS}, bool[B, 1, S, T] keep")
-    whole = {"keep": lambda rng, shape: (rng.random(shape) > 0.4) & (np.arange(shape[2]) > 0)[:, None]}
-    assert check_fused(model, run, special=whole).get("IsNaN", 0) == tests
+    given = feeds(model, 2, s, 7)
+    given["keep"][..., 0] = True
+    given["keep"][0, 0, 0] = False
+    given[place][1, 1, 3] = np.nan
+    expected = run(model, given)
+    assert np.isnan(expected["Y"]).any() == (place == "v")
+    assert FUSE(model).statistics == {"found": 1, "fused": 1}
+    assert_same(expected, run(model, given))
+    assert_same(expected, dict(zip(expected, session(model).run(None, given), strict=True)))
 
 
 CONDITIONS = {
@@ -566,6 +608,19 @@ CACHED = f"""{SPLIT_Q} k4 = Reshape(k, split) k5 = Transpose<perm = [0, 2, 1, 3]
              K = Transpose<perm = [0, 1, 3, 2]>(keys) {SCORES} {SOFTMAX} {MERGE.replace("(P, V)", "(P, values)")}"""
 
 
+SAFE_SOFTMAX = "M = Add(S, mask) p = Softmax(M) n = IsNaN(p) P = Where(n, zero, p)"
+
+
+@pytest.mark.parametrize("past", [1, 6])
+def test_cache_with_rows_that_are_set_to_zero(from_text, run, past):
+    inputs = f"{INPUTS}, float[B, {H}, P, {D}] past_k, float[B, {H}, P, {D}] past_v, float[B, 1, S, PT] mask"
+    outputs = f"float[B, S, {E}] Y, float[B, {H}, PT, {D}] keys, float[B, {H}, PT, {D}] values"
+    model = build(from_text, CACHED.replace(SOFTMAX, SAFE_SOFTMAX), inputs=inputs, outputs=outputs)
+    ops = check_fused(model, run, past=past, special={"mask": padding(-np.inf, whole_rows=True)})
+    assert ops == {"Attention": 1, "Concat": 2, "Transpose": 2, "Reshape": 2}
+    assert fused(model).op_type == "AttentionSplitMaskedNanToZero"
+
+
 @pytest.mark.parametrize("past", [0, 1, 6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cache(from_text, run, past, masked):
@@ -612,6 +667,15 @@ def test_queries_per_head(from_text, run, masked):
     assert fused(model).op_type == ("AttentionHeadsMasked" if masked else "AttentionHeads")
     assert [value.name for value in fused(model).inputs[:3]] == ["R", "RK", "V"]
     assert ops["Transpose"] == 3
+
+
+def test_queries_per_head_with_rows_that_are_set_to_zero(from_text, run):
+    turn = np.random.default_rng(0).random((1, 1, 1, D)).astype(np.float32)
+    inputs = f"{INPUTS}, float[B, 1, S, T] mask"
+    model = build(from_text, ROTATED.replace(SOFTMAX, SAFE_SOFTMAX), inputs=inputs, turn=turn)
+    ops = check_fused(model, run, special={"mask": padding(-np.inf, whole_rows=True)})
+    assert not {"IsNaN", "Where"} & set(ops)
+    assert fused(model).op_type == "AttentionHeadsMaskedNanToZero"
 
 
 def test_queries_whose_rows_are_not_known(from_text, run):
@@ -672,6 +736,55 @@ LEFT = {
         PLAIN.replace(SOFTMAX, "p = Softmax(S) n = IsNaN(p) P = Where(n, one, p)"),
         "weights go through a Where after Softmax",
         {},
+    ),
+    "NaN becomes a number of the caller": (
+        MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsNaN(p) P = Where(n, x, p)"),
+        "weights go through a Where after Softmax",
+        {"inputs": f"{INPUTS}, float[S, T] mask, float x"},
+    ),
+    "all but NaN becomes zero": (
+        MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsNaN(p) P = Where(n, p, zero)"),
+        "weights go through a Where after Softmax",
+        {"inputs": f"{INPUTS}, float[S, T] mask"},
+    ),
+    "infinity becomes zero": (
+        MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsInf(p) P = Where(n, zero, p)"),
+        "weights go through a Where after Softmax",
+        {"inputs": f"{INPUTS}, float[S, T] mask"},
+    ),
+    "a test of the scores": (
+        MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsNaN(S) P = Where(n, zero, p)"),
+        "weights go through a Where after Softmax",
+        {"inputs": f"{INPUTS}, float[S, T] mask"},
+    ),
+    "a test of the mask": (
+        MASKED.replace("P = Softmax(M)", "p = Softmax(M) n = IsNaN(mask) P = Where(n, zero, p)"),
+        "weights go through a Where after Softmax",
+        {"inputs": f"{INPUTS}, float[S, T] mask"},
+    ),
+    "weights that may be NaN are an output": (
+        NAN_TO_ZERO,
+        ELSEWHERE,
+        {
+            "inputs": f"{INPUTS}, float[S, T] mask",
+            "outputs": f"float[B, S, {E}] Y, float[B, {H}, S, T] p",
+        },
+    ),
+    "weights without NaN are an output": (
+        NAN_TO_ZERO,
+        ELSEWHERE,
+        {
+            "inputs": f"{INPUTS}, float[S, T] mask",
+            "outputs": f"float[B, S, {E}] Y, float[B, {H}, S, T] P",
+        },
+    ),
+    "where weights were NaN is an output": (
+        NAN_TO_ZERO,
+        ELSEWHERE,
+        {
+            "inputs": f"{INPUTS}, float[S, T] mask",
+            "outputs": f"float[B, S, {E}] Y, bool[B, {H}, S, T] n",
+        },
     ),
     "over the queries": (PLAIN.replace("axis = -1", "axis = 2"), "Softmax is not over the keys", {}),
     "other order of merging": (

@@ -1,4 +1,4 @@
-"""Mask structures and selection, against plain loops and stable sorting."""
+"""Mask structures and budget, against plain loops and stable sorting."""
 
 import ml_dtypes
 import numpy as np

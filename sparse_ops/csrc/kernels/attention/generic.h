@@ -176,6 +176,15 @@ void add_values(const float* weights, size_t weights_row, const float* values, s
   });
 }
 
+// y = 0 . values: 0, but NaN in a channel where a value is not finite, as it is with weights of 0 elsewhere.
+inline void weigh_with_zeros(const Arguments& a, const Tile& tile, float* y) {
+  Bytes values = rows_of(a.v, tile);
+  for (size_t c = 0; c < a.value_size; ++c) y[c] = 0;
+  for (size_t key = 0; key < a.keys; ++key, values = at(values, a.v.row)) {
+    for (size_t c = 0; c < a.value_size; ++c) y[c] += 0.0f * load_float(at(values, c));
+  }
+}
+
 // Some keys and their values, side by side or `key_row` and `value_width` apart.
 struct KeyBlock {
   size_t first, count;
@@ -258,10 +267,17 @@ __attribute__((noinline)) void run_strip(const Arguments& a, const Tile& tile, K
   const float* result = strip.result;
   float* y = result_row(a, tile, tile.first);
   for (size_t r = 0; r < tile.count; ++r, result += block.value_width, y += a.heads * a.value_size) {
+    float factor = strip.factors[r];
+    if (a.nan_to_zero && !(factor < __builtin_inff())) {
+      if (factor != factor) {
+        weigh_with_zeros(a, tile, y);
+        continue;
+      }
+      factor = 1;  // all scores are -Inf, all weights 0 already
+    }
     size_t c = 0;
-    for (; c + kLanes <= a.value_size; c += kLanes)
-      store<kLanes>(y + c, load<kLanes>(result + c) * strip.factors[r]);
-    for (; c < a.value_size; ++c) y[c] = result[c] * strip.factors[r];
+    for (; c + kLanes <= a.value_size; c += kLanes) store<kLanes>(y + c, load<kLanes>(result + c) * factor);
+    for (; c < a.value_size; ++c) y[c] = result[c] * factor;
   }
 }
 
@@ -385,6 +401,10 @@ void run_query(const Arguments& a, const Tile& tile, size_t query, float* scores
     };
     add(0, whole, Count<kLanes>());
     add(whole, a.value_size - whole, Count<1>());
+  }
+  if (a.nan_to_zero && !(sum > 0)) {
+    if (sum != sum) weigh_with_zeros(a, tile, y);  // else all scores are -Inf, all weights 0 already
+    return;
   }
   for (size_t c = 0; c < a.value_size; ++c) y[c] /= sum;
 }

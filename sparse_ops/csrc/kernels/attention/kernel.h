@@ -1,7 +1,7 @@
 // What one kernel for attention is: plain data, so that sources compiled for wide vectors may include it.
 //
 // For every batch and head, Y = softmax(scale * Q Kᵀ + mask) V, softmax over the keys. Rows of scores that
-// are all -Inf give NaN, no keys give zeros.
+// are all -Inf, or have NaN or Inf, have weights of NaN, or of 0 if asked for; no keys give zeros.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +30,7 @@ struct Arguments {
   size_t batches, heads, queries, keys;
   size_t size, value_size;  // channels of a query or key, and of a value
   float scale;
+  bool nan_to_zero;  // weights that are NaN count as 0
 };
 
 // Queries first..first + count - 1 of one batch and head.

@@ -32,9 +32,13 @@ void run_query(const Arguments& a, size_t b, size_t h, size_t i) {
   for (size_t j = 0; j < a.keys; ++j) top = std::fmax(top, score(j));
   for (size_t j = 0; j < a.keys; ++j) sum += std::exp(score(j) - top);
   float* y = a.y + ((b * a.queries + i) * a.heads + h) * a.value_size;
+  const auto weight = [&](size_t j) {
+    const double w = std::exp(score(j) - top) / sum;
+    return a.nan_to_zero && std::isnan(w) ? 0 : w;
+  };
   for (size_t c = 0; c < a.value_size; ++c) {
     double mean = 0;
-    for (size_t j = 0; j < a.keys; ++j) mean += std::exp(score(j) - top) / sum * element(a.v, b, h, j, c);
+    for (size_t j = 0; j < a.keys; ++j) mean += weight(j) * element(a.v, b, h, j, c);
     y[c] = static_cast<float>(mean);
   }
 }

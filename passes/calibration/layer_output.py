@@ -17,11 +17,11 @@ import onnx_ir as ir
 from sparse_onnx.model.weights import RECURRENT, Weight
 from sparse_onnx.passes.patterns.match import is_bias, only_user, other_operand
 
-__all__ = ["Target", "find_target"]
+__all__ = ["LayerOutput", "find_output"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class LayerOutput:
     """``output`` is t, or h where ``residual`` (R) is None. ``bias`` is a constant of N elements or None; input
     ``bias_index`` of ``bias_node`` reads it."""
 
@@ -32,8 +32,8 @@ class Target:
     bias_index: int = 0
 
 
-def find_target(weight: Weight, usable: Callable[[ir.Value], bool]) -> Target | None:
-    """The target of a weight that a single node uses; None where its product is scaled or goes on into a recurrence, or
+def find_output(weight: Weight, usable: Callable[[ir.Value], bool]) -> LayerOutput | None:
+    """The output of a weight that a single node uses; None where its product is scaled or goes on into a recurrence, or
     several nodes use it.
 
     A residual counts only if it is ``usable``.
@@ -63,4 +63,4 @@ def find_target(weight: Weight, usable: Callable[[ir.Value], bool]) -> Target | 
         other = other_operand(add, h)
         if other is not None and other is not h and usable(other):
             output, residual = add.outputs[0], other
-    return Target(output, residual, bias, bias_node if bias is not None else None, index)
+    return LayerOutput(output, residual, bias, bias_node if bias is not None else None, index)

@@ -1,4 +1,4 @@
-"""Exact selection within a budget, against stable sorting."""
+"""Exact budget within a budget, against stable sorting."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sparse_onnx.passes.solvers.budget import Budget, smallest
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, obeys
-from sparse_onnx.passes.solvers.selection import Selection, smallest
 
 SCORES = hnp.arrays(
     np.float32,
@@ -40,26 +40,26 @@ def test_the_smallest_of_each_column(score, data):
 def test_layer_scope_is_that_of_the_data_free_passes(structure):
     score = np.random.default_rng(0).standard_normal((12, 10)).astype(np.float32)
     parsed = MaskStructure.parse(structure)
-    own = Selection.of(score.shape, parsed, 0.45, "layer").keep(score)
+    own = Budget.of(score.shape, parsed, 0.45, "layer").keep(score)
     np.testing.assert_array_equal(own, keep_mask(score, 0.45, parsed))
 
 
 def test_row_scope_has_the_same_zeros_in_every_output_channel():
     score = np.random.default_rng(0).standard_normal((12, 10))
-    keep = Selection.of(score.shape, MaskStructure(), 0.6, "row").keep(score)
+    keep = Budget.of(score.shape, MaskStructure(), 0.6, "row").keep(score)
     np.testing.assert_array_equal((~keep).sum(axis=0), round(0.6 * 12))
-    blocks = Selection.of(score.shape, MaskStructure("block", (2, 3)), 0.5, "row").keep(score)
+    blocks = Budget.of(score.shape, MaskStructure("block", (2, 3)), 0.5, "row").keep(score)
     np.testing.assert_array_equal((~blocks).sum(axis=0), 6)
 
 
 def test_a_relaxed_budget_grows_to_the_whole():
     score = np.random.default_rng(0).standard_normal((8, 3))
     for structure in (MaskStructure(), MaskStructure("n:m", (1, 4))):
-        whole = Selection.of(score.shape, structure, 0.75, "layer")
+        whole = Budget.of(score.shape, structure, 0.75, "layer")
         zeros = [int((~whole.relaxed(share).keep(score)).sum()) for share in (0, 0.4, 0.7, 1)]
         assert zeros[0] == 0
         assert zeros == sorted(zeros)
         assert zeros[-1] == int((~whole.keep(score)).sum()) == 18
     assert obeys(whole.keep(score), MaskStructure("n:m", (1, 4)))
-    row = Selection.of(score.shape, MaskStructure(), 0.75, "row").relaxed(0.5)
+    row = Budget.of(score.shape, MaskStructure(), 0.75, "row").relaxed(0.5)
     np.testing.assert_array_equal((~row.keep(score)).sum(axis=0), 3)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import is_standard, read_values
 
-__all__ = ["Part", "Schedule"]
+__all__ = ["Order", "Part"]
 
 _CONSTANT, _DATA = -2, -1  # in place of a step: no input of the model is behind a value, or no layer
 
@@ -45,7 +45,7 @@ class Part:
     weight_bytes: int
 
 
-class Schedule:
+class Order:
     """``solved`` has the step of every layer by the id of its node in the main graph of ``model``.
 
     Nodes are taken in the order in which they stand, which ONNX wants to be topological.

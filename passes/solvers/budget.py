@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_onnx.passes.solvers.masks import MaskStructure, expand, keep_mask, unit_scores
 
-__all__ = ["Scope", "Selection", "smallest"]
+__all__ = ["Budget", "Scope", "smallest"]
 
 Scope = Literal["row", "layer"]
 
@@ -47,7 +47,7 @@ def _smallest_of_columns(score: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Selection:
+class Budget:
     """A budget of weights W [K, N]: how many units of ``structure`` must be zero.
 
     ``zeros`` counts elements, blocks or channels: an int for the layer, or an array [units of N] for each
@@ -58,15 +58,15 @@ class Selection:
     zeros: int | np.ndarray = 0
 
     @staticmethod
-    def of(shape: tuple[int, int], structure: MaskStructure, sparsity: float, scope: Scope) -> Selection:
+    def of(shape: tuple[int, int], structure: MaskStructure, sparsity: float, scope: Scope) -> Budget:
         """The lowest ``round(sparsity * units)`` of the layer or of each output channel."""
         if structure.kind == "n:m":
-            return Selection(structure)
+            return Budget(structure)
         rows, columns = structure.tile(shape)
         units = shape[0] // rows, shape[1] // columns
         if scope == "row":
-            return Selection(structure, np.full(units[1], round(sparsity * units[0])))
-        return Selection(structure, round(sparsity * units[0] * units[1]))
+            return Budget(structure, np.full(units[1], round(sparsity * units[0])))
+        return Budget(structure, round(sparsity * units[0] * units[1]))
 
     def keep(self, score: np.ndarray) -> np.ndarray:
         """Where to keep the weights of importance ``score`` [K, N] (sign ignored; a block has its L2 norm)."""
@@ -75,14 +75,12 @@ class Selection:
         units = np.abs(unit_scores(score, self.structure))
         return expand(~smallest(units, self.zeros), self.structure, (score.shape[0], score.shape[1]))
 
-    def relaxed(self, share: float) -> Selection:
+    def relaxed(self, share: float) -> Budget:
         """The budget with only ``share`` (0 to 1) of the zeros, rounded; N:M keeps more of each group."""
         if self.structure.kind == "n:m":
             keep, group = self.structure.size
             kept = group - round(share * (group - keep))
-            return (
-                Selection(MaskStructure("n:m", (kept, group))) if kept < group else Selection(MaskStructure())
-            )
+            return Budget(MaskStructure("n:m", (kept, group))) if kept < group else Budget(MaskStructure())
         if isinstance(self.zeros, np.ndarray):
             return dataclasses.replace(self, zeros=np.rint(self.zeros * share).astype(int))
         return dataclasses.replace(self, zeros=round(self.zeros * share))

@@ -4,17 +4,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.passes.calibration.schedule import Part, Schedule
+from sparse_onnx.passes.calibration.order import Order, Part
 from sparse_onnx.passes.calibration.skeleton import extract
 
 _PREFIX = '<ir_version: 9, opset_import: ["" : 17]> g '
 
 
-def _schedule(model: ir.Model, *steps: str) -> Schedule:
+def _order(model: ir.Model, *steps: str) -> Order:
     """``steps`` name the results of the layers that are solved, one step each, or several with a space between."""
     node = {value.name: node for node in model.graph for value in node.outputs}
     solved = {id(node[name]): index for index, names in enumerate(steps) for name in names.split()}
-    return Schedule(model, solved)
+    return Order(model, solved)
 
 
 def _names(model: ir.Model, part: Part) -> list[str]:
@@ -43,7 +43,7 @@ def _dense_block(from_text) -> ir.Model:
 @pytest.mark.parametrize("changing", [True, False])
 def test_every_node_is_run_once_however_often_it_is_read(from_text, changing):
     model = _dense_block(from_text)
-    parts = _schedule(model, "a", "b", "c").parts([{"x0"}, {"x1"}, {"x2"}], changing=changing)
+    parts = _order(model, "a", "b", "c").parts([{"x0"}, {"x1"}, {"x2"}], changing=changing)
     assert [_names(model, part) for part in parts] == [["x0"], ["a", "c1", "x1"], ["b", "c2", "x2"]]
     assert [sorted(part.kept) for part in parts] == [["x0"], ["a", "x1"], []]
     assert [sorted(part.needed) for part in parts] == [["x0"], ["a", "x0", "x1"], []]
@@ -57,7 +57,7 @@ def test_values_behind_unsolved_layers_are_run_again_unless_nothing_changes(from
         r = Relu(X) a = MatMul(r, W) s = Relu(a) b = MatMul(s, W) t = Relu(b) Y = MatMul(t, U) }}""",
         **_square("W", "U"),
     )
-    schedule = _schedule(model, "a b", "Y")
+    schedule = _order(model, "a b", "Y")
     wanted = [{"r", "s"}, {"t"}]
     changing, fixed = (schedule.parts(wanted, changing=flag) for flag in (True, False))
     assert [_names(model, part) for part in changing] == [["r", "a", "s"], ["a", "s", "b", "t"]]
@@ -72,7 +72,7 @@ def test_finality(from_text):
         {{ k = Relu(W) a = MatMul(X, W) b = MatMul(a, U) Y = Add(b, k) }}""",
         **_square("W", "U"),
     )
-    schedule = _schedule(model, "a", "b")
+    schedule = _order(model, "a", "b")
     value = {value.name: value for node in model.graph for value in node.outputs}
     assert schedule.is_final(model.graph.inputs[0], 0)
     assert [schedule.is_final(value["a"], step) for step in range(3)] == [False, True, True]
@@ -88,7 +88,7 @@ def test_constants_are_not_kept(from_text):
         b = MatMul(a, W) c = Mul(b, k2) Y = MatMul(c, U) }}""",
         **_square("W", "U"),
     )
-    parts = _schedule(model, "b", "Y").parts([{"a"}, {"c"}], changing=True)
+    parts = _order(model, "b", "Y").parts([{"a"}, {"c"}], changing=True)
     assert parts[0].kept == {"a"}
     assert _names(model, parts[1]) == ["k", "k2", "b", "c"]
 
@@ -106,13 +106,13 @@ def test_what_is_no_array_of_numpy_is_computed_again(from_text, kind):
         {{ {first} {a} b = MatMul(a, W) {b} c = Add(b, d) Y = MatMul(c, U) }}""",
         **_square("W", "U"),
     )
-    parts = _schedule(model, "b", "Y").parts([{"a"}, {"c"}], changing=True)
+    parts = _order(model, "b", "Y").parts([{"a"}, {"c"}], changing=True)
     assert parts[0].kept == {"a"}
     assert _names(model, parts[1]) == ["s", "b", "d", "c"]
 
 
 def test_a_step_that_wants_nothing_runs_nothing(from_text):
-    parts = _schedule(_dense_block(from_text), "a", "b").parts([set(), {"x1"}], changing=False)
+    parts = _order(_dense_block(from_text), "a", "b").parts([set(), {"x1"}], changing=False)
     assert (parts[0].inputs, parts[0].outputs, parts[0].weight_bytes) == ((), (), 0)
     assert parts[1].inputs == ("X",)
 
@@ -122,7 +122,7 @@ def test_inputs_of_the_model_are_read_and_never_kept(from_text):
         f"{_PREFIX} (float[n, 4] X) => (float[n, 4] Y) {{ a = MatMul(X, W) b = Add(a, X) Y = MatMul(b, U) }}",
         **_square("W", "U"),
     )
-    parts = _schedule(model, "a", "Y").parts([{"X"}, {"X", "b"}], changing=True)
+    parts = _order(model, "a", "Y").parts([{"X"}, {"X", "b"}], changing=True)
     assert [part.inputs for part in parts] == [("X",), ("X",)]
     assert [part.outputs for part in parts] == [(), ("b",)]
     assert not parts[0].needed
