@@ -33,7 +33,7 @@ def command(run: Path, other: Path | None, output: Path | None, output_format: s
     from sparse_onnx.model.storage import write_whole
     from sparse_onnx.report.html import render_comparison, render_html
     from sparse_onnx.report.schema import read_report
-    from sparse_onnx.report.view import verdict
+    from sparse_onnx.report.view.verdict import verdict
 
     report = read_report(run)
     document: dict[str, Any]

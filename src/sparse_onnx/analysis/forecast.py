@@ -286,8 +286,8 @@ class Forecast:
         return choices, {name: form for name, form in forms.items() if form != DENSE}
 
     def layer_milliseconds(self, name: str, choice: Choice | None = None) -> float:
-        """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole are
-        sums of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
+        """What the layer adds to the time of the whole, in the form that would be chosen; times of the whole are sums
+        of these and a constant, as long as nothing is given up and the sum is no smaller than any anchor's."""
         choice = self._choice(name, choice)
         layer = self.by_name[name]
         form = layer.best_form(choice, self.min_speedup)

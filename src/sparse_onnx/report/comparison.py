@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_onnx.report.view import NOTABLE_LOSS, Verdict, loss_of
+from sparse_onnx.report.view.verdict import Verdict
+from sparse_onnx.report.view.words import NOTABLE_LOSS, loss_of
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_share
 
 __all__ = ["compare_reports", "comparison_rows", "comparison_verdict"]

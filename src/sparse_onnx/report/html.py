@@ -19,7 +19,7 @@ from markupsafe import Markup
 from sparse_onnx.printable import printable
 from sparse_onnx.report.comparison import comparison_rows, comparison_verdict
 from sparse_onnx.report.notes import run_notes
-from sparse_onnx.report.view import report_view
+from sparse_onnx.report.view.page import report_view
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_number, format_share
 from sparse_onnx.yaml_text import write_yaml
 
