@@ -220,6 +220,19 @@ def test_wrong_kernel_is_caught_and_nothing_is_written(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+def test_a_stored_weight_that_the_kernel_refuses_is_our_mistake(tmp_path, monkeypatch):
+    source = write_model(tmp_path / "in", sparsity=0.95)
+    arrays = PackedWeight.arrays
+
+    def damaged(self):
+        return {name: array[:-1] if name == "values" else array for name, array in arrays(self).items()}
+
+    monkeypatch.setattr(PackedWeight, "arrays", damaged)
+    with pytest.raises(VerificationError, match="though the original does"):
+        sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1, benchmark=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nan_and_infinity_are_kept_and_reported(tmp_path):
     source = write_model(tmp_path / "in", sparsity=0.9, layers=1)
     proto = onnx.load(source)

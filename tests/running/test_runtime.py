@@ -6,11 +6,11 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running import runtime
-from sparse_onnx.running.runtime import open_runner, open_session, session_budget
+from sparse_onnx.running.runtime import of_our_making, open_runner, open_session, session_budget
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((3, 8)).astype(np.float32)
@@ -326,3 +326,16 @@ def test_budget_of_small_and_large_models():
 
 
 # Timing
+
+
+def test_what_is_refused_of_our_making_is_our_mistake():
+    with pytest.raises(VerificationError, match="does not run, though the original does: bad weight") as found:
+        with of_our_making():
+            raise UsageError("bad weight")
+    assert found.value.exit_code == 3
+
+
+@pytest.mark.parametrize("kind", [ModelFileError, HostError, ValueError])
+def test_other_errors_stay_what_they_are(kind):
+    with pytest.raises(kind), of_our_making():
+        raise kind("this")

@@ -46,7 +46,7 @@ from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs, left_out
-from sparse_onnx.running.runtime import LEVELS, Runner, open_runner, session_budget
+from sparse_onnx.running.runtime import LEVELS, Runner, of_our_making, open_runner, session_budget
 from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.stages import StageClock
 from sparse_onnx.timing import choose
@@ -267,7 +267,7 @@ class Compilation:
             with self.clock("fuse"):
                 candidates = self.fuse(model, context)
             packer = Packer(context)
-            with self.clock("decide"):
+            with self.clock("decide"), of_our_making():
                 if self.benchmark:
                     weights = self.recipe.target.weights
                     decisions = choose.decide(
@@ -553,6 +553,7 @@ class Compilation:
                 settled.append(timing)
         return settled
 
+    @of_our_making()
     def time_whole(self, optimized: ir.Model) -> list[Ratio]:
         """The original against what was written, interleaved, at every target."""
         original = model_io.load_model(self.path)
@@ -569,6 +570,7 @@ class Compilation:
     def written(self) -> Path:
         return self.folder / "model.onnx"
 
+    @of_our_making()
     def verify(
         self,
         optimized: ir.Model,

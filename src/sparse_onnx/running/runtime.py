@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import ModelFileError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
@@ -39,6 +39,7 @@ __all__ = [
     "Runner",
     "at_best_level",
     "give_back_memory",
+    "of_our_making",
     "open_runner",
     "open_session",
     "run_session",
@@ -336,6 +337,21 @@ def open_runner(
         if runner is not None:
             runner.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def of_our_making() -> Iterator[None]:
+    """Around what is done with a model that this package made of one that has run on the same inputs: what ONNX Runtime
+    refuses there is no mistake of the user's but of the compiler or a kernel, and raised as VerificationError."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except UsageError as error:
+        raise VerificationError(
+            f"the compiled model does not run, though the original does: {error}. This is a defect of sparse-onnx: please "
+            "report it, with the recipe"
+        ) from error
 
 
 def _session_bytes(node: ir.Node, library: bool) -> int:
