@@ -133,6 +133,12 @@ def test_sum_of_measurements_is_as_unsure_as_they_are_and_cached_if_all_are():
     assert together([of(2.0, cached=True)], [1]).cached
 
 
+def test_the_inverse_says_the_same_of_the_first_thing():
+    found = Ratio(6.0, 2.0, 3.0, 2.0, 4.0, cached=True, quiet=False)
+    assert found.inverse() == Ratio(2.0, 6.0, 1 / 3, 1 / 4, 1 / 2, cached=True, quiet=False)
+    assert found.inverse().inverse() == found
+
+
 def measuring(medians, clock=None, step=0.0):
     """A stand-in for a measurement that gives these medians, one after the other."""
     values = iter(medians)
@@ -169,6 +175,17 @@ def test_break_even_is_given_up_on_after_the_most_measurements():
     found = repeated(lambda: of(next(values)))
     assert len(list(values)) == len(medians) - MOST_STARTS
     assert found.close_to(1.02)
+
+
+def test_all_things_of_a_round_are_measured_until_none_is_close():
+    first, second = iter([1.5] * 20), iter([1.0, *[2.0] * 19])
+    found = repeat(
+        lambda: {"a": of(next(first)), "b": of(next(second))},
+        close=lambda known: any(each.close_to(1.02) for each in known.values()),
+        seconds=60,
+    )
+    assert len(list(first)) == len(list(second)) == 20 - 9  # ranks 2 to 8 of nine leave the first of "b" out
+    assert (found["a"].low, found["a"].high, found["b"].low) == (1.5, 1.5, 2.0)
 
 
 @pytest.mark.parametrize(("step", "taken"), [(30.0, 3), (25.0, 3), (14.0, 5), (1.0, 6)])
