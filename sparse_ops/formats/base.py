@@ -147,7 +147,8 @@ class StoredFormat(abc.ABC):
     @abc.abstractmethod
     def decoder(self, prefix: str = "", *, count: int = 1, linears: str = "") -> str:
         """Lines of a function body that make W [K, N] from the stored tensors; every operator with such a weight uses
-        them. ``k_1``, ``n_1`` and ``flat_shape`` may be used behind them: [K], [N] and [-1].
+        them. ``k_1``, ``n_1`` and ``flat_shape`` may be used behind them: [K], [N] and [-1]. No name may be one that
+        the steps of an operator make.
 
         With ``prefix`` every value and attribute has it before its name, for the second weight of an operator. For a
         weight of ``count`` linears, the lines ``linears`` make the value ``sizes`` [count] int64, the outputs of each.

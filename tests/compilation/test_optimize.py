@@ -204,17 +204,17 @@ def test_large_model_runs_in_segments_with_the_same_result(tmp_path, monkeypatch
 
 
 def test_wrong_kernel_is_caught_and_nothing_is_written(tmp_path, monkeypatch):
-    from sparse_onnx.sparse_ops.ops import sparse_matmul
+    from sparse_onnx.sparse_ops.formats.chunked_csc import ChunkedCsc
 
     source = write_model(tmp_path / "in", sparsity=0.9)
-    real = sparse_matmul.pack
+    real = ChunkedCsc.pack
 
-    def damaged(weight, **options):
-        packed = real(weight, **options)
+    def damaged(*arguments, **options):
+        packed = real(*arguments, **options)
         packed.values[0] += 1
         return packed
 
-    monkeypatch.setattr(sparse_matmul, "pack", damaged)
+    monkeypatch.setattr(ChunkedCsc, "pack", damaged)
     with pytest.raises(VerificationError, match="differs from the pruned dense"):
         sparse_onnx.optimize(source, tmp_path / "out", input_shapes=SHAPES, threads=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]

@@ -281,16 +281,16 @@ def test_optimize_and_verify_pass(tmp_path, kind):
 
 
 def test_optimize_names_the_layer_where_a_fault_begins(tmp_path, monkeypatch):
-    from sparse_onnx.sparse_ops.ops import sparse_matmul
+    from sparse_onnx.sparse_ops.formats.chunked_csc import ChunkedCsc
 
-    real = sparse_matmul.pack
+    real = ChunkedCsc.pack
 
-    def damaged(weight, **options):
-        packed = real(weight, **options)
+    def damaged(*arguments, **options):
+        packed = real(*arguments, **options)
         packed.values[:] *= np.float32(1.01)
         return packed
 
-    monkeypatch.setattr(sparse_matmul, "pack", damaged)
+    monkeypatch.setattr(ChunkedCsc, "pack", damaged)
     body, arrays, _ = SMALL["sigmoid far in its tail"]
     source = write(tmp_path / "in", body, arrays)
     options = {"threads": 1, "benchmark": False, "input_shapes": {"X": (ROWS, WIDTH)}}
