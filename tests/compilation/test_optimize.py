@@ -13,6 +13,7 @@ from sparse_onnx import sparse_ops
 from sparse_onnx.compilation import steps
 from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
+from sparse_onnx.sparse_ops.formats.chunked_csc import PackedWeight
 from sparse_onnx.timing import choose
 from sparse_onnx.timing.rounds import Ratio
 

@@ -329,9 +329,9 @@ def test_budget_of_small_and_large_models():
 
 
 def test_what_is_refused_of_our_making_is_our_mistake():
-    with pytest.raises(VerificationError, match="does not run, though the original does: bad weight") as found:
-        with of_our_making():
-            raise UsageError("bad weight")
+    message = "does not run, though the original does: bad weight"
+    with pytest.raises(VerificationError, match=message) as found, of_our_making():
+        raise UsageError("bad weight")
     assert found.value.exit_code == 3
 
 

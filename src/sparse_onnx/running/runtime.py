@@ -349,8 +349,8 @@ def of_our_making() -> Iterator[None]:
         raise
     except UsageError as error:
         raise VerificationError(
-            f"the compiled model does not run, though the original does: {error}. This is a defect of sparse-onnx: please "
-            "report it, with the recipe"
+            f"the compiled model does not run, though the original does: {error}. This is a defect of sparse-onnx: "
+            "please report it, with the recipe"
         ) from error
 
 
