@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cpu_features.h"
-#include "formats/bitmap.h"
 #include "formats/chunked_csc.h"
 #include "kernels/peak/peak.h"
 #include "kernels/spmm/spmm.h"
@@ -36,17 +35,6 @@ int guarded(char* message, size_t size, Function&& function) noexcept {
     set_message(error.what(), message, size);
     return 1;
   }
-}
-
-struct RawCopy {
-  std::vector<RawArray> parts;
-  RawWeight raw;
-};
-RawCopy raw_weight(const SparseOnnxWeight& w) {
-  RawCopy copy{std::vector<RawArray>(w.part_count), {}};
-  for (size_t i = 0; i < w.part_count; ++i) copy.parts[i] = {w.parts[i].data, w.parts[i].count};
-  copy.raw = {{w.sizes, w.size_count}, copy.parts, {w.bias.data, w.bias.count}, {w.linears, w.linear_count}};
-  return copy;
 }
 
 std::string check_weight(const SparseOnnxWeight& w, spmm::Activation activation,
@@ -179,10 +167,6 @@ int sparse_onnx_kernel_supported(const char* kernel) {
 
 int sparse_onnx_check(const SparseOnnxWeight* weight, char* message, size_t message_size) {
   return guarded(message, message_size, [&] {
-    if (std::strcmp(weight->format, bitmap::kFormat) == 0) {
-      bitmap::Weight bits;
-      return bitmap::check(raw_weight(*weight).raw, bits);
-    }
     chunked_csc::CheckedWeight result;
     return check_weight(*weight, spmm::Activation::none, result);
   });

@@ -163,7 +163,7 @@ def test_every_operator_has_an_op_type_with_every_format():
         onnx.checker.check_function(body, context)
 
 
-COMMON = {"mask", "values", "counts", "rows", "width", "block", "K", "N"}
+COMMON = {"values", "counts", "rows", "width", "block", "K", "N"}
 """Words that mean other things elsewhere, too: as attributes or texts they tell nothing."""
 
 
