@@ -199,6 +199,7 @@ def write_attention(folder: Path) -> None:
     import onnx
     import onnx.parser
 
+    from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
     from sparse_onnx.sparse_ops.ops import attention
 
     x = np.load(folder / "x.npy")
@@ -211,7 +212,7 @@ def write_attention(folder: Path) -> None:
     for op_type, signature in attention.OP_TYPES.items():
         names = ["apart" if signature.heads else "x", *["apart" if signature.split else "x"] * 2]
         names += ["mask"] if signature.masked else []
-        nodes.append(f"{op_type}_y = {attention.DOMAIN}.{op_type}<num_heads = {heads}, scale = {scale}>")
+        nodes.append(f"{op_type}_y = {DOMAIN}.{op_type}<num_heads = {heads}, scale = {scale}>")
         nodes[-1] += f"({', '.join(names)})"
         given = {"x": x, "apart": apart, "mask": mask}
         q, k, v, *masks = (given[name] for name in names)
@@ -219,7 +220,7 @@ def write_attention(folder: Path) -> None:
         expected.append(attention.reference(q, k, v, masks[0] if masks else None, **options))
     outputs = ", ".join(f"float[batch, tokens, {channels}] {op_type}_y" for op_type in attention.OP_TYPES)
     model = onnx.parser.parse_model(
-        f"""<ir_version: 9, opset_import: ["" : 17, "{attention.DOMAIN}" : {attention.VERSION}]>
+        f"""<ir_version: 9, opset_import: ["" : 17, "{DOMAIN}" : {VERSION}]>
         attention (float[batch, tokens, {channels}] x) => ({outputs}) {{
             shape = Constant<value = int64[4] {{0, 0, {heads}, -1}}>()
             rows = Reshape(x, shape)
