@@ -1,5 +1,6 @@
 """What holds for all tests; models written as ONNX text, and a way to run them."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import settings
 from sparse_onnx.report.environment import write_json
 from sparse_onnx.report.schema import check_report
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 settings.register_profile("busy machines", deadline=None)
 settings.load_profile("busy machines")
 

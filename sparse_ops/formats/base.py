@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparse_onnx.errors import SparseOnnxError
+
 __all__ = ["ONE_RUN", "FormatError", "Outputs", "Packed", "Part", "StoredFormat"]
 
 
-class FormatError(ValueError):
+class FormatError(SparseOnnxError, ValueError):
     """Stored tensors that do not describe a weight."""
 
 

@@ -2,7 +2,8 @@
 
 The only module that asks the system. A container is a control group with limits: the processor time and the memory that
 it grants count, not those of the machine. Functions that read files take the ``root`` of the file system, so that other
-machines can be simulated.
+machines can be simulated: libraries that know processors and quotas (psutil, loky) know neither the memory of nested
+control groups nor another root.
 """
 
 from __future__ import annotations

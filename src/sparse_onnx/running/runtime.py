@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
 import shutil
 import tempfile
 import time
@@ -68,7 +67,6 @@ def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> o
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
