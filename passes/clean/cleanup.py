@@ -12,8 +12,8 @@ clean.unused         nodes, initializers and functions     nothing
 
 The inputs and outputs of the model keep their names, types and order.
 
-``onnx_ir.passes.common`` has passes for constants, identities and duplicates, too. These are kept beside them: theirs of
-duplicates reads both tensors as bytes (a model of gigabytes has none to spare), the one of identities raises where
+``onnx_ir.passes.common`` has passes for constants, identities and duplicates, too. These are kept beside them: theirs
+of duplicates reads both tensors as bytes (a model of gigabytes has none to spare), the one of identities raises where
 ranks differ, and none counts what it did.
 """
 

@@ -117,8 +117,9 @@ def test_select_names_a_kernel_of_the_active_instruction_set(sparse):
 
 @pytest.mark.parametrize("width", [0, 16])
 def test_select_refuses_a_width_that_no_kernel_has(width):
-    with pytest.raises(sm.FormatError, match=f"no kernel takes chunk 128, block 64 and width {width}"):
-        library.select_for(128, 64, width, 4)
+    sizes = {"K": 256, "N": 64, "chunk": 128, "block": 64, "width": width}
+    with pytest.raises(FormatError, match=f"no kernel takes .* chunk 128, block 64, width {width}"):
+        library.select_for(CHUNKED_CSC, sizes, 4)
 
 
 @pytest.mark.parametrize("limit", [library.peak, library.load_peak])
