@@ -37,20 +37,20 @@ class Form(abc.ABC):
     Attributes:
         name: What decisions, reports, curves and caches call it.
         lowering: The pass that puts it into a model.
-        stored: How its weights lie.
         exact: Whether the weight keeps its numbers. A form that changes them (fewer bits) is considered only where it
             is allowed by name.
         least_zeros: The share of zeros below which it was never faster than dense: not worth timing. 0: it needs none.
         sure_from: The share of zeros from which on it was faster than dense on every machine measured, so that it needs
             no timing; None: no share tells.
+        stored: How its weights lie.
     """
 
     name: str
     lowering: type[Lowering]
-    stored: StoredFormat = SPARSE_FORMAT
     exact: bool = True
     least_zeros: float = 0.0
     sure_from: float | None = None
+    stored: StoredFormat = SPARSE_FORMAT
 
     def __post_init__(self) -> None:
         require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")
