@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from types import FrameType
 from typing import NoReturn
 
@@ -95,7 +94,7 @@ def _hyphens(token: str) -> str:
 @click.group(
     cls=_Commands, context_settings={"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"]}
 )
-@click.version_option(metadata.version("sparse-onnx"), prog_name="sparse-onnx")
+@click.version_option(package_name="sparse-onnx", prog_name="sparse-onnx")
 def cli() -> None:
     """Make sparse models actually run faster, on stock ONNX Runtime."""
 

@@ -5,7 +5,6 @@ The public API; everything is imported on first use, so that ``import sparse_onn
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata  # slow to import, and seldom asked for
+
         return metadata.version("sparse-onnx")
     if name not in _HOMES:
         raise AttributeError(f"module 'sparse_onnx' has no attribute {name!r}")
