@@ -184,8 +184,6 @@ const char* sparse_onnx_select(const char* format, const int64_t* sizes, size_t 
       !chunked_csc::check_sizes({sizes, size_count}, weight).empty()) {
     return nullptr;
   }
-  const auto takes = [&](const spmm::Kernel* kernel) { return spmm::fits(*kernel, weight); };
-  if (std::ranges::none_of(spmm::kernels(), takes)) return nullptr;
   return spmm::select_kernel(choice.features, weight, tokens).name;
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -437,17 +436,6 @@ def test_mapped_weights_stay_usable(tmp_path: Path) -> None:
 
 
 # Failures of the disk
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 100 kB: writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.usefixtures("small_files")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -104,16 +102,6 @@ def test_spool_is_deleted_after_an_error(tmp_path: Path) -> None:
 def test_spool_refuses_what_is_no_number(tmp_path: Path, array: np.ndarray) -> None:
     with Spool(tmp_path) as spool, pytest.raises(TypeError):
         spool.put(array, "t")
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.usefixtures("small_files")

@@ -21,6 +21,7 @@ from sparse_onnx.analysis.sparsity_metrics import Metrics, measure
 from sparse_onnx.model import model_io
 from sparse_onnx.model.check import MIN_OPSET
 from sparse_onnx.model.embedded import EmbeddedTensor
+from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.opset_conversion import CONVERTED_FROM
 from sparse_onnx.model.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
@@ -93,7 +94,7 @@ def inspect_model(
     progress("finding what can be sparse")
     others = _not_counted(model)
     states, places, left_over = _states(model, measured, progress)
-    left = {value.name for value in _initializers(model)}
+    left = {value.name for value in initializers(model)}
     for row in rows:
         if row["state"] is None:
             gone = ("folded", "merged with an equal one or folded by the clean-up")
@@ -156,13 +157,8 @@ def _describe(value: ir.Value) -> str:
     return f"{value.name}: {value.dtype.name if value.dtype is not None else '?'}[{shape}]"
 
 
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in (model.graph, *model.graph.subgraphs()):
-        yield from graph.initializers.values()
-
-
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for value in _initializers(model):
+    for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, EmbeddedTensor):
             yield tensor
@@ -171,7 +167,7 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 def _custom(model: ir.Model) -> list[dict[str, Any]]:
     """Operators outside the standard: how often, and who can run them."""
     counts = Counter(
-        (node.domain, node.op_type) for node in model.graph.all_nodes() if node.domain not in ("", "ai.onnx")
+        (node.domain, node.op_type) for node in model.graph.all_nodes() if node.domain not in STANDARD_DOMAINS
     )
     bodies = {(domain, name) for domain, name, _ in model.functions}
     rows = []
@@ -258,7 +254,7 @@ def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[di
 
 def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
     """One row for each float initializer of rank 2 or more."""
-    for value in _initializers(model):
+    for value in initializers(model):
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
@@ -284,7 +280,7 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
 def _not_counted(model: ir.Model) -> list[dict[str, Any]]:
     """One row for each constant of rank 2 or more that is no float tensor."""
     rows = []
-    for value in _initializers(model):
+    for value in initializers(model):
         tensor = value.const_value
         if tensor is None or tensor.dtype in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue

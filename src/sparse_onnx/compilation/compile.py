@@ -18,10 +18,9 @@ __all__ = ["OptimizeResult", "compile_into"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizeResult:
-    """What :func:`optimize` made. ``report`` is the content of ``report.json``; ``exit_code`` is that of the
-    command line: 0 faster, 4 a goal was missed, 5 not proven faster; ``summary.written`` says whether the original was
-    written then.
-    ``folder`` is None after a dry run."""
+    """What :func:`sparse_onnx.optimize` made. ``report`` is the content of ``report.json``; ``exit_code`` is that of
+    the command line: 0 faster, 4 a goal was missed, 5 not proven faster; ``summary.written`` says whether the original
+    was written then. ``folder`` is None after a dry run."""
 
     folder: Path | None
     exit_code: int

@@ -17,6 +17,7 @@ __all__ = [
     "all_graphs",
     "axis_from_end",
     "drop_if_unused",
+    "initializers",
     "input_at",
     "is_read",
     "is_read_once",
@@ -83,6 +84,12 @@ def all_graphs(model: ir.Model) -> list[ir.Graph]:
     for function in model.functions.values():
         graphs += [function.graph, *function.subgraphs()]
     return graphs
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """The initializers of the main graph and of its subgraphs, not those inside functions."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()
 
 
 def value_names(model: ir.Model) -> set[str]:

@@ -91,7 +91,7 @@ class StoredWeight:
     @property
     def made_of(self) -> tuple[str, ...]:
         """The names of the weights in it: of linears that were merged since the model was read those of all."""
-        values = self.parts[0]
+        values = self.values
         return (self.name,) if values is None else values.meta.get(MERGED_FROM, (self.name,))
 
     @property

@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,7 @@ import onnx_ir as ir
 from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
 from sparse_onnx.model.encodings import DENSE, Dense, Encoding
+from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.sparse_ops.domain import DOMAIN
@@ -170,7 +171,7 @@ def _matches(entries: Sequence[str], weight: Weight) -> bool:
 
 def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
     """(stored transposed, "") if input ``index`` of ``node`` is the weight of a layer, else (None, reason)."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in STANDARD_DOMAINS:
         return None, f"used by {node.domain}::{node.op_type}"
     if node.op_type == "MatMul" and index == 1:
         return False, ""
@@ -188,11 +189,6 @@ def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
 def _is_weight(node: ir.Node, index: int) -> bool:
     """Whether a node of that kind may have a weight there."""
     return index == 1 or (index == 2 and node.op_type in RECURRENT)
-
-
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in (model.graph, *model.graph.subgraphs()):
-        yield from graph.initializers.values()
 
 
 def _is_depthwise(shape: tuple[int, ...], nodes: Sequence[ir.Node]) -> bool:
@@ -277,7 +273,7 @@ def find_weights(
 
     found: list[Weight] = []
     declined: list[tuple[str, str]] = []
-    for value in _initializers(model):
+    for value in initializers(model):
         read = itertools.chain([value], results(value))
         if not any(is_layer(*use) for operand in read for use in operand.uses()):
             continue
