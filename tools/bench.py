@@ -161,7 +161,8 @@ def _time(
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows of the result, and how many rounds were run."""
     from sparse_onnx.model import model_io
-    from sparse_onnx.running.runtime import open_runner, session_budget
+    from sparse_onnx.running.runtime import open_runner
+    from sparse_onnx.running.workbench import Workbench
     from sparse_onnx.timing.rounds import interleave, ratio
 
     with ExitStack() as stack:
@@ -170,12 +171,9 @@ def _time(
             say(f"opening {entry.label}")
             opening = open_runner(
                 entry.model,
-                threads=threads,
+                Workbench(threads, work, progress=say),
+                entry.path,
                 library=entry.library,
-                budget=session_budget(model_io.weight_bytes(entry.model)),
-                work=work,
-                path=entry.path,
-                progress=say,
             )
             runners.append(stack.enter_context(opening))
         say(f"timing {len(entries)} models")

@@ -10,7 +10,6 @@ which turn sums over layers into times of models (:mod:`.time_model`). Any plan 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import statistics
@@ -53,6 +52,7 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.running.runtime import open_runner, session_budget
 from sparse_onnx.running.stages import StageClock
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.curves import (
     SPARSITIES,
     STRUCTURES,
@@ -359,9 +359,7 @@ class _Job:
             converted_from(original, self.say)
             self.nbytes = model_io.file_bytes(self.path, original)
             self.budget = session_budget(model_io.weight_bytes(original))
-            self.open = functools.partial(
-                open_runner, threads=self.threads, budget=self.budget, work=self.work, progress=self.say
-            )
+            self.bench = Workbench(self.threads, self.work, self.budget, self.say)
             specs = inputs.input_specs(original, values, fixed)
             steered = original.clone()
             fix_inputs(steered, specs)
@@ -427,7 +425,7 @@ class _Job:
         names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
         work = Work(model, {name: array.shape for name, array in self.feeds.items()})
         names |= work.unknown()
-        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
+        with open_runner(with_shape_outputs(model, names), self.bench, library=False) as runner:
             with explaining_guesses([self.choice]):
                 values = shapes_in(runner.run(self.feeds))[1]
             self.node_work = work.count(values)
@@ -559,7 +557,7 @@ class _Job:
         timed: list[tuple[float | None, Sums, list[Ratio]]] = []
         rest = forecast.rest_bytes
         told = Progress(self.say, "models", len(plans), interval=0)
-        with self.open(original, self.path, library=False) as dense:
+        with open_runner(original, self.bench, self.path, library=False) as dense:
             whole = dense.whole
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
         for share, plan in plans if whole else ():
@@ -598,10 +596,7 @@ class _Job:
             found += time_models(
                 [(original, self.path), (fused, path)],
                 [self.feeds],
-                threads=self.threads,
-                budget=self.budget,
-                work=self.work,
-                progress=self.say,
+                self.bench,
                 rounds=_WHOLE_ROUNDS,
                 seconds=_WHOLE_SECONDS,
             )

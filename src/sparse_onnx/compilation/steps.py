@@ -49,6 +49,7 @@ from sparse_onnx.running.outputs import check_outputs, left_out
 from sparse_onnx.running.runtime import LEVELS, Runner, of_our_making, open_runner, session_budget
 from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.stages import StageClock
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import choose
 from sparse_onnx.timing.cache import TimingCache, file_digest
 from sparse_onnx.timing.choose import Decision, lowered
@@ -139,10 +140,10 @@ class Compilation:
         if self.converted_from is None:
             return
         with self.clock("prove the conversion"):
-            with self.open(model, self.path, library=False) as runner:
+            with open_runner(model, self.workbench, self.path, library=False) as runner:
                 expected = runner.run(feeds)
             try:
-                with self.open(model, None, library=False) as runner:
+                with open_runner(model, self.workbench, library=False) as runner:
                     found = compare([expected], [runner.run(feeds)])
             except UsageError as error:
                 raise refusal(self.path, self.converted_from, str(error)) from error
@@ -249,9 +250,7 @@ class Compilation:
         self.nbytes = model_io.file_bytes(self.path, model)
         self.weight_bytes = model_io.weight_bytes(model)
         self.budget = session_budget(self.weight_bytes)
-        self.open = functools.partial(
-            open_runner, threads=self.threads, budget=self.budget, work=self.work, progress=self.say
-        )
+        self.workbench = Workbench(self.threads, self.work, self.budget, self.say)
         samples, self.feeds = self.inputs(model, pipeline)
         self.prove_conversion(model, samples[0])
         metric = self.metric(model)
@@ -429,7 +428,7 @@ class Compilation:
         names = {value.name or "" for layer in layers for value in layer.inputs}
         work = Work(model, {name: array.shape for name, array in self.feeds[0].items()})
         names |= work.unknown()
-        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
+        with open_runner(with_shape_outputs(model, names), self.workbench, library=False) as runner:
             self.say("running the dense model")
             with explaining_guesses(self.choices):
                 timed = [shapes_in(runner.run(feeds)) for feeds in self.feeds]
@@ -494,7 +493,7 @@ class Compilation:
             return list(decisions), None
         names = {state.name for state in states}
         zeros = exchange(models, states)
-        with self.open(models[-1], None, library=False) as runner:
+        with open_runner(models[-1], self.workbench, library=False) as runner:
             outputs = self.run_all(runner, samples, "with original weights where dense")
         if (kept or prepared.removed.modified) and not self.generated:
             original = self.original_outputs(samples)
@@ -514,7 +513,7 @@ class Compilation:
         """Of the original, run once."""
         if self._original_outputs is None:
             original = model_io.load_model(self.path)
-            with self.open(original, self.path, library=False) as runner:
+            with open_runner(original, self.workbench, self.path, library=False) as runner:
                 self._original_outputs = self.run_all(runner, samples, "the original")
                 self.levels["original"] = runner.level
         return self._original_outputs
@@ -560,10 +559,7 @@ class Compilation:
         return time_models(
             [(original, self.path), (optimized, self.written)],
             self.feeds,
-            threads=self.threads,
-            budget=self.budget,
-            work=self.work,
-            progress=self.say,
+            self.workbench,
         )
 
     @property
@@ -583,13 +579,13 @@ class Compilation:
         ``reference`` are the outputs of ``dense`` on the samples."""
         heads = find_heads(optimized)
         probe = None if self.generated else make_probe(heads, samples[0])
-        with self.open(optimized, self.written, library=True) as runner:
+        with open_runner(optimized, self.workbench, self.written, library=True) as runner:
             ours = self.run_all(runner, samples, "with the library")
             heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
             self.levels["with_library"] = runner.level
         compiled = compare(reference, ours, () if changed else heads, samples)
         self.say("on standard operators only")
-        with self.open(optimized, self.written, library=False, lean=True) as runner:
+        with open_runner(optimized, self.workbench, self.written, library=False, lean=True) as runner:
             portable = compare(reference[:1], [runner.run(samples[0])])
             self.levels["without_library"] = runner.level
         rounding: dict[str, float | None] = {}

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model import model_io
-from sparse_onnx.running.runtime import LEVELS, open_runner, session_budget
+from sparse_onnx.running.runtime import LEVELS, open_runner
+from sparse_onnx.running.workbench import Workbench
 
 __all__ = ["record"]
 
@@ -46,17 +46,8 @@ def record(
     folder.mkdir()
     results: list[Feeds] = []
     refused: dict[int, str] = {}
-    budget = session_budget(model_io.weight_bytes(model))
-    with open_runner(
-        model,
-        threads=threads,
-        library=library,
-        budget=budget,
-        work=folder,
-        path=path,
-        level=level,
-        progress=progress,
-    ) as runner:
+    bench = Workbench(threads, folder, progress=progress)
+    with open_runner(model, bench, path, library=library, level=level) as runner:
         for index, feeds in enumerate(batches):
             try:
                 outputs = runner.run(feeds)

@@ -27,6 +27,7 @@ from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.outputs import tensor_outputs
 from sparse_onnx.running.session import import_onnxruntime
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 
 if TYPE_CHECKING:
@@ -139,24 +140,24 @@ class Runner:
     """Runs one model: ``run(feeds)`` gives all tensor outputs by name; ``milliseconds(feeds)`` times one run.
 
     Where ORT cannot open or run a session with its default optimizations, the highest of :data:`LEVELS` that works is
-    used, and ``progress`` told so; ``level`` is the lowest one in use.
+    used, and ``bench.progress`` told so; ``level`` is the lowest one in use.
     """
 
     def __init__(
         self,
         segments: Sequence[_Segment],
         outputs: Sequence[str],
-        threads: int,
+        bench: Workbench,
         library: bool,
         constants: Feeds | None = None,
-        progress: Callable[[str], None] = lambda _line: None,
         lean: bool = False,
         level: str = LEVELS[0],
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
         self.level = level
-        self._threads, self._library, self._lean, self._say = threads, library, lean, progress
+        self._threads, self._say = bench.threads, bench.progress
+        self._library, self._lean = library, lean
         self._constants = constants or {}
         self._session: onnxruntime.InferenceSession | None = None
         if self.whole:
@@ -295,33 +296,32 @@ def _describe(feeds: Feeds) -> str:
 @contextmanager
 def open_runner(
     model: ir.Model,
+    bench: Workbench,
     path: Path | None = None,
     *,
-    threads: int,
     library: bool,
-    budget: int,
-    work: Path,
-    progress: Callable[[str], None] = lambda _line: None,
     lean: bool = False,
     level: str = LEVELS[0],
 ) -> Iterator[Runner]:
-    """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
+    """A runner for ``model``. ``path`` is its file if it is on disk already.
 
-    ``budget`` (bytes) bounds the weights that one session may hold; ``progress`` is told how far a run is that takes
-    several sessions, and where ORT's optimizations fail. ``lean`` and ``level`` are as for :func:`open_session`.
+    ``bench.progress`` is told how far a run is that takes several sessions, and where ORT's optimizations fail.
+    ``library`` registers the sparse kernels; ``lean`` and ``level`` are as for :func:`open_session`.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    held = model_io.weight_bytes(model)
+    budget = session_budget(held) if bench.budget is None else bench.budget
+    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=bench.work))
     runner = None
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
         tensors = tensor_outputs(model)
-        if max(model_io.weight_bytes(model), sum(_session_bytes(n, library) for n in model.graph)) <= budget:
+        if max(held, sum(_session_bytes(n, library) for n in model.graph)) <= budget:
             if path is None:
                 model_io.save_model(model, scratch)
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            runner = Runner([whole], tensors, threads, library, None, progress, lean, level)
+            runner = Runner([whole], tensors, bench, library, None, lean, level)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -329,7 +329,7 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            runner = Runner(segments, tensors, threads, library, constants, progress, lean, level)
+            runner = Runner(segments, tensors, bench, library, constants, lean, level)
         yield runner
     finally:
         if runner is not None:

@@ -39,6 +39,7 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs
 from sparse_onnx.running.runtime import session_budget
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.search.driver import Compiled, Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
@@ -366,11 +367,10 @@ class _Job:
             (model_io.load_model(path), path) for path in (self.path, written)
         ]
         budget = session_budget(model_io.weight_bytes(self.model))
+        bench = Workbench(self.threads, self.work, budget, self.say)
 
         def once() -> list[Ratio]:
-            return time_models(
-                pair, self.feeds, threads=self.threads, budget=budget, work=self.work, progress=self.say
-            )
+            return time_models(pair, self.feeds, bench)
 
         def overall(timings: Sequence[Ratio]) -> Ratio:
             return rounds.overall(timings, self.recipe.target.weights)[0]

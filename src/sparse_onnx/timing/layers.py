@@ -24,6 +24,7 @@ from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
 from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.running.runtime import open_runner, open_session
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.timing.rounds import Ratio, evict_caches, interleave, ratio
@@ -128,7 +129,7 @@ def time_sparse_layers(
     nodes = sparse_nodes(model)
     names = {value.name or "" for node in nodes for value in _activations(node)}
     probe = with_shape_outputs(model, names)
-    with open_runner(probe, threads=threads, library=True, budget=budget, work=work) as runner:
+    with open_runner(probe, Workbench(threads, work, budget), library=True) as runner:
         _, shapes = shapes_in(runner.run(feeds))
     measured: dict[tuple[object, ...], Ratio] = {}
     timings = []

@@ -23,12 +23,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import Names
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.running.recording import record
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.yardstick import MARGIN
 
@@ -230,9 +230,8 @@ def _matched(
     largest = max(batches, key=lambda feeds: sum(array.size for array in feeds.values()))
     shapes = []
     for model, kernels in ((reference, False), (candidate, library)):
-        budget = session_budget(model_io.weight_bytes(model))
         probe = with_shape_outputs(model, names)
-        with open_runner(probe, threads=threads, library=kernels, budget=budget, work=work) as runner:
+        with open_runner(probe, Workbench(threads, work), library=kernels) as runner:
             shapes.append(shapes_in(runner.run(largest))[1])
     return {name: 8 * math.prod(shapes[0][name]) for name in names if shapes[0][name] == shapes[1][name]}
 

@@ -50,7 +50,8 @@ from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import uses_library
 from sparse_onnx.options import unknown
 from sparse_onnx.running.host import available_cores
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification import quality
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.predictions import (
@@ -207,11 +208,9 @@ def _opened(model: str | Path | ir.Model, threads: int | None, library: bool | N
         tempfile.TemporaryDirectory(prefix="sparse-onnx-") as work,
         open_runner(
             loaded,
-            threads=threads or available_cores(),
+            Workbench(threads or available_cores(), Path(work)),
+            path,
             library=uses_library(loaded) if library is None else library,
-            budget=session_budget(model_io.weight_bytes(loaded)),
-            work=Path(work),
-            path=path,
         ) as runner,
     ):
         yield runner.run
