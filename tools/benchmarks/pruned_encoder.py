@@ -28,7 +28,7 @@ from sparse_onnx.data.samples import Samples
 from sparse_onnx.exporter import export_huggingface
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import CalibrationData, Pass, PassContext, Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.running.runtime import open_runner, session_budget
 from sparse_onnx.tools.benchmarks.sentence_encoder import encoder_folder, passages, tokens
