@@ -15,11 +15,9 @@ from sparse_onnx.passes.clean.reshapes import Reshapes
 from sparse_onnx.passes.fuse.attention import FuseAttention
 from sparse_onnx.passes.fuse.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.fuse.skip_layer_norm import FuseSkipLayerNorm
+from sparse_onnx.passes.lower.candidates import LOWERINGS
 from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
-from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
-from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
 from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot_methods import (
@@ -43,7 +41,7 @@ from sparse_onnx.passes.structured.heads import Heads
 
 __all__ = ["PASSES", "pass_by_name"]
 
-PASSES: tuple[type[Pass], ...] = (
+_ROWS: tuple[type[Pass], ...] = (
     Constants,
     Duplicates,
     FoldConstants,
@@ -59,9 +57,6 @@ PASSES: tuple[type[Pass], ...] = (
     FuseSkipLayerNorm,
     FuseFeedForward,
     MergeLinears,
-    LowerSparseConv,
-    LowerSparseMatMul,
-    LowerSparseRecurrent,
     Admm,
     Alps,
     Auto,
@@ -81,6 +76,8 @@ PASSES: tuple[type[Pass], ...] = (
     Wanda,
     Round,
 )
+
+PASSES: tuple[type[Pass], ...] = tuple(sorted((*_ROWS, *LOWERINGS), key=lambda cls: cls.name))
 """Every pass, sorted by name."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = ["BLOCK", "CrossMoments", "Layout", "Moments", "chunks"]
@@ -155,15 +155,15 @@ class Moments:
     def statistics(self, name: str) -> InputStatistics:
         """The result; the arrays are those of the sums, so add nothing more. ``name`` is told in an error.
 
-        Raises UsageError if there was no token, or if a sum is NaN or Inf.
+        Raises DataError if there was no token, or if a sum is NaN or Inf.
         """
         if self.count == 0:
-            raise UsageError(
+            raise DataError(
                 f"calibration: no token reached {name}: give more data, or data that is not all padding"
             )
         total, gram = self.sums()
         if not all(np.isfinite(part.sum()) for part in (*gram, total)):
-            raise UsageError(
+            raise DataError(
                 f"calibration: the activations {name} hold NaN or Inf; run the model in float32, or check the data"
             )
         return InputStatistics(

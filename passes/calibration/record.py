@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError
 from sparse_onnx.model.storage import write_error
 from sparse_onnx.passes.calibration.captures import Capture
 from sparse_onnx.passes.calibration.moments import Layout, Moments
@@ -23,7 +23,7 @@ _DETAIL = list(Layout)  # fullest first
 class Record:
     """The file ``path`` and, until it is finished, the folder ``path`` + ``.partial`` with one file for each pass.
 
-    Raises UsageError if what is there is of another model, other data or another mask than ``header`` says.
+    Raises DataError if what is there is of another model, other data or another mask than ``header`` says.
     """
 
     def __init__(self, path: Path, header: Header, every: int) -> None:
@@ -47,7 +47,7 @@ class Record:
         ):
             if not same:
                 where = path if path == self._path else self._folder
-                raise UsageError(f"{where}: holds statistics of {what}; delete it, or choose another file")
+                raise DataError(f"{where}: holds statistics of {what}; delete it, or choose another file")
         return file
 
     def restore(self, capture: Capture, layout: Layout) -> tuple[list[Moments], int] | None:

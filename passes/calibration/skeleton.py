@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import RunError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values
 from sparse_onnx.running.runtime import run_session, session_options
@@ -68,7 +68,7 @@ class PartSession:
 
     Without outputs there is nothing to run. Use it in a ``with`` block.
 
-    Raises UsageError if ORT refuses the part.
+    Raises RunError if ORT refuses the part.
     """
 
     def __init__(
@@ -104,9 +104,7 @@ class PartSession:
         try:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT's exceptions have no common base but Exception
-            raise UsageError(
-                f"ONNX Runtime {ort.__version__} refuses a part of the model: {error}"
-            ) from error
+            raise RunError(f"ONNX Runtime {ort.__version__} refuses a part of the model: {error}") from error
 
     def close(self) -> None:
         """Give back the session's memory, and the mapped pages of weights that lie in files."""

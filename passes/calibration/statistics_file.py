@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError
 from sparse_onnx.model.storage import write_whole
 from sparse_onnx.passes.calibration.moments import Layout, Moments
 
@@ -86,7 +86,7 @@ def _member(index: int, group: int, name: str) -> str:
 class StatisticsFile:
     """A ``.stats`` file that is open for reading; sums are read when they are asked for.
 
-    Raises UsageError with the path and the reason if the file is missing, cut off, damaged or no statistics.
+    Raises DataError with the path and the reason if the file is missing, cut off, damaged or no statistics.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class StatisticsFile:
                 with self._open() as archive:
                     self.header = self._read_header(archive)
             except FileNotFoundError:
-                raise UsageError(f"{path}: no such file; give a .stats file") from None
+                raise DataError(f"{path}: no such file; give a .stats file") from None
 
     def moments(self, index: int) -> list[Moments]:
         """The sums of ``header.entries[index]``, one for each group."""
@@ -133,7 +133,7 @@ class StatisticsFile:
             RecursionError,
         ) as error:  # what zipfile, json and numpy raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(
+            raise DataError(
                 f"{self.path}: cannot be read as statistics ({reason[:200]}); calibrate again"
             ) from error
 
@@ -201,22 +201,22 @@ def _entry(content: Any) -> Entry:
 def merge(first: Path, second: Path, output: Path) -> Header:
     """Add the statistics of two complete files of one model, on different data; equal to a joint run.
 
-    One tensor's sums are in memory at a time. Raises UsageError if the files do not belong together.
+    One tensor's sums are in memory at a time. Raises DataError if the files do not belong together.
     """
     one, two = StatisticsFile(first), StatisticsFile(second)
     a, b = one.header, two.header
     places = {entry.name: index for index, entry in enumerate(b.entries)}
     kinds = [{(e.name, e.size, e.groups, e.layout) for e in header.entries} for header in (a, b)]
     if not a.complete or not b.complete:
-        raise UsageError(f"{second if a.complete else first}: is unfinished; finish the calibration first")
+        raise DataError(f"{second if a.complete else first}: is unfinished; finish the calibration first")
     if a.model != b.model or a.mask != b.mask:
-        raise UsageError(
+        raise DataError(
             f"{first} and {second} are of different models or masks; merge statistics of one model"
         )
     if kinds[0] != kinds[1]:
-        raise UsageError(f"{first} and {second} hold other tensors or layouts; calibrate with equal options")
+        raise DataError(f"{first} and {second} hold other tensors or layouts; calibrate with equal options")
     if common := set(a.data) & set(b.data):
-        raise UsageError(
+        raise DataError(
             f"{first} and {second} are both of the same data ({min(common)[:12]}): it would count twice"
         )
     batches = a.batches + b.batches

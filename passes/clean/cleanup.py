@@ -31,14 +31,8 @@ from onnx_ir.passes import common
 from sparse_onnx.model.graph import all_graphs, drop_if_unused, is_read, is_standard, subgraphs
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
-from sparse_onnx.passes.clean.fold_constants import FoldConstants
-from sparse_onnx.passes.clean.fold_weights import FoldWeights
-from sparse_onnx.passes.clean.foreign_functions import ForeignFunctions
-from sparse_onnx.passes.clean.gemm_rows import GemmRows
-from sparse_onnx.passes.clean.idle_nodes import IdleNodes
-from sparse_onnx.passes.clean.reshapes import Reshapes
 
-__all__ = ["CLEAN_PASSES", "Constants", "Duplicates", "Identities", "Unused"]
+__all__ = ["Constants", "Duplicates", "Identities", "Unused"]
 
 _GLIMPSE = 256  # bytes at either end that are compared before a whole tensor is read
 
@@ -125,22 +119,6 @@ class Unused(Pass):
             tensors += sum(drop_if_unused(value) for value in tuple(graph.initializers.values()))
         removed = {"nodes": nodes, "initializers": tensors, "functions": functions - len(model.functions)}
         return PassResult(model, any(removed.values()), dict(removed))
-
-
-CLEAN_PASSES: tuple[Pass, ...] = (
-    ForeignFunctions(),
-    Constants(),
-    Identities(),
-    FoldWeights(),
-    FoldConstants(),
-    IdleNodes(),
-    Reshapes(),
-    IdleNodes(),
-    GemmRows(),
-    Duplicates(),
-    Unused(),
-)
-"""What every model goes through first, in this order."""
 
 
 def _count_nodes(model: ir.Model) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.gradient_file import GradientFile, open_gradients
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError, UsageError
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext, PassResult
 from sparse_onnx.passes.prune.pruning import PruningPass, global_masks
@@ -91,7 +91,7 @@ class Gradient(PruningPass):
         names = self._entries()
         absent = [weight.name for weight in weights if weight.name not in names]
         if weights and len(absent) == len(weights):
-            raise UsageError(
+            raise DataError(
                 f"{self.gradients} has no entry for any of the {len(weights)} weights to prune, such as "
                 f"{absent[0]!r}; it has {', '.join(map(repr, names[:3]))}: is it of this model?"
             )

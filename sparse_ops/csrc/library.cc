@@ -1,14 +1,8 @@
 // The entry point that ONNX Runtime looks for in a library of custom operators.
 
 #include "c_api.h"
-#include "ops/attention.h"
 #include "ops/op_support.h"
-#include "ops/skip_layer_norm.h"
-#include "ops/sparse_conv.h"
-#include "ops/sparse_conv_depthwise.h"
-#include "ops/sparse_feed_forward.h"
-#include "ops/sparse_matmul.h"
-#include "ops/sparse_recurrent.h"
+#include "ops/operators.h"
 #include "ort_status.h"
 
 namespace sparse_ops {
@@ -25,9 +19,7 @@ void register_domain(const OrtApi& api, OrtSessionOptions* options) {
   // this registration fails.
   Owned<OrtCustomOpDomain> domain(api.ReleaseCustomOpDomain);
   check_status(api.CreateCustomOpDomain(kDomain, domain.out()));
-  for (const auto make_ops :
-       {sparse_matmul_ops, sparse_feed_forward_ops, sparse_conv_ops, sparse_conv_depthwise_ops,
-        sparse_recurrent_ops, attention_ops, skip_layer_norm_ops}) {
+  for (Family* make_ops : kFamilies) {
     for (const OrtCustomOp* op : make_ops(api)) check_status(api.CustomOpDomain_Add(domain.get(), op));
   }
   check_status(api.AddSessionConfigEntry(options, kRegistered, "1"));

@@ -7,10 +7,12 @@ is a defect of this package and ends the command line with exit code 1.
 from __future__ import annotations
 
 __all__ = [
+    "DataError",
     "GoalNotMetError",
     "HostError",
     "ModelFileError",
     "PassError",
+    "RunError",
     "SparseOnnxError",
     "UsageError",
     "VerificationError",
@@ -24,13 +26,21 @@ class SparseOnnxError(Exception):
 
 
 class UsageError(SparseOnnxError):
-    """A wrong option, recipe, or calibration file."""
+    """A wrong option or recipe, or what is given with it: see the classes below."""
 
     exit_code = 2
 
 
 class ModelFileError(UsageError):
     """A model file that is missing, damaged, unsafe, or too new."""
+
+
+class DataError(UsageError):
+    """Samples, labels, text, gradients or statistics that are missing, damaged, or do not fit the model."""
+
+
+class RunError(UsageError):
+    """ONNX Runtime refuses a model, or cannot run it with the inputs that it is given."""
 
 
 class VerificationError(SparseOnnxError):

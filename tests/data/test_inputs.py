@@ -18,7 +18,7 @@ from sparse_onnx.data.inputs import (
     resolve_shapes,
 )
 from sparse_onnx.data.samples import open_samples
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError, UsageError
 
 
 def model(inputs, body="", outputs="", **arrays):
@@ -275,7 +275,7 @@ def test_fixed_batch_of_the_model_is_kept(tmp_path):
     fixed = spec("x", np.float32, 2, 3)
     batches = read_samples(write(tmp_path, x=np.zeros((6, 3), np.float32)), [fixed])
     assert [batch["x"].shape for batch in batches] == [(2, 3)] * 3
-    with pytest.raises(UsageError, match="5 samples are no multiple of the model's fixed batch of 2"):
+    with pytest.raises(DataError, match="5 samples are no multiple of the model's fixed batch of 2"):
         read_samples(write(tmp_path, x=np.zeros((5, 3), np.float32)), [fixed])
 
 
@@ -311,14 +311,14 @@ def test_files_that_do_not_fit(tmp_path, changes, said):
     if said is None:
         assert read_samples(path, [IDS, X])[0]["x"].dtype == np.float32
         return
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(DataError, match=said) as caught:
         read_samples(path, [IDS, X])
     assert str(path) in str(caught.value)
 
 
 def test_integers_that_do_not_fit_are_not_wrapped(tmp_path):
     path = write(tmp_path, ids=np.array([[1, 2**40]]))
-    with pytest.raises(UsageError, match="ids holds values beyond int32"):
+    with pytest.raises(DataError, match="ids holds values beyond int32"):
         read_samples(path, [spec("ids", np.int32, "b", "s")])
 
 
@@ -336,28 +336,28 @@ def test_files_that_are_no_npz(tmp_path, content):
         path = (tmp_path / "data.npy").rename(path)
     else:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         read_samples(path, [X])
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UsageError, match=r"no such file; expected an \.npz with x: float32"):
+    with pytest.raises(DataError, match=r"no such file; expected an \.npz with x: float32"):
         read_samples(tmp_path / "nosuch.npz", [X])
 
 
 def test_folder(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         read_arrays(tmp_path, [X])
 
 
 def test_pickled_objects_are_never_loaded(tmp_path):
     path = write(tmp_path, x=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         read_samples(path, [X])
 
 
 def test_truncated_file(tmp_path):
     path = write(tmp_path, **GOOD)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         read_samples(path, [IDS, X])

@@ -10,7 +10,7 @@ import pytest
 from sparse_onnx.data.inputs import InputSpec
 from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.data.text import read_passages
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError, UsageError
 
 SPECS = (
     InputSpec("ids", np.dtype(np.int64), ("batch", "sequence"), 100),
@@ -127,9 +127,9 @@ def test_the_models_own_batch_size_wins(npz, tmp_path):
     )
     assert _firsts(open_samples(npz, fixed, batch=2)) == [[0, 1, 2, 3, 4]]
     np.savez(tmp_path / "six.npz", **_arrays(6))
-    with pytest.raises(UsageError, match="6 samples are no multiple of the model's fixed batch of 5"):
+    with pytest.raises(DataError, match="6 samples are no multiple of the model's fixed batch of 5"):
         open_samples(tmp_path / "six.npz", fixed)
-    with pytest.raises(UsageError, match="batch 0: 2 samples in a batch; the model takes exactly 5"):
+    with pytest.raises(DataError, match="batch 0: 2 samples in a batch; the model takes exactly 5"):
         open_samples(lambda: [_arrays(2)], fixed)
 
 
@@ -168,31 +168,31 @@ def test_arrays_that_do_not_fit(tmp_path, case, source):
     else:
         np.savez(tmp_path / "bad.npz", **arrays)
         what, where = tmp_path / "bad.npz" if source == "npz" else tmp_path, "bad.npz"
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(DataError, match=said) as caught:
         open_samples(what, SPECS)
     assert where in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(UsageError, match=f"torn.npz cannot be read as .npz .*{EXPECTED}"):
+    with pytest.raises(DataError, match=f"torn.npz cannot be read as .npz .*{EXPECTED}"):
         open_samples(tmp_path / "torn.npz", SPECS)
-    with pytest.raises(UsageError, match=r"none.npz: no such file; expected an \.npz with"):
+    with pytest.raises(DataError, match=r"none.npz: no such file; expected an \.npz with"):
         open_samples(tmp_path / "none.npz", SPECS)
-    with pytest.raises(UsageError, match=r"none.txt: no such file or folder; give an \.npz, a folder"):
+    with pytest.raises(DataError, match=r"none.txt: no such file or folder; give an \.npz, a folder"):
         open_samples(tmp_path / "none.txt", SPECS)
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"is no \.npz; for a text file give the tokenizer's folder"):
+    with pytest.raises(DataError, match=r"is no \.npz; for a text file give the tokenizer's folder"):
         open_samples(tmp_path / "text.txt", SPECS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"holds no \.npz file; expected arrays ids"):
+    with pytest.raises(DataError, match=r"holds no \.npz file; expected arrays ids"):
         open_samples(tmp_path / "empty", SPECS)
 
 
 def test_an_npz_with_objects_is_refused(tmp_path):
     objects = np.empty(5, object)
     np.savez(tmp_path / "a.npz", ids=objects, x=np.ones((5, 3)))
-    with pytest.raises(UsageError, match=r"cannot be read as \.npz"):
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         open_samples(tmp_path / "a.npz", SPECS)
 
 
@@ -226,8 +226,9 @@ def test_functions_that_are_not_there(name, said):
 
 @pytest.mark.parametrize("option", ["limit", "batch", "max_length"])
 def test_options_below_one(npz, option):
-    with pytest.raises(UsageError, match="must be at least 1, not 0"):
+    with pytest.raises(UsageError, match="must be at least 1, not 0") as caught:
         open_samples(npz, SPECS, **{option: 0})
+    assert not isinstance(caught.value, DataError)
 
 
 # -- text
@@ -295,25 +296,23 @@ def test_a_fixed_length_is_padded_to(tmp_path, tokenizer):
 def test_text_that_does_not_fit(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    with pytest.raises(UsageError, match="text needs a model with the input input_ids; this one has ids, x"):
+    with pytest.raises(DataError, match="text needs a model with the input input_ids; this one has ids, x"):
         open_samples(path, SPECS, tokenizer=tokenizer)
     pixels = InputSpec("pixels", np.dtype(np.float32), ("batch", 3), None)
-    with pytest.raises(
-        UsageError, match=r"gives no pixels: float32\[batch, 3\]; give the inputs as an \.npz"
-    ):
+    with pytest.raises(DataError, match=r"gives no pixels: float32\[batch, 3\]; give the inputs as an \.npz"):
         open_samples(path, (IDS, pixels), tokenizer=tokenizer)
     with pytest.raises(UsageError, match="no such folder; give the tokenizer's folder"):
         open_samples(path, (IDS,), tokenizer=tmp_path / "nowhere")
     (tmp_path / "hollow").mkdir()
     with pytest.raises(UsageError, match="no tokenizer can be loaded from it"):
         open_samples(path, (IDS,), tokenizer=tmp_path / "hollow")
-    with pytest.raises(UsageError, match=r"none\.txt: no such file; give a text file"):
+    with pytest.raises(DataError, match=r"none\.txt: no such file; give a text file"):
         open_samples(tmp_path / "none.txt", (IDS,), tokenizer=tokenizer)
     path.write_text(" \n\n")
-    with pytest.raises(UsageError, match="holds no text"):
+    with pytest.raises(DataError, match="holds no text"):
         open_samples(path, (IDS,), tokenizer=tokenizer)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is no UTF-8 text"):
+    with pytest.raises(DataError, match="is no UTF-8 text"):
         open_samples(path, (IDS,), tokenizer=tokenizer)
 
 
@@ -358,11 +357,11 @@ def test_labels_come_with_their_samples(tmp_path, source):
 )
 def test_labels_that_do_not_fit(tmp_path, labels, said):
     np.savez(tmp_path / "data.npz", **_arrays(5), **({} if labels is None else {"y": labels}))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(DataError, match=said):
         open_samples(tmp_path / "data.npz", SPECS, labels="y")
 
 
 def test_text_has_no_labels(tmp_path, tokenizer):
     (tmp_path / "text.txt").write_text("a b\n")
-    with pytest.raises(UsageError, match="text holds no labels 'y'"):
+    with pytest.raises(DataError, match="text holds no labels 'y'"):
         open_samples(tmp_path / "text.txt", (IDS, MASK), tokenizer=tokenizer, labels="y")

@@ -1,6 +1,8 @@
 """What every registered pass must satisfy, on small models of every kind."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +15,6 @@ from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Stage
 from sparse_onnx.passes.lower.candidates import LOWERINGS
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
-from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot import OneShot
@@ -204,7 +205,8 @@ CASES = {
     "empty": Case("", inputs="", outputs=""),
 }
 
-# For what is no step of the clean-up and makes no zeros: one place, at least, for each of these passes.
+# For what is no step of the clean-up and makes no zeros: one place, at least, for each of these passes. Those that
+# several of them find stand here, that of a single pass in its own test.
 WIDE = {"u": weight(8, 16), "v": weight(16, 8), "w": weight(8, 16), "b": weight(16), "c": weight(8)}
 PLACES = {
     "neurons": Case(
@@ -243,14 +245,6 @@ PLACES = {
         prunable=("wq", "wk", "wv", "wo"),
         changed=("prune.heads", "fuse.attention", "fuse.skip-layer-norm", "lower.sparse-matmul"),
     ),
-    "recurrent": Case(
-        "Y, Yh, Yc = LSTM<hidden_size = 4>(T, w, r)",
-        {"w": weight(1, 16, 8), "r": weight(1, 16, 4)},
-        inputs="float[5, B, 8] T",
-        outputs="float[5, 1, B, 4] Y",
-        prunable=("w", "r"),
-        changed=("lower.sparse-recurrent",),
-    ),
     "normalized images": Case(
         "A = Conv(P, k) Y = BatchNormalization(A, g, b, m, v)",
         {"k": weight(4, 4, 1, 1), "g": weight(4), "b": weight(4), "m": weight(4), "v": abs(weight(4))},
@@ -258,21 +252,6 @@ PLACES = {
         outputs="float[B, 4, 8, 8] Y",
         prunable=("k",),
         changed=("fuse.batch-norm", "lower.sparse-conv"),
-    ),
-    "sparse linears in a row": Case(
-        "A = Gemm(X, u, b) H = Relu(A) Y = Gemm(H, v, c)",
-        {name: WIDE[name] for name in "ubvc"},
-        outputs="float[B, 8] Y",
-        changed=("lower.feed-forward",),
-        lowered=(LowerSparseMatMul,),
-    ),
-    "sparse linears of one input": Case(
-        "Y = MatMul(X, u) Z = MatMul(X, w)",
-        {name: WIDE[name] for name in "uw"},
-        outputs="float[B, 16] Y, float[B, 16] Z",
-        cleaned=("clean.duplicates",),
-        changed=("lower.merge-linears",),
-        lowered=(LowerSparseMatMul,),
     ),
     "sparse images": Case(
         "A = Conv(P, k) Y = Relu(A)",
@@ -283,6 +262,23 @@ PLACES = {
     ),
 }
 CASES |= PLACES
+
+
+def own_places(cls):
+    """The cases ``PLACES`` of tests/passes/<stage>/test_<module>.py, where the pass of that module must change the
+    model; tensors are given as shapes."""
+    *_, stage, module = cls.__module__.split(".")
+    test = Path(__file__).parent / stage / f"test_{module}.py"
+    for name, place in runpy.run_path(str(test)).get("PLACES", {}).items():
+        tensors = {tensor: weight(*shape) for tensor, shape in place["tensors"].items()}
+        yield name, Case(**place | {"tensors": tensors, "changed": (cls.name,)})
+
+
+REBUILDING = [cls for cls in PASSES if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE)]
+for rebuilding in REBUILDING:
+    for name, own_place in own_places(rebuilding):
+        assert name not in CASES, f"two cases are called {name!r}"
+        CASES[name] = own_place
 
 OPTIONS = {
     "prune.magnitude": [
@@ -562,9 +558,6 @@ def test_shares_of_single_weights(build, step):
     weights = find_weights(build("mlp"))[0]
     reached = {weight.name for weight in weights for own in passes if own.zeros_of(weight) is not None}
     assert reached == {"u", "w"}
-
-
-REBUILDING = [cls for cls in PASSES if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE)]
 
 
 @some_pairs(lambda step: type(step) in REBUILDING)

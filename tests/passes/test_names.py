@@ -5,7 +5,6 @@ import pytest
 
 from sparse_onnx.model.graph import Names, value_names
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.fuse.attention import FuseAttention
 from sparse_onnx.passes.fuse.batch_norm import FuseBatchNorm
 from sparse_onnx.passes.fuse.skip_layer_norm import FuseSkipLayerNorm
@@ -13,6 +12,7 @@ from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 E, H = 64, 4
 PASSES = Pipeline(

@@ -6,7 +6,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.errors import HostError, ModelFileError, UsageError, VerificationError
+from sparse_onnx.errors import DataError, HostError, ModelFileError, RunError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running import runtime
@@ -290,7 +290,7 @@ def test_file_that_is_there_is_used(tmp_path):
 def test_inputs_that_the_model_refuses(tmp_path, budget):
     source = model(*CHAIN, **weights("A", "B", "C"))
     with open_runner(source, Workbench(1, tmp_path, budget), library=False) as runner:
-        with pytest.raises(UsageError, match=r"cannot be run with inputs X float32\[3, 7\]"):
+        with pytest.raises(RunError, match=r"cannot be run with inputs X float32\[3, 7\]"):
             runner.run({"X": X[:, :7].copy()})
         assert runner.run({"X": X})["Y"].shape == (3, 8)
     assert list(tmp_path.iterdir()) == []
@@ -316,7 +316,7 @@ def test_model_that_the_runtime_refuses(tmp_path):
             '<ir_version: 9, opset_import: ["" : 20, "nobody" : 1]> g (float[n] X) => (float[n] Y) { Y = nobody.Op(X) }'
         ).SerializeToString()
     )
-    with pytest.raises(UsageError, match=r"ONNX Runtime .* refuses .*bad\.onnx"):
+    with pytest.raises(RunError, match=r"ONNX Runtime .* refuses .*bad\.onnx"):
         open_session(tmp_path / "bad.onnx", threads=1, library=False)
 
 
@@ -332,11 +332,11 @@ def test_budget_of_small_and_large_models():
 def test_what_is_refused_of_our_making_is_our_mistake():
     message = "does not run, though the original does: bad weight"
     with pytest.raises(VerificationError, match=message) as found, of_our_making():
-        raise UsageError("bad weight")
+        raise RunError("bad weight")
     assert found.value.exit_code == 3
 
 
-@pytest.mark.parametrize("kind", [ModelFileError, HostError, ValueError])
+@pytest.mark.parametrize("kind", [DataError, UsageError, ModelFileError, HostError, ValueError])
 def test_other_errors_stay_what_they_are(kind):
     with pytest.raises(kind), of_our_making():
         raise kind("this")

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx import sparse_ops
+from sparse_onnx.errors import VerificationError
 from sparse_onnx.model.probe import shapes_in, uses_library, with_shape_outputs
 from sparse_onnx.model.stored_weights import sparse_nodes, sparsity_of
 from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
@@ -91,6 +92,17 @@ def test_pair_is_timed_and_nothing_left(tmp_path):
     assert found.first_ms > 0
     assert found.second_ms > 0
     assert found.low <= found.median <= found.high
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_of_our_making_that_its_kernel_refuses_is_our_mistake(tmp_path):
+    model = lowered("A")
+    (node,) = sparse_nodes(model)
+    node.attributes.add(ir.AttrInt64("K", 33))
+    with pytest.raises(
+        VerificationError, match=r"refuses.*counts has 32 elements.*This is a defect of sparse-onnx"
+    ):
+        time_pair([chain(), model], [False, True], FEEDS, threads=1, work=tmp_path, rounds=5, seconds=0)
     assert list(tmp_path.iterdir()) == []
 
 

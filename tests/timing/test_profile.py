@@ -6,7 +6,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import RunError
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.prune.magnitude import Magnitude
@@ -68,7 +68,7 @@ def test_convolutions_in_the_runtimes_own_layout(tmp_path):
 def test_a_model_that_ort_refuses(tmp_path):
     model = load(LINEARS, (64, 64))
     next(iter(model.graph)).op_type = "NoSuchOperator"
-    with pytest.raises(UsageError, match="refuses the model"):
+    with pytest.raises(RunError, match="refuses the model"):
         profile_model(model, {}, {}, threads=1, work=tmp_path)
 
 

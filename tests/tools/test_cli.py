@@ -129,6 +129,8 @@ def test_number_of_a_command_is_the_exit_code(run_cli, monkeypatch, code):
     [
         (errors.UsageError("bad shape"), 2, "Error: bad shape\n"),
         (errors.ModelFileError("no model"), 2, "Error: no model\n"),
+        (errors.DataError("no samples"), 2, "Error: no samples\n"),
+        (errors.RunError("refused"), 2, "Error: refused\n"),
         (errors.VerificationError("differs"), 3, "Error: differs\n"),
         (errors.GoalNotMetError("missed"), 4, "Error: missed\n"),
         (errors.HostError("no library"), 6, "Error: no library\n"),

@@ -27,7 +27,7 @@ from sparse_onnx.data.inputs import input_specs
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.exporter import export_huggingface
 from sparse_onnx.passes.base import CalibrationData, Pass, PassContext, Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.running.runtime import open_runner
 from sparse_onnx.running.workbench import Workbench

@@ -26,7 +26,7 @@ from sparse_onnx.data.samples import Samples
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
+from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.running.runtime import open_runner
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from

@@ -1,4 +1,7 @@
-#include "ops/attention.h"
+// The operators Attention, AttentionSplit and AttentionHeads, each without a mask, with one, and with one where
+// weights that are NaN become 0; contract in sparse_ops/ops/attention.py.
+
+#include "ops/operators.h"
 
 #include <cmath>
 #include <string>
@@ -39,7 +42,7 @@ class Kernel {
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -73,9 +76,7 @@ bool widen(size_t& size, size_t other) {
   return other == 1 || other == size;
 }
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : variant_(variant), api_(api) {
-  const NodeReader node(api, info, variant.name);
+Kernel::Kernel(const Variant& variant, const NodeReader& node) : variant_(variant), api_(node.api()) {
   where_ = node.where();
   const int64_t heads = node.integer("num_heads");
   if (heads < 1) node.fail("attribute num_heads is " + std::to_string(heads) + ", expected at least 1");

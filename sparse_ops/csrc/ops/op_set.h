@@ -12,7 +12,7 @@ namespace sparse_ops {
 
 // Descriptions of the operators whose nodes `Kernel` runs, one for each element of `Kernel::kVariants`, for
 // the runtime that `api` belongs to. They live as long as the library is loaded. A variant has a `name`;
-// `Kernel` has, beside a constructor from (variant, api, info) and compute(context),
+// `Kernel` has, beside a constructor from (variant, node) and compute(context),
 //
 //   static OrtElementType input_type(const Variant&, size_t index);         all outputs are float32
 //   static size_t input_count(const Variant&);
@@ -41,8 +41,10 @@ std::vector<const OrtCustomOp*> make_ops(const OrtApi& api) {
     op.GetOutputTypeCount = [](const OrtCustomOp* o) { return Kernel::output_count(*Op::self(o).variant); };
     op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
                            void** kernel) {
-      return guarded(*runtime,
-                     [&] { *kernel = new Instance{*runtime, Kernel(*Op::self(o).variant, *runtime, info)}; });
+      return guarded(*runtime, [&] {
+        const Variant& own = *Op::self(o).variant;
+        *kernel = new Instance{*runtime, Kernel(own, NodeReader(*runtime, info, own.name))};
+      });
     };
     op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       const Instance& instance = *static_cast<Instance*>(kernel);

@@ -157,16 +157,6 @@ IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, 
   return tensor;
 }
 
-InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                       size_t K) {
-  InputTensor x = float_input(api, context, 0);
-  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(K)) {
-    throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                       std::to_string(K) + "]"};
-  }
-  return x;
-}
-
 float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
                     const std::vector<int64_t>& dims) {
   OrtValue* value = nullptr;

@@ -27,6 +27,7 @@ class NodeReader {
  public:
   NodeReader(const OrtApi& api, const OrtKernelInfo* info, const char* op_type);
 
+  const OrtApi& api() const { return api_; }
   const std::string& where() const { return where_; }
   [[noreturn]] void fail(const std::string& what) const;
 
@@ -72,9 +73,6 @@ struct IntegerTensor {
   const int32_t* data;
 };
 IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
-// Input X [..., K]; `where` names the node in the error.
-InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                       size_t K);
 float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
                     const std::vector<int64_t>& dims);
 

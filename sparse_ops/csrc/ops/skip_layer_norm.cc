@@ -1,4 +1,6 @@
-#include "ops/skip_layer_norm.h"
+// The operators SkipLayerNormalization* and SkipRMSNormalization*; contract in sparse_ops/ops/skip_layer_norm.py.
+
+#include "ops/operators.h"
 
 #include <algorithm>
 #include <cmath>
@@ -89,7 +91,7 @@ class Kernel {
   static size_t output_count(const Variant& variant) { return size_t{kY} + 1 + variant.has_sum; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
@@ -102,9 +104,7 @@ class Kernel {
   const normalization::Kernel* kernel_;
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : variant_(variant), api_(api) {
-  const NodeReader node(api, info, variant.name);
+Kernel::Kernel(const Variant& variant, const NodeReader& node) : variant_(variant), api_(node.api()) {
   where_ = node.where();
   epsilon_ = node.number("epsilon");
   if (!(epsilon_ >= 0) || std::isinf(epsilon_)) {

@@ -1,4 +1,7 @@
-#include "ops/sparse_conv.h"
+// The operators SparseConv*, one op type per activation, with and without a residual; contract in
+// sparse_ops/ops/sparse_conv.py.
+
+#include "ops/operators.h"
 
 #include <string>
 #include <vector>
@@ -7,7 +10,7 @@
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
-#include "ops/stored_weight.h"
+#include "ops/weighted_kernel.h"
 #include "ops/window.h"
 
 namespace sparse_ops {
@@ -24,10 +27,7 @@ struct ConvVariant {
 };
 using enum MapEpilogue::Activation;
 
-// The residual comes last.
-constexpr size_t kResidual = 1 + kWeightInputs;
-
-class Kernel {
+class Kernel : public WeightedKernel<> {
  public:
   using Variant = ConvVariant;
   static constexpr Variant kVariants[] = {
@@ -42,32 +42,22 @@ class Kernel {
       {"SparseConvAddSilu", true, silu, false},
       {"SparseConvAddHardSwish", true, hard_swish, false},
   };
-  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
-  static size_t input_count(const Variant& variant) { return kResidual + variant.residual; }
-  static size_t output_count(const Variant&) { return 1; }
+  static size_t input_count(const Variant& variant) { return kBehindWeights + variant.residual; }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
-  const OrtApi& api_;
-  std::string where_;
-  Features features_;
-  mutable ThreadCount threads_;
   bool residual_;
   MapEpilogue epilogue_;
   size_t axes_;
   spconv::Axis rows_, columns_;
   size_t group_;
-  chunked_csc::CheckedWeight weight_;
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : api_(api), residual_(variant.residual) {
-  const NodeReader node(api, info, variant.name);
-  where_ = node.where();
-  features_ = node.features();
+Kernel::Kernel(const Variant& variant, const NodeReader& node)
+    : WeightedKernel(node), residual_(variant.residual) {
   const Window window = Window::read("", node);
   axes_ = window.axes();
   rows_ = window.rows();
@@ -77,23 +67,23 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   }
   group_ = size_of(node.integer("group"));
   epilogue_ = read_epilogue(node, variant.activation, variant.has_limits);
-  read_weight(node, spmm::Activation::none, weight_);
-  const spmm::Weight& weight = weight_.weight;
+  read_weight(node);
+  const size_t K = weight().K, N = weight().N, block = weight().block;
   const size_t taps = rows_.kernel * columns_.kernel, group = group_;
-  window.check_fits(node, weight.K);
-  if (weight.N % group != 0 || (group > 1 && weight.N / group % weight.block != 0)) {
-    node.fail("attribute N is " + std::to_string(weight.N) + ", which does not make " +
-              std::to_string(group) + " groups of whole blocks of " + std::to_string(weight.block));
+  window.check_fits(node, K);
+  if (N % group != 0 || (group > 1 && N / group % block != 0)) {
+    node.fail("attribute N is " + std::to_string(N) + ", which does not make " + std::to_string(group) +
+              " groups of whole blocks of " + std::to_string(block));
   }
   size_t channels;
-  if (__builtin_mul_overflow(weight.K / taps, group, &channels) || channels > size_t{1} << 48) {
+  if (__builtin_mul_overflow(K / taps, group, &channels) || channels > size_t{1} << 48) {
     node.fail("attributes K and group are too large");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight, SIZE_MAX).name);
+  node.log("kernel " + kernel_name());
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  const spconv::Convolution conv{weight_.weight, rows_, columns_, group_, epilogue_};
+  const spconv::Convolution conv{weight(), rows_, columns_, group_, epilogue_};
   const auto [x, batch, height, width] = images_input(api_, context, where_, conv.channels(), axes_);
   const size_t out_height = spconv::output_size(conv.rows, height);
   const size_t out_width = spconv::output_size(conv.columns, width);
@@ -104,7 +94,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   const std::vector<int64_t> dims = images_dims(axes_, batch, conv.weight.N, out_height, out_width);
   const float* residual = nullptr;
   if (residual_) {
-    const InputTensor r = float_input(api_, context, kResidual);
+    const InputTensor r = float_input(api_, context, kBehindWeights);
     if (r.dims != dims) {
       throw InvalidError{where_ + ": input R has shape " + text_of(r.dims) + ", expected " + text_of(dims) +
                          ", the shape of Y"};
@@ -114,10 +104,10 @@ void Kernel::compute(OrtKernelContext* context) const {
   float* y = float_output(api_, context, 0, dims);
   if (batch == 0) return;
 
-  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, features_, threads_.expected());
-  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context, &threads_);
-  if (!spconv::run(plan, conv, x.data, residual, y, scratch.get(), workers)) check_status(workers.status());
+  const spconv::Plan plan = spconv::make_plan(conv, batch, height, width, features_, threads());
+  run_planned(context, x, plan.scratch_bytes, [&](void* scratch, Workers& workers) {
+    return spconv::run(plan, conv, x.data, residual, y, scratch, workers);
+  });
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {

@@ -1,10 +1,13 @@
-#include "ops/sparse_conv_depthwise.h"
+// The operators SparseConvDepthwise*, one op type per activation; contract in
+// sparse_ops/ops/sparse_conv_depthwise.py.
+
+#include "ops/operators.h"
 
 #include "kernels/spconv/fused_depthwise.h"
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
-#include "ops/stored_weight.h"
+#include "ops/weighted_kernel.h"
 #include "ops/window.h"
 
 namespace sparse_ops {
@@ -19,11 +22,10 @@ struct DepthwiseVariant {
   bool has_limits;  // of the clip, as attributes; otherwise it is ReLU
 };
 
-// The filters of the depthwise convolution come behind the weight of the first, then their bias.
-constexpr size_t kFilters = 1 + kWeightInputs, kFilterBias = kFilters + 1;
+// Of the attributes of the depthwise convolution.
 constexpr const char* kPrefix = "depthwise_";
 
-class Kernel {
+class Kernel : public WeightedKernel<> {
  public:
   using Variant = DepthwiseVariant;
   static constexpr Variant kVariants[] = {
@@ -32,31 +34,24 @@ class Kernel {
       {"SparseConvDepthwiseSilu", silu, false},
       {"SparseConvDepthwiseHardSwish", hard_swish, false},
   };
-  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
   static size_t input_count(const Variant&) { return kFilterBias + 1; }
-  static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
-  const OrtApi& api_;
-  std::string where_;
-  Features features_;
-  mutable ThreadCount threads_;
+  // The filters of the depthwise convolution come behind the weight of the first, then their bias.
+  static constexpr size_t kFilters = kBehindWeights, kFilterBias = kFilters + 1;
+
   MapEpilogue epilogue_;
   size_t axes_;
   spconv::Axis rows_, columns_, depthwise_rows_, depthwise_columns_;
-  chunked_csc::CheckedWeight weight_;
   const unsigned char* filters_;
   const unsigned char* filter_bias_;
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
-  const NodeReader node(api, info, variant.name);
-  where_ = node.where();
-  features_ = node.features();
+Kernel::Kernel(const Variant& variant, const NodeReader& node) : WeightedKernel(node) {
   const Window first = Window::read("", node), depthwise = Window::read(kPrefix, node);
   if (first.axes() != depthwise.axes()) node.fail("kernel_shape and depthwise_kernel_shape differ in length");
   axes_ = first.axes();
@@ -65,9 +60,8 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   depthwise_rows_ = depthwise.rows();
   depthwise_columns_ = depthwise.columns();
   epilogue_ = read_epilogue(node, variant.activation, variant.has_limits);
-  read_weight(node, spmm::Activation::none, weight_);
-  const spmm::Weight& weight = weight_.weight;
-  first.check_fits(node, weight.K);
+  read_weight(node);
+  first.check_fits(node, weight().K);
   const size_t taps = depthwise_rows_.kernel * depthwise_columns_.kernel;
   const auto constant = [&](size_t index, const char* name, size_t count) {
     const NodeReader::Constant found = node.constant(index, name, ORT_FLOAT);
@@ -77,13 +71,13 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
     }
     return static_cast<const unsigned char*>(found.data);
   };
-  filters_ = constant(kFilters, "filters", weight.N * taps);
-  filter_bias_ = constant(kFilterBias, "filter_bias", weight.N);
-  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight, SIZE_MAX).name);
+  filters_ = constant(kFilters, "filters", weight().N * taps);
+  filter_bias_ = constant(kFilterBias, "filter_bias", weight().N);
+  node.log("kernel " + kernel_name());
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  const spconv::FusedDepthwise fused{{weight_.weight, rows_, columns_, 1, epilogue_},
+  const spconv::FusedDepthwise fused{{weight(), rows_, columns_, 1, epilogue_},
                                      depthwise_rows_,
                                      depthwise_columns_,
                                      filters_,
@@ -99,14 +93,13 @@ void Kernel::compute(OrtKernelContext* context) const {
                        " with their padding"};
   }
   float* y = float_output(api_, context, 0,
-                          images_dims(axes_, batch, weight_.weight.N, out_height, out_width));
+                          images_dims(axes_, batch, weight().N, out_height, out_width));
   if (batch == 0) return;
 
-  const spconv::FusedPlan plan =
-      spconv::make_plan(fused, batch, height, width, features_, threads_.expected());
-  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context, &threads_);
-  if (!spconv::run(plan, fused, x.data, y, scratch.get(), workers)) check_status(workers.status());
+  const spconv::FusedPlan plan = spconv::make_plan(fused, batch, height, width, features_, threads());
+  run_planned(context, x, plan.scratch_bytes, [&](void* scratch, Workers& workers) {
+    return spconv::run(plan, fused, x.data, y, scratch, workers);
+  });
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {

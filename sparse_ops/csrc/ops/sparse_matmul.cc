@@ -1,4 +1,7 @@
-#include "ops/sparse_matmul.h"
+// The operators SparseMatMul*, one op type per activation and per form of output; contracts in
+// sparse_ops/ops/sparse_matmul.py and sparse_ops/ops/sparse_matmul_split.py.
+
+#include "ops/operators.h"
 
 #include <span>
 #include <string>
@@ -7,7 +10,7 @@
 #include "kernels/spmm/spmm.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
-#include "ops/stored_weight.h"
+#include "ops/weighted_kernel.h"
 
 namespace sparse_ops {
 namespace {
@@ -24,7 +27,7 @@ struct MatMulVariant {
   bool gated = false;
 };
 
-class Kernel {
+class Kernel : public WeightedKernel<> {
  public:
   using Variant = MatMulVariant;
   static constexpr Variant kVariants[] = {{"SparseMatMul", Activation::none},
@@ -37,48 +40,32 @@ class Kernel {
                                           {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
                                           {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
                                           {"SparseMatMulSiluGate", Activation::silu, 1, true}};
-  static OrtElementType input_type(const Variant&, size_t i) { return weight_input_type(i); }
-  static size_t input_count(const Variant&) { return 1 + kWeightInputs; }
   static size_t output_count(const Variant& variant) { return variant.outputs; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
-  const OrtApi& api_;
-  std::string where_;
-  Features features_;
-  mutable ThreadCount threads_;
-  chunked_csc::CheckedWeight weight_;
   std::vector<int64_t> split_;  // channels of each output
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
-  const NodeReader node(api, info, variant.name);
-  where_ = node.where();
-  features_ = node.features();
-  if (variant.gated) {
-    const auto halves = read_halves(node);
-    read_gated_weight(node, variant.activation, weight_, halves);
-    split_ = {halves[0]};
-  } else if (variant.outputs > 1) {
+Kernel::Kernel(const Variant& variant, const NodeReader& node) : WeightedKernel(node) {
+  if (variant.outputs == 1) {
+    split_ = {read_activated_weight(node, variant.activation, variant.gated)};
+  } else {
     split_ = node.integers("split");
     const std::string name = "split is " + text_of(split_);
     if (split_.size() != variant.outputs) {
       node.fail("attribute " + name + ", expected " + std::to_string(variant.outputs) + " sizes");
     }
-    read_weight(node, variant.activation, weight_, name, split_);
-  } else {
-    read_weight(node, variant.activation, weight_);
-    split_ = {static_cast<int64_t>(weight_.weight.N)};
+    read_split_weight(node, variant.activation, name, split_);
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(features_, weight_.weight, SIZE_MAX).name);
+  node.log("kernel " + kernel_name());
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  const spmm::Weight& weight = weight_.weight;
-  const InputTensor x = rows_input(api_, context, where_, weight.K);
+  const InputTensor x = rows_input(context);
   std::vector<int64_t> dims = x.dims;
   spmm::Output outputs[kMaxOutputs];
   for (size_t i = 0; i < split_.size(); ++i) {
@@ -87,11 +74,11 @@ void Kernel::compute(OrtKernelContext* context) const {
   }
   if (x.elements == 0) return;
 
-  const spmm::Plan plan = spmm::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
-  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context, &threads_);
+  const spmm::Plan plan = spmm::make_plan(weight(), x.elements / weight().K, features_, threads());
   const std::span<const spmm::Output> used(outputs, split_.size());
-  if (!spmm::run(plan, weight, x.data, used, scratch.get(), workers)) check_status(workers.status());
+  run_planned(context, x, plan.scratch_bytes, [&](void* scratch, Workers& workers) {
+    return spmm::run(plan, weight(), x.data, used, scratch, workers);
+  });
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {

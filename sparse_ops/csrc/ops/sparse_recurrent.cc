@@ -1,4 +1,6 @@
-#include "ops/sparse_recurrent.h"
+// The operators SparseLSTM* and SparseGRU*; contract in sparse_ops/ops/sparse_recurrent.py.
+
+#include "ops/operators.h"
 
 #include <algorithm>
 #include <string>
@@ -7,7 +9,7 @@
 #include "kernels/sizes.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
-#include "ops/stored_weight.h"
+#include "ops/weighted_kernel.h"
 
 namespace sparse_ops {
 namespace {
@@ -24,12 +26,7 @@ struct RecurrentVariant {
   size_t states() const { return is_lstm ? 2 : 1; }  // h, and c of an LSTM
 };
 
-// The recurrent weight stands behind the other.
-constexpr size_t kRecurrent = 1 + kWeightInputs;
-constexpr size_t kLengths = kRecurrent + kWeightInputs;
-constexpr const char* kPrefix = "recurrent_";
-
-class Kernel {
+class Kernel : public WeightedKernel<2> {
  public:
   using Variant = RecurrentVariant;
   static constexpr Variant kVariants[] = {{"SparseLSTM", true},
@@ -41,7 +38,7 @@ class Kernel {
                                           {"SparseGRUState", false, false, true},
                                           {"SparseGRULengthsState", false, true, true}};
   static OrtElementType input_type(const Variant& variant, size_t i) {
-    return i == kLengths && variant.has_lengths ? ORT_INT32 : weight_input_type(i, 2);
+    return i == kLengths && variant.has_lengths ? ORT_INT32 : WeightedKernel::input_type(variant, i);
   }
   static size_t input_count(const Variant& variant) {
     return kLengths + variant.has_lengths + (variant.has_state ? variant.states() : 0);
@@ -49,29 +46,22 @@ class Kernel {
   static size_t output_count(const Variant& variant) { return 1 + variant.states(); }
   static void infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context);
 
-  Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
 
  private:
+  static constexpr size_t kLengths = kBehindWeights;
+
   const int32_t* read_lengths(const OrtKernelContext* context, const std::vector<int64_t>& x) const;
   float* read_state(OrtKernelContext* context, size_t state, const std::vector<int64_t>& dims) const;
 
-  const OrtApi& api_;
   const Variant& variant_;
-  std::string where_;
-  Features features_;
-  mutable ThreadCount threads_;
   Cell cell_;
   bool reverse_;
   size_t directions_;
-  chunked_csc::CheckedWeight input_, recurrent_;
 };
 
-Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* info)
-    : api_(api), variant_(variant) {
-  const NodeReader node(api, info, variant.name);
-  where_ = node.where();
-  features_ = node.features();
+Kernel::Kernel(const Variant& variant, const NodeReader& node) : WeightedKernel(node), variant_(variant) {
   cell_ = Cell::lstm;
   if (!variant.is_lstm) {
     const int64_t behind = node.integer("linear_before_reset");
@@ -86,9 +76,9 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
   }
   reverse_ = direction == "reverse";
   directions_ = direction == "bidirectional" ? 2 : 1;
-  read_weight(node, spmm::Activation::none, input_);
-  read_weight(node, spmm::Activation::none, recurrent_, kPrefix, kRecurrent);
-  const spmm::Weight &input = input_.weight, &recurrent = recurrent_.weight;
+  read_weight(node);
+  read_weight(node, spmm::Activation::none, 1, "recurrent_");
+  const spmm::Weight &input = weight(0), &recurrent = weight(1);
   size_t outputs;
   if (__builtin_mul_overflow(recurrent.K, directions_ * recurrent::gates(cell_), &outputs) ||
       recurrent.N != outputs || input.N != outputs) {
@@ -97,8 +87,7 @@ Kernel::Kernel(const Variant& variant, const OrtApi& api, const OrtKernelInfo* i
               " for each of " + std::to_string(recurrent::gates(cell_)) + " gates and " +
               std::to_string(directions_) + " directions");
   }
-  node.log(std::string("kernel ") + spmm::select_kernel(features_, input, SIZE_MAX).name + " and " +
-           spmm::select_kernel(features_, recurrent, 1).name);
+  node.log("kernel " + kernel_name() + " and " + kernel_name(1, 1));
 }
 
 // sequence_lens, one for each row of the batch; `x` is the shape of X.
@@ -135,13 +124,13 @@ float* Kernel::read_state(OrtKernelContext* context, size_t state, const std::ve
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  const spmm::Weight &input = input_.weight, &weight = recurrent_.weight;
-  const InputTensor x = rows_input(api_, context, where_, input.K);
+  const spmm::Weight &input = weight(0), &recurrent = weight(1);
+  const InputTensor x = rows_input(context);
   if (x.dims.size() != 3) {
     throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [steps, batch, " +
                        std::to_string(input.K) + "]"};
   }
-  const int64_t steps = x.dims[0], batch = x.dims[1], hidden = static_cast<int64_t>(weight.K),
+  const int64_t steps = x.dims[0], batch = x.dims[1], hidden = static_cast<int64_t>(recurrent.K),
                 directions = static_cast<int64_t>(directions_);
   recurrent::Problem problem{};
   problem.cell = cell_;
@@ -149,8 +138,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   problem.steps = static_cast<size_t>(steps);
   problem.batch = static_cast<size_t>(batch);
   problem.directions = directions_;
-  problem.hidden = weight.K;
-  problem.weight = &weight;
+  problem.hidden = recurrent.K;
+  problem.weight = &recurrent;
   problem.lengths = read_lengths(context, x.dims);
   problem.y = float_output(api_, context, 0, {steps, directions, batch, hidden});
   problem.h = read_state(context, 0, {directions, batch, hidden});
@@ -162,23 +151,22 @@ void Kernel::compute(OrtKernelContext* context) const {
       problem.batch * (lengths == nullptr
                            ? problem.steps
                            : static_cast<size_t>(*std::max_element(lengths, lengths + problem.batch)));
-  const size_t threads = threads_.expected();
-  const spmm::Plan products = spmm::make_plan(input, rows, features_, threads);
-  const recurrent::Plan plan = recurrent::make_plan(problem, features_, threads);
+  const size_t expected = threads();
+  const spmm::Plan products = spmm::make_plan(input, rows, features_, expected);
+  const recurrent::Plan plan = recurrent::make_plan(problem, features_, expected);
   size_t size, bytes;
   if (__builtin_mul_overflow(rows, input.N, &size) || __builtin_mul_overflow(size, sizeof(float), &bytes)) {
     throw InvalidError{where_ + ": input X of shape " + text_of(x.dims) + " is too large"};
   }
-  const Scratch scratch(api_, context, x.value,
-                        round_up(bytes, kCacheLine) + std::max(products.scratch_bytes, plan.scratch_bytes));
-  float* projected = static_cast<float*>(scratch.get());
-  void* rest = static_cast<char*>(scratch.get()) + round_up(bytes, kCacheLine);
-  problem.x = projected;
-  SessionWorkers workers(api_, context, &threads_);
-  if ((rows > 0 && !spmm::run(products, input, x.data, projected, rest, workers)) ||
-      !recurrent::run(plan, problem, rest, workers)) {
-    check_status(workers.status());
-  }
+  bytes = round_up(bytes, kCacheLine);
+  const size_t scratch_bytes = bytes + std::max(products.scratch_bytes, plan.scratch_bytes);
+  run_planned(context, x, scratch_bytes, [&](void* scratch, Workers& workers) {
+    float* projected = static_cast<float*>(scratch);
+    void* rest = static_cast<char*>(scratch) + bytes;
+    problem.x = projected;
+    return (rows == 0 || spmm::run(products, input, x.data, projected, rest, workers)) &&
+           recurrent::run(plan, problem, rest, workers);
+  });
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {

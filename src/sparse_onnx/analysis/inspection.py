@@ -27,8 +27,9 @@ from sparse_onnx.model.opset_conversion import CONVERTED_FROM
 from sparse_onnx.model.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
 from sparse_onnx.model.work import Untouched, Work, untouched
 from sparse_onnx.passes.base import PassContext, Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Constants
+from sparse_onnx.passes.clean.cleanup import Constants
 from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.formats.base import FormatError

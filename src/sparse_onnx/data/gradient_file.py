@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError
 from sparse_onnx.model.storage import write_whole
 
 __all__ = ["GradientFile", "Moment", "WeightGradients", "open_gradients", "write_gradients"]
@@ -56,47 +56,47 @@ class GradientFile:
         self._path, self._archive = path, archive
         found = [key.rpartition(".") for key in archive]
         if not found or any(moment not in _MOMENTS for _, _, moment in found):
-            raise UsageError(f"{path} holds no gradients; {_EXPECTED}")
+            raise DataError(f"{path} holds no gradients; {_EXPECTED}")
         self.names = tuple(dict.fromkeys(name for name, _, _ in found))
 
     def read(self, name: str, moment: Moment, shape: tuple[int, int]) -> np.ndarray:
         """One moment of the weight ``name``, float32 [K, N] = ``shape``.
 
-        Raises UsageError, with the name and what was expected, if it is missing, of another shape or type, or
+        Raises DataError, with the name and what was expected, if it is missing, of another shape or type, or
         holds negative values, NaN or Inf.
         """
         where = f"{self._path}: {name}.{moment}"
         try:
             array = self._archive[f"{name}.{moment}"]
         except KeyError:
-            raise UsageError(f"{where} is missing; {_EXPECTED}") from None
+            raise DataError(f"{where} is missing; {_EXPECTED}") from None
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{where} is damaged ({error}); {_EXPECTED}") from error
+            raise DataError(f"{where} is damaged ({error}); {_EXPECTED}") from error
         if array.shape != shape or array.dtype.kind != "f":
-            raise UsageError(
+            raise DataError(
                 f"{where} is {array.dtype}{list(array.shape)}; the weight needs float32{list(shape)} "
                 "(input by output channels): is the file of this model?"
             )
         if not (np.isfinite(array) & (array >= 0)).all():
-            raise UsageError(f"{where} holds NaN, Inf or negative values; {_EXPECTED}")
+            raise DataError(f"{where} holds NaN, Inf or negative values; {_EXPECTED}")
         return np.asarray(array, np.float32)
 
 
 @contextlib.contextmanager
 def open_gradients(path: Path) -> Iterator[GradientFile]:
-    """Read ``path``. Raises UsageError if it is missing or no file of gradients, HostError if it may not be read."""
+    """Read ``path``. Raises DataError if it is missing or no file of gradients, HostError if it may not be read."""
     try:
         stream = path.open("rb")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UsageError(f"{path}: no such file of gradients; {_EXPECTED}") from None
+        raise DataError(f"{path}: no such file of gradients; {_EXPECTED}") from None
     except OSError as error:
         raise HostError(f"{path}: cannot be read: {error.strerror or error}") from error
     with stream:
         try:
             archive = np.load(stream, allow_pickle=False)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{path} cannot be read as .npz ({error}); {_EXPECTED}") from error
+            raise DataError(f"{path} cannot be read as .npz ({error}); {_EXPECTED}") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} is a single array; {_EXPECTED}")
+            raise DataError(f"{path} is a single array; {_EXPECTED}")
         with archive:
             yield GradientFile(path, archive)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx.data.batches import batching
 from sparse_onnx.data.input_sizes import is_cache_length, solve_shapes
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError, UsageError
 from sparse_onnx.model.dimensions import Dim, parse, read_dim
 from sparse_onnx.model.graph import is_standard
 from sparse_onnx.options import holds_numbers
@@ -447,7 +447,7 @@ def check_samples(
     gives stand for what is missing. With ``labels``, the array of that name is kept beside them: integers, one or
     several a sample.
 
-    Raises UsageError with ``where`` they come from and what was expected: missing, wrong rank, size or type,
+    Raises DataError with ``where`` they come from and what was expected: missing, wrong rank, size or type,
     empty, NaN or Inf, values beyond the type or other than the one that becomes a constant, arrays that differ in their
     number of samples.
     """
@@ -455,7 +455,7 @@ def check_samples(
     given = {spec.name: array for spec in specs if (array := spec.array()) is not None}
     missing = [spec.name for spec in specs if spec.name not in arrays and spec.name not in given]
     if missing:
-        raise UsageError(
+        raise DataError(
             f"{where} has no {', '.join(missing)}; it has {', '.join(arrays)}; expected {expected}"
             " (an input that is the same for all can be given with --input NAME=VALUE)"
         )
@@ -479,19 +479,19 @@ def check_samples(
         ):
             raise _does_not_fit(spec, array, where)
         if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
-            raise UsageError(f"{where}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
+            raise DataError(f"{where}: {spec.name} has dtype {array.dtype}; expected {spec.dtype}")
         with np.errstate(over="ignore", invalid="ignore"):
             cast = array.astype(spec.dtype, order="C")
         if cast.dtype.kind == "f" and not np.isfinite(cast).all():
-            raise UsageError(f"{where}: {spec.name} holds NaN, Inf or values beyond {spec.dtype}")
+            raise DataError(f"{where}: {spec.name} holds NaN, Inf or values beyond {spec.dtype}")
         if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
-            raise UsageError(f"{where}: {spec.name} holds values beyond {spec.dtype}")
+            raise DataError(f"{where}: {spec.name} holds values beyond {spec.dtype}")
         if spec.rows is not None and cast.size and cast.max() >= spec.rows:
-            raise UsageError(
+            raise DataError(
                 f"{where}: {spec.name} holds the index {cast.max()}, but the table has {spec.rows} rows"
             )
         if spec.fixed and not (cast == spec.array(cast.shape)).all():
-            raise UsageError(
+            raise DataError(
                 f"{where}: {spec.name} holds other values than --fix-input {spec.name}={_written(spec.value)}"
             )
         checked[spec.name] = cast
@@ -500,25 +500,25 @@ def check_samples(
     cut = batching(specs, {name: array for name, array in checked.items() if name in arrays})
     lengths = cut.counts(checked)
     if len(set(lengths.values())) > 1:
-        raise UsageError(f"{where}: the arrays differ in their number of samples: {lengths}")
+        raise DataError(f"{where}: the arrays differ in their number of samples: {lengths}")
     if uneven := cut.uneven(checked):
-        raise UsageError(
+        raise DataError(
             f"{where}: {uneven[0]} is {list(checked[uneven[0]].shape)}: axis {cut.axes[uneven[0]]} is no multiple of "
             f"{cut.samples(checked)} samples"
         )
     return checked
 
 
-def _does_not_fit(spec: InputSpec, array: np.ndarray, where: str) -> UsageError:
-    return UsageError(f"{where}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
+def _does_not_fit(spec: InputSpec, array: np.ndarray, where: str) -> DataError:
+    return DataError(f"{where}: {spec.name} is {array.dtype}{list(array.shape)}; expected {spec.describe()}")
 
 
 def _check_labels(arrays: Mapping[str, np.ndarray], labels: str, where: str) -> np.ndarray:
     if labels not in arrays:
-        raise UsageError(f"{where} has no labels {labels!r}; it has {', '.join(arrays)}")
+        raise DataError(f"{where} has no labels {labels!r}; it has {', '.join(arrays)}")
     array = arrays[labels]
     if array.dtype.kind not in "iub" or array.ndim == 0:
-        raise UsageError(
+        raise DataError(
             f"{where}: the labels {labels} are {array.dtype}{list(array.shape)}; expected integers, samples first"
         )
     return array.astype(np.int64)
@@ -532,10 +532,10 @@ def read_arrays(path: Path, specs: Sequence[InputSpec], labels: str | None = Non
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; expected an .npz with {expected}") from error
+        raise DataError(f"{path}: no such file; expected an .npz with {expected}") from error
     except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
         # TypeError: a single .npy array, which is no context
-        raise UsageError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
+        raise DataError(f"{path} cannot be read as .npz ({error}); expected arrays {expected}") from error
     return check_samples(arrays, specs, str(path), labels)
 
 
@@ -562,7 +562,5 @@ def split_batches(arrays: Feeds, specs: Sequence[InputSpec], batch: int, where: 
     total = cut.samples(arrays)
     step = cut.fixed or batch
     if cut.fixed and total % cut.fixed:
-        raise UsageError(
-            f"{where}: {total} samples are no multiple of the model's fixed batch of {cut.fixed}"
-        )
+        raise DataError(f"{where}: {total} samples are no multiple of the model's fixed batch of {cut.fixed}")
     return [cut.cut(arrays, start, min(start + step, total)) for start in range(0, total, step)]

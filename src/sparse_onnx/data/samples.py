@@ -25,7 +25,7 @@ from sparse_onnx.data.inputs import (
     split_batches,
 )
 from sparse_onnx.data.text import read_passages, tokenize
-from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.errors import DataError, SparseOnnxError, UsageError
 
 __all__ = [
     "Samples",
@@ -49,7 +49,7 @@ class Samples:
 
     def __init__(self, batches: Sequence[Callable[[], Feeds]], source: str) -> None:
         if not batches:
-            raise UsageError(f"{source}: no calibration data in it")
+            raise DataError(f"{source}: no calibration data in it")
         self._batches = tuple(batches)
         self.source = source
 
@@ -116,7 +116,8 @@ def open_samples(
         labels: The name of an array of integers that every batch has beside the inputs, and keeps.
 
     Raises:
-        UsageError: The data is missing, empty, damaged, holds NaN or Inf, or does not fit the inputs.
+        DataError: The data is missing, empty, damaged, holds NaN or Inf, or does not fit the inputs.
+        UsageError: An option out of range, or what is named cannot be imported.
         HostError: transformers is not installed, or the file may not be read.
     """
     for name, value in (
@@ -138,13 +139,13 @@ def open_samples(
         return from_function(function, specs, limit=limit, source=str(source), labels=labels)
     if tokenizer is not None:
         if labels is not None:
-            raise UsageError(f"{path}: text holds no labels {labels!r}; give an .npz or module:function")
+            raise DataError(f"{path}: text holds no labels {labels!r}; give an .npz or module:function")
         return from_text(
             path, specs, tokenizer, limit=limit, batch=batch, paragraphs=paragraphs, max_length=max_length
         )
     if path.is_file():
-        raise UsageError(f"{path}: is no .npz; for a text file give the tokenizer's folder as well")
-    raise UsageError(
+        raise DataError(f"{path}: is no .npz; for a text file give the tokenizer's folder as well")
+    raise DataError(
         f"{source}: no such file or folder; give an .npz, a folder of .npz files, module:function, "
         "or a text file with a tokenizer"
     )
@@ -171,7 +172,7 @@ def from_npz_folder(
     """One batch a file, in the order of their names; every file is read and checked now, and again when it is used."""
     paths = sorted(folder.glob("*.npz"))
     if not paths:
-        raise UsageError(
+        raise DataError(
             f"{folder}: holds no .npz file; expected arrays {'; '.join(s.describe() for s in specs)}"
         )
     batches: list[Callable[[], Feeds]] = []
@@ -212,7 +213,7 @@ def from_function(
             if left == 0 or (given := next(batches_of, None)) is None:
                 break
             if not isinstance(given, Mapping):
-                raise UsageError(
+                raise DataError(
                     f"{source} yields {type(given).__name__}; expected a dictionary with {expected}"
                 )
             arrays = {str(name): np.asarray(value) for name, value in given.items()}
@@ -225,7 +226,7 @@ def from_function(
     except SparseOnnxError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{source} failed: {type(error).__name__}: {error}") from error
+        raise DataError(f"{source} failed: {type(error).__name__}: {error}") from error
     return Samples.of(batches, source)
 
 
@@ -242,10 +243,10 @@ def from_text(
     """The passages of a text file; a batch is padded to its longest passage, or to the size that the model demands."""
     passages = list(itertools.islice(read_passages(path, paragraphs=paragraphs), limit))
     if not passages:
-        raise UsageError(f"{path}: holds no text")
+        raise DataError(f"{path}: holds no text")
     step = fixed_batch(specs) or batch
     if len(passages) % step and fixed_batch(specs):
-        raise UsageError(
+        raise DataError(
             f"{path}: {len(passages)} passages are no multiple of the model's fixed batch of {step}"
         )
     encoded = tokenize(passages, Path(tokenizer), specs, batch=step, max_length=max_length)
@@ -255,7 +256,7 @@ def from_text(
 def _check_batch(feeds: Feeds, specs: Sequence[InputSpec], where: str) -> None:
     fixed = fixed_batch(specs)
     if fixed is not None and sample_count(feeds, specs) != fixed:
-        raise UsageError(
+        raise DataError(
             f"{where}: {sample_count(feeds, specs)} samples in a batch; the model takes exactly {fixed}"
         )
 

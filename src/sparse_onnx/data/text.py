@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparse_onnx.data.inputs import Feeds, InputSpec, resolve_shapes
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError, UsageError
 
 __all__ = ["read_passages", "tokenize"]
 
@@ -31,9 +31,9 @@ def read_passages(path: Path, *, paragraphs: bool = False) -> Iterator[str]:
             if held:
                 yield " ".join(held)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; give a text file") from None
+        raise DataError(f"{path}: no such file; give a text file") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise HostError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -44,12 +44,13 @@ def tokenize(
     """Batches of inputs for a model: what the tokenizer gives, and for the rest positions, zeros for token types and
     empty caches.
 
-    Raises HostError without transformers, UsageError if the folder is no tokenizer or an input cannot be made.
+    Raises HostError without transformers, UsageError if the folder is no tokenizer, DataError if an input cannot be
+    made.
     """
     tokenizer = _load(folder)
     names = [spec.name for spec in specs]
     if "input_ids" not in names:
-        raise UsageError(f"text needs a model with the input input_ids; this one has {', '.join(names)}")
+        raise DataError(f"text needs a model with the input input_ids; this one has {', '.join(names)}")
     ids = next(spec for spec in specs if spec.name == "input_ids")
     fixed = ids.shape[-1] if ids.shape and isinstance(ids.shape[-1], int) else None
     if tokenizer.pad_token is None:  # padded positions are masked out, so any token will do
@@ -101,7 +102,7 @@ def _complete(feeds: Feeds, specs: Sequence[InputSpec], folder: Path) -> Feeds:
         elif "past" in spec.name and 0 in shapes[spec.name]:
             feeds[spec.name] = np.zeros(shapes[spec.name], spec.dtype)
         else:
-            raise UsageError(
+            raise DataError(
                 f"the tokenizer in {folder} gives no {spec.describe()}; give the inputs as an .npz"
             )
     return feeds

@@ -202,7 +202,7 @@ def explaining_guesses(choices: Sequence[Choice]) -> Iterator[None]:
         guessed = list(dict.fromkeys(filter(None, (choice.guesses() for choice in choices))))
         if not guessed:
             raise
-        raise UsageError(
+        raise type(error)(
             f"{error}\nGuessed were {'; '.join(guessed)}: give what the model takes with --input-shape NAME:DIM,.. "
             "(sizes) or --input NAME=VALUE (values)"
         ) from error

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.errors import ModelFileError, UsageError, VerificationError
+from sparse_onnx.errors import RunError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
@@ -93,7 +93,7 @@ def open_session(
     ``level`` is one of :data:`LEVELS`. A ``lean`` session computes large constants anew in every run rather than keep
     them, as far as ORT lets itself be told: the weights of sparse operators without the library among them.
 
-    Raises HostError if ONNX Runtime or the library is missing, UsageError if ORT refuses the model.
+    Raises HostError if ONNX Runtime or the library is missing, RunError if ORT refuses the model.
     """
     options = session_options(threads=threads, library=library, level=level)
     ort = import_onnxruntime()
@@ -105,7 +105,7 @@ def open_session(
         with sparse_ops.native_path(path) as native:
             return ort.InferenceSession(native, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions have no common base but Exception
-        raise UsageError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
+        raise RunError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,15 +247,15 @@ class Runner:
 def at_best_level(
     attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
 ) -> tuple[str, _T]:
-    """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no UsageError, and what it returns.
+    """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no RunError, and what it returns.
 
-    ``progress`` is told if it is not the first. Raises UsageError, the first one, if there is none.
+    ``progress`` is told if it is not the first. Raises RunError, the first one, if there is none.
     """
-    first: UsageError | None = None
+    first: RunError | None = None
     for lower in LEVELS[LEVELS.index(level) :]:
         try:
             result = attempt(lower)
-        except UsageError as error:
+        except RunError as error:
             first = first or error
             continue
         if first is not None:
@@ -265,7 +265,7 @@ def at_best_level(
             )
         return lower, result
     assert first is not None
-    raise UsageError(f"{_one_line(first)}. With fewer or no graph optimizations it is the same") from first
+    raise RunError(f"{_one_line(first)}. With fewer or no graph optimizations it is the same") from first
 
 
 def _one_line(error: Exception) -> str:
@@ -279,13 +279,13 @@ def _timed(session: onnxruntime.InferenceSession, feeds: Feeds) -> float:
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
-    """All outputs by name; of ``feeds`` what the session takes. UsageError if ORT cannot run it."""
+    """All outputs by name; of ``feeds`` what the session takes. RunError if ORT cannot run it."""
     names = [output.name for output in session.get_outputs()]
     wanted = {entry.name for entry in session.get_inputs()}
     try:
         values = session.run(names, {name: value for name, value in feeds.items() if name in wanted})
     except Exception as error:  # ORT's exceptions have no common base but Exception
-        raise UsageError(f"the model cannot be run with inputs {_describe(feeds)}: {error}") from error
+        raise RunError(f"the model cannot be run with inputs {_describe(feeds)}: {error}") from error
     return dict(zip(names, values, strict=True))
 
 
@@ -340,12 +340,11 @@ def open_runner(
 @contextmanager
 def of_our_making() -> Iterator[None]:
     """Around what is done with a model that this package made of one that has run on the same inputs: what ONNX Runtime
-    refuses there is no mistake of the user's but of the compiler or a kernel, and raised as VerificationError."""
+    refuses there is no mistake of the user's but of the compiler or a kernel, and raised as VerificationError. Other
+    errors, as of data that are read meanwhile, stay what they are."""
     try:
         yield
-    except ModelFileError:
-        raise
-    except UsageError as error:
+    except RunError as error:
         raise VerificationError(
             f"the compiled model does not run, though the original does: {error}. This is a defect of sparse-onnx: "
             "please report it, with the recipe"

@@ -23,7 +23,7 @@ from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
 from sparse_onnx.running.machine_load import OtherLoad
-from sparse_onnx.running.runtime import open_runner, open_session
+from sparse_onnx.running.runtime import of_our_making, open_runner, open_session
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.library import select_for
@@ -73,6 +73,7 @@ def time_pair(
     return ratio(first, second, quiet=load.spared(threads))
 
 
+@of_our_making()
 def time_together(
     models: Sequence[ir.Model],
     libraries: Sequence[bool],
@@ -87,7 +88,8 @@ def time_together(
     the kernel library.
 
     Before every run a buffer larger than the private caches is walked over, since inside a whole model the other
-    layers' weights pass through them. Scratch files go to ``work``.
+    layers' weights pass through them. Scratch files go to ``work``. The models are parts of one that has run, or are
+    made of them: VerificationError if ONNX Runtime refuses one.
     """
     scratch = Path(tempfile.mkdtemp(prefix="layer-", dir=work))
     try:

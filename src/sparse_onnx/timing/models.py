@@ -10,13 +10,14 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.running.machine_load import OtherLoad
-from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.runtime import of_our_making, open_runner
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.rounds import Ratio, interleave, ratio
 
 __all__ = ["time_models"]
 
 
+@of_our_making()
 def time_models(
     pair: Sequence[tuple[ir.Model, Path]],
     feeds: Sequence[Feeds],
@@ -26,7 +27,9 @@ def time_models(
     seconds: float = 8.0,
 ) -> list[Ratio]:
     """Time the original against a compiled model, each with its file, in turn: a ratio for each of ``feeds``. There are
-    fewer than ``rounds`` rounds where they take more than ``seconds`` for each of ``feeds``."""
+    fewer than ``rounds`` rounds where they take more than ``seconds`` for each of ``feeds``.
+
+    The original has run on ``feeds``: VerificationError if ONNX Runtime refuses the compiled one."""
     (original, source), (compiled, written) = pair
     with (
         open_runner(original, bench, source, library=False) as dense,

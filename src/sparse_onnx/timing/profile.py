@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import RunError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import value_names
 from sparse_onnx.model.stored_weights import stored_weights
@@ -86,7 +86,7 @@ def profile_model(
 ) -> NodeProfile:
     """Run ``model`` in one session and tell the time of its ``layers``, nodes of its main graph by a name of the layer.
 
-    ``library`` registers the sparse kernels. Scratch files go to ``work``. Raises UsageError if ORT refuses the model.
+    ``library`` registers the sparse kernels. Scratch files go to ``work``. Raises RunError if ORT refuses the model.
     """
     scratch = Path(tempfile.mkdtemp(prefix="profile-", dir=work))
     try:
@@ -121,7 +121,7 @@ def _run_profiled(
                 f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ORT's exceptions have no common base but Exception
-            raise UsageError(f"ONNX Runtime {ort.__version__} refuses the model: {error}") from error
+            raise RunError(f"ONNX Runtime {ort.__version__} refuses the model: {error}") from error
         for _ in range(_WARM_UP + _RUNS):
             run_session(session, feeds)
         session.end_profiling()

@@ -45,7 +45,7 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds, input_specs, sample_count
 from sparse_onnx.data.samples import import_function, is_function
-from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.errors import DataError, SparseOnnxError, UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import uses_library
 from sparse_onnx.options import unknown
@@ -325,18 +325,18 @@ class Classification:
                 )
             predicted = quality.predicted_classes(scores)
             if predicted.shape != labels.shape:
-                raise UsageError(
+                raise DataError(
                     f"the labels {self.labels!r} have shape {list(labels.shape)}, but output {self.output!r} predicts "
                     f"{list(predicted.shape)}"
                 )
             if scores.dtype.kind == "f" and labels.max(initial=-1) >= scores.shape[-1]:
-                raise UsageError(
+                raise DataError(
                     f"the labels {self.labels!r} hold {labels.max()}, but output {self.output!r} has the classes "
                     f"0..{scores.shape[-1] - 1}"
                 )
             counts.add(predicted, labels)
         if not counts.actual.sum():
-            raise UsageError(f"the labels {self.labels!r} hold nothing but values below 0")
+            raise DataError(f"the labels {self.labels!r} hold nothing but values below 0")
         return float(getattr(counts, self.figure)())
 
 
@@ -356,12 +356,12 @@ class RecallAt:
             return quality.neighbour_recall(self.expected, found)
         groups = np.concatenate([feeds[self.labels or ""].reshape(-1) for feeds in batches])
         if len(groups) != len(found):
-            raise UsageError(
+            raise DataError(
                 f"recall@{self.k} takes one label a sample: {len(groups)} for {len(found)} samples"
             )
         recall = quality.group_recall(found, groups)
         if math.isnan(recall):
-            raise UsageError(
+            raise DataError(
                 f"no two samples have equal labels {self.labels!r}, so recall@{self.k} has no meaning"
             )
         return recall
@@ -370,7 +370,7 @@ class RecallAt:
 def _neighbours(run: Run, batches: Sequence[Feeds], output: str, k: int) -> np.ndarray:
     embeddings = np.concatenate([_pooled(run(feeds)[output], feeds, output) for feeds in batches])
     if k >= len(embeddings):
-        raise UsageError(f"recall@{k} needs more than {k} samples; the data has {len(embeddings)}")
+        raise DataError(f"recall@{k} needs more than {k} samples; the data has {len(embeddings)}")
     return quality.nearest(embeddings, k)
 
 
@@ -407,7 +407,7 @@ class Perplexity:
                 loss += math.log(found.reference_perplexity) * found.tokens
                 tokens += found.tokens
         if not tokens:
-            raise UsageError("perplexity: the data has no sample of two tokens or more")
+            raise DataError("perplexity: the data has no sample of two tokens or more")
         return math.exp(loss / tokens) if loss / tokens < 700 else math.inf
 
 

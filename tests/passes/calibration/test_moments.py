@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError
 from sparse_onnx.passes.calibration.moments import CrossMoments, Layout, Moments
 from sparse_onnx.passes.solvers.correction import centred_gram, centred_power
 
@@ -164,7 +164,7 @@ def test_not_finite_is_told_when_the_result_is_asked_for(at, bad):
     rows = rows_of("no mean")
     rows[at, 2] = bad
     moments = moments_of(rows, cuts=[500, 1000])
-    with pytest.raises(UsageError, match="hold NaN or Inf"):
+    with pytest.raises(DataError, match="hold NaN or Inf"):
         moments.statistics("x")
 
 

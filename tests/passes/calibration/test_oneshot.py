@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.data.samples import Samples
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError, UsageError
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.passes.calibration import Layout, Options
 from sparse_onnx.passes.solvers.statistics import InputStatistics
@@ -227,13 +227,13 @@ def test_activations_that_overflow_are_named(from_text, calibrator):
         g (float[n, 4] X) => (float[n, 4] Y) { e = Exp(X) Y = MatMul(e, W) }""",
         W=np.eye(4, dtype=np.float32),
     )
-    with pytest.raises(UsageError, match="the activations e hold NaN or Inf"):
+    with pytest.raises(DataError, match="the activations e hold NaN or Inf"):
         calibrator(model, {"X": np.full((8, 4), 200, np.float32)}).oneshot()
 
 
 def test_nothing_but_padding_is_an_error(encoder, tokens, calibrator):
     tokens["attention_mask"][:] = 0
-    with pytest.raises(UsageError, match="no token reached h0"):
+    with pytest.raises(DataError, match="no token reached h0"):
         calibrator(encoder.model, tokens).oneshot()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import RunError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.calibration.skeleton import PartSession, extract
 
@@ -112,7 +112,7 @@ def test_weights_of_a_branch_stay_inside(from_text):
 
 def test_inputs_that_do_not_fit_are_one_message(chain):
     session = PartSession(chain, ["X"], ["Y"], {"X": _x()}, threads=1)
-    with pytest.raises(UsageError, match=r"cannot be run with inputs X float32\[3, 63\]"):
+    with pytest.raises(RunError, match=r"cannot be run with inputs X float32\[3, 63\]"):
         session.run({"X": _x()[:, :63]})
 
 

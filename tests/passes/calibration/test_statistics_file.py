@@ -10,7 +10,7 @@ import pytest
 
 from sparse_onnx.data.inputs import input_specs, split_batches
 from sparse_onnx.data.samples import Samples
-from sparse_onnx.errors import HostError, UsageError
+from sparse_onnx.errors import DataError, HostError
 from sparse_onnx.passes.calibration import Layout, StatisticsFile, merge
 
 
@@ -151,7 +151,7 @@ def test_statistics_of_something_else_are_refused(encoder, tokens, calibrator, t
     else:
         options["mask"] = None
     said = {"model": "another model", "data": "other calibration data", "mask": "another mask"}[what]
-    with pytest.raises(UsageError, match=f"encoder.stats: holds statistics of {said}; delete it"):
+    with pytest.raises(DataError, match=f"encoder.stats: holds statistics of {said}; delete it"):
         calibrator(encoder.model, tokens, **options).oneshot(path)
 
 
@@ -186,7 +186,7 @@ def test_merged_statistics_equal_those_of_a_joint_run(encoder, tokens, calibrato
 def test_the_same_data_is_not_merged_twice(encoder, tokens, calibrator, tmp_path):
     calibrator(encoder.model, tokens).oneshot(tmp_path / "a.stats")
     (tmp_path / "b.stats").write_bytes((tmp_path / "a.stats").read_bytes())
-    with pytest.raises(UsageError, match="both of the same data"):
+    with pytest.raises(DataError, match="both of the same data"):
         merge(tmp_path / "a.stats", tmp_path / "b.stats", tmp_path / "c.stats")
     assert not (tmp_path / "c.stats").exists()
 
@@ -195,7 +195,7 @@ def test_layouts_that_differ_are_not_merged(encoder, tokens, calibrator, tmp_pat
     half = {name: array[:6] for name, array in tokens.items()}
     calibrator(encoder.model, tokens).oneshot(tmp_path / "a.stats")
     calibrator(encoder.model, half, layout=Layout.DIAGONAL).oneshot(tmp_path / "b.stats")
-    with pytest.raises(UsageError, match="other tensors or layouts"):
+    with pytest.raises(DataError, match="other tensors or layouts"):
         merge(tmp_path / "a.stats", tmp_path / "b.stats", tmp_path / "c.stats")
 
 
@@ -278,7 +278,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_damaged_file_is_one_clear_error(saved, change):
     saved.write_bytes(_rewritten(saved, CHANGES[change]))
-    with pytest.raises(UsageError, match=r"good.stats: cannot be read as statistics .*calibrate again"):
+    with pytest.raises(DataError, match=r"good.stats: cannot be read as statistics .*calibrate again"):
         _read_all(saved)
 
 
@@ -326,7 +326,7 @@ def test_no_pickle_is_run(saved, tmp_path):
     content = _npy(objects)
     assert pickle  # what the array was written with
     saved.write_bytes(_rewritten(saved, lambda members: members.update({"0.0.gram.0.npy": content})))
-    with pytest.raises(UsageError, match="cannot be read as statistics"):
+    with pytest.raises(DataError, match="cannot be read as statistics"):
         _read_all(saved)
     assert not (tmp_path / "made-by-pickle").exists()
 
@@ -335,13 +335,13 @@ def test_every_cut_and_flipped_bytes_are_found(saved):
     whole = saved.read_bytes()
     for length in range(0, len(whole), len(whole) // 40):
         saved.write_bytes(whole[:length])
-        with pytest.raises(UsageError, match="cannot be read as statistics"):
+        with pytest.raises(DataError, match="cannot be read as statistics"):
             _read_all(saved)
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         places = [info.header_offset + 300 for info in archive.infolist() if "gram" in info.filename]
     for place in places:
         saved.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        with pytest.raises(UsageError, match="cannot be read as statistics"):
+        with pytest.raises(DataError, match="cannot be read as statistics"):
             _read_all(saved)
 
 
@@ -351,12 +351,12 @@ def test_compressed_members_are_refused(saved):
     with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    with pytest.raises(UsageError, match="cannot be read as statistics"):
+    with pytest.raises(DataError, match="cannot be read as statistics"):
         _read_all(saved)
 
 
 def test_a_missing_file_says_so(tmp_path):
-    with pytest.raises(UsageError, match=r"none.stats: no such file"):
+    with pytest.raises(DataError, match=r"none.stats: no such file"):
         StatisticsFile(tmp_path / "none.stats")
 
 

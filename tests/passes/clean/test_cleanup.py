@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.clean.cleanup import Constants, Duplicates, Identities, Unused
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 X = np.random.default_rng(5).standard_normal((2, 3)).astype(np.float32)
 FUNCTION = """

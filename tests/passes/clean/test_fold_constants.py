@@ -6,8 +6,8 @@ import pytest
 
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.clean import fold_constants
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.clean.fold_constants import FoldConstants
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 FOLD = FoldConstants()
 RNG = np.random.default_rng(3)

@@ -6,8 +6,8 @@ import pytest
 
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.base import PassContext, Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.clean.fold_weights import FoldWeights
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 RNG = np.random.default_rng(3)
 W = RNG.standard_normal((6, 4)).astype(np.float32)

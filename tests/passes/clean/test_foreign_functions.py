@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.clean.foreign_functions import ForeignFunctions
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
 W = np.where(np.random.default_rng(1).random((8, 8)) < 0.8, 0, 1).astype(np.float32)

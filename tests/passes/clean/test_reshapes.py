@@ -5,9 +5,10 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Unused
+from sparse_onnx.passes.clean.cleanup import Unused
 from sparse_onnx.passes.clean.gemm_rows import GemmRows
 from sparse_onnx.passes.clean.reshapes import Reshapes
+from sparse_onnx.passes.presets import CLEAN_PASSES
 
 STEP = Reshapes()
 NUMBERS = {

@@ -9,8 +9,9 @@ import pytest
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.passes.base import Pipeline
-from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES, Unused
+from sparse_onnx.passes.clean.cleanup import Unused
 from sparse_onnx.passes.fuse.attention import FuseAttention
+from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
 from sparse_onnx.sparse_ops.ops import attention
 

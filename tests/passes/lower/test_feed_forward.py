@@ -17,6 +17,16 @@ K, HIDDEN = 40, 64
 X = np.random.default_rng(5).standard_normal((2, 3, K)).astype(np.float32)
 LOWER = Pipeline((LowerSparseMatMul(min_sparsity=0.0), MergeLinears()))
 
+PLACES = {
+    "sparse linears in a row": {
+        "body": "A = Gemm(X, u, b) H = Relu(A) Y = Gemm(H, v, c)",
+        "tensors": {"u": (8, 16), "b": (16,), "v": (16, 8), "c": (8,)},
+        "outputs": "float[B, 8] Y",
+        "lowered": (LowerSparseMatMul,),
+    }
+}
+"""Models for the suite that all passes have in common."""
+
 
 def sparse(k, n, seed=0):
     rng = np.random.default_rng(seed)

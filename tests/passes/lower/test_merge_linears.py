@@ -16,6 +16,17 @@ from sparse_onnx.sparse_ops.ops import sparse_matmul, sparse_matmul_split
 K, N = 40, 64
 X = np.random.default_rng(5).standard_normal((2, 3, K)).astype(np.float32)
 
+PLACES = {
+    "sparse linears of one input": {
+        "body": "Y = MatMul(X, u) Z = MatMul(X, w)",
+        "tensors": {"u": (8, 16), "w": (8, 16)},
+        "outputs": "float[B, 16] Y, float[B, 16] Z",
+        "cleaned": ("clean.duplicates",),
+        "lowered": (LowerSparseMatMul,),
+    }
+}
+"""Models for the suite that all passes have in common."""
+
 
 def sparse(n=N, seed=0, k=K, width=1):
     rng = np.random.default_rng(seed)

@@ -15,6 +15,17 @@ GATES = {"LSTM": 4, "GRU": 3}
 OUTPUTS = {"LSTM": ("Y", "Y_h", "Y_c"), "GRU": ("Y", "Y_h")}
 every_cell = pytest.mark.parametrize("cell", GATES)
 
+PLACES = {
+    "recurrent": {
+        "body": "Y, Yh, Yc = LSTM<hidden_size = 4>(T, w, r)",
+        "tensors": {"w": (1, 16, 8), "r": (1, 16, 4)},
+        "inputs": "float[5, B, 8] T",
+        "outputs": "float[5, 1, B, 4] Y",
+        "prunable": ("w", "r"),
+    }
+}
+"""Models for the suite that all passes have in common."""
+
 
 def normal(*shape, seed=0, sparsity=0.0):
     rng = np.random.default_rng(seed)

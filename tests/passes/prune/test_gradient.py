@@ -9,7 +9,7 @@ import pytest
 
 from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.gradient_file import WeightGradients, open_gradients, write_gradients
-from sparse_onnx.errors import UsageError
+from sparse_onnx.errors import DataError, UsageError
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.prune.gradient import Gradient
@@ -307,7 +307,7 @@ def test_a_missing_file_a_folder_text_and_a_single_array(model, tmp_path):
         (text, "cannot be read as .npz"),
         (single, "is a single array"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(DataError, match=message):
             Gradient(gradients=str(path), sparsity=0.5)(model)
 
 
@@ -315,7 +315,7 @@ def test_a_damaged_file(model, file):
     content = bytearray(Path(file).read_bytes())
     content[300] ^= 0xFF  # in the values of the first array
     Path(file).write_bytes(content)
-    with pytest.raises(UsageError, match=r"U\.grad_abs is damaged"):
+    with pytest.raises(DataError, match=r"U\.grad_abs is damaged"):
         Gradient(gradients=file, sparsity=0.5, order="first")(model)
 
 

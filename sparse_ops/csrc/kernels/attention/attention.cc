@@ -11,12 +11,6 @@
 namespace sparse_ops::attention {
 namespace {
 
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/attention/kernels.inc"
-#undef KERNEL
-};
-
 // Enough for the threads of any processor to share; the bits of a FreeScratch.
 constexpr size_t kMostTasks = 64;
 // Multiplications of one task at least: some microseconds of work, so that waking a thread for it pays.

@@ -1,19 +1,8 @@
-// The rows of kernels.inc and their kernels, declared. Each kernel is defined in the source file of its
-// features.
+// The kernels of this family: see kernels/table.inc.
 #pragma once
 
 #include "kernels/attention/kernel.h"
 
-namespace sparse_ops::attention {
-
-namespace row {
-#define KERNEL(name, ...) constexpr KernelRow name = {#name, __VA_ARGS__};
-#include "kernels/attention/kernels.inc"
-#undef KERNEL
-}  // namespace row
-
-#define KERNEL(name, ...) extern const Kernel name;
-#include "kernels/attention/kernels.inc"
-#undef KERNEL
-
-}  // namespace sparse_ops::attention
+#define FAMILY attention
+#define KERNELS "kernels/attention/kernels.inc"
+#include "kernels/table.inc"

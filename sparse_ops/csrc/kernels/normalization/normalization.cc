@@ -8,12 +8,6 @@
 namespace sparse_ops::normalization {
 namespace {
 
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/normalization/kernels.inc"
-#undef KERNEL
-};
-
 // Channels of the rows of one task: some microseconds of work, so that waking a thread for it pays.
 constexpr size_t kTaskChannels = 16384;
 

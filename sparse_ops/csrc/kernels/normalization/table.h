@@ -1,19 +1,8 @@
-// The rows of kernels.inc and their kernels, declared. Each kernel is defined in the source file of its
-// features.
+// The kernels of this family: see kernels/table.inc.
 #pragma once
 
 #include "kernels/normalization/kernel.h"
 
-namespace sparse_ops::normalization {
-
-namespace row {
-#define KERNEL(name, ...) constexpr KernelRow name = {#name, __VA_ARGS__};
-#include "kernels/normalization/kernels.inc"
-#undef KERNEL
-}  // namespace row
-
-#define KERNEL(name, ...) extern const Kernel name;
-#include "kernels/normalization/kernels.inc"
-#undef KERNEL
-
-}  // namespace sparse_ops::normalization
+#define FAMILY normalization
+#define KERNELS "kernels/normalization/kernels.inc"
+#include "kernels/table.inc"

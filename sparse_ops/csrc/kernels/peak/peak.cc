@@ -6,15 +6,6 @@
 #include "kernels/peak/table.h"
 
 namespace sparse_ops::peak {
-namespace {
-
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/peak/kernels.inc"
-#undef KERNEL
-};
-
-}  // namespace
 
 Table<Kernel> kernels() { return kKernels; }
 

@@ -10,12 +10,6 @@
 namespace sparse_ops::recurrent {
 namespace {
 
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/recurrent/kernels.inc"
-#undef KERNEL
-};
-
 // Stored weights times rows of one step from which on sharing it among workers pays: waiting for all of them
 // at its end costs about a microsecond.
 constexpr size_t kStepProducts = 1 << 16;

@@ -1,19 +1,8 @@
-// The rows of kernels.inc and their kernels, declared. Each kernel is defined in the source file of its
-// features.
+// The kernels of this family: see kernels/table.inc.
 #pragma once
 
 #include "kernels/recurrent/kernel.h"
 
-namespace sparse_ops::recurrent {
-
-namespace row {
-#define KERNEL(name, ...) constexpr KernelRow name = {#name, __VA_ARGS__};
-#include "kernels/recurrent/kernels.inc"
-#undef KERNEL
-}  // namespace row
-
-#define KERNEL(name, ...) extern const Kernel name;
-#include "kernels/recurrent/kernels.inc"
-#undef KERNEL
-
-}  // namespace sparse_ops::recurrent
+#define FAMILY recurrent
+#define KERNELS "kernels/recurrent/kernels.inc"
+#include "kernels/table.inc"

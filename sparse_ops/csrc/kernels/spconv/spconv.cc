@@ -11,12 +11,6 @@
 namespace sparse_ops::spconv {
 namespace {
 
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/spconv/kernels.inc"
-#undef KERNEL
-};
-
 // Panels in memory at a time: few enough to stay in the second-level cache, enough for every thread.
 constexpr size_t kPanelBytes = size_t{1} << 19;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;

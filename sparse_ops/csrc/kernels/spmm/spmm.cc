@@ -10,12 +10,6 @@
 namespace sparse_ops::spmm {
 namespace {
 
-constexpr const Kernel* kKernels[] = {
-#define KERNEL(name, ...) &name,
-#include "kernels/spmm/kernels.inc"
-#undef KERNEL
-};
-
 constexpr Table<Kernel> kChosen = without_reference<Kernel>(kKernels);
 
 bool same_set(const Kernel& a, const Kernel& b) {
