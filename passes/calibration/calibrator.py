@@ -383,7 +383,7 @@ class Calibrator:
 def _add(sums: Sequence[Moments], capture: Capture, values: Feeds, mask: np.ndarray | None) -> None:
     """Add the rows of one batch that ``capture`` sees of ``values``."""
     for view in capture.views:
-        x = values[view.tensor]
+        x = view.array(values)
         if view.recurrence is not None:
             for moments, rows in zip(sums, view.recurrence.rows(x, values, mask), strict=True):
                 moments.add(rows)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array
-from sparse_onnx.model.graph import name_of, new_name
+from sparse_onnx.model.decoding import decodes
+from sparse_onnx.model.graph import name_of, new_name, producer
+from sparse_onnx.model.integer_operators import input_grid
 from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
-from sparse_onnx.passes.calibration.rows import Recurrence, Unfold
+from sparse_onnx.passes.calibration.rows import Dequantized, Recurrence, Unfold
 
 __all__ = ["Capture", "View", "find_captures"]
 
@@ -20,21 +23,29 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 @dataclasses.dataclass(frozen=True)
 class View:
     """The rows that one node multiplies: those of the value ``tensor``, what ``window`` sees of it, or those of a
-    ``recurrence``."""
+    ``recurrence``. With a ``grid`` the value has integers, which stand for floats."""
 
     tensor: str
     window: Unfold | None = None
     recurrence: Recurrence | None = None
+    grid: Dequantized | None = None
 
     def __str__(self) -> str:
         if self.recurrence is not None:
             return f"{self.tensor} {self.recurrence}"
-        return self.tensor if self.window is None else f"{self.tensor} through {self.window}"
+        name = self.tensor if self.grid is None else f"{self.tensor} {self.grid}"
+        return name if self.window is None else f"{name} through {self.window}"
+
+    def array(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The value, in floats."""
+        x = values[self.tensor]
+        return x if self.grid is None else self.grid.floats(x, values)
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """All values that the rows are made of."""
-        return (self.tensor, *(self.recurrence.tensors if self.recurrence is not None else ()))
+        others = self.recurrence or self.grid
+        return (self.tensor, *(others.tensors if others is not None else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +100,46 @@ def _reason_against(model: ir.Model, node: ir.Node) -> str | None:
         return "used in the body of an If, Loop or Scan"
     if value is None or value.const_value is not None:
         return "its input is a constant"
+    if (grid := input_grid(node)) is not None:
+        return (
+            None if _is_one(grid.scale) and _is_one(grid.zero_point) else "its input has more than one scale"
+        )
     if value.dtype is not None and value.dtype not in _FLOATS:
         return f"its input has dtype {value.dtype}, which NumPy does not know"
     return None
 
 
+def _is_one(value: ir.Value | None) -> bool:
+    """Whether a scale or zero point is a single number, as far as the graph tells."""
+    if value is None or producer(value, "DynamicQuantizeLinear") is not None:
+        return True
+    array = constant_array(value)
+    return array is not None and array.size == 1
+
+
+def _leads_to(weight: Weight, value: ir.Value | None) -> bool:
+    """Whether ``value`` is the weight, as nodes decode it."""
+    while value is not None and value is not weight.value:
+        node = value.producer()
+        value = None if node is None else node.inputs[int(decodes(node, 1))]
+    return value is not None
+
+
+def _grid(node: ir.Node) -> Dequantized | None:
+    """What the integers that ``node`` reads stand for; None: it reads floats."""
+    if (grid := input_grid(node)) is None:
+        return None
+    given = {"scale": grid.scale, "zero_point": grid.zero_point}
+    values = {key: value for key, value in given.items() if value is not None}
+    constants = {
+        value.name or "": array for value in values.values() if (array := constant_array(value)) is not None
+    }
+    return Dequantized(**{key: value.name for key, value in values.items()}, constants=constants)
+
+
 def _recurrent_view(model: ir.Model, weight: Weight, node: ir.Node) -> tuple[View, int]:
     """What the weight of an LSTM or GRU sees, and in how many directions."""
-    states = node.inputs[2] is weight.value
+    states = _leads_to(weight, node.inputs[2])
     if states and not node.outputs[0].name:
         node.outputs[0].name = new_name(model, f"{name_of(node)}.states")
     seen = node.outputs[0] if states else node.inputs[0]
@@ -115,7 +158,7 @@ def _recurrent_view(model: ir.Model, weight: Weight, node: ir.Node) -> tuple[Vie
         **{key: value.name for key, value in given.items()},
         constants=constants,
     )
-    return View(seen.name, None, recurrence), weight.tensor.shape.numpy()[0] if states else 1
+    return View(seen.name, None, recurrence), weight.dims[0] if states else 1
 
 
 def _view(weight: Weight, node: ir.Node) -> View:
@@ -123,6 +166,6 @@ def _view(weight: Weight, node: ir.Node) -> View:
     assert value is not None
     assert value.name is not None
     window = None
-    if node.op_type in CONVOLUTIONS:
-        window = Unfold.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
-    return View(value.name, window)
+    if weight.layer in CONVOLUTIONS:
+        window = Unfold.of(node, weight.dims[2:])
+    return View(value.name, window, grid=_grid(node))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import input_at
+from sparse_onnx.model.integer_operators import integer_operator
 from sparse_onnx.model.weights import RECURRENT, Weight
 from sparse_onnx.passes.patterns.match import is_bias, is_scaled, only_user, other_operand
 
@@ -34,14 +35,17 @@ class LayerOutput:
 
 
 def find_output(weight: Weight, usable: Callable[[ir.Value], bool]) -> LayerOutput | None:
-    """The output of a weight that a single node uses; None where its product is scaled or goes on into a recurrence, or
-    several nodes use it.
+    """The output of a weight that a single node uses; None where its product is scaled, is integers or goes on into a
+    recurrence, or several nodes use it.
 
     A residual counts only if it is ``usable``.
     """
     if len(weight.nodes) != 1 or weight.nodes[0].op_type in RECURRENT:
         return None
     (node,) = weight.nodes
+    operator = integer_operator(node)
+    if operator is not None and (operator.adds is None or input_at(node, operator.adds) is not None):
+        return None
     h = node.outputs[0]
     N = weight.shape[1]
     bias: ir.Value | None = None

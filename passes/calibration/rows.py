@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sparse_onnx.passes.patterns.match import same_pads
 
-__all__ = ["Recurrence", "Unfold", "linear_rows", "unfolded_rows"]
+__all__ = ["Dequantized", "Recurrence", "Unfold", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
 
@@ -78,6 +78,38 @@ class Unfold:
                 sizes, self.padding(sizes), self.kernel, self.strides, self.dilations, strict=True
             )
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantized:
+    """Integers that stand for (integer - zero point) · scale: the names of these two values, each one number (None: 1
+    and 0).
+
+    ``constants`` has those that are constant.
+    """
+
+    scale: str | None = None
+    zero_point: str | None = None
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The values beside the integers that :meth:`floats` needs."""
+        names = (self.scale, self.zero_point)
+        return tuple(name for name in names if name is not None and name not in self.constants)
+
+    def __str__(self) -> str:
+        return f"dequantized by {self.scale or 1}, {self.zero_point or 0}"
+
+    def floats(self, x: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the integers ``x`` stand for, float32 in their shape."""
+        given = {**values, **self.constants}
+        steps = x.astype(np.float32)
+        if self.zero_point is not None:
+            steps -= given[self.zero_point].astype(np.float32).reshape(())
+        if self.scale is not None:
+            steps *= given[self.scale].astype(np.float32).reshape(())
+        return steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,7 +198,7 @@ class _Sums:
     def add(self, pruned: Feeds, dense: Feeds, mask: np.ndarray | None) -> None:
         """Add a batch of the values of both models."""
         for view in self.plan.capture.views:
-            x = pruned[view.tensor]
+            x = view.array(pruned)
             outputs = self._outputs(view, x, pruned, dense)
             if view.window is None:
                 outputs = {name: linear_rows(y, mask) for name, y in outputs.items()}

@@ -225,7 +225,7 @@ def _sizes(weights: Sequence[Weight]) -> dict[str, int]:
     """Elements by name; branches of a graph may each have a weight of one name, which then share a sparsity."""
     sizes: dict[str, int] = {}
     for weight in weights:
-        sizes[weight.name] = sizes.get(weight.name, 0) + weight.tensor.size
+        sizes[weight.name] = sizes.get(weight.name, 0) + weight.size
     return sizes
 
 

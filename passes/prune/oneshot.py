@@ -41,6 +41,7 @@ from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.two_streams import Aim
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
+from sparse_onnx.passes.prune.encoded import is_encoded, on_grid
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.pruning import Pruner, choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
@@ -72,6 +73,7 @@ class OneShot(Pruner):
         bias_correction: Whether biases change.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
         preserve_mask: Weights that are zero stay zero; what is left of the budget comes on top, and all are refitted.
+            Always so with weights that are stored as integers or by a codebook.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
 
@@ -323,25 +325,30 @@ class _Job:
         width = W.shape[1] // len(layer.inputs)
         name = layer.weight.name
         kept = self._checkpoint.get(name, W.shape) if self._checkpoint is not None else None
-        parts, shifts, errors = [], [], []
-        for index, statistics in enumerate(layer.inputs):
-            part = slice(index * width, (index + 1) * width)
-            aim = layer.aim
+        aim, shifts, errors = layer.aim, [], []
+        slices = [slice(start, start + width) for start in range(0, W.shape[1], width)]
+        groups = [np.ascontiguousarray(W[:, part]) for part in slices]
+        parts = []
+        for part, own, statistics in zip(slices, groups, layer.inputs, strict=True):
             pull = None if aim is None else aim.pull[:, part]
             mean = None if aim is None else aim.mean[part]
-            own = np.ascontiguousarray(W[:, part])
             parts.append(
                 kept[:, part]
                 if kept is not None
-                else self._solve_group(own, self._sparsity[name], statistics, pull, mean, biased)
+                else self._solve_group(layer.weight, own, statistics, pull, mean, biased)
             )
+        if kept is None and is_encoded(layer.weight):
+            solved = on_grid(layer.weight, W, np.concatenate(parts, axis=1), layer.inputs)
+            parts = [np.ascontiguousarray(solved[:, part]) for part in slices]
+        for index, (part, own, statistics) in enumerate(zip(slices, groups, layer.inputs, strict=True)):
+            mean = None if aim is None else aim.mean[part]
             if biased and statistics.mean is not None:
                 assert layer.target is not None
                 old = _bias_of(layer.target)[part]
                 wanted = statistics.mean @ own + old if mean is None else mean
-                shifts.append(wanted - statistics.mean @ parts[-1])
+                shifts.append(wanted - statistics.mean @ parts[index])
             if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
-                errors.append(relative_error(own, parts[-1], statistics.gram))
+                errors.append(relative_error(own, parts[index], statistics.gram))
         bias = None
         if shifts:
             assert layer.target is not None
@@ -353,14 +360,14 @@ class _Job:
 
     def _solve_group(
         self,
+        weight: Weight,
         W: np.ndarray,
-        sparsity: float | None,
         statistics: InputStatistics,
         pull: np.ndarray | None,
         mean: np.ndarray | None,
         biased: bool,
     ) -> np.ndarray:
-        options = self.options
+        options, sparsity = self.options, self._sparsity[weight.name]
         target = None
         damping = options.dampening_frac
         if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
@@ -379,7 +386,7 @@ class _Job:
         kind = options.solver
         solver = kind(damping=damping) if issubclass(kind, solvers.DampedSolver) else kind()
         pruned = solver.solve(W, statistics, options.structure, sparsity, options.scope, target=target)
-        if not options.preserve_mask:
+        if not (options.preserve_mask or is_encoded(weight)):
             return pruned
         shape, share = (W.shape[0], W.shape[1]), resolve_sparsity(sparsity, options.structure)
         budget = solvers.Budget.of(shape, options.structure, share, options.scope)

@@ -20,6 +20,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage, Zeros
+from sparse_onnx.passes.prune.encoded import reason_against_zeros
 from sparse_onnx.passes.solvers.masks import (
     MaskStructure,
     Norm,
@@ -46,15 +47,20 @@ def choose_weights(
 
     Raises UsageError if an entry of the targets matches no weight.
     """
-    found, declined = find_weights(model)
+    known, declined = find_weights(model, encoded=True)
+    against = {weight.name: reason_against_zeros(weight) for weight in known}
+    found = [weight for weight in known if against[weight.name] is None]
+    declined += [(name, reason) for name, reason in against.items() if reason is not None]
     reasons = dict(declined)
     for entry in selection.unmatched(found):
         if entry in reasons:
             raise UsageError(f"targets: {entry!r} cannot be pruned: it {reasons[entry]}")
-        known = "the model has no linear, convolution, LSTM or GRU with a constant weight"
+        examples = "the model has no linear, convolution, LSTM or GRU with a constant weight"
         if found:
-            known = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
-        raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer; {known}")
+            examples = f"the model has for example {', '.join(repr(weight.name) for weight in found[:8])}"
+        raise UsageError(
+            f"targets: {entry!r} matches no weight, node, module or op type of a layer; {examples}"
+        )
     chosen = []
     for weight in found:
         reason = (
@@ -90,7 +96,7 @@ def global_masks(
             weight.release()
 
     rows, columns = structure.tile((1, 1))
-    units = sum(weight.tensor.size for weight in weights) // (rows * columns)
+    units = sum(weight.size for weight in weights) // (rows * columns)
     wide = any(weight.tensor.dtype == ir.DataType.DOUBLE for weight in weights)
     cut = find_cut(all_units, round(sparsity * units), np.float64 if wide else np.float32)
     for weight in weights:

@@ -17,7 +17,7 @@ from sparse_onnx.model.encodings import Affine, Palette
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.model.work import Work, left_alone, untouched
 from sparse_onnx.passes.lower.candidates import find_candidates
-from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.quantize.round import Round
 
 RNG = np.random.default_rng(7)
 K, N = 12, 5
@@ -365,16 +365,24 @@ def test_blocks_of_onnx_runtime(network, tmp_path, run):
     np.testing.assert_array_equal(run(model, feeds(model))["Y"], run(dense, feeds(dense))["Y"])
 
 
-def test_dynamic_quantization_has_no_such_weights(network, tmp_path):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_dynamic_quantization_of_onnx_runtime(network, tmp_path, per_channel):
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(network, tmp_path / "q.onnx", per_channel=True, op_types_to_quantize=["MatMul", "Gemm"])
+    kinds = ["MatMul", "Gemm"]
+    quantize_dynamic(network, tmp_path / "q.onnx", per_channel=per_channel, op_types_to_quantize=kinds)
     model = ir.load(tmp_path / "q.onnx")
     assert "MatMulInteger" in {node.op_type for node in model.graph}
-    for encoded in (True, False):
-        weights, declined = find_weights(model, encoded=encoded)
-        assert [weight.name for weight in weights] == ["k"]
-        assert not declined
+    assert [weight.name for weight in find_weights(model)[0]] == ["k"]
+    weights, declined = find_weights(model, encoded=True)
+    assert not declined
+    assert sorted(weight.name for weight in weights) == ["g_Transposed_quantized", "k", "w_quantized"]
+    before = {weight.name: weight.matrix() for weight in find_weights(ir.load(network))[0]}
+    for weight in weights:
+        if weight.name != "k":
+            steps = np.max(weight.encoding.scale.numpy())
+            dense = before[weight.name[0]]
+            np.testing.assert_allclose(weight.matrix(), dense, atol=1.01 * steps)
 
 
 # What is left alone.
@@ -690,11 +698,9 @@ def test_callers_that_take_floats_decline_with_the_encoding(from_text, case):
     assert [(place.pass_name, place.place, place.reason) for place in declined] == [
         ("lower.sparse-matmul", "q", reason)
     ]
-    result = Magnitude(sparsity=0.5)(model)
+    result = Round(bits=4)(model)
     assert not result.modified
     assert [(place.place, place.reason) for place in result.declined] == [("q", reason)]
-    with pytest.raises(UsageError, match=f"targets: 'q' cannot be pruned: it {reason}"):
-        Magnitude(sparsity=0.5, targets=("q",))(model)
     (work,) = Work(model).count()
     assert (work.weight, work.products) == ("q", 3 * K * N)
     (row,) = untouched([work], set(), dict(find_weights(model)[1]))

@@ -181,13 +181,13 @@ CASES = {
     "quantized": Case(
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
-        left=("q",),
+        prunable=("q",),
     ),
     "quantized in blocks": Case(
         "D = DequantizeLinear<axis = 1, block_size = 3>(q, s) W = Transpose(D) Y = MatMul(X, W)",
-        {"q": np.arange(32, dtype=np.int8).reshape(4, 8), "s": weight(4, 3)},
+        {"q": np.arange(32, dtype=np.int8).reshape(4, 8), "s": np.full((4, 3), 0.1, np.float32)},
         opset=21,
-        left=("q",),
+        prunable=("q",),
     ),
     "palette": Case(
         "J = Cast<to = 6>(q) W = Gather(p, J) Y = MatMul(X, W)",
@@ -355,7 +355,9 @@ def apply(tmp_path, monkeypatch):
         if step.needs_calibration:
             calibration = CalibrationData(Samples.of([feeds(model, case)], "test"), tmp_path)
         if isinstance(step, Gradient):
-            weights = {weight.name: np.array(weight.matrix()) for weight in find_weights(model)[0]}
+            weights = {
+                weight.name: np.array(weight.matrix()) for weight in find_weights(model, encoded=True)[0]
+            }
             finite = {name: np.where(np.isfinite(w), w, 0).astype(np.float32) for name, w in weights.items()}
             known = {name: WeightGradients(abs(w), w**2) for name, w in finite.items()}
             write_gradients(tmp_path / step.gradients, known)

@@ -51,7 +51,7 @@ def without_kernel(model: ir.Model) -> dict[str, str]:
     why = {place.place: place.reason for place in declined}
     return {
         weight.name: f"{NO_KERNEL} ({why.get(weight.name, 'no lowering does')})"
-        for weight in find_weights(model)[0]
+        for weight in find_weights(model, encoded=True)[0]
         if id(weight.value) not in takable
     }
 

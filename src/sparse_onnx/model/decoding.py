@@ -6,10 +6,11 @@ only move its elements::
     integers ── DequantizeLinear(scale, zero point)
     floats ──── QuantizeLinear ── DequantizeLinear                ┐
     indices ─── Gather(codebook)                                  ├── Transpose, Reshape, ... ── MatMul, Conv, ...
-    indices ─── Cast ── Gather(codebook)                          ┘
+    indices ─── Cast ── Gather(codebook)                          │
+    integers ── Cast ── Sub(zero point) ── Mul(scale)             ┘
 
-Scales, zero points and codebooks must be constant, and nothing else may read what lies between the stored tensor and
-the layers: a change would reach it, too.
+The Sub and the Mul behind a Cast may be missing. Scales, zero points and codebooks must be constant, and nothing else
+may read what lies between the stored tensor and the layers: a change would reach it, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.encodings import Affine, Encoding, Palette
-from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.graph import is_standard, producer
+from sparse_onnx.model.nbits import PackedBlocks
 
 __all__ = ["Decoded", "IsLayer", "Move", "decodes", "follow", "results"]
 
@@ -35,6 +37,8 @@ _MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Uns
 _WIDER = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _SCALES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BITS = 16
+_CAST_BITS = 8  # of integers that a Cast makes floats of: what is wider is no weight
+_ONE = ir.tensor(np.float32(1), name="one")
 _GIVEN_OUT = "is decoded for layers and also an output of the graph"
 
 
@@ -66,7 +70,7 @@ class Decoded:
 
     operand: ir.Value
     shape: Shape
-    encoding: Encoding
+    encoding: Encoding | PackedBlocks
     moves: tuple[Move, ...] = ()
 
 
@@ -88,8 +92,40 @@ def _decoders(node: ir.Node, index: int) -> Iterator[ir.Node]:
     """The last nodes of those that decode the input ``index`` of ``node``."""
     if decodes(node, index):
         yield node
+    elif _casts(node):
+        yield from _scaled(node)
     elif index == 0 and is_standard(node, "QuantizeLinear", "Cast"):
         yield from (user for user, place in node.outputs[0].uses() if decodes(user, place))
+
+
+def _casts(node: ir.Node) -> bool:
+    """Whether ``node`` makes floats of integers that are stored."""
+    tensor = constant_tensor(node.inputs[0]) if is_standard(node, "Cast") else None
+    return tensor is not None and _is_small_integer(tensor.dtype) and _dtype(node, "to") in _SCALES
+
+
+def _is_small_integer(dtype: ir.DataType) -> bool:
+    return dtype.is_integer() and dtype.bitwidth <= _CAST_BITS
+
+
+def _scaled(node: ir.Node) -> Iterator[ir.Node]:
+    """``node``, and the Sub and the Mul with a constant that follow it."""
+    yield node
+    for op_type in ("Sub", "Mul"):
+        users = [use.node for use in node.outputs[0].uses() if is_standard(use.node, op_type)]
+        if len(users) == 1 and _operand(users[0], node.outputs[0]) is not None:
+            node = users[0]
+            yield node
+
+
+def _operand(node: ir.Node, value: ir.Value) -> ir.TensorProtocol | None:
+    """The constant that a Sub or Mul combines with ``value``, a Cast of one included."""
+    other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+    if is_standard(node, "Sub") and other is node.inputs[0]:
+        return None
+    if (cast := producer(other, "Cast")) is not None:
+        other = cast.inputs[0]
+    return constant_tensor(other)
 
 
 def decodes(node: ir.Node, index: int) -> bool:
@@ -121,9 +157,17 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
     elif is_standard(node, "DequantizeLinear"):
         encoding = _affine(tensor.dtype, node, shape)
     else:
+        cast = node
         if is_standard(node, "Cast") and tensor.dtype.bitwidth <= _BITS:
-            node = _only_node(node.outputs[0])
-        encoding = _palette(tensor.dtype, node)
+            node = (
+                _only_node(node.outputs[0])
+                if not any(is_layer(*use) for use in node.outputs[0].uses())
+                else node
+            )
+        if _casts(cast) and not is_standard(node, "Gather"):
+            encoding, node = _by_hand(tensor.dtype, cast, shape)
+        else:
+            encoding = _palette(tensor.dtype, node)
     dtype = encoding.codebook.dtype if isinstance(encoding, Palette) else encoding.result
     operand, moves = node.outputs[0], list[Move]()
     while not any(is_layer(*use) for use in operand.uses()):
@@ -252,6 +296,47 @@ def _palette(dtype: ir.DataType, node: ir.Node) -> Palette:
     if codebook is None or not is_standard(node, "Gather") or not dtype.is_integer():
         raise _UnreadableError(f"has dtype {dtype.name} and is decoded by {node.op_type}")
     return Palette(codebook)
+
+
+def _by_hand(dtype: ir.DataType, cast: ir.Node, shape: Shape) -> tuple[Affine, ir.Node]:
+    """The encoding of integers of that type and shape that ``cast``, and a Sub and a Mul where there are such, make
+    floats of, and the last of these nodes."""
+    result, last = _dtype(cast, "to"), cast
+    parameters: dict[str, ir.TensorProtocol] = {}
+    axes: set[int] = set()
+    for node in _scaled(cast):
+        if node is not cast:
+            _only_node(last.outputs[0])
+            tensor = _operand(node, last.outputs[0])
+            assert tensor is not None
+            axis = _broadcast_axis(tensor, shape)
+            axes |= set() if axis is None else {axis}
+            parameters[node.op_type] = tensor
+        last = node
+    if len(axes) > 1:
+        raise _UnreadableError("has scales along one axis and zero points along another")
+    scale = parameters.get("Mul", _ONE)
+    if scale.dtype != result and scale is not _ONE:
+        raise _UnreadableError(f"is cast to {result.name} and has scales of {scale.dtype.name}")
+    zero_point = None
+    if (given := parameters.get("Sub")) is not None:
+        numbers = np.asarray(given.numpy(), np.float64).reshape(-1)
+        if not all(number.is_integer() and dtype.min <= number <= dtype.max for number in numbers):
+            raise _UnreadableError(f"has zero points that are no numbers of {dtype.name}")
+        zero_point = ir.tensor(numbers.astype(dtype.numpy()))
+    flat = scale if len(scale.shape) < 2 else ir.tensor(scale.numpy().reshape(-1))
+    return Affine(dtype, flat, zero_point, next(iter(axes), None), 0, result), last
+
+
+def _broadcast_axis(tensor: ir.TensorProtocol, shape: Shape) -> int | None:
+    """The axis of ``shape`` along which the elements of ``tensor`` differ; None: there is one."""
+    sizes = _shape(tensor)
+    long = [index for index, size in enumerate(sizes) if size != 1]
+    axis = len(shape) - len(sizes) + long[0] if long else 0
+    fits = len(sizes) <= len(shape) and (not long or (len(long) == 1 and sizes[long[0]] == shape[axis]))
+    if not fits:
+        raise _UnreadableError(f"has scales or zero points of shape {sizes}, which does not fit {shape}")
+    return axis if long else None
 
 
 def _move(node: ir.Node, shape: Shape) -> Move:

@@ -204,6 +204,11 @@ class Affine:
             )
         return np.where(same, stored, values if self.rounded else integers)
 
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """The values on the grid nearest to float32 ``values``, in the shape of the stored tensor; 0 stays 0."""
+        scale, zero_point = self.grid(values.shape)
+        return dequantize(quantize(values, scale, zero_point, self.dtype), scale, zero_point, self.result)
+
     def release(self) -> None:
         """Drop the mapped pages of scales and zero points that lie in a file."""
         release_mapping(self.scale)
@@ -250,6 +255,13 @@ class Palette:
                 f"{_first(values, missing)} are not in its codebook of {self.codebook.size} values"
             )
         return np.where(same, stored, indices)
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """The values of the codebook that are nearest to float32 ``values``."""
+        book = np.sort(self._values())
+        places = np.searchsorted((book[1:] + book[:-1]) / 2, values)
+        found: np.ndarray = book[places]
+        return found
 
     def release(self) -> None:
         """Drop the mapped pages of a codebook that lies in a file."""

@@ -6,8 +6,9 @@ its weight as W [K, N]: K input channels (the axis that is summed over), N outpu
 An ``LSTM(X, W, R, ...)`` or ``GRU`` has two weights [directions, gates · hidden, K]; both are seen as [K, N] with all
 gates of all directions side by side.
 
-A weight need not be stored as floats: nodes may decode it in every run (:mod:`sparse_onnx.model.encodings`). Callers
-that can read and write such weights ask for them; for all others they are places to leave alone.
+A weight need not be stored as floats: nodes may decode it in every run (:mod:`sparse_onnx.model.encodings`), or the
+operator multiplies by integers (:mod:`sparse_onnx.model.integer_operators`). Callers that can read and write such
+weights ask for them; for all others they are places to leave alone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
 from sparse_onnx.model.encodings import DENSE, Dense, Encoding
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
+from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.model_io import release_mapping
+from sparse_onnx.model.nbits import PackedBlocks
 from sparse_onnx.sparse_ops.domain import DOMAIN
 
 __all__ = ["CONVOLUTIONS", "DEFAULT_IGNORE", "LINEARS", "RECURRENT", "Selection", "Weight", "find_weights"]
@@ -56,7 +59,7 @@ class Weight:
     nodes: tuple[ir.Node, ...]
     transposed: bool
     leading: int = 1
-    encoding: Encoding = DENSE
+    encoding: Encoding | PackedBlocks = DENSE
     moves: tuple[Move, ...] = ()
 
     @property
@@ -75,9 +78,29 @@ class Weight:
         return self.value.const_value
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape that layers see: of convolutions [N, C / group, window...]."""
+        if self.moves:
+            return self.moves[-1].after
+        if isinstance(self.encoding, PackedBlocks):
+            return (self.encoding.outputs, self.encoding.inputs)
+        return tuple(int(size) for size in self.tensor.shape.numpy())
+
+    @property
+    def size(self) -> int:
+        """Elements of W, K · N."""
+        return math.prod(self.dims)
+
+    @property
+    def layer(self) -> str:
+        """The operator on floats that does what the layers do."""
+        operator = integer_operator(self.nodes[0])
+        return self.nodes[0].op_type if operator is None else operator.layer
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        dims = self.moves[-1].after if self.moves else self.tensor.shape.numpy()
+        dims = self.dims
         rows, columns = math.prod(dims[: self.leading]), math.prod(dims[self.leading :])
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -86,10 +109,7 @@ class Weight:
 
         Raises ModelFileError if a stored element stands for nothing.
         """
-        values = self._named(self.encoding.decode, self.tensor.numpy())
-        for move in self.moves:
-            values = move(values)
-        return values.reshape(self.shape[::-1]).T if self.transposed else values.reshape(self.shape)
+        return self._after_moves(self._named(self.encoding.decode, self.tensor.numpy()))
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or Inf in float32."""
@@ -106,11 +126,25 @@ class Weight:
         values = np.ascontiguousarray(matrix.T if self.transposed else matrix)
         if isinstance(self.encoding, Dense):
             return values.reshape(self.tensor.shape.numpy())
-        values = np.asarray(values, np.float32).reshape(self.moves[-1].after if self.moves else -1)
+        return self._named(self.encoding.encode, self._before_moves(values), self.tensor.numpy())
+
+    def nearest(self, matrix: np.ndarray) -> np.ndarray:
+        """The values that the encoding has nearest to W [K, N], float32; what is 0 stays 0 where it has a 0."""
+        if isinstance(self.encoding, Dense):
+            return matrix
+        values = self._before_moves(np.ascontiguousarray(matrix.T if self.transposed else matrix))
+        return self._after_moves(self.encoding.nearest(values))
+
+    def _before_moves(self, values: np.ndarray) -> np.ndarray:
+        values = np.asarray(values, np.float32).reshape(self.dims)
         for move in reversed(self.moves):
             values = move.back(values)
-        stored = self.tensor.numpy()
-        return self._named(self.encoding.encode, values.reshape(stored.shape), stored)
+        return values
+
+    def _after_moves(self, values: np.ndarray) -> np.ndarray:
+        for move in self.moves:
+            values = move(values)
+        return values.reshape(self.shape[::-1]).T if self.transposed else values.reshape(self.shape)
 
     def release(self) -> None:
         """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
@@ -171,6 +205,9 @@ def _matches(entries: Sequence[str], weight: Weight) -> bool:
 
 def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
     """(stored transposed, "") if input ``index`` of ``node`` is the weight of a layer, else (None, reason)."""
+    if (operator := integer_operator(node)) is not None and index == operator.weight:
+        by_rows = operator.layer == "Conv" or operator.packed or bool(node.attributes.get_int("transB", 0))
+        return (None, "Gemm with transA") if node.attributes.get_int("transA", 0) else (by_rows, "")
     if node.domain not in STANDARD_DOMAINS:
         return None, f"used by {node.domain}::{node.op_type}"
     if node.op_type == "MatMul" and index == 1:
@@ -188,7 +225,14 @@ def _weight_input(node: ir.Node, index: int) -> tuple[bool | None, str]:
 
 def _is_weight(node: ir.Node, index: int) -> bool:
     """Whether a node of that kind may have a weight there."""
+    if (operator := integer_operator(node)) is not None:
+        return index == operator.weight
     return index == 1 or (index == 2 and node.op_type in RECURRENT)
+
+
+def _is_convolution(node: ir.Node) -> bool:
+    operator = integer_operator(node)
+    return (node.op_type if operator is None else operator.layer) in CONVOLUTIONS
 
 
 def _is_depthwise(shape: tuple[int, ...], nodes: Sequence[ir.Node]) -> bool:
@@ -203,8 +247,8 @@ def _shape_reason(shape: tuple[int, ...], nodes: Sequence[ir.Node], depthwise: b
             return "shared by an LSTM or GRU and others"
         if len(shape) != 3:
             return f"has rank {len(shape)}, not 3"
-    elif any(node.op_type == "Conv" for node in nodes):
-        if any(node.op_type != "Conv" for node in nodes):
+    elif any(map(_is_convolution, nodes)):
+        if not all(map(_is_convolution, nodes)):
             return "shared by convolutions and linears"
         if len(shape) < 3:
             return f"has rank {len(shape)}, less than 3"
@@ -224,6 +268,13 @@ def _read(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
     if not any(is_layer(*use) for use in value.uses()):
         return follow(value, is_layer)
     tensor = value.const_value
+    if tensor is not None and any(integer_operator(use.node) is not None for use in value.uses()):
+        encoding = read_integers(value)
+        if isinstance(encoding, str):
+            return encoding
+        if isinstance(encoding, PackedBlocks):
+            return Decoded(value, (encoding.outputs, encoding.inputs), encoding)
+        return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), encoding)
     if tensor is None or tensor.dtype not in _FLOATS:
         return f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"
     return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), DENSE)
@@ -265,11 +316,14 @@ def find_weights(
     which is no such layer or sees the matrix the other way round (a tied embedding): a change would reach that
     user too. Layers inside functions are left alone as well.
 
-    Weights that are not stored as floats are found if ``encoded``; otherwise they are left alone.
+    Weights that are not stored as floats are found if ``encoded``; otherwise they are left alone, and those of
+    operators on integers, which are other layers, not looked at.
     """
 
     def is_layer(node: ir.Node, index: int) -> bool:
-        return node.op_type in op_types and _is_weight(node, index)
+        operator = integer_operator(node)
+        known = node.op_type in op_types if operator is None else encoded and operator.layer in op_types
+        return known and _is_weight(node, index)
 
     found: list[Weight] = []
     declined: list[tuple[str, str]] = []
