@@ -106,11 +106,11 @@ class Weight:
         values = np.ascontiguousarray(matrix.T if self.transposed else matrix)
         if isinstance(self.encoding, Dense):
             return values.reshape(self.tensor.shape.numpy())
-        values = np.asarray(values, np.float32).reshape(self.moves[-1].after if self.moves else -1)
+        stored = self.tensor.numpy()
+        values = np.asarray(values, np.float32).reshape(self.moves[-1].after if self.moves else stored.shape)
         for move in reversed(self.moves):
             values = move.back(values)
-        stored = self.tensor.numpy()
-        return self._named(self.encoding.encode, values.reshape(stored.shape), stored)
+        return self._named(self.encoding.encode, values, stored)
 
     def release(self) -> None:
         """Drop the mapped pages of a tensor that lies in a file; the next read maps them again.
