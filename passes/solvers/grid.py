@@ -93,6 +93,25 @@ class Grid:
         index = np.arange(inputs) // self.options.span(inputs)
         return self.scale[index], self.zero_point[index].astype(np.float32)
 
+    def levels(
+        self, inputs: int, kept: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scale, lowest and highest *level* of every weight, [K, N] float32 each; a level is q − z, so the weight is
+        level · scale. Where ``kept`` bool [K, N] is False the only level is 0."""
+        scale, zero = self.of_inputs(inputs)
+        low, high = self.options.lowest - zero, self.options.highest - zero
+        if kept is not None:
+            low *= kept
+            high *= kept
+        return scale, low, high
+
+    def at(self, levels: np.ndarray) -> QuantizedMatrix:
+        """The matrix of these ``levels`` [K, N], float32 whole numbers within what :meth:`levels` says."""
+        _, zero = self.of_inputs(len(levels))
+        return QuantizedMatrix(
+            (levels + zero).astype(self.options.dtype), self.scale, self.zero_point, self.options
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
@@ -185,7 +204,5 @@ def fitted_grid(low: np.ndarray, high: np.ndarray, options: GridOptions) -> Grid
 
 def round_to_grid(W: np.ndarray, grid: Grid) -> QuantizedMatrix:
     """The nearest point of ``grid`` for every element of W [K, N], halves to even; 0 is met exactly."""
-    options = grid.options
-    scale, zero = grid.of_inputs(len(W))
-    integers = np.clip(np.rint(W / scale) + zero, options.lowest, options.highest)
-    return QuantizedMatrix(integers.astype(options.dtype), grid.scale, grid.zero_point, options)
+    scale, low, high = grid.levels(len(W))
+    return grid.at(np.clip(np.rint(W / scale), low, high))
