@@ -7,7 +7,8 @@ only move its elements::
     floats ──── QuantizeLinear ── DequantizeLinear                ┐
     indices ─── Gather(codebook)                                  ├── Transpose, Reshape, ... ── MatMul, Conv, ...
     indices ─── Cast ── Gather(codebook)                          │
-    integers ── Cast ── Sub(zero point) ── Mul(scale)             ┘
+    integers ── Cast ── Sub(zero point) ── Mul(scale)             │
+    bytes ───── Unpack(scale, zero point)                         ┘
 
 The Sub and the Mul behind a Cast may be missing. Scales, zero points and codebooks must be constant, and nothing else
 may read what lies between the stored tensor and the layers: a change would reach it, too.
@@ -22,8 +23,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.bit_packing import STORED_BITS, UNPACK_DOMAIN, packed_shape, unpack_name
 from sparse_onnx.model.constants import constant_tensor
-from sparse_onnx.model.encodings import Affine, Encoding, Palette
+from sparse_onnx.model.encodings import Affine, Encoding, Packed, Palette
 from sparse_onnx.model.graph import is_standard, producer
 from sparse_onnx.model.nbits import PackedBlocks
 
@@ -133,7 +135,7 @@ def decodes(node: ir.Node, index: int) -> bool:
     if is_standard(node, "Gather") and index == 1:  # of an activation it is no decoder
         codebook = constant_tensor(node.inputs[0])
         return codebook is not None and codebook.dtype in _SCALES and len(codebook.shape) == 1
-    return is_standard(node, "DequantizeLinear") and index == 0
+    return index == 0 and (is_standard(node, "DequantizeLinear") or node.domain == UNPACK_DOMAIN)
 
 
 def follow(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
@@ -156,6 +158,8 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
         encoding = _rounded(tensor, rounding, node, shape)
     elif is_standard(node, "DequantizeLinear"):
         encoding = _affine(tensor.dtype, node, shape)
+    elif node.domain == UNPACK_DOMAIN:
+        encoding = _packed(tensor, node)
     else:
         cast = node
         if is_standard(node, "Cast") and tensor.dtype.bitwidth <= _BITS:
@@ -170,6 +174,8 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
             encoding = _palette(tensor.dtype, node)
     dtype = encoding.codebook.dtype if isinstance(encoding, Palette) else encoding.result
     operand, moves = node.outputs[0], list[Move]()
+    if isinstance(encoding, Packed):
+        shape = encoding.dims
     while not any(is_layer(*use) for use in operand.uses()):
         node = _only_node(operand)
         operand = node.outputs[0]
@@ -337,6 +343,37 @@ def _broadcast_axis(tensor: ir.TensorProtocol, shape: Shape) -> int | None:
     if not fits:
         raise _UnreadableError(f"has scales or zero points of shape {sizes}, which does not fit {shape}")
     return axis if long else None
+
+
+def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
+    """The encoding of bytes that a function unpacks."""
+    scale, zero_point = _parameter(node, 1, "scale"), _parameter(node, 2, "zero point")
+    names = {unpack_name(bits, zero_point is not None): bits for bits in STORED_BITS}
+    bits = names.get(node.op_type)
+    shape, grid = _shape(tensor), node.attributes.get_ints("grid", ())
+    inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("inputs", "rows"))
+    result = _dtype(node, "to")
+    known = (
+        bits is not None and scale is not None and scale.dtype in _SCALES and result in (*_WIDER, *_SCALES)
+    )
+    if not known or len(grid) != 3 or len(inputs) != 1 or len(shape) != 3 or min(*grid[:2], *inputs) < 1:
+        raise _UnreadableError(f"is unpacked by {node.op_type} with attributes that it does not have")
+    assert bits is not None
+    assert scale is not None
+    groups, size, N = grid[0], grid[1], shape[2]
+    fits = (
+        -(-inputs[0] // size) == groups
+        and rows == (groups * size,)
+        and _shape(scale) == (groups, 1, N)
+        and (tensor.dtype, shape) == (ir.DataType.UINT8, packed_shape(groups * size, N, bits))
+    )
+    if fits and zero_point is not None:
+        fits = (zero_point.dtype, _shape(zero_point)) == (ir.DataType.UINT8, packed_shape(groups, N, bits))
+    if not fits:
+        raise _UnreadableError(
+            f"has bytes of shape {shape} and scales of shape {_shape(scale)}, which do not fit"
+        )
+    return Packed(bits, inputs[0], size, scale, zero_point, result)
 
 
 def _move(node: ir.Node, shape: Shape) -> Move:

@@ -9,6 +9,8 @@ encoding     the graph computes the weight by           value of an element
              rounds in every run                        block along an axis
 `Palette`    ``Gather`` of stored indices from a        codebook[index]
              codebook
+`Packed`     a function ``Unpack`` of operators that    as `Affine`, for blocks of inputs
+             shift bits, of packed integers
 ===========  =========================================  ============================================
 
 An encoding decodes a stored array to float32 and encodes values back. Encoding rounds nothing: it takes only values
@@ -27,6 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import ModelFileError, UsageError
+from sparse_onnx.model.bit_packing import pack, unpack
 from sparse_onnx.model.model_io import release_mapping
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Affine",
     "Dense",
     "Encoding",
+    "Packed",
     "Palette",
     "dequantize",
     "find_in_codebook",
@@ -268,4 +272,75 @@ class Palette:
         release_mapping(self.codebook)
 
 
-Encoding: TypeAlias = Dense | Affine | Palette
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Integers of ``bits`` (2, 3, 4 or 8) in bytes, as :mod:`~sparse_onnx.model.bit_packing` has them. They stand for a
+    matrix [K, N], whatever the shape of the bytes.
+
+    Attributes:
+        inputs: K.
+        group_size: Inputs that share a scale.
+        scale: float32 or float16 [groups, 1, N].
+        zero_point: Packed integers, one for each scale; None: 2^(bits - 1) everywhere.
+        result: The float type that values are rounded to.
+    """
+
+    bits: int
+    inputs: int
+    group_size: int
+    scale: ir.TensorProtocol
+    zero_point: ir.TensorProtocol | None
+    result: ir.DataType
+
+    def __str__(self) -> str:
+        zeros = "" if self.zero_point is None else " and a zero point"
+        return f"{self.bits} bits with a scale{zeros} for {self.group_size} inputs"
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(K, N)."""
+        return self.inputs, int(self.scale.shape.numpy()[-1])
+
+    def _grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points of every element, [K, N]."""
+        scale = self.scale.numpy()[:, 0]
+        index = np.arange(self.inputs) // self.group_size
+        if self.zero_point is None:
+            return scale[index], np.array(1 << self.bits - 1, np.int32)
+        return scale[index], unpack(self.zero_point.numpy(), self.bits, len(scale))[index]
+
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """The float32 values [K, N] of stored bytes."""
+        return dequantize(unpack(stored, self.bits, self.inputs), *self._grid(), self.result)
+
+    def encode(self, values: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        """What to store for float32 ``values`` [K, N] instead of ``stored``.
+
+        Raises UsageError if a value that changed is not on the grid.
+        """
+        same = _unchanged(values, self.decode(stored))
+        integers, missing = restore(values, *self._grid(), ir.DataType.UINT8, self.result)
+        missing = (missing | (integers >= 1 << self.bits)) & ~same
+        if missing.any():
+            raise UsageError(
+                f"{_first(values, missing)} are not on the grid of {self}; round them to it first"
+            )
+        padded = np.zeros((len(self.scale.numpy()) * self.group_size, stored.shape[2]), np.uint8)
+        padded[: self.inputs] = np.where(same, unpack(stored, self.bits, self.inputs), integers)
+        return pack(padded, self.bits)
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """The values on the grid nearest to float32 ``values`` [K, N]; 0 stays 0."""
+        scale, zero_point = self._grid()
+        steps = np.rint(values / scale.astype(np.float32)) + zero_point
+        integers = np.clip(steps, 0, (1 << self.bits) - 1).astype(np.int32)
+        return dequantize(integers, scale, zero_point, self.result)
+
+    def release(self) -> None:
+        """Drop the mapped pages of scales and zero points that lie in a file."""
+        release_mapping(self.scale)
+        if self.zero_point is not None:
+            release_mapping(self.zero_point)
+
+
+Encoding: TypeAlias = Dense | Affine | Palette | Packed

@@ -75,6 +75,11 @@ class PackedBlocks:
         return f"{self.dtype.name} with a scale for {self.block_size} inputs"
 
     @property
+    def dims(self) -> Shape:
+        """Of W'."""
+        return self.outputs, self.inputs
+
+    @property
     def dtype(self) -> ir.DataType:
         """Of the integers, once they are unpacked."""
         return _TYPES[self.bits]

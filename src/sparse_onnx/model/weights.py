@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
-from sparse_onnx.model.encodings import DENSE, Dense, Encoding
+from sparse_onnx.model.encodings import DENSE, Dense, Encoding, Packed
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
@@ -82,8 +82,8 @@ class Weight:
         """The shape that layers see: of convolutions [N, C / group, window...]."""
         if self.moves:
             return self.moves[-1].after
-        if isinstance(self.encoding, PackedBlocks):
-            return (self.encoding.outputs, self.encoding.inputs)
+        if isinstance(self.encoding, (Packed, PackedBlocks)):
+            return self.encoding.dims
         return tuple(int(size) for size in self.tensor.shape.numpy())
 
     @property
@@ -273,7 +273,7 @@ def _read(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
         if isinstance(encoding, str):
             return encoding
         if isinstance(encoding, PackedBlocks):
-            return Decoded(value, (encoding.outputs, encoding.inputs), encoding)
+            return Decoded(value, encoding.dims, encoding)
         return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), encoding)
     if tensor is None or tensor.dtype not in _FLOATS:
         return f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"
