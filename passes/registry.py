@@ -37,6 +37,7 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
@@ -80,6 +81,7 @@ PASSES: tuple[type[Pass], ...] = (
     Threshold,
     Wanda,
     Round,
+    QuantizeWeights,
 )
 """Every pass, sorted by name."""
 
