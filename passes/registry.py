@@ -35,6 +35,7 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
@@ -75,6 +76,7 @@ _ROWS: tuple[type[Pass], ...] = (
     Threshold,
     Wanda,
     Round,
+    QuantizeWeights,
 )
 
 PASSES: tuple[type[Pass], ...] = tuple(sorted((*_ROWS, *LOWERINGS), key=lambda cls: cls.name))
