@@ -36,7 +36,9 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 )
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.quantize.dynamic import Dynamic
 from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.static import Static
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
@@ -79,7 +81,9 @@ PASSES: tuple[type[Pass], ...] = (
     Taylor,
     Threshold,
     Wanda,
+    Dynamic,
     Round,
+    Static,
 )
 """Every pass, sorted by name."""
 
