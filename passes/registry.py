@@ -38,6 +38,7 @@ from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.dynamic import Dynamic
 from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.smooth import Smooth
 from sparse_onnx.passes.quantize.static import Static
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
@@ -83,6 +84,7 @@ PASSES: tuple[type[Pass], ...] = (
     Wanda,
     Dynamic,
     Round,
+    Smooth,
     Static,
 )
 """Every pass, sorted by name."""

@@ -13,6 +13,7 @@ from sparse_onnx.model.graph import Names, add_initializer, input_at, name_of
 from sparse_onnx.model.weights import LINEARS, Selection, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.patterns.match import is_scaled
+from sparse_onnx.passes.solvers.gptq import GptqQuantizer
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
 from sparse_onnx.passes.solvers.rounding import RtnQuantizer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
@@ -21,6 +22,7 @@ from sparse_onnx.running.host import cpu_features
 __all__ = [
     "Builder",
     "chosen_layers",
+    "evened_statistics",
     "has_integer_dot_products",
     "layers_by_input",
     "quantized_weight",
@@ -93,11 +95,32 @@ def layers_by_input(weights: Sequence[Weight]) -> list[tuple[ir.Value, tuple[Wei
     return [(value, tuple(own)) for value, own in groups.values()]
 
 
-def quantized_weight(W: np.ndarray, bits: int, power: np.ndarray | None = None) -> QuantizedMatrix:
-    """W [K, N] as int8 in ``bits``, symmetric, one scale an output: the range with the least squared error, inputs
-    weighted with their ``power`` [K]."""
-    known = None if power is None else InputStatistics(np.asarray(power, np.float64))
-    return RtnQuantizer(grid=GridOptions(bits=bits), clip=True).solve(W, known)
+def quantized_weight(
+    W: np.ndarray, bits: int, statistics: InputStatistics | None = None, *, feedback: bool = False
+) -> QuantizedMatrix:
+    """W [K, N] as int8 in ``bits``, symmetric, one scale an output, of the range with the least squared error.
+
+    Inputs count by their power, where ``statistics`` tell it. With ``feedback`` the error of each input is made up for
+    by those that follow (GPTQ), as far as the Gram is known.
+    """
+    grid = GridOptions(bits=bits)
+    if feedback and statistics is not None:
+        return GptqQuantizer(grid=grid, clip=True).solve(W, statistics)
+    return RtnQuantizer(grid=grid, clip=True).solve(W, statistics)
+
+
+def evened_statistics(statistics: InputStatistics, scale: np.ndarray, noise: float) -> InputStatistics:
+    """Of X / s, s = ``scale`` [K], rounded to integers: ``noise`` is the mean square of its rounding error."""
+    count = statistics.count
+    known = statistics.gram if isinstance(statistics.gram, tuple) else (statistics.gram,)
+    parts, start = [], 0
+    for part in known:
+        own = scale[start : start + len(part)].astype(np.float64)
+        start += len(part)
+        gram = part / own / (own[:, None] if part.ndim == 2 else own)
+        gram[np.diag_indices_from(gram) if part.ndim == 2 else slice(None)] += count * noise
+        parts.append(gram)
+    return InputStatistics(tuple(parts) if isinstance(statistics.gram, tuple) else parts[0], None, count)
 
 
 @dataclasses.dataclass(frozen=True)

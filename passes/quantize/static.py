@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.graph import is_standard, producer
 from sparse_onnx.model.weights import DEFAULT_IGNORE, LINEARS, Selection, Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
@@ -31,12 +32,14 @@ from sparse_onnx.passes.quantize.encode import write_quantized
 from sparse_onnx.passes.quantize.layers import (
     Builder,
     chosen_layers,
+    evened_statistics,
     layers_by_input,
     quantized_weight,
     resolved_bits,
 )
 from sparse_onnx.passes.solvers.ranges import CALIBRATORS, LEVELS
 from sparse_onnx.passes.solvers.smoothing import rounding_errors, smoothing_scale
+from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = ["Static"]
 
@@ -50,6 +53,8 @@ class Static(Pass):
     Attributes:
         calibrator: How the range of an input is chosen; see :mod:`~sparse_onnx.passes.solvers.ranges`.
         smooth: Even channels out before they are rounded, where that pays.
+        weights: How weights are rounded: ``gptq`` makes up for each error by the weights that follow, on the second
+            moments of the rounded inputs; ``rtn`` takes the nearest, in a third of the time.
         weight_bits: 8, or 7 for processors that add products of bytes with saturation (AVX2, AVX-512 without VNNI);
             None: what this machine needs.
         max_layer_error: Layers that are expected to lose a larger part of their output than this stay as they are.
@@ -61,6 +66,7 @@ class Static(Pass):
     needs_calibration: ClassVar[bool] = True
     calibrator: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
     smooth: bool = True
+    weights: Literal["gptq", "rtn"] = "gptq"
     weight_bits: int | None = None
     max_layer_error: float | None = None
     targets: tuple[str, ...] = ()
@@ -89,6 +95,7 @@ class Static(Pass):
         )
         declined += [self.declined(name, reason) for name, reason in calibrator.declined]
         ranges = calibrator.ranges()
+        moments = calibrator.oneshot() if self.weights == "gptq" else None
         builder = Builder.of(model, context)
         known = [weight for weight in weights if weight.name in calibrator.captures]
         for value, group in layers_by_input(known):
@@ -97,7 +104,9 @@ class Static(Pass):
             if isinstance(plan, str):
                 declined += [self.declined(weight.name, plan) for weight in group]
                 continue
-            _write(builder, value, group, plan, bits)
+            statistics_of = None if moments is None else moments[group[0].name][0]
+            _write(builder, value, group, plan, statistics_of, bits)
+            del statistics_of
             statistics["inputs"] += 1
             statistics["smoothed"] += plan.scale is not None
             statistics["weights"] += len(group)
@@ -127,12 +136,12 @@ class Static(Pass):
         error = float(np.sqrt(sum(rounding_errors(W, channels, scale, bits)) / signal))
         if self.max_layer_error is not None and error > self.max_layer_error:
             return f"expected to lose {error:.1%} of its output, more than max_layer_error"
-        return _Plan(best, low, high, channels.power / scale**2, error)
+        return _Plan(best, low, high, channels.power, error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """``scale`` s [K] float32 or None; of X / s the range and the mean squares [K]; the expected relative error."""
+    """``scale`` s [K] float32 or None; the range of X / s; the mean squares [K] of X; the expected relative error."""
 
     scale: np.ndarray | None
     low: float
@@ -141,7 +150,14 @@ class _Plan:
     error: float
 
 
-def _write(builder: Builder, value: ir.Value, group: tuple[Weight, ...], plan: _Plan, bits: int) -> None:
+def _write(
+    builder: Builder,
+    value: ir.Value,
+    group: tuple[Weight, ...],
+    plan: _Plan,
+    moments: InputStatistics | None,
+    bits: int,
+) -> None:
     first = builder.first(node for weight in group for node in weight.nodes)
     stem = value.name or "input"
     source = value
@@ -160,14 +176,37 @@ def _write(builder: Builder, value: ir.Value, group: tuple[Weight, ...], plan: _
     restored = builder.node(
         "DequantizeLinear", [rounded, *grid], f"{stem}.restored", first, ir.DataType.FLOAT, value
     )
+    scale = np.ones(len(plan.power), np.float32) if plan.scale is None else plan.scale
+    known = InputStatistics(plan.power, None, 1) if moments is None else moments
+    known = evened_statistics(known, scale, float(step) ** 2 / 12)
     for weight in group:
-        W = np.asarray(weight.matrix(), np.float32)
-        if plan.scale is not None:
-            W = W * plan.scale[:, None]
+        W = np.asarray(weight.matrix(), np.float32) * scale[:, None]
         weight.release()
-        write_quantized(
-            builder.model, weight, quantized_weight(W, bits, plan.power), "dequantize", builder.context.store
-        )
+        quantized = quantized_weight(W, bits, known, feedback=moments is not None)
+        write_quantized(builder.model, weight, quantized, "dequantize", builder.context.store)
+        _say_zero_points(builder, weight)
         for node in weight.nodes:
             node.replace_input_with(0, restored)
             builder.part_bias(node)
+            if _becomes_a_gemm(node, value):
+                node.op_type = "Gemm"
+
+
+def _becomes_a_gemm(node: ir.Node, value: ir.Value) -> bool:
+    """Whether ONNX Runtime would join a product of matrices with the Add behind it to a Gemm with a bias, which it does
+    not take integers into. A Gemm without one stays as it is."""
+    matrix = value.shape is not None and len(value.shape) == 2
+    return (
+        matrix
+        and node.op_type == "MatMul"
+        and any(is_standard(user, "Add") for user in node.outputs[0].consumers())
+    )
+
+
+def _say_zero_points(builder: Builder, weight: Weight) -> None:
+    """Write out the zero points, which are zeros: ONNX Runtime makes a Gemm of integers only where they are there."""
+    restored = producer(weight.nodes[0].inputs[1], "DequantizeLinear")
+    assert restored is not None
+    zeros = np.zeros(weight.shape[1], np.int8)
+    restored.resize_inputs(3)
+    restored.replace_input_with(2, builder.constant(f"{weight.name}.zero_point", zeros))
