@@ -34,7 +34,10 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 )
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.quantize.dynamic import Dynamic
 from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.smooth import Smooth
+from sparse_onnx.passes.quantize.static import Static
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
@@ -75,8 +78,11 @@ _ROWS: tuple[type[Pass], ...] = (
     Taylor,
     Threshold,
     Wanda,
+    Dynamic,
     Round,
     QuantizeWeights,
+    Smooth,
+    Static,
 )
 
 PASSES: tuple[type[Pass], ...] = tuple(sorted((*_ROWS, *LOWERINGS), key=lambda cls: cls.name))

@@ -25,6 +25,7 @@ from sparse_onnx.model.weights import RECURRENT, Weight
 from sparse_onnx.passes.calibration.blocks import Block, Cutter
 from sparse_onnx.passes.calibration.captures import Capture, View, find_captures
 from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.calibration.histograms import ChannelHistograms
 from sparse_onnx.passes.calibration.memory import (
     Demand,
     Sweep,
@@ -34,7 +35,7 @@ from sparse_onnx.passes.calibration.memory import (
 )
 from sparse_onnx.passes.calibration.moments import Layout, Moments
 from sparse_onnx.passes.calibration.record import Record
-from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
+from sparse_onnx.passes.calibration.rows import channel_rows, linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.skeleton import PartSession
 from sparse_onnx.passes.calibration.spill import Loader, Spill, Statistics, at_hand
 from sparse_onnx.passes.calibration.statistics_file import Header
@@ -48,6 +49,9 @@ from sparse_onnx.units import format_bytes
 __all__ = ["BlockStatistics", "Calibrator", "Options"]
 
 _TOKENS_PER_CHANNEL = 8
+_COUNTED_ROWS = (
+    16384  # of a histogram: enough for the share of values beyond any range that is worth choosing
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +172,44 @@ class Calibrator:
 
     def _distinct(self, weights: Sequence[Weight]) -> list[Capture]:
         return list(dict.fromkeys(self.captures[weight.name] for weight in weights))
+
+    # -- ranges -----------------------------------------------------------------------------------------------
+
+    def ranges(self) -> dict[str, ChannelHistograms]:
+        """Histograms of every value that a linear or a convolution reads, by its name: of the last axis for linears, of
+        the channels for convolutions. One pass over the data, in as few stages as fit into memory."""
+        found: dict[str, ChannelHistograms] = {}
+        streams = Streams(self._work)
+        stages = self._stages(self._weights)
+        try:
+            for index, block in enumerate(stages):
+                views = {
+                    view.tensor: view
+                    for weight in block.weights
+                    for view in self.captures[weight.name].views
+                    if view.recurrence is None
+                }
+                wanted = list(dict.fromkeys((*sorted(views.keys() - set(block.inputs)), *block.outputs)))
+                what = f"ranges {index + 1}/{len(stages)}" if len(stages) > 1 else "ranges"
+                progress = Progress(self._say, what, len(self._samples))
+                with self._open(block, wanted, streams) as session:
+                    for batch, given in enumerate(self._samples):
+                        feeds = self._feeds(block, streams, batch, given)
+                        values = feeds | session.run(feeds)
+                        if block.outputs:
+                            streams.put(batch, {name: values[name] for name in block.outputs})
+                        mask = given[self._mask] if self._mask is not None else None
+                        for name, view in views.items():
+                            rows = channel_rows(values[name], view.window, mask)
+                            if name not in found:
+                                expected = len(rows) * len(self._samples)
+                                found[name] = ChannelHistograms(rows.shape[1], 1 + expected // _COUNTED_ROWS)
+                            found[name].add(rows)
+                        progress.step()
+                _drop(streams, stages, index)
+        finally:
+            streams.close()
+        return found
 
     # -- block by block ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sparse_onnx.passes.patterns.match import same_pads
 
-__all__ = ["Dequantized", "Recurrence", "Unfold", "linear_rows", "unfolded_rows"]
+__all__ = ["Dequantized", "Recurrence", "Unfold", "channel_rows", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
 
@@ -184,6 +184,11 @@ def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         return rows
     keep = np.repeat(mask.reshape(-1) != 0, len(rows) // mask.size)
     return rows if keep.all() else rows[keep]
+
+
+def channel_rows(x: np.ndarray, window: Unfold | None, mask: np.ndarray | None = None) -> np.ndarray:
+    """The rows [n, C] of what a linear reads, or the positions of an input [B, C, sizes...] that a ``window`` sees."""
+    return linear_rows(x, mask) if window is None else np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
 
 
 def unfolded_rows(x: np.ndarray, window: Unfold) -> Iterator[list[np.ndarray]]:
