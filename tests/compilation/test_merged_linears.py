@@ -16,6 +16,7 @@ from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import choose, layers
 from sparse_onnx.timing.choose import Decision
 from sparse_onnx.timing.layers import time_sparse_layers
@@ -183,9 +184,7 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
 
     monkeypatch.setattr(layers, "time_pair", time_pair)
     model = model_io.load_model(compiled.folder / "model.onnx")
-    found = time_sparse_layers(
-        model, {"X": X}, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    found = time_sparse_layers(model, {"X": X}, Workbench(1, tmp_path, 1 << 30))
     assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
     shapes = {row.op_type: row.weight_shapes for row in found}
     assert shapes.pop("SparseMatMulSplit3") == ((WIDTH, 3 * WIDTH),)

@@ -26,6 +26,7 @@ from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.report.html import render_html
 from sparse_onnx.report.schema import check_report
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import forms
 from sparse_onnx.timing.cache import TimingCache
 from sparse_onnx.timing.choose import Bench, decide, decide_by_table
@@ -111,11 +112,9 @@ def source(tmp_path):
 
 def decided(source, tmp_path, *, cache=None, **options):
     model = model_io.load_model(source)
-    bench = Bench(1, tmp_path, cache or TimingCache())
+    bench = Bench(Workbench(1, tmp_path), cache or TimingCache())
     packer = Packer(PassContext())
-    found = decide(
-        model, find_candidates(model)[0], [SHAPES], packer, bench, progress=lambda _line: None, **options
-    )
+    found = decide(model, find_candidates(model)[0], [SHAPES], packer, bench, **options)
     return {decision.candidate.weight.name: decision for decision in found}
 
 

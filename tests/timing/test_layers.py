@@ -119,7 +119,7 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
     monkeypatch.setattr(layers, "time_pair", timed)
     lines = []
     found = time_sparse_layers(
-        lowered("A", "B", "C", "D"), FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lines.append
+        lowered("A", "B", "C", "D"), FEEDS, Workbench(1, tmp_path, 1 << 30, lines.append)
     )
     assert calls == [
         ("SparseMatMulRelu", (2, 3, 32), (False, True), 1),
@@ -135,9 +135,7 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
 
 
 def test_real_measurement_of_a_layer(tmp_path):
-    (found,) = time_sparse_layers(
-        lowered("D"), FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    (found,) = time_sparse_layers(lowered("D"), FEEDS, Workbench(1, tmp_path, 1 << 30))
     assert (found.op_type, found.weight_shapes, found.x_shape) == ("SparseMatMul", ((32, 16),), (2, 3, 32))
     assert min(found.times.first_ms, found.times.second_ms, found.times.low) > 0
     assert list(tmp_path.iterdir()) == []
@@ -147,9 +145,7 @@ def test_an_operator_with_two_weights(tmp_path):
     model = lowered("C", "D")
     alone = [sparsity_of(node) for node in sparse_nodes(model)]
     FuseFeedForward()(model)
-    (found,) = time_sparse_layers(
-        model, FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    (found,) = time_sparse_layers(model, FEEDS, Workbench(1, tmp_path, 1 << 30))
     assert (found.op_type, found.x_shape) == ("SparseFeedForwardRelu", (2, 3, 32))
     assert found.weight_shapes == ((32, 32), (32, 16))
     assert found.sparsity == pytest.approx((2 * alone[0] + alone[1]) / 3)

@@ -126,7 +126,7 @@ def _compile(job: Job) -> tuple[int, dict[str, Any]]:
     inputs = open_inputs(job, source, model, pipeline)
     prove_conversion(job, source, model, inputs.samples[0])
     metric = measure_original(job, source, inputs, model)
-    bench = job.open_bench()
+    bench = job.open_bench(source.bench)
     with model_io.Spool(job.work) as spool:
         context = PassContext(spool.put, job.say, inputs.calibration, after=job.after)
         with job.clock("prune"):

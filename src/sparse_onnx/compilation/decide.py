@@ -44,9 +44,7 @@ def decide(
     weights = job.recipe.target.weights
     with job.clock("decide"), of_our_making():
         if job.benchmark:
-            return choose.decide(
-                fused.model, fused.candidates, shapes, packer, bench, weights=weights, progress=job.say
-            )
+            return choose.decide(fused.model, fused.candidates, shapes, packer, bench, weights=weights)
         return choose.decide_by_table(
             fused.candidates, job.table, shapes, weights=weights, min_speedup=bench.min_speedup
         )

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from sparse_onnx.compilation.recipe import Recipe
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.stages import StageClock
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.cache import TimingCache
 from sparse_onnx.timing.choose import Bench
 from sparse_onnx.timing.table import TimingTable
@@ -71,7 +72,7 @@ class Job:
         """The file of the result."""
         return self.folder / "model.onnx"
 
-    def open_bench(self) -> Bench:
+    def open_bench(self, workbench: Workbench) -> Bench:
         """How layers are timed; reads the cache."""
         cache = TimingCache(self.cache if self.benchmark else None, self.say)
-        return Bench(self.threads, self.work, cache, self.recipe.goal.min_speedup)
+        return Bench(workbench, cache, self.recipe.goal.min_speedup)

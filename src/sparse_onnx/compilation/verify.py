@@ -16,6 +16,7 @@ from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.ship import Shipped
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.running.runtime import LEVELS, of_our_making, open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import judge
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
@@ -86,7 +87,7 @@ def verify(
     with open_runner(optimized, source.bench, job.written, library=False, lean=True) as runner:
         portable = compare(settled.outputs[:1], [runner.run(samples[0])])
         levels["without_library"] = runner.level
-    rounding = _judge(job, inputs, dense, optimized, {True: compiled, False: portable})
+    rounding = _judge(job, source.bench, inputs, dense, optimized, {True: compiled, False: portable})
     loss = compiled
     if shipped.changed:
         original = original or run_original(source, samples)
@@ -105,7 +106,12 @@ def verify(
 
 
 def _judge(
-    job: Job, inputs: Inputs, dense: ir.Model, optimized: ir.Model, found: Mapping[bool, Difference]
+    job: Job,
+    bench: Workbench,
+    inputs: Inputs,
+    dense: ir.Model,
+    optimized: ir.Model,
+    found: Mapping[bool, Difference],
 ) -> dict[str, float | None]:
     """What rounding does to the outputs, where the differences ``found`` with the library and without it are large.
     Raises VerificationError where it does not explain them."""
@@ -117,11 +123,9 @@ def _judge(
             optimized,
             inputs.samples if library else inputs.samples[:1],
             difference,
+            bench,
             threshold=job.recipe.goal.max_compiler_error,
             library=library,
-            threads=job.threads,
-            work=job.work,
-            progress=job.say,
         )
         if judged.at_fault:
             raise VerificationError(

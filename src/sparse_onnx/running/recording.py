@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +21,22 @@ def record(
     path: Path | None,
     batches: Sequence[Feeds],
     folder: Path,
+    bench: Workbench,
     *,
-    threads: int,
     library: bool,
     required: int | None = None,
     level: str = LEVELS[0],
-    progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 
     Args:
         model: What to run; ``path`` is its file if it has one.
         batches: One dictionary of inputs each.
-        threads: Intra-op threads.
+        bench: What it is run with.
         library: Whether the kernel library is registered.
         required: So many batches at the beginning must run, others may be refused; their indices come back with the
             reason. None: all must run.
         level: ONNX Runtime's graph optimizations, one of :data:`.runtime.LEVELS`.
-        progress: Called with one line of text now and then.
 
     Raises:
         UsageError: ONNX Runtime refuses the model or a batch that must run, or an output is no tensor of numbers.
@@ -46,7 +44,6 @@ def record(
     folder.mkdir()
     results: list[Feeds] = []
     refused: dict[int, str] = {}
-    bench = Workbench(threads, folder, progress=progress)
     with open_runner(model, bench, path, library=library, level=level) as runner:
         for index, feeds in enumerate(batches):
             try:
