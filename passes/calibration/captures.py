@@ -10,7 +10,8 @@ import onnx_ir as ir
 from sparse_onnx.model.constants import constant_array
 from sparse_onnx.model.graph import name_of, new_name
 from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
-from sparse_onnx.passes.calibration.rows import Recurrence, Unfold
+from sparse_onnx.passes.calibration.rows import Recurrence
+from sparse_onnx.passes.patterns.conv_window import ConvWindow
 
 __all__ = ["Capture", "View", "find_captures"]
 
@@ -23,7 +24,7 @@ class View:
     ``recurrence``."""
 
     tensor: str
-    window: Unfold | None = None
+    window: ConvWindow | None = None
     recurrence: Recurrence | None = None
 
     def __str__(self) -> str:
@@ -124,5 +125,5 @@ def _view(weight: Weight, node: ir.Node) -> View:
     assert value.name is not None
     window = None
     if node.op_type in CONVOLUTIONS:
-        window = Unfold.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
+        window = ConvWindow.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
     return View(value.name, window)
