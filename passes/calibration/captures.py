@@ -13,7 +13,8 @@ from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import name_of, new_name, producer
 from sparse_onnx.model.integer_operators import input_grid
 from sparse_onnx.model.weights import CONVOLUTIONS, RECURRENT, Weight
-from sparse_onnx.passes.calibration.rows import Dequantized, Recurrence, Unfold
+from sparse_onnx.passes.calibration.rows import Dequantized, Recurrence
+from sparse_onnx.passes.patterns.conv_window import ConvWindow
 
 __all__ = ["Capture", "View", "find_captures"]
 
@@ -26,7 +27,7 @@ class View:
     ``recurrence``. With a ``grid`` the value has integers, which stand for floats."""
 
     tensor: str
-    window: Unfold | None = None
+    window: ConvWindow | None = None
     recurrence: Recurrence | None = None
     grid: Dequantized | None = None
 
@@ -167,5 +168,5 @@ def _view(weight: Weight, node: ir.Node) -> View:
     assert value.name is not None
     window = None
     if weight.layer in CONVOLUTIONS:
-        window = Unfold.of(node, weight.dims[2:])
+        window = ConvWindow.of(node, weight.dims[2:])
     return View(value.name, window, grid=_grid(node))

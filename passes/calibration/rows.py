@@ -8,76 +8,12 @@ import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import onnx_ir as ir
 
-from sparse_onnx.passes.patterns.match import same_pads
+from sparse_onnx.passes.patterns.conv_window import ConvWindow
 
-__all__ = ["Dequantized", "Recurrence", "Unfold", "channel_rows", "linear_rows", "unfolded_rows"]
+__all__ = ["Dequantized", "Recurrence", "channel_rows", "linear_rows", "unfolded_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
-
-
-@dataclasses.dataclass(frozen=True)
-class Unfold:
-    """The window of a convolution over its d spatial axes; ``pads`` are d begins and d ends, as ONNX has them.
-
-    ``auto_pad`` other than NOTSET determines the pads from the input's size.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    pads: tuple[int, ...]
-    dilations: tuple[int, ...]
-    groups: int = 1
-    auto_pad: str = "NOTSET"
-
-    @classmethod
-    def of(cls, node: ir.Node, kernel: tuple[int, ...]) -> Unfold:
-        """The window of a Conv node whose filters have the spatial sizes ``kernel``."""
-        axes = len(kernel)
-        return cls(
-            kernel,
-            tuple(node.attributes.get_ints("strides", (1,) * axes)),
-            tuple(node.attributes.get_ints("pads", (0,) * (2 * axes))),
-            tuple(node.attributes.get_ints("dilations", (1,) * axes)),
-            node.attributes.get_int("group", 1),
-            node.attributes.get_string("auto_pad", "NOTSET"),
-        )
-
-    def __str__(self) -> str:
-        parts = ["x".join(map(str, self.kernel))]
-        for name, value, default in (
-            ("stride", self.strides, 1),
-            ("pad", self.pads, 0),
-            ("dilation", self.dilations, 1),
-        ):
-            if any(size != default for size in value):
-                parts.append(f"{name} {','.join(map(str, value))}")
-        if self.groups > 1:
-            parts.append(f"{self.groups} groups")
-        if self.auto_pad not in ("NOTSET", "VALID"):
-            parts.append(self.auto_pad)
-        return f"window {' '.join(parts)}"
-
-    def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Zeros before and after each spatial axis of an input with these spatial ``sizes``."""
-        axes = len(self.kernel)
-        pads = self.pads
-        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            upper = self.auto_pad == "SAME_UPPER"
-            pads = same_pads(sizes, self.kernel, self.strides, self.dilations, upper)
-        elif self.auto_pad != "NOTSET":
-            pads = (0,) * (2 * axes)
-        return list(zip(pads[:axes], pads[axes:], strict=True))
-
-    def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The spatial sizes of the output for an input with these spatial ``sizes``."""
-        return tuple(
-            (size + before + after - (kernel - 1) * dilation - 1) // stride + 1
-            for size, (before, after), kernel, stride, dilation in zip(
-                sizes, self.padding(sizes), self.kernel, self.strides, self.dilations, strict=True
-            )
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +122,12 @@ def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     return rows if keep.all() else rows[keep]
 
 
-def channel_rows(x: np.ndarray, window: Unfold | None, mask: np.ndarray | None = None) -> np.ndarray:
+def channel_rows(x: np.ndarray, window: ConvWindow | None, mask: np.ndarray | None = None) -> np.ndarray:
     """The rows [n, C] of what a linear reads, or the positions of an input [B, C, sizes...] that a ``window`` sees."""
     return linear_rows(x, mask) if window is None else np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
 
 
-def unfolded_rows(x: np.ndarray, window: Unfold) -> Iterator[list[np.ndarray]]:
+def unfolded_rows(x: np.ndarray, window: ConvWindow) -> Iterator[list[np.ndarray]]:
     """The rows [n, C / groups · window] of ``x`` [B, C, sizes...], one array a group, a bounded part at a time.
 
     One row a position of the output; its elements in the order of the filters [C / groups, window...].

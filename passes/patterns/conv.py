@@ -21,9 +21,10 @@ from sparse_onnx.model.constants import constant_number, is_constant
 from sparse_onnx.model.graph import input_at, producer
 from sparse_onnx.model.shapes import Shapes, agree
 from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.patterns.conv_window import ConvWindow
 from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
 from sparse_onnx.passes.patterns.linear import match_relu, match_silu
-from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, same_pads, users_of
+from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, users_of
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops.sparse_conv import Window, operator_name, outputs_of
 
@@ -114,27 +115,19 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
 
 def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
     """The attributes of a Conv with its padding made explicit, or why that cannot be done."""
-    kernel = tuple(int(size) for size in weight.tensor.shape.numpy()[2:])
-    axes = len(kernel)
-    strides = tuple(node.attributes.get_ints("strides", (1,) * axes))
-    dilations = tuple(node.attributes.get_ints("dilations", (1,) * axes))
-    pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * axes)))
-    group = node.attributes.get_int("group", 1)
-    auto = node.attributes.get_string("auto_pad", "NOTSET")
-    if auto == "VALID":
-        pads = (0,) * (2 * axes)
-    elif auto != "NOTSET":
-        x = node.inputs[0]
-        dims = shapes.dims(x)
+    found = ConvWindow.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
+    if not found.fits or weight.shape[1] % found.groups:
+        return "is a Conv with attributes that do not fit its weight"
+    sizes: list[int] = []
+    if found.needs_size:
+        dims = shapes.dims(node.inputs[0])
         sizes = [size for size in dims[2:] if isinstance(size, int)]
-        if len(dims) != 2 + axes or len(sizes) != axes:
-            return f"is a Conv with auto_pad {auto} whose input has no fixed size"
-        pads = same_pads(sizes, kernel, strides, dilations, auto == "SAME_UPPER")
-    if (len(strides), len(dilations), len(pads)) != (axes, axes, 2 * axes):
+        if len(dims) != 2 + len(found.kernel) or len(sizes) != len(found.kernel):
+            return f"is a Conv with auto_pad {found.auto_pad} whose input has no fixed size"
+    pads = found.explicit_pads(sizes)
+    if min(pads) < 0:
         return "is a Conv with attributes that do not fit its weight"
-    if min(pads) < 0 or weight.shape[1] % group:
-        return "is a Conv with attributes that do not fit its weight"
-    return Window(kernel, strides, pads, dilations, group)
+    return Window(found.kernel, found.strides, pads, found.dilations, found.groups)
 
 
 def _residual(output: ir.Value, shapes: Shapes) -> tuple[ir.Node, int] | None:

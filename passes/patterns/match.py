@@ -7,7 +7,6 @@ What only asks the graph, such as which node makes a value, is in :mod:`sparse_o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -26,7 +25,6 @@ __all__ = [
     "is_vector",
     "only_user",
     "other_operand",
-    "same_pads",
     "transposed",
     "users_of",
 ]
@@ -114,23 +112,3 @@ def is_scalar(value: ir.Value | None, expected: float, h: ir.Value, shapes: Shap
     if number is None or not math.isclose(number, expected, rel_tol=1e-4):
         return False
     return not shapes.may_add_axes(value, h)
-
-
-def same_pads(
-    sizes: Sequence[int],
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilations: tuple[int, ...],
-    upper: bool,
-) -> tuple[int, ...]:
-    """The pads of SAME_UPPER (``upper``) or SAME_LOWER for an input with these spatial ``sizes``: begins, then ends.
-
-    As the ONNX standard says: the output has size / stride elements, rounded up.
-    """
-    before, after = [], []
-    for size, window, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
-        total = max(0, (-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size)
-        small, large = total // 2, total - total // 2
-        before.append(small if upper else large)
-        after.append(large if upper else small)
-    return (*before, *after)

@@ -25,7 +25,7 @@ def read_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise UsageError(f"not valid YAML: {_one_line(error)}") from error
     except RecursionError as error:
-        raise UsageError("not a recipe: nested too deeply") from error
+        raise UsageError("not valid YAML: nested too deeply") from error
 
 
 def write_yaml(document: Mapping[str, Any]) -> str:

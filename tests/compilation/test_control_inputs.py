@@ -1,12 +1,10 @@
 """Inputs that steer the graph, everywhere where shapes are taken: values given, values fixed, data with both."""
 
-import dataclasses
 import json
 
 import numpy as np
 import onnx
 import onnx.parser
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -14,11 +12,9 @@ import sparse_onnx
 from sparse_onnx.analysis.analyze import analyze
 from sparse_onnx.compilation.recipe import dump_recipe
 from sparse_onnx.compilation.recipe_reader import load_recipe, parse_recipe
-from sparse_onnx.data.inputs import input_specs, parse_value_flags
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.model_io import load_model
 from sparse_onnx.running.fix_inputs import fixed_values
-from sparse_onnx.running.input_choice import choose_inputs
 from sparse_onnx.running.runtime import open_session, run_session
 from sparse_onnx.tools import cli
 
@@ -209,30 +205,6 @@ def test_the_data_decides_what_would_be_guessed(voice, tmp_path):
     assert "sr is taken as 8000, as in the data; say --input-shape or --input to decide for another" in notes
 
 
-@pytest.mark.parametrize("lengths", [(7, 7), (7, 9)])
-def test_sizes_of_the_data_stand_for_guesses(lengths):
-    """But for the batch, which is how the data was cut, and equal in all inputs that have it."""
-    text = """
-    <ir_version: 9, opset_import: ["" : 17]>
-    g (float[n, time] x, float[m, other] z) => (float[1, 1] y) { a = ReduceMax(x) b = ReduceMax(z) y = Add(a, b) }
-    """
-    model = ir.from_proto(onnx.parser.parse_model(text))
-    batches = [{"x": np.ones((4, length)), "z": np.ones((4, 3))} for length in lengths]
-    choice = choose_inputs(model, input_specs(model), {"z": (2, 5)}, batches)
-    assert choice.shapes["z"] == (2, 5)
-    if len(set(lengths)) == 1:
-        assert choice.shapes["x"] == (2, 7)
-        assert (
-            "dimension time is taken as 7, as in the data; say --input-shape or --input now"
-            in choice.notes("now")
-        )
-    else:
-        assert choice.shapes["x"] == (2, 128)
-    ranked = input_specs(model)
-    unknown = (dataclasses.replace(ranked[0], shape=None), ranked[1])
-    assert choose_inputs(model, unknown, {}, batches[:1]).shapes == {"x": (1, 7), "z": (1, 3)}
-
-
 def test_data_without_the_rate(voice, tmp_path):
     given = feeds(6, 8000)
     del given["sr"]
@@ -320,32 +292,6 @@ def test_flags_that_are_wrong(run, voice, tmp_path, flags, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("16000", 16000),
-        ("-1.5e-3", -1.5e-3),
-        ("true", True),
-        ("False", False),
-        ("1,0", (1, 0)),
-        ("[1, 0]", (1, 0)),
-        ("[[1,2],[3,4]]", ((1, 2), (3, 4))),
-        ("[1,2],[3,4]", ((1, 2), (3, 4))),
-        ("true,false", (True, False)),
-    ],
-)
-def test_values_are_read(text, value):
-    assert parse_value_flags([f"a=b={text}"[2:], f"name={text}"]) == {"b": value, "name": value}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "nan", "NaN", "infinity", "null", '"a"', "{}", "1,", "[1,[]]", "0x10", "[" * 9999]
-)
-def test_what_is_no_value(text):
-    with pytest.raises(UsageError, match="write NAME=VALUE"):
-        parse_value_flags([f"name={text}"])
-
-
 def test_recipes_hold_both():
     text = "version: 1\ntarget: {input_values: {sr: 16000, flags: [1, 0]}, fixed_inputs: {on: true, t: [[1.5]]}}\n"
     recipe = parse_recipe(text)
@@ -355,59 +301,3 @@ def test_recipes_hold_both():
     for bad in ("{sr: fast}", "{sr: []}", "{sr: {a: 1}}", "[1]"):
         with pytest.raises(UsageError, match="input_values"):
             parse_recipe(f"version: 1\ntarget: {{input_values: {bad}}}\n")
-
-
-def test_types_that_numpy_borrows():
-    """bfloat16 and the like take any finite number."""
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2])],
-        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2])],
-    )
-    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
-    (spec,) = input_specs(model, {"x": (1, 2.5)})
-    array = spec.array()
-    assert array is not None
-    assert array.astype(np.float32).tolist() == [1, 2.5]
-    with pytest.raises(UsageError, match="takes a finite number"):
-        input_specs(model, {"x": 1e39})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "body", "expected"),
-    [
-        ("int64 level", "c = Equal(level, three) y = Not(c)", 3),
-        (
-            "int64[1] level",
-            "a = Squeeze(level) b = Cast<to = 6>(a) d = Cast<to = 7>(b) c = Equal(d, three) y = Not(c)",
-            3,
-        ),
-        ("int64 level", "c = Equal(three, level) y = Not(c)", 3),
-        ("int64[1, 1] level", "c = Equal(level, three) y = Not(c)", 0),  # one token, say
-        ("int64[1] attention_mask", "c = Equal(attention_mask, three) y = Not(c)", 1),
-        ("int64[1] level", "t = Gather(table, level) c = Equal(level, three) y = Not(c)", None),  # an index
-        ("int64 level", "c = Less(level, three) y = Not(c)", 0),
-        ("int64 level, int64 other", "c = Equal(level, other) y = Not(c)", 0),
-    ],
-)
-def test_an_integer_is_what_the_graph_compares_it_with(inputs, body, expected):
-    text = f"""
-    <ir_version: 9, opset_import: ["" : 17]>
-    g ({inputs}) => (bool[k] y) <int64 three = {{3}}, float[2, 1] table = {{1, 2}}> {{ {body} }}
-    """
-    model = ir.from_proto(onnx.parser.parse_model(text))
-    choice = choose_inputs(model, input_specs(model), {})
-    (value,) = list(choice.feeds(0).values())[:1]
-    if expected is None:
-        assert value.item() in (0, 1)
-    else:
-        assert value.reshape(-1).tolist() == [expected]
-    assert any("which the graph compares it with" in line for line in choice.notes("now")) == (expected == 3)
-
-
-def test_a_long_chain_behind_an_input_is_no_trouble():
-    chain = " ".join(f"a{i + 1} = Identity(a{i})" for i in range(3000))
-    text = f'<ir_version: 9, opset_import: ["" : 17]> g (int64 a0) => (int64 a3000) {{ {chain} }}'
-    (spec,) = input_specs(ir.from_proto(onnx.parser.parse_model(text)))
-    assert spec.compared is None

@@ -13,7 +13,7 @@ import sparse_onnx
 from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.model_io import load_model
-from sparse_onnx.running.runtime import LEVELS, at_best_level, open_runner, open_session, run_session
+from sparse_onnx.running.runtime import open_runner, open_session, run_session
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.profile import profile_model
 
@@ -92,25 +92,6 @@ def test_sound_models_keep_all_of_them(tmp_path: Path) -> None:
         assert runner.level == "all"
         np.testing.assert_allclose(runner.run(FEEDS)["y"], expected(FEEDS, path), atol=1e-4)
     assert not said
-
-
-def test_levels_are_tried_in_order() -> None:
-    tried: list[str] = []
-
-    def attempt(level: str) -> int:
-        tried.append(level)
-        if level != "disabled":
-            raise UsageError(f"not with {level}")
-        return 7
-
-    said: list[str] = []
-    assert at_best_level(attempt, said.append) == ("disabled", 7)
-    assert tried == list(LEVELS)
-    assert "runs with none: not with all" in said[0]
-    assert at_best_level(attempt, said.append, "disabled") == ("disabled", 7)
-    assert len(said) == 1
-    with pytest.raises(UsageError, match=r"not with all\. With fewer"):
-        at_best_level(lambda level: attempt("all" if level == "all" else "basic"), said.append)
 
 
 def test_the_commands_go_on_and_tell(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def modifiers(text):
         ("version: 1\n---\nversion: 1", "not valid YAML: but found another document"),
         ("version: [1", "not valid YAML:"),
         ("version: 1\x00", "not valid YAML: special characters are not allowed"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 5000, "not valid YAML: nested too deeply"),
         (
             "version: 1\nstages: {}",
             "stages: must be a list (lines that start with '- '), not keys and values",

@@ -194,6 +194,7 @@ def test_settings_as_text():
         (["a.b=1", "a.b=2"], "--set a.b=2: a.b is given twice"),
         (["a.b=[1"], "--set a.b=[1: not valid YAML"),
         (["a.b=*x"], "aliases (*name) are not allowed"),
+        (["a.b=" + "[" * 5000], ": not valid YAML: nested too deeply"),
     ],
 )
 def test_texts_that_are_no_settings(texts, message):

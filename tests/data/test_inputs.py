@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 from sparse_onnx.data.inputs import (
     InputSpec,
@@ -14,6 +15,7 @@ from sparse_onnx.data.inputs import (
     input_specs,
     parse_shape_flags,
     parse_target_flags,
+    parse_value_flags,
     read_arrays,
     resolve_shapes,
 )
@@ -361,3 +363,53 @@ def test_truncated_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"cannot be read as \.npz"):
         read_samples(path, [IDS, X])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("16000", 16000),
+        ("-1.5e-3", -1.5e-3),
+        ("true", True),
+        ("False", False),
+        ("1,0", (1, 0)),
+        ("[1, 0]", (1, 0)),
+        ("[[1,2],[3,4]]", ((1, 2), (3, 4))),
+        ("[1,2],[3,4]", ((1, 2), (3, 4))),
+        ("true,false", (True, False)),
+    ],
+)
+def test_values_are_read(text, value):
+    assert parse_value_flags([f"a=b={text}"[2:], f"name={text}"]) == {"b": value, "name": value}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "nan", "NaN", "infinity", "null", '"a"', "{}", "1,", "[1,[]]", "0x10", "[" * 9999]
+)
+def test_what_is_no_value(text):
+    with pytest.raises(UsageError, match="write NAME=VALUE"):
+        parse_value_flags([f"name={text}"])
+
+
+def test_types_that_numpy_borrows():
+    """bfloat16 and the like take any finite number."""
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+    (spec,) = input_specs(model, {"x": (1, 2.5)})
+    array = spec.array()
+    assert array is not None
+    assert array.astype(np.float32).tolist() == [1, 2.5]
+    with pytest.raises(UsageError, match="takes a finite number"):
+        input_specs(model, {"x": 1e39})
+
+
+def test_a_long_chain_behind_an_input_is_no_trouble():
+    chain = " ".join(f"a{i + 1} = Identity(a{i})" for i in range(3000))
+    text = f'<ir_version: 9, opset_import: ["" : 17]> g (int64 a0) => (int64 a3000) {{ {chain} }}'
+    (spec,) = input_specs(ir.from_proto(onnx.parser.parse_model(text)))
+    assert spec.compared is None

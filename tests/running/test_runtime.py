@@ -10,7 +10,14 @@ from sparse_onnx.errors import DataError, HostError, ModelFileError, RunError, U
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running import runtime
-from sparse_onnx.running.runtime import of_our_making, open_runner, open_session, session_budget
+from sparse_onnx.running.runtime import (
+    LEVELS,
+    at_best_level,
+    of_our_making,
+    open_runner,
+    open_session,
+    session_budget,
+)
 from sparse_onnx.running.workbench import Workbench
 
 RNG = np.random.default_rng(0)
@@ -326,7 +333,42 @@ def test_budget_of_small_and_large_models():
     assert session_budget(1700 << 20) == 128 << 20
 
 
-# Timing
+# Levels of optimization
+
+
+def test_levels_are_tried_in_order():
+    tried = []
+
+    def attempt(level):
+        tried.append(level)
+        if level != "disabled":
+            raise RunError(f"not with {level}")
+        return 7
+
+    said = []
+    assert at_best_level(attempt, said.append) == ("disabled", 7)
+    assert tried == list(LEVELS)
+    assert "runs with none: not with all" in said[0]
+    assert at_best_level(attempt, said.append, "disabled") == ("disabled", 7)
+    assert len(said) == 1
+    with pytest.raises(RunError, match=r"not with all\. With fewer"):
+        at_best_level(lambda level: attempt("all" if level == "all" else "basic"), said.append)
+
+
+@pytest.mark.parametrize("error", [DataError, UsageError, HostError])
+def test_a_level_less_mends_nothing_but_what_the_runtime_refuses(error):
+    tried = []
+
+    def attempt(level):
+        tried.append(level)
+        raise error("this")
+
+    with pytest.raises(error, match=r"^this$"):
+        at_best_level(attempt, print)
+    assert tried == ["all"]
+
+
+# Whose mistake
 
 
 def test_what_is_refused_of_our_making_is_our_mistake():

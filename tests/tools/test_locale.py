@@ -13,8 +13,6 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from sparse_onnx.printable import printable
-
 LOCALES = {
     "UTF-8": {"LC_ALL": "C.UTF-8"},
     "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -75,9 +73,3 @@ def test_every_command_takes_any_name(tmp_path: Path, locale: str, name: str) ->
     run(locale, "verify", path, model, "--threads", "1")
     timed = json.loads(run(locale, "bench", path, model, "--rounds", "2", "--format", "json"))
     assert shown in timed["models"][0]["model"]
-
-
-def test_printable() -> None:
-    assert printable("plain \u6a21") == "plain \u6a21"
-    assert printable("\u6a21".encode().decode("ascii", "surrogateescape")) == "\u6a21"
-    assert printable(b"\xe8".decode("utf-8", "surrogateescape")) == "\ufffd"

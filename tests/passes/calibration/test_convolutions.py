@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sparse_onnx.model.weights import find_weights
-from sparse_onnx.passes.calibration.rows import Unfold, unfolded_rows
+from sparse_onnx.passes.calibration.rows import unfolded_rows
+from sparse_onnx.passes.patterns.conv_window import ConvWindow
 
 CASES = {
     "plain": ("kernel_shape = [3, 3]", (2, 4, 7, 6), (5, 4, 3, 3)),
@@ -39,7 +40,7 @@ def _conv(from_text, attributes: str, x_shape: tuple[int, ...], w_shape: tuple[i
     return model, rng.standard_normal(x_shape).astype(np.float32)
 
 
-def _loops(x: np.ndarray, window: Unfold) -> list[np.ndarray]:
+def _loops(x: np.ndarray, window: ConvWindow) -> list[np.ndarray]:
     """The rows of each group, position by position and tap by tap."""
     padding = window.padding(x.shape[2:])
     padded = np.pad(x, [(0, 0), (0, 0), *padding])
@@ -68,7 +69,7 @@ def _loops(x: np.ndarray, window: Unfold) -> list[np.ndarray]:
 def test_moments_are_those_of_the_unfolded_input(from_text, calibrator, run, assert_moments, case):
     model, x = _conv(from_text, *CASES[case])
     (weight,), _ = find_weights(model)
-    window = Unfold.of(weight.nodes[0], CASES[case][2][2:])
+    window = ConvWindow.of(weight.nodes[0], CASES[case][2][2:])
     groups = _loops(x, window)
     statistics = calibrator(model, {"X": x}, batch=2).oneshot()["W"]
     assert len(statistics) == len(groups)
@@ -84,7 +85,7 @@ def test_moments_are_those_of_the_unfolded_input(from_text, calibrator, run, ass
 
 def test_a_large_input_is_unfolded_in_bounded_parts(monkeypatch):
     x = np.random.default_rng(7).standard_normal((3, 2, 9, 8)).astype(np.float32)
-    window = Unfold((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    window = ConvWindow((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
     whole = [np.concatenate(parts) for parts in zip(*unfolded_rows(x, window), strict=True)]
     limit = 2000  # bytes; one image unfolds to 5 kB
     monkeypatch.setattr("sparse_onnx.passes.calibration.rows._CHUNK_BYTES", limit)
