@@ -619,7 +619,7 @@ class Compilation:
                 )
         loss = compare(self.original_outputs(samples), ours, heads, samples) if changed else compiled
         return {
-            "inputs": "generated" if self.generated else str(self.recipe.calibration.data),
+            "inputs": "generated" if self.generated else _listed(self.recipe.calibration.data),
             "batches": len(samples),
             "against_pruned_dense": compiled.to_dict(),
             "without_library": portable.to_dict(),
@@ -672,6 +672,11 @@ class Compilation:
             "untouched": untouched_rows(layers, self.node_work, self.declined),
             "stages": self.clock.stages,
         }
+
+
+def _listed(data: str | tuple[str, ...] | None) -> str:
+    """Sources of data in one line."""
+    return ", ".join(data) if isinstance(data, tuple) else str(data)
 
 
 def _planned(pipeline: Pipeline) -> Pipeline:
