@@ -60,6 +60,7 @@ from sparse_onnx.units import format_error
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.compiler_error import judge
 from sparse_onnx.verification.layer_errors import layer_errors
+from sparse_onnx.verification.likeness import PROFILE_FILE, UNLIKE, describe, profile_of, unlikeness
 from sparse_onnx.verification.metrics import Metric, MetricResult, open_metric
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
@@ -627,7 +628,23 @@ class Compilation:
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
             **({} if {*self.levels.values()} == {LEVELS[0]} else {"optimization_levels": self.levels}),
             **({"rounding": rounding} if rounding else {}),
+            **self.unlikeness(),
         }
+
+    def unlikeness(self) -> dict[str, float]:
+        """How unlike the data that is measured on is to the calibration data, whose profile goes beside the model."""
+        if self.calibration is None:
+            return {}
+        original = model_io.load_model(self.path)
+        fix_inputs(original, self.specs)
+        options = self.calibration.options or CalibrationOptions()
+        profile = functools.partial(profile_of, original, options=options, work=self.work, progress=self.say)
+        known = profile(self.calibration.samples)
+        known.save(self.folder / PROFILE_FILE)
+        found = None if self.held_out is None else unlikeness(known, profile(self.held_out, like=known))
+        if found is not None and found >= UNLIKE:
+            self.say(f"warning: {describe(found, 'the data that the result is measured on')}")
+        return {} if found is None else {"unlikeness": found}
 
     def run_all(self, runner: Runner, samples: Sequence[Feeds], what: str) -> list[Feeds]:
         """The outputs of every batch."""

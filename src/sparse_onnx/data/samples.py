@@ -95,9 +95,13 @@ class Samples:
         """The same batches, each counting ``weight`` times as much."""
         return Samples(self._batches, self.source, [weight * own for own in self.weights])
 
-    def chosen(self, numbers: Sequence[int], change: Callable[[Callable[[], Feeds], int], Feeds]) -> Samples:
-        """The batches of these numbers, each as ``change(batch, number)`` makes it."""
-        parts = [functools.partial(change, self._batches[number], number) for number in numbers]
+    def chosen(
+        self, numbers: Sequence[int], change: Callable[[Callable[[], Feeds], int], Feeds] | None = None
+    ) -> Samples:
+        """The batches of these numbers, as they are or as ``change(batch, number)`` makes each."""
+        parts = [self._batches[number] for number in numbers]
+        if change is not None:
+            parts = [functools.partial(change, *pair) for pair in zip(parts, numbers, strict=True)]
         return Samples(parts, self.source, [self.weights[number] for number in numbers])
 
     def part(self, start: int, end: int) -> Samples:
