@@ -12,7 +12,7 @@ import click
 from sparse_onnx.compilation.groups import Calibration
 from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
-from sparse_onnx.tools.options import options
+from sparse_onnx.tools.options import option, options
 
 if TYPE_CHECKING:
     from sparse_onnx.data.inputs import InputSpec
@@ -34,10 +34,11 @@ _OPTIONS = {"dynamic_shapes", "input_names", "output_names"}
     type=click.Path(path_type=Path),
     help="Write the loss gradients of the weights to this .npz as well, for prune.gradient; it may lie in the folder.",
 )
-@click.option(
-    "--calibration-data",
-    help="Real inputs for the gradients: an .npz (with labels, if there are any), a folder of .npz, module:function, "
-    "or a text file (with --tokenizer).",
+@option(
+    Calibration,
+    "data",
+    "Real inputs for the gradients: an .npz (with labels, if there are any), a folder of .npz, module:function, or a "
+    "text file (with --tokenizer).",
 )
 @options(Calibration, "tokenizer", "num_calibration_samples")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder, and the file of gradients.")
@@ -49,7 +50,7 @@ def command(
     task: str | None,
     opset: int,
     gradients: Path | None,
-    calibration_data: str | None,
+    calibration_data: str | tuple[str, ...] | None,
     tokenizer: Path | None,
     num_calibration_samples: int | None,
     overwrite: bool,
@@ -62,7 +63,8 @@ def command(
     (module, example_inputs) or (module, example_inputs, options) with options of export_torch, such as
     {"dynamic_shapes": {"x": {0: "batch"}}}.
     """
-    _check_gradient_options(gradients, calibration_data, tokenizer, num_calibration_samples)
+    data = _one_source(calibration_data)
+    _check_gradient_options(gradients, data, tokenizer, num_calibration_samples)
     with ExitStack() as stack:
         say = stack.enter_context(progress(quiet))
         say("loading torch")
@@ -78,8 +80,8 @@ def command(
         save_model(result.model, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
         summary = _summary(result, output, size)
-        if target is not None and calibration_data is not None:
-            samples = _samples(result, calibration_data, tokenizer, num_calibration_samples)
+        if target is not None and data is not None:
+            samples = _samples(result, data, tokenizer, num_calibration_samples)
             steps = Progress(say, "gradients of batches", len(samples))
             found = loss_gradients(
                 module,
@@ -91,6 +93,16 @@ def command(
             write_gradients(target, found)
             summary["gradients"] = {"file": str(gradients), "weights": len(found)}
     return show(_text(summary), summary, output_format)
+
+
+def _one_source(data: str | tuple[str, ...] | None) -> str | None:
+    from sparse_onnx.errors import UsageError
+
+    if isinstance(data, tuple):
+        raise UsageError(
+            f"--calibration-data: gradients are of one source, not of {len(data)}: give one file"
+        )
+    return data
 
 
 def _check_gradient_options(gradients: Path | None, data: str | None, *others: object) -> None:

@@ -81,6 +81,11 @@ def _if_any(_context: click.Context, _option: click.Parameter, values: tuple[str
     return values or None
 
 
+def _sources(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Of several sources a tuple, else the only one."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
 def _shape(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> Any:
     from sparse_onnx.data.inputs import parse_shape_flags
 
@@ -115,6 +120,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str | Non
 
 
 _PARSERS: dict[Kind, Callable[[click.Context, click.Parameter, Any], Any]] = {
+    "sources": _sources,
     "shape": _shape,
     "shapes": _shapes,
     "values": _values,

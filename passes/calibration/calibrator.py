@@ -134,6 +134,10 @@ class Calibrator:
         if not captures:
             return Statistics({})
         record = None
+        if file is not None and self._samples.weighted:
+            raise UsageError(
+                f"{file}: statistics of weighted data are not kept in a file: leave one of them out"
+            )
         if file is not None:
             header = Header(
                 model_digest(self._model), (self._samples.digest(),), len(self._samples), self._mask, ()
@@ -405,7 +409,7 @@ class Calibrator:
                 mask = given[self._mask] if self._mask is not None else None
                 due = [capture for capture in sums if done[capture] == batch]
                 for capture in due:
-                    _add(sums[capture], capture, values, mask)
+                    _add(sums[capture], capture, values, mask, self._samples.weights[batch])
                     done[capture] += 1
                 del values, feeds
                 if record is not None and due:
@@ -413,29 +417,31 @@ class Calibrator:
                 progress.step()
         return sums
 
-    def _warn_if_few(self, demand: Demand, count: int) -> None:
+    def _warn_if_few(self, demand: Demand, count: float) -> None:
         size = demand.capture.size
         if demand.layout is not Layout.DIAGONAL and count < _TOKENS_PER_CHANNEL * size:
             self._say(
-                f"warning: calibration: {count} tokens for the {size} channels of {demand.capture.name}; "
+                f"warning: calibration: {count:.0f} tokens for the {size} channels of {demand.capture.name}; "
                 f"{_TOKENS_PER_CHANNEL * size} or more give better weights"
             )
 
 
-def _add(sums: Sequence[Moments], capture: Capture, values: Feeds, mask: np.ndarray | None) -> None:
-    """Add the rows of one batch that ``capture`` sees of ``values``."""
+def _add(
+    sums: Sequence[Moments], capture: Capture, values: Feeds, mask: np.ndarray | None, weight: float
+) -> None:
+    """Add the rows of one batch that ``capture`` sees of ``values``; each counts as often as ``weight`` says."""
     for view in capture.views:
         x = view.array(values)
         if view.recurrence is not None:
             for moments, rows in zip(sums, view.recurrence.rows(x, values, mask), strict=True):
-                moments.add(rows)
+                moments.add(rows, weight)
             continue
         if view.window is None:
-            sums[0].add(linear_rows(x, mask))
+            sums[0].add(linear_rows(x, mask), weight)
             continue
         for groups in unfolded_rows(x, view.window):
             for moments, rows in zip(sums, groups, strict=True):
-                moments.add(rows)
+                moments.add(rows, weight)
 
 
 def _drop(streams: Streams, blocks: Sequence[Block], index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,7 +43,7 @@ class _Side:
     def __init__(self, size: int) -> None:
         self.shift, self.total = np.zeros(size), np.zeros(size)
 
-    def near_mean(self, x: np.ndarray, count: int) -> np.ndarray:
+    def near_mean(self, x: np.ndarray, count: float) -> np.ndarray:
         """A better shift, in the type of ``x``: the mean of the rows so far and of ``x``, which is to be added."""
         with _not_finite():
             mean = (count * self.shift + self.total + x.sum(axis=0, dtype=np.float64)) / (count + len(x))
@@ -51,7 +52,7 @@ class _Side:
     def less_shift(self, x: np.ndarray) -> np.ndarray:
         return np.asarray(x - self.shift.astype(x.dtype))
 
-    def move(self, shift: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def move(self, shift: np.ndarray, count: float) -> tuple[np.ndarray, np.ndarray]:
         """Take another shift; returns the step [size], and the total before."""
         step, before = self.shift - shift, self.total.copy()
         self.shift[:] = shift
@@ -63,7 +64,7 @@ def _move(
     products: np.ndarray,
     left: tuple[np.ndarray, np.ndarray],
     right: tuple[np.ndarray, np.ndarray],
-    count: int,
+    count: float,
 ) -> None:
     """Make of the sums A'B [a, b] those of (A + left step)'(B + right step); each side is (step, sum of its rows)."""
     (step, total), (other_step, other_total) = left, right
@@ -79,9 +80,9 @@ def _not_finite() -> np.errstate:
     return np.errstate(invalid="ignore")
 
 
-def _is_due(count: int, more: int) -> bool:
+def _is_due(count: float, more: float) -> bool:
     """Whether the shift is to be chosen anew: as often as the number of tokens has doubled."""
-    return (count + more).bit_length() > count.bit_length()
+    return math.frexp(count + more)[1] > math.frexp(count)[1] or not count
 
 
 class Moments:
@@ -94,7 +95,7 @@ class Moments:
 
     def __init__(self, size: int, layout: Layout = Layout.FULL) -> None:
         self.size, self.layout = size, layout
-        self.count = 0
+        self.count: float = 0
         self._side = _Side(size)
         step = BLOCK if layout is Layout.BLOCKS else size
         self._cuts = [*range(0, size, step), size]
@@ -105,20 +106,24 @@ class Moments:
             else tuple(np.zeros((width, width)) for width in widths)
         )
 
-    def add(self, rows: np.ndarray) -> None:
-        """Add ``rows`` [n, K] of X."""
+    def add(self, rows: np.ndarray, weight: float = 1) -> None:
+        """Add ``rows`` [n, K] of X; each counts as often as ``weight`` says."""
         for (given,) in chunks(rows):
-            if _is_due(self.count, len(given)):
+            if _is_due(self.count, weight * len(given)):
                 self._move(self._side.near_mean(given, self.count))
             x = self._side.less_shift(given)
-            self._side.total += x.sum(axis=0, dtype=np.float64)
-            self.count += len(x)
+            self._side.total += weight * x.sum(axis=0, dtype=np.float64)
+            self.count += weight * len(x)
             if self.layout is Layout.DIAGONAL:
-                np.add(self._gram[0], np.einsum("nk,nk->k", x, x, dtype=np.float64), out=self._gram[0])
+                power = np.einsum("nk,nk->k", x, x, dtype=np.float64)
+                np.add(self._gram[0], weight * power, out=self._gram[0])
                 continue
             for (start, end), block in zip(itertools.pairwise(self._cuts), self._gram, strict=True):
                 part = np.ascontiguousarray(x[:, start:end])
-                np.add(block, part.T @ part, out=block)  # one array twice: NumPy computes one triangle only
+                products = part.T @ part  # one array twice: NumPy computes one triangle only
+                if weight != 1:
+                    products *= weight
+                np.add(block, products, out=block)
 
     def _move(self, shift: np.ndarray) -> None:
         step, total = self._side.move(shift, self.count)
@@ -178,20 +183,23 @@ class CrossMoments:
     """
 
     def __init__(self, size: int, width: int) -> None:
-        self.count = 0
+        self.count: float = 0
         self._left, self._right = _Side(size), _Side(width)
         self._products = np.zeros((size, width))
 
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Add rows [n, size] of X and [n, width] of Y."""
+    def add(self, x: np.ndarray, y: np.ndarray, weight: float = 1) -> None:
+        """Add rows [n, size] of X and [n, width] of Y; each counts as often as ``weight`` says."""
         for some, wanted in chunks(x, y):
-            if _is_due(self.count, len(some)):
+            if _is_due(self.count, weight * len(some)):
                 self._move(self._left.near_mean(some, self.count), self._right.near_mean(wanted, self.count))
             a, b = self._left.less_shift(some), self._right.less_shift(wanted)
-            self._left.total += a.sum(axis=0, dtype=np.float64)
-            self._right.total += b.sum(axis=0, dtype=np.float64)
-            self._products += np.ascontiguousarray(a.T) @ b
-            self.count += len(a)
+            self._left.total += weight * a.sum(axis=0, dtype=np.float64)
+            self._right.total += weight * b.sum(axis=0, dtype=np.float64)
+            products = np.ascontiguousarray(a.T) @ b
+            if weight != 1:
+                products *= weight
+            self._products += products
+            self.count += weight * len(a)
 
     def _move(self, left: np.ndarray, right: np.ndarray) -> None:
         steps = self._left.move(left, self.count), self._right.move(right, self.count)

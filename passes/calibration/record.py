@@ -94,4 +94,4 @@ class Record:
 
 def _entry(capture: Capture, groups: Sequence[Moments], batches: int) -> Entry:
     first = groups[0]
-    return Entry(capture.name, capture.size, capture.groups, first.layout, batches, first.count)
+    return Entry(capture.name, capture.size, capture.groups, first.layout, batches, int(first.count))

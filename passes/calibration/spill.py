@@ -64,7 +64,7 @@ class Spill:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _write(self, inputs: InputStatistics) -> tuple[Path, int]:
+    def _write(self, inputs: InputStatistics) -> tuple[Path, float]:
         """The file of the arrays, and the tokens."""
         blocks = inputs.gram if isinstance(inputs.gram, tuple) else ()
         arrays = {f"gram.{index}": block for index, block in enumerate(blocks)}
@@ -83,7 +83,7 @@ class Spill:
         return path, inputs.count
 
 
-def _load(files: Sequence[tuple[Path, int]]) -> Groups:
+def _load(files: Sequence[tuple[Path, float]]) -> Groups:
     groups = []
     for path, count in files:
         with np.load(path, allow_pickle=False) as file:

@@ -140,7 +140,8 @@ class TwoStreams:
         with self._open(pruned) as run_pruned, self._open(dense) as run_dense:
             for batch, given in enumerate(self._samples):
                 mask = given[self._mask] if self._mask is not None else None
-                sums.add(run_pruned(batch, given), run_dense(batch, given), mask)
+                weight = self._samples.weights[batch]
+                sums.add(run_pruned(batch, given), run_dense(batch, given), mask, weight)
                 progress.step()
         for stream in (pruned, dense):
             stream.streams.keep_only(stream.part.needed)
@@ -195,20 +196,20 @@ class _Sums:
             for name, width in self._widths.items()
         }
 
-    def add(self, pruned: Feeds, dense: Feeds, mask: np.ndarray | None) -> None:
-        """Add a batch of the values of both models."""
+    def add(self, pruned: Feeds, dense: Feeds, mask: np.ndarray | None, weight: float) -> None:
+        """Add a batch of the values of both models, whose rows count as often as ``weight`` says."""
         for view in self.plan.capture.views:
             x = view.array(pruned)
             outputs = self._outputs(view, x, pruned, dense)
             if view.window is None:
                 outputs = {name: linear_rows(y, mask) for name, y in outputs.items()}
-                self._add_rows([linear_rows(x, mask)], outputs)
+                self._add_rows([linear_rows(x, mask)], outputs, weight)
                 continue
             outputs = {name: np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]) for name, y in outputs.items()}
             start = 0
             for groups in unfolded_rows(x, view.window):
                 end = start + len(groups[0])
-                self._add_rows(groups, {name: rows[start:end] for name, rows in outputs.items()})
+                self._add_rows(groups, {name: rows[start:end] for name, rows in outputs.items()}, weight)
                 start = end
 
     def statistics(self) -> tuple[InputStatistics, ...]:
@@ -245,14 +246,16 @@ class _Sums:
                 del self._pulls[name]
         return outputs
 
-    def _add_rows(self, groups: Sequence[np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    def _add_rows(
+        self, groups: Sequence[np.ndarray], outputs: Mapping[str, np.ndarray], weight: float
+    ) -> None:
         """Add the rows of X of every group and, side by side with them, those of Y."""
         for moments, rows in zip(self._moments, groups, strict=True):
-            moments.add(rows)
+            moments.add(rows, weight)
         for name, rows in outputs.items():
             width = rows.shape[1] // len(groups)
             for index, (pull, x) in enumerate(zip(self._pulls[name], groups, strict=True)):
-                pull.add(x, rows[:, index * width : (index + 1) * width])
+                pull.add(x, rows[:, index * width : (index + 1) * width], weight)
 
 
 def _in_order(

@@ -33,6 +33,8 @@ from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.two_streams import Aim
+from sparse_onnx.passes.calibration.unseen import with_unseen_tokens
+from sparse_onnx.passes.patterns.tokens import find_tokens
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
 from sparse_onnx.passes.prune.encoded import is_encoded, on_grid
 from sparse_onnx.passes.prune.magnitude import Magnitude
@@ -58,6 +60,8 @@ class OneShot(Pruner):
         sparsities: The share of zeros of some weights, by name or ``re:`` pattern; the others make up for it.
         bias_correction: Whether biases change.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
+        unseen_tokens: The share of the batches that is run once more with half of the tokens drawn from the whole
+            vocabulary, see :mod:`sparse_onnx.passes.calibration.unseen`; of models that do not read tokens, none.
         preserve_mask: Weights that are zero stay zero; what is left of the budget comes on top, and all are refitted.
             Always so with weights that are stored as integers or by a codebook.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
@@ -75,6 +79,7 @@ class OneShot(Pruner):
     sparsities: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     bias_correction: bool = False
     dampening_frac: float = 0.01
+    unseen_tokens: float = 0.0
     preserve_mask: bool = False
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = DEFAULT_IGNORE
@@ -88,6 +93,7 @@ class OneShot(Pruner):
         super().check()
         resolve_sparsity(self.sparsity, self.structure)
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
+        require(0 <= self.unseen_tokens <= 1, "unseen_tokens", self.unseen_tokens, "in [0, 1]")
         kind = self.structure.kind
         if kind == "n:m" and (self.allocation != "uniform" or self.sparsities):
             raise UsageError(
@@ -197,9 +203,11 @@ class _Job:
         how = data.options or CalibrationOptions()
         if options.solver.needs == "diagonal" and options.allocation != "error" and data.statistics is None:
             how = dataclasses.replace(how, layout=Layout.DIAGONAL)  # a whole Gram takes three times as long
-        self._calibrator = Calibrator(
-            model, weights, data.samples, how, work=data.work, progress=context.progress
-        )
+        tokens = find_tokens(model) if options.unseen_tokens else None
+        samples = data.samples
+        if tokens is not None:
+            samples = with_unseen_tokens(samples, tokens, options.unseen_tokens, how.mask)
+        self._calibrator = Calibrator(model, weights, samples, how, work=data.work, progress=context.progress)
         self.uncalibrated = self._calibrator.declined
         self._statistics_file = data.statistics
         self._checkpoint = None

@@ -71,6 +71,7 @@ class Auto(OneShot):
     solver = solvers.AutoSolver
     calibration: Literal["oneshot", "sequential", "asymmetric"] = "asymmetric"
     bias_correction: bool = True
+    unseen_tokens: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

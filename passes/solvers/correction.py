@@ -14,7 +14,7 @@ __all__ = ["aimed_target", "centred_gram", "centred_power", "centred_pull"]
 _CONSTANT = 1e-13
 
 
-def centred_gram(gram: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
+def centred_gram(gram: np.ndarray, mean: np.ndarray, count: float) -> np.ndarray:
     """G - count · mean mean': the form to solve on where the bias takes up the mean shift; float64 [K, K].
 
     Rows and columns of inputs that do not vary are 0.
@@ -27,7 +27,7 @@ def centred_gram(gram: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
     return form
 
 
-def centred_power(power: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
+def centred_power(power: np.ndarray, mean: np.ndarray, count: float) -> np.ndarray:
     """What varies of the ``power`` [K], the diagonal of G, float64; 0 for inputs that are constant but for rounding."""
     power = power.astype(np.float64)
     centred = power - count * mean.astype(np.float64) ** 2
@@ -35,7 +35,7 @@ def centred_power(power: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray
 
 
 def centred_pull(
-    pull: np.ndarray, mean: np.ndarray, aim: np.ndarray, form: np.ndarray, count: int
+    pull: np.ndarray, mean: np.ndarray, aim: np.ndarray, form: np.ndarray, count: float
 ) -> np.ndarray:
     """X'Y [K, N] of X and Y less their means, ``aim`` [N] being that of Y; ``form`` is X'X less its mean."""
     centred = pull - count * np.outer(mean, aim)

@@ -17,14 +17,15 @@ class InputStatistics:
 
     ``gram`` is X'X, float32 or float64: the whole matrix [K, K]; or, where that takes too much memory, a tuple
     of the square blocks [b, b] on its diagonal, in order and of any sizes that add up to K; or its diagonal
-    [K] alone. ``mean`` [K] is the mean of X, where it is known, and ``count`` the number of tokens.
+    [K] alone. ``mean`` [K] is the mean of X, where it is known, and ``count`` the number of tokens, each as often as it
+    counts.
 
     Raises UsageError for shapes or dtypes that do not fit, NaN, Inf, and negative entries on the diagonal.
     """
 
     gram: np.ndarray | tuple[np.ndarray, ...]
     mean: np.ndarray | None = None
-    count: int = 0
+    count: float = 0
 
     def __post_init__(self) -> None:
         parts = self.gram if isinstance(self.gram, tuple) else (self.gram,)

@@ -50,7 +50,7 @@ def optimize(
     gradients: str | Path | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    calibration_data: str | Path | None = None,
+    calibration_data: str | Path | Sequence[str | Path] | None = None,
     calibration: str | None = None,
     allocation: str | None = None,
     sparsities: Mapping[str, float] | None = None,
@@ -186,6 +186,8 @@ def _plain(keyword: str, value: Any) -> Any:
     """An argument as a recipe has it: paths are text, and arrays numbers."""
     if keyword in ("input_values", "fixed_inputs"):
         return plain_values(value)
+    if keyword == "calibration_data" and isinstance(value, list | tuple):
+        return tuple(str(source) for source in value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -37,9 +37,9 @@ __all__ = [
     "unknown",
 ]
 
-Kind = Literal["plain", "path", "shape", "shapes", "values", "numbers", "settings"]
-"""How the text of a flag is read: as the field's type says, or as a path, shapes of one target or of several, values of
-inputs, numbers with commas, or settings of passes."""
+Kind = Literal["plain", "path", "sources", "shape", "shapes", "values", "numbers", "settings"]
+"""How the text of a flag is read: as the field's type says, or as a path, sources of data, shapes of one target or of
+several, values of inputs, numbers with commas, or settings of passes."""
 
 
 @dataclasses.dataclass(frozen=True)

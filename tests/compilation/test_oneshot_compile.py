@@ -104,6 +104,35 @@ def test_a_method_in_place_of_another_brings_its_own_defaults(model, data, tmp_p
     assert result.exit_code == 0
 
 
+def test_several_sources_are_mixed_and_the_recipe_names_them(model, data, tmp_path):
+    other = tmp_path / "other.npz"
+    np.savez(other, X=np.random.default_rng(2).standard_normal((32, 16, D)).astype(np.float32))
+    sources = [data, f"{other}:0.5"]
+    options = {"method": "auto", "sparsity": 0.5, "batch_size": 8, "keep_pruned": True}
+    found = optimize(model, tmp_path / "a", calibration_data=sources, **options)
+    recipe = load_recipe(tmp_path / "a" / "recipe.yaml")
+    assert recipe.calibration.data == (str(data), f"{other}:0.5")
+    assert found.report["verification"]["inputs"] == f"{data}, {other}:0.5"
+    assert found.report["verification"]["batches"] == 1  # an eighth of 8 + 4
+    optimize(model, tmp_path / "b", recipe=recipe)
+    optimize(model, tmp_path / "c", calibration_data=[data, other], **options)
+    files = [(tmp_path / name / "model.onnx.data").read_bytes() for name in "abc"]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_weighted_data_is_not_kept_in_a_statistics_file(model, data, tmp_path):
+    with pytest.raises(UsageError, match="statistics of weighted data are not kept in a file"):
+        optimize(
+            model,
+            tmp_path / "a",
+            method="wanda",
+            sparsity=0.5,
+            calibration_data=f"{data}:0.5",
+            statistics=tmp_path / "file",
+        )
+
+
 def test_one_batch_is_used_for_both_and_that_is_said(model, data, tmp_path):
     said = []
     options = {"method": "alps", "sparsity": 0.5, "calibration_data": data, "num_calibration_samples": 4}

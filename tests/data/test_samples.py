@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_onnx.data.inputs import InputSpec
-from sparse_onnx.data.samples import Samples, open_samples
+from sparse_onnx.data.samples import Samples, open_samples, weighted_source
 from sparse_onnx.errors import DataError, UsageError
 
 SPECS = (
@@ -69,6 +69,72 @@ def test_an_npz_is_cut_into_batches(npz, options, expected):
 def test_a_folder_gives_one_batch_a_file(folder, limit, expected):
     (folder / "notes.txt").write_text("not data")
     assert _firsts(open_samples(folder, SPECS, limit=limit)) == expected
+
+
+# -- several sources
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a.npz:0.5", ("a.npz", 0.5)),
+        ("a.npz:2", ("a.npz", 2)),
+        ("a.npz:.25", ("a.npz", 0.25)),
+        ("text.txt", ("text.txt", 1)),
+        ("module:function", ("module:function", 1)),
+        ("module:function:3", ("module:function", 3)),
+        ("feeds.py:f2", ("feeds.py:f2", 1)),
+        (Path("a.npz:0.5"), (Path("a.npz:0.5"), 1)),
+    ],
+)
+def test_a_weight_stands_behind_a_source(source, expected):
+    assert weighted_source(source) == expected
+
+
+def test_a_file_that_is_called_like_a_weighted_source_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder:2").mkdir()
+    assert weighted_source("folder:2") == ("folder:2", 1)
+
+
+@pytest.mark.parametrize("weight", ["0", "0.0", "00"])
+def test_a_weight_of_nothing_is_refused(npz, weight):
+    with pytest.raises(UsageError, match=r"data\.npz:0.*must be above 0, not 0"):
+        open_samples(f"{npz}:{weight}", SPECS)
+
+
+def test_sources_are_mixed_evenly_and_keep_their_weights(npz, folder):
+    samples = open_samples([str(npz), f"{folder}:0.5"], SPECS, batch=1)
+    assert _firsts(samples) == [[0], [0, 1], [1], [2], [2, 3], [3], [4, 5], [4]]
+    assert samples.weights == (1, 0.5, 1, 1, 0.5, 1, 0.5, 1)
+    assert samples.weighted
+    assert samples.part(1, 3).weights == (0.5, 1)
+    assert samples.part(2, 4).weighted is False
+    assert samples.without("x").weights == samples.weights
+    assert samples.source == f"{npz}, {folder}"
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, [[0, 1], [0, 1]]), (3, [[0, 1], [0, 1, 2], [2]])])
+def test_the_limit_holds_for_every_source(npz, folder, limit, expected):
+    assert _firsts(open_samples([npz, folder], SPECS, limit=limit)) == expected
+
+
+def test_one_source_in_a_list_is_that_source(npz):
+    alone = open_samples(npz, SPECS, batch=2)
+    listed = open_samples([npz], SPECS, batch=2)
+    assert listed.digest() == alone.digest()
+    assert (listed.weighted, listed.source) == (False, alone.source)
+
+
+def test_the_digest_depends_on_the_weights(npz, folder):
+    one, half, same = (open_samples([npz, f"{folder}{w}"], SPECS).digest() for w in ("", ":0.5", ":1"))
+    assert one == same
+    assert half != one
+
+
+def test_no_source_at_all_is_refused():
+    with pytest.raises(UsageError, match="no source of data"):
+        open_samples([], SPECS)
 
 
 def _yielding():

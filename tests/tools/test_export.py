@@ -201,6 +201,10 @@ def test_a_function_has_gradients_too(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--gradients", "g.npz", "--calibration-data", "a.npz", "--calibration-data", "b.npz"],
+            "gradients are of one source, not of 2",
+        ),
         (["--gradients", "g.npz"], "--gradients needs --calibration-data"),
         (["--calibration-data", "samples.npz"], "is for --gradients only"),
         (["--tokenizer", "."], "is for --gradients only"),

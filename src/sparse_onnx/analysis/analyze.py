@@ -258,7 +258,7 @@ def analyze(
     threads: int | None = None,
     min_speedup: float = 1.02,
     anchors: bool = True,
-    calibration_data: str | Path | None = None,
+    calibration_data: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str | Path | None = None,
     num_calibration_samples: int | None = 64,
     batch_size: int = 4,

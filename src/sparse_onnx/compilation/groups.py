@@ -146,14 +146,19 @@ class Calibration(Section):
     """Real inputs, and how to run the model on them. An eighth of them is held out to measure the result.
     ``padding_mask`` is the input [B, S] whose zeros are padding, where the model has it."""
 
-    data: str | None = option(
+    data: str | tuple[str, ...] | None = option(
         None,
-        "Real inputs: an .npz, a folder of .npz, module:function, or a text file (with --tokenizer).",
+        "Real inputs: an .npz, a folder of .npz, module:function, or a text file (with --tokenizer); repeatable, and "
+        "SOURCE:0.5 counts half.",
         about="Real inputs, to prune with and to measure the result on: an .npz, a folder of .npz, "
-        "``module:function``, or a text file with ``tokenizer``.",
+        "``module:function``, or a text file with ``tokenizer``; a sequence of these is mixed, and ``SOURCE:0.5`` "
+        "counts half.",
         keyword="calibration_data",
+        kind="sources",
     )
-    num_calibration_samples: int | None = option(None, "Use so many.", otherwise="all", least=1)
+    num_calibration_samples: int | None = option(
+        None, "Use so many of every source.", otherwise="all", least=1
+    )
     batch_size: int = option(4, "Samples that are run together.", least=1)
     tokenizer: str | None = option(None, "Folder with the tokenizer of a text file.", kind="path")
     padding_mask: str = "attention_mask"
@@ -170,6 +175,11 @@ class Calibration(Section):
         kind="path",
     )
     seed: int = option(0, "Of generated inputs and random pruning.")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where real inputs come from."""
+        return () if self.data is None else (self.data,) if isinstance(self.data, str) else self.data
 
     def check(self) -> None:
         number = self.num_calibration_samples

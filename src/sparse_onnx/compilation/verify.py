@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,14 @@ from sparse_onnx.compilation.runs import run_all, run_original
 from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.ship import Shipped
 from sparse_onnx.errors import VerificationError
+from sparse_onnx.model import model_io
+from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.runtime import LEVELS, of_our_making, open_runner
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import judge
+from sparse_onnx.verification.likeness import PROFILE_FILE, UNLIKE, describe, profile_of, unlikeness
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
 
 __all__ = ["Verified", "verify"]
@@ -36,6 +41,7 @@ class Verified:
         left_out: Outputs that were not compared: what they are by their name.
         levels: ONNX Runtime's optimizations with which each model ran.
         rounding: Of stock ONNX Runtime against itself by output, where the compiler's error was large.
+        unlikeness: Of the data that was measured on to the calibration data, where it is known.
     """
 
     inputs: str
@@ -46,6 +52,7 @@ class Verified:
     left_out: Mapping[str, str]
     levels: Mapping[str, str]
     rounding: Mapping[str, float | None]
+    unlikeness: float | None
 
     def document(self) -> dict[str, Any]:
         """The ``verification`` of a report."""
@@ -58,6 +65,7 @@ class Verified:
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
             **({"optimization_levels": dict(self.levels)} if {*self.levels.values()} != {LEVELS[0]} else {}),
             **({"rounding": dict(self.rounding)} if self.rounding else {}),
+            **({} if self.unlikeness is None else {"unlikeness": self.unlikeness}),
         }
 
 
@@ -94,7 +102,7 @@ def verify(
         levels["original"] = original.level
         loss = compare(original.outputs, ours, heads, samples)
     return Verified(
-        "generated" if inputs.generated else str(job.recipe.calibration.data),
+        "generated" if inputs.generated else ", ".join(job.recipe.calibration.sources),
         len(samples),
         compiled,
         portable,
@@ -102,7 +110,24 @@ def verify(
         source.left_out,
         levels,
         rounding,
+        _unlikeness(job, source, inputs),
     )
+
+
+def _unlikeness(job: Job, source: Source, inputs: Inputs) -> float | None:
+    """How unlike the data that is measured on is to the calibration data, whose profile goes beside the model."""
+    if inputs.calibration is None:
+        return None
+    original = model_io.load_model(source.path)
+    fix_inputs(original, source.specs)
+    options = inputs.calibration.options or CalibrationOptions()
+    profile = functools.partial(profile_of, original, options=options, work=job.work, progress=job.say)
+    known = profile(inputs.calibration.samples)
+    known.save(job.folder / PROFILE_FILE)
+    found = None if inputs.held_out is None else unlikeness(known, profile(inputs.held_out, like=known))
+    if found is not None and found >= UNLIKE:
+        job.say(f"warning: {describe(found, 'the data that the result is measured on')}")
+    return found
 
 
 def _judge(

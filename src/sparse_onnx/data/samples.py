@@ -29,6 +29,7 @@ from sparse_onnx.errors import DataError, SparseOnnxError, UsageError
 
 __all__ = [
     "Samples",
+    "Source",
     "from_function",
     "from_npz",
     "from_npz_folder",
@@ -36,22 +37,28 @@ __all__ = [
     "import_function",
     "is_function",
     "open_samples",
+    "weighted_source",
 ]
 
+_WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>[0-9]*\.?[0-9]+)")
 _FUNCTION = re.compile(r"(?P<module>[\w./\\-]+):(?P<name>[A-Za-z_]\w*)")
 
 
 class Samples:
     """Batches of checked inputs that can be gone through again and again, in the same order.
 
-    ``batches`` are functions that give one batch each, so that files need not stay in memory.
+    ``batches`` are functions that give one batch each, so that files need not stay in memory. ``weights`` say how much
+    each batch counts in what is summed over them; None: all alike.
     """
 
-    def __init__(self, batches: Sequence[Callable[[], Feeds]], source: str) -> None:
+    def __init__(
+        self, batches: Sequence[Callable[[], Feeds]], source: str, weights: Sequence[float] | None = None
+    ) -> None:
         if not batches:
             raise DataError(f"{source}: no calibration data in it")
         self._batches = tuple(batches)
         self.source = source
+        self.weights = (1,) * len(batches) if weights is None else tuple(weights)
 
     @classmethod
     def of(cls, batches: Iterable[Feeds], source: str) -> Samples:
@@ -65,21 +72,56 @@ class Samples:
     def __iter__(self) -> Iterator[Feeds]:
         return (batch() for batch in self._batches)
 
+    @classmethod
+    def together(cls, sources: Sequence[Samples]) -> Samples:
+        """The batches of several sources, each spread evenly over the whole: every stretch has all of them."""
+        ordered = sorted(
+            ((index + 0.5) / len(samples), number, index)
+            for number, samples in enumerate(sources)
+            for index in range(len(samples))
+        )
+        return cls(
+            [sources[number]._batches[index] for _, number, index in ordered],
+            ", ".join(samples.source for samples in sources),
+            [sources[number].weights[index] for _, number, index in ordered],
+        )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some batches count for more or less than others would."""
+        return any(weight != 1 for weight in self.weights)
+
+    def counting(self, weight: float) -> Samples:
+        """The same batches, each counting ``weight`` times as much."""
+        return Samples(self._batches, self.source, [weight * own for own in self.weights])
+
+    def chosen(
+        self, numbers: Sequence[int], change: Callable[[Callable[[], Feeds], int], Feeds] | None = None
+    ) -> Samples:
+        """The batches of these numbers, as they are or as ``change(batch, number)`` makes each."""
+        parts = [self._batches[number] for number in numbers]
+        if change is not None:
+            parts = [functools.partial(change, *pair) for pair in zip(parts, numbers, strict=True)]
+        return Samples(parts, self.source, [self.weights[number] for number in numbers])
+
     def part(self, start: int, end: int) -> Samples:
         """Batches start..end-1."""
-        return Samples(self._batches[start:end], self.source)
+        return Samples(self._batches[start:end], self.source, self.weights[start:end])
 
     def without(self, name: str) -> Samples:
         """The same batches without the array ``name``."""
-        return Samples([functools.partial(_without, batch, name) for batch in self._batches], self.source)
+        parts = [functools.partial(_without, batch, name) for batch in self._batches]
+        return Samples(parts, self.source, self.weights)
 
     def digest(self) -> str:
-        """SHA-256 over names, types, shapes and values of all batches."""
+        """SHA-256 over names, types, shapes and values of all batches, and their weights where these differ from 1."""
         digest = hashlib.sha256()
         for feeds in self:
             for name, array in sorted(feeds.items()):
                 digest.update(f"{name} {array.dtype} {array.shape};".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if self.weighted:
+            digest.update(repr(self.weights).encode())
         return digest.hexdigest()
 
 
@@ -91,8 +133,26 @@ def _without(batch: Callable[[], Feeds], name: str) -> Feeds:
     return {key: array for key, array in batch().items() if key != name}
 
 
+Source = str | Path | Callable[[], Iterable[Mapping[str, np.ndarray]]]
+"""Where real inputs come from, see :func:`open_samples`."""
+
+
+def weighted_source(source: Source) -> tuple[Source, float]:
+    """A source and its weight, which text has behind a colon (``glosses.npz:0.5``); 1 where it has none.
+
+    A file whose whole name looks like that is a file. Raises UsageError for a weight that is not above 0.
+    """
+    found = _WEIGHTED.fullmatch(source) if isinstance(source, str) else None
+    if found is None or Path(str(source)).exists():
+        return source, 1
+    weight = float(found["weight"])
+    if not weight > 0:
+        raise UsageError(f"{source}: the weight of a source must be above 0, not {weight:g}")
+    return found["source"], weight
+
+
 def open_samples(
-    source: str | Path | Callable[[], Iterable[Mapping[str, np.ndarray]]],
+    source: Source | Sequence[Source],
     specs: Sequence[InputSpec],
     *,
     limit: int | None = None,
@@ -107,8 +167,9 @@ def open_samples(
     Args:
         source: An ``.npz`` (arrays by input name, samples along the first axis); a folder of them (one batch a file,
             in the order of their names); a function, or ``module:function`` or ``file.py:function``, that yields
-            dictionaries of arrays (one batch each); or a text file, with ``tokenizer``.
-        limit: Take the first so many samples; None: all.
+            dictionaries of arrays (one batch each); or a text file, with ``tokenizer``. Several of these are mixed
+            evenly; ``:0.5`` behind one says that its samples count half.
+        limit: Take the first so many samples of every source; None: all.
         batch: Samples in one batch, of an ``.npz`` and of text.
         tokenizer: A folder that ``transformers.AutoTokenizer`` can load.
         paragraphs: A passage of the text ends at an empty line, not at the end of its line.
@@ -127,6 +188,38 @@ def open_samples(
     ):
         if value is not None and value < 1:
             raise UsageError(f"calibration: {name} must be at least 1, not {value}")
+    sources = source if isinstance(source, list | tuple) else (source,)
+    if not sources:
+        raise UsageError("calibration: no source of data is given")
+    parts = []
+    for given in sources:
+        one, weight = weighted_source(given)
+        opened = _open(
+            one,
+            specs,
+            limit=limit,
+            batch=batch,
+            tokenizer=tokenizer,
+            paragraphs=paragraphs,
+            max_length=max_length,
+            labels=labels,
+        )
+        parts.append(opened.counting(weight))
+    return parts[0] if len(parts) == 1 else Samples.together(parts)
+
+
+def _open(
+    source: Source,
+    specs: Sequence[InputSpec],
+    *,
+    limit: int | None,
+    batch: int,
+    tokenizer: str | Path | None,
+    paragraphs: bool,
+    max_length: int,
+    labels: str | None,
+) -> Samples:
+    """What one source holds."""
     if callable(source):
         return from_function(source, specs, limit=limit, labels=labels)
     path = Path(source)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_onnx.model.check import MIN_OPSET
+from sparse_onnx.verification.likeness import UNLIKE
 
 __all__ = ["run_notes"]
 
@@ -28,5 +29,10 @@ def run_notes(report: Mapping[str, Any]) -> list[str]:
         notes.append(
             "ONNX Runtime's own optimizations break this model, so it ran with fewer "
             f"(graph_optimization_level; {low}). Run it so, too."
+        )
+    if (found := verification.get("unlikeness")) is not None and found >= UNLIKE:
+        notes.append(
+            f"The data that the result was measured on looks unlike the calibration data ({found:.2f}; alike is 1.0, "
+            f"unlike from {UNLIKE:g} on)."
         )
     return notes

@@ -29,12 +29,13 @@ from sparse_onnx.data.inputs import (
     plain_values,
     typed_value,
 )
-from sparse_onnx.data.samples import open_samples
+from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import uses_library
 from sparse_onnx.options import require
-from sparse_onnx.running.fix_inputs import fixed_values
+from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.running.fix_inputs import fix_inputs, fixed_values
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs, left_out
@@ -45,6 +46,7 @@ from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import CompilerError, judge
 from sparse_onnx.verification.dense_reference import dense_reference
 from sparse_onnx.verification.layer_trace import LayerTrace, trace_layers
+from sparse_onnx.verification.likeness import PROFILE_FILE, UNLIKE, Profile, describe, profile_of, unlikeness
 from sparse_onnx.verification.metrics import Measure, MetricResult, open_metric
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
@@ -156,6 +158,8 @@ class VerifyResult:
         batches: How many times each model was run.
         compiler: :attr:`against_pruned_dense` as it was judged.
         left_out: Outputs that are no tensors and were not compared: what they are by their name.
+        unlikeness: How unlike the data is to that which the optimized model was pruned with, see :mod:`.likeness`;
+            None without data, or if nothing is known of that.
     """
 
     against_original: Mapping[str, Difference]
@@ -168,6 +172,7 @@ class VerifyResult:
     batches: int
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compiler: Mapping[str, CompilerError] = dataclasses.field(default_factory=dict)
+    unlikeness: float | None = None
 
     @property
     def misses(self) -> tuple[Miss, ...]:
@@ -194,6 +199,7 @@ class VerifyResult:
             "rounding": {way: error.rounding_document() for way, error in self.compiler.items()},
             "metric": None if self.metric is None else self.metric.to_dict(),
             "trace": None if self.trace is None else self.trace.to_dict(),
+            "unlikeness": self.unlikeness,
         }
 
 
@@ -297,6 +303,9 @@ def verify(
         work = Path(scratch)
         bench = Workbench(threads or available_cores(), work, progress=say)
         probe = make_probe(heads, batches[0]) if data is not None else None
+        unlike = None
+        if data is not None and (profile := paths[1].parent / PROFILE_FILE).is_file():
+            unlike = _unlikeness(Profile.load(profile), paths[0], specs, samples, count, work, say)
         say("running the original")
         with explaining_guesses(choices):
             reference, skipped = record(
@@ -377,7 +386,27 @@ def verify(
         len(batches),
         left_out(models[0]),
         compiler,
+        unlike,
     )
+
+
+def _unlikeness(
+    known: Profile,
+    original: Path,
+    specs: Sequence[InputSpec],
+    samples: Samples,
+    threads: int,
+    work: Path,
+    say: Callable[[str], None],
+) -> float | None:
+    """How unlike ``samples`` are to the data of ``known``, said where they are."""
+    model = model_io.load_model(original)
+    fix_inputs(model, specs)
+    options = CalibrationOptions(threads=threads)
+    found = unlikeness(known, profile_of(model, samples, options, work=work, like=known, progress=say))
+    if found is not None and found >= UNLIKE:
+        say(f"warning: {describe(found, samples.source)}")
+    return found
 
 
 def _misses(

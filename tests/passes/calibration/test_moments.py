@@ -183,3 +183,46 @@ def test_products_of_two_sides_are_those_of_float64(case, cuts):
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     scale = np.sqrt(np.outer((a**2).sum(axis=0), (b**2).sum(axis=0)))
     np.testing.assert_array_less(np.abs(less - a.T @ b), 1e-5 * scale + 1e-12 * np.abs(pull) + 1e-300)
+
+
+# -- weights
+
+
+@pytest.mark.parametrize("weight", [2, 3])
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("case", ["no mean", "mean 1000", "all scales"])
+def test_a_weight_is_so_many_repetitions(case, layout, weight):
+    rows = rows_of(case, 900)
+    light, heavy = rows[:500], rows[500:]
+    found, wanted = Moments(K, layout), Moments(K, layout)
+    found.add(light)
+    found.add(heavy, weight)
+    for part in (light, *[heavy] * weight):
+        wanted.add(part)
+    a, b = found.statistics("x"), wanted.statistics("x")
+    assert a.count == b.count == 500 + 400 * weight
+    np.testing.assert_allclose(a.mean, b.mean, rtol=1e-6, atol=1e-6 * np.abs(rows).max())
+    np.testing.assert_allclose(a.diagonal, b.diagonal, rtol=1e-6)
+    if layout is Layout.FULL:
+        varied = [centred_gram(s.gram, s.mean, s.count) for s in (a, b)]
+        scale = np.sqrt(np.outer(varied[1].diagonal(), varied[1].diagonal()))
+        assert (np.abs(varied[0] - varied[1]) <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.5])
+def test_weighted_means_and_products_against_float64(weight):
+    rows = rows_of("mean 10, deviation 1e-3", 700)
+    aims = rows[:, :5] * 2 + 1
+    moments, pulls = Moments(K), CrossMoments(K, 5)
+    x, y = rows.astype(np.float64), aims.astype(np.float64)
+    w = np.where(np.arange(700) < 300, weight, 1.0)[:, None]
+    for part, own in ((slice(0, 300), weight), (slice(300, 700), 1)):
+        moments.add(rows[part], own)
+        pulls.add(rows[part], aims[part], own)
+    found = moments.statistics("x")
+    assert found.count == pytest.approx(w.sum())
+    np.testing.assert_allclose(found.mean, (w * x).sum(axis=0) / w.sum(), rtol=1e-9)
+    np.testing.assert_allclose(found.gram, x.T @ (w * x), rtol=1e-6)
+    products, total = pulls.sums()
+    np.testing.assert_allclose(products, x.T @ (w * y), rtol=1e-6)
+    np.testing.assert_allclose(total, (w * y).sum(axis=0), rtol=1e-9)
