@@ -36,7 +36,6 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 )
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
-from sparse_onnx.passes.quantize.round import Round
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
@@ -80,7 +79,6 @@ PASSES: tuple[type[Pass], ...] = (
     Taylor,
     Threshold,
     Wanda,
-    Round,
     QuantizeWeights,
 )
 """Every pass, sorted by name."""
