@@ -35,7 +35,6 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.dynamic import Dynamic
-from sparse_onnx.passes.quantize.round import Round
 from sparse_onnx.passes.quantize.smooth import Smooth
 from sparse_onnx.passes.quantize.static import Static
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
@@ -79,7 +78,6 @@ _ROWS: tuple[type[Pass], ...] = (
     Threshold,
     Wanda,
     Dynamic,
-    Round,
     QuantizeWeights,
     Smooth,
     Static,

@@ -8,14 +8,22 @@ import onnx_ir as ir
 
 from sparse_onnx.model.work import left_alone
 from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
+from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
 
 __all__ = ["LOWERINGS", "find_candidates"]
 
-LOWERINGS: tuple[type[Lowering], ...] = (LowerSparseMatMul, LowerSparseConv, LowerSparseRecurrent)
+LOWERINGS: tuple[type[Lowering], ...] = (
+    LowerSparseMatMul,
+    LowerSparseConv,
+    LowerSparseRecurrent,
+    LowerMatMulNBits,
+    LowerDynamicInt8,
+)
 """Whose candidates the guard decides on."""
 
 

@@ -23,7 +23,8 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.constants import constant_tensor
-from sparse_onnx.model.graph import Names, add_function, add_initializer, drop_if_unused
+from sparse_onnx.model.encodings import Dense
+from sparse_onnx.model.graph import Names, add_function, add_initializer, drop_with_makers
 from sparse_onnx.model.metadata_keys import MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.options import require
@@ -78,6 +79,19 @@ class Candidate:
     def sparsity(self) -> float:
         """The share of zeros."""
         return sum(zeros for zeros, _ in self.counts) / math.prod(self.shape)
+
+    def refusal(self, form: Form) -> str:
+        """Why the weight is not worth timing in ``form``; empty if it is.
+
+        One that has few bits must not become larger: it has them for its size.
+        """
+        reason = form.refusal(self.sparsity)
+        if reason or isinstance(self.weight.encoding, Dense):
+            return reason
+        structure = self.weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured")
+        outputs = self.parts[0].outputs
+        larger = form.expected_nbytes(self.weight.shape, self.sparsity, structure, outputs) > self.weight.tensor.nbytes
+        return f"larger as {form.name} than as {self.weight.encoding}" if larger else ""
 
     @property
     def companion(self) -> bool:
@@ -205,17 +219,28 @@ class Lowering(Pass):
             raise UsageError(
                 f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a {self.kind}"
             )
-        packing = Progress(context.progress, f"packing for {self.name}", len(lowered))
+        self.put(model, lowered, packer, context)
+        count = sum(len(candidate.layers) for candidate in lowered)
+        statistics: dict[str, int | float] = {"weights": len(lowered), f"{self.kind}s": count}
+        return PassResult(model, bool(lowered), statistics, tuple(declined))
+
+    def put(
+        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
+    ) -> None:
+        """Replace the layers of ``candidates`` in ``model``."""
+        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = _Lowerer(model, context)
-        for candidate in lowered:
+        for candidate in candidates:
             (form,) = candidate.forms
             lowerer.lower(candidate, packer(candidate, form))
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
-        count = sum(len(candidate.layers) for candidate in lowered)
-        statistics: dict[str, int | float] = {"weights": len(lowered), f"{self.kind}s": count}
-        return PassResult(model, bool(lowered), statistics, tuple(declined))
+
+    @classmethod
+    def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
+        """What the time of ``candidate`` in its ``form`` depends on beside shapes and zeros: how its weights lie."""
+        return packer(candidate, form).attributes
 
 
 class _Lowerer:
@@ -261,7 +286,7 @@ class _Lowerer:
                 for index in range(len(gone.inputs)):
                     gone.replace_input_with(index, None)
             for value in dict.fromkeys(unused):
-                drop_if_unused(value)
+                drop_with_makers(value)
 
     def _add(self, wanted: str, array: np.ndarray) -> ir.Value:
         name = self._names.new(wanted)

@@ -34,7 +34,8 @@ class LowerSparseMatMul(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, declined = find_weights(model, LINEARS)
+        found_weights, declined = find_weights(model, LINEARS, encoded=True)
+        weights = [weight for weight in found_weights if weight.nodes[0].op_type in LINEARS]
         shapes = Shapes(model)
         found = match_layers(
             weights, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined

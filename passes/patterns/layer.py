@@ -135,11 +135,11 @@ def place_reason(node: ir.Node, main_graph: ir.Graph) -> str | None:
 
 def storage_reason(weight: Weight) -> str | None:
     """Why ``weight`` cannot be stored for the sparse kernels, or None."""
-    if weight.tensor.dtype != ir.DataType.FLOAT:
-        return f"has dtype {weight.tensor.dtype}; the sparse kernels take FLOAT"
-    if weight.tensor.size > SPARSE_FORMAT.max_elements:
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"has dtype {weight.dtype}; the sparse kernels take FLOAT"
+    if weight.size > SPARSE_FORMAT.max_elements:
         most = SPARSE_FORMAT.max_elements
-        return f"has {weight.tensor.size} elements; the storage format takes at most {most}"
+        return f"has {weight.size} elements; the storage format takes at most {most}"
     return None
 
 

@@ -107,7 +107,7 @@ def _write_unpack(model: ir.Model, weight: Weight, quantized: QuantizedMatrix, s
         packed = pack(quantized.zero_point, bits)
         inputs.append(_add(model, weight, "zero_point", packed, store))
     name = unpack_name(bits, not options.symmetric)
-    attributes = {"rows": [groups * size], "grid": [groups, size, -1], "inputs": [K], "to": int(result)}
+    attributes = {"rows": [groups * size], "grid": [groups, size, -1], "channels": [K], "to": int(result)}
     nodes = [_node(model, weight, "unpacked", name, inputs, attributes, (K, N), result, UNPACK_DOMAIN)]
     if weight.transposed:
         operand = nodes[-1].outputs[0]

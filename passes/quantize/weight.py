@@ -34,14 +34,14 @@ from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
-from sparse_onnx.passes.solvers import relative_error
-from sparse_onnx.passes.solvers.gptq import GptqQuantizer
+from sparse_onnx.passes.solvers import (
+    QUANTIZERS,
+    DampedQuantizer,
+    InputStatistics,
+    WeightQuantizer,
+    relative_error,
+)
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
-from sparse_onnx.passes.solvers.hqq import HqqQuantizer
-from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, WeightQuantizer
-from sparse_onnx.passes.solvers.rounding import RtnQuantizer
-from sparse_onnx.passes.solvers.statistics import InputStatistics
-QUANTIZERS = {"rtn": RtnQuantizer, "hqq": HqqQuantizer, "gptq": GptqQuantizer, "auto": GptqQuantizer}
 from sparse_onnx.progress import done_of
 
 __all__ = ["QuantizeWeights"]

@@ -650,5 +650,5 @@ def _packed_bytes(candidate: Candidate) -> dict[str, int]:
     return {
         form.name: packer(candidate, form).nbytes
         for form in candidate.allowed_forms()
-        if candidate.companion or not form.refusal(candidate.sparsity)
+        if candidate.companion or not candidate.refusal(form)
     }

@@ -100,7 +100,7 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
     """The body in operators of ``opset``, 13 to 26.
 
     Inputs ``packed``, ``scale`` and, with ``zeros``, ``zero_point``; attributes ``rows`` [groups · size], ``grid``
-    [groups, size, -1], ``inputs`` [K] and ``to``, the float type of the result [K, N].
+    [groups, size, -1], ``channels`` [K] and ``to``, the float type of the result [K, N].
     """
     inputs = "packed, scale, zero_point" if zeros else "packed, scale"
     if zeros:
@@ -118,7 +118,7 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
         *_lines("packed", "integers", bits),
         "row_count = Constant<value_ints: ints = @rows>()",
         "grid_shape = Constant<value_ints: ints = @grid>()",
-        "input_count = Constant<value_ints: ints = @inputs>()",
+        "input_count = Constant<value_ints: ints = @channels>()",
         *zero,
         "whole = Slice(integers, start, row_count, start)",
         "wide = Cast<to = 1>(whole)",
@@ -133,7 +133,7 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
     body = "\n".join(lines)
     head = f'<domain: "{UNPACK_DOMAIN}", opset_import: ["" : {opset}]>'
     proto: onnx.FunctionProto = onnx.parser.parse_function(
-        f"{head} {unpack_name(bits, zeros)} <rows, grid, inputs, to> ({inputs}) => (W) {{\n{body}\n}}"
+        f"{head} {unpack_name(bits, zeros)} <rows, grid, channels, to> ({inputs}) => (W) {{\n{body}\n}}"
     )
     return proto
 

@@ -351,7 +351,7 @@ def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
     names = {unpack_name(bits, zero_point is not None): bits for bits in STORED_BITS}
     bits = names.get(node.op_type)
     shape, grid = _shape(tensor), node.attributes.get_ints("grid", ())
-    inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("inputs", "rows"))
+    inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("channels", "rows"))
     result = _dtype(node, "to")
     known = (
         bits is not None and scale is not None and scale.dtype in _SCALES and result in (*_WIDER, *_SCALES)

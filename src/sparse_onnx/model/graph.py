@@ -17,6 +17,7 @@ __all__ = [
     "all_graphs",
     "axis_from_end",
     "drop_if_unused",
+    "drop_with_makers",
     "initializers",
     "input_at",
     "is_read",
@@ -180,6 +181,15 @@ def remove_if_unread(node: ir.Node, *, with_makers: bool = False) -> bool:
             elif with_makers:
                 waiting.append(maker)
     return removed
+
+
+def drop_with_makers(value: ir.Value) -> None:
+    """Remove what only ``value`` was made for, if nothing needs it: the nodes before it, and their initializers."""
+    maker = value.producer()
+    if maker is None:
+        drop_if_unused(value)
+    else:
+        remove_if_unread(maker, with_makers=True)
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
-from sparse_onnx.model.encodings import DENSE, Dense, Encoding, Packed
+from sparse_onnx.model.encodings import DENSE, Affine, Dense, Encoding, Packed, Palette
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
@@ -92,6 +92,15 @@ class Weight:
         return math.prod(self.dims)
 
     @property
+    def dtype(self) -> ir.DataType:
+        """Of the floats that layers see."""
+        if isinstance(self.encoding, Affine | Packed):
+            return self.encoding.result
+        if isinstance(self.encoding, Palette):
+            return self.encoding.codebook.dtype
+        return self.encoding.scale.dtype if isinstance(self.encoding, PackedBlocks) else self.tensor.dtype
+
+    @property
     def layer(self) -> str:
         """The operator on floats that does what the layers do."""
         operator = integer_operator(self.nodes[0])
@@ -109,7 +118,7 @@ class Weight:
 
         Raises ModelFileError if a stored element stands for nothing.
         """
-        return self._after_moves(self._named(self.encoding.decode, self.tensor.numpy()))
+        return self.in_order(self._named(self.encoding.decode, self.tensor.numpy()))
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or Inf in float32."""
@@ -133,7 +142,7 @@ class Weight:
         if isinstance(self.encoding, Dense):
             return matrix
         values = self._before_moves(np.ascontiguousarray(matrix.T if self.transposed else matrix))
-        return self._after_moves(self.encoding.nearest(values))
+        return self.in_order(self.encoding.nearest(values))
 
     def _before_moves(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values, np.float32).reshape(self.dims)
@@ -141,7 +150,8 @@ class Weight:
             values = move.back(values)
         return values
 
-    def _after_moves(self, values: np.ndarray) -> np.ndarray:
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """What there is one of for each element that is stored, as [K, N]."""
         for move in self.moves:
             values = move(values)
         return values.reshape(self.shape[::-1]).T if self.transposed else values.reshape(self.shape)

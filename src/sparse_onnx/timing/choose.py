@@ -233,14 +233,14 @@ def _considered(
         return tuple(
             form for form in forms if form.name in around
         ), f"no {candidate.kind} around it is {names}"
-    reasons = [form.refusal(candidate.sparsity) for form in forms]
+    reasons = [candidate.refusal(form) for form in forms]
     reasons += [
         f"{form.name} changes the numbers, which is not allowed"
         for form in candidate.forms
         if form not in forms
     ]
     return (
-        tuple(form for form in forms if not form.refusal(candidate.sparsity)),
+        tuple(form for form in forms if not candidate.refusal(form)),
         "; ".join(filter(None, reasons)),
     )
 
@@ -345,7 +345,7 @@ def layer_key(
     """What the times of a layer depend on, apart from machine and software."""
     return {
         **layer_kind(layer, shapes),
-        "forms": {form.name: dict(packer(candidate, form).attributes) for form in forms},
+        "forms": {form.name: dict(form.lowering.layout(candidate, form, packer)) for form in forms},
         "sparsity": round(candidate.sparsity, 2),
     }
 

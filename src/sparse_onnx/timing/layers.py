@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds, InputSpec, generate
 from sparse_onnx.model import model_io
+from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
@@ -182,7 +183,7 @@ def cut_layer(
     part = ir.Model(
         ir.convenience.extract(model.graph, list(distinct), list(outputs)),
         ir_version=model.ir_version,
-        functions=[function.clone() for function in model.functions.values() if function.domain == DOMAIN],
+        functions=[f.clone() for f in model.functions.values() if f.domain in (DOMAIN, UNPACK_DOMAIN)],
     )
     part.graph.opset_imports.update(model.opset_imports)
     for node in part.graph:

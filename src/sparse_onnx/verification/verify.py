@@ -305,7 +305,7 @@ def verify(
         probe = make_probe(heads, batches[0]) if data is not None else None
         unlike = None
         if data is not None and (profile := paths[1].parent / PROFILE_FILE).is_file():
-            unlike = _unlikeness(Profile.load(profile), paths[0], specs, samples, count, work, say)
+            unlike = _unlikeness(Profile.load(profile), paths[0], specs, samples, bench)
         say("running the original")
         with explaining_guesses(choices):
             reference, skipped = record(
@@ -395,17 +395,16 @@ def _unlikeness(
     original: Path,
     specs: Sequence[InputSpec],
     samples: Samples,
-    threads: int,
-    work: Path,
-    say: Callable[[str], None],
+    bench: Workbench,
 ) -> float | None:
     """How unlike ``samples`` are to the data of ``known``, said where they are."""
     model = model_io.load_model(original)
     fix_inputs(model, specs)
-    options = CalibrationOptions(threads=threads)
-    found = unlikeness(known, profile_of(model, samples, options, work=work, like=known, progress=say))
+    options = CalibrationOptions(threads=bench.threads)
+    profile = profile_of(model, samples, options, work=bench.work, like=known, progress=bench.progress)
+    found = unlikeness(known, profile)
     if found is not None and found >= UNLIKE:
-        say(f"warning: {describe(found, samples.source)}")
+        bench.progress(f"warning: {describe(found, samples.source)}")
     return found
 
 

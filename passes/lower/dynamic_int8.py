@@ -1,0 +1,68 @@
+"""Lower linears whose weights have 8 bits and a scale for each output to products of integers.
+
+::
+
+    Before                                  After
+
+    W = Unpack8(q, scale)                   a, a_scale, a_zero = DynamicQuantizeLinear(X)
+    h = MatMul(X, W)                        h = Cast(MatMulInteger(a, q, a_zero)) · (a_scale · scale)
+
+ONNX Runtime makes one operator of these. The weight keeps its numbers; X is rounded to 8 bits with one scale for all of
+it, in every run, as by its dynamic quantization: a channel with large values costs the others their accuracy.
+
+Its kernels for processors without VNNI add two products in 16 bits, which saturate if weights use all 8 bits: there,
+quantize to 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model.integer_grid import IntegerGrid
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.forms import Form
+
+__all__ = ["LowerDynamicInt8"]
+
+_MIDDLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerDynamicInt8(LowerEncoded):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.dynamic-int8"
+
+    @classmethod
+    def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
+        if grid.bits != 8:
+            return f"has {grid.bits} bits, not 8"
+        if len(grid.scale) != 1 or not grid.symmetric:
+            return "has more than one scale for an output, or zero points"
+        return EncodedForm("int8-dynamic", cls, exact=False)
+
+    @classmethod
+    def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
+        """``integers`` int8 [K, N] and ``scale`` float32 [N]."""
+        return {"integers": (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8), "scale": grid.scale[0]}
+
+    @classmethod
+    def product(
+        cls,
+        node: Callable[..., list[ir.Value]],
+        x: ir.Value,
+        grid: IntegerGrid,
+        stored: Mapping[str, ir.Value],
+    ) -> ir.Value:
+        rounded, scale, zero_point = node("DynamicQuantizeLinear", x, outputs=3)
+        (sums,) = node("MatMulInteger", rounded, stored["integers"], zero_point)
+        (floats,) = node("Cast", sums, to=int(ir.DataType.FLOAT))
+        (factor,) = node("Mul", scale, stored["scale"])
+        (y,) = node("Mul", floats, factor)
+        return y

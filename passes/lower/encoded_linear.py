@@ -1,0 +1,159 @@
+"""Base of the lowerings that give a linear, whose weight has few bits, to operators of ONNX Runtime on integers.
+
+Only the product is replaced: bias, residual and activation stay nodes of their own. Such operators round *activations*
+to 8 bits, so their forms are not exact.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model.encodings import Dense
+from sparse_onnx.model.graph import Names, add_initializer, drop_with_makers, input_at
+from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
+from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import LINEARS, Weight, find_weights
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.forms import Form
+from sparse_onnx.passes.lower.lowering import Candidate, Lowering, Packer, match_layers
+from sparse_onnx.passes.patterns.linear import match_linear
+from sparse_onnx.progress import Progress
+from sparse_onnx.sparse_ops.formats.base import Outputs
+
+__all__ = ["EncodedForm", "LowerEncoded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedForm(Form):
+    """Integers of ``bits`` bits, zeros among them."""
+
+    bits: int = 8
+
+    def expected_nbytes(
+        self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
+    ) -> float:
+        """Without scales."""
+        return shape[0] * shape[1] * self.bits / 8
+
+
+class _Nodes:
+    """Makes the nodes that take the place of one."""
+
+    def __init__(self, node: ir.Node, names: Names) -> None:
+        self._place, self._names = node, names
+
+    def __call__(
+        self, op_type: str, *inputs: ir.Value, outputs: int = 1, domain: str = "", **attributes: int
+    ) -> list[ir.Value]:
+        """The outputs of a new node."""
+        name = self._names.new(f"{self._place.name or self._place.op_type}.{op_type}")
+        values = [ir.Value(name=self._names.new(f"{name}.output{index}")) for index in range(outputs)]
+        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
+        if module := self._place.metadata_props.get(MODULE_KEY):
+            node.metadata_props[MODULE_KEY] = module
+        assert self._place.graph is not None
+        self._place.graph.insert_before(self._place, node)
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerEncoded(Lowering):
+    """See the module's docstring."""
+
+    kind: ClassVar[str] = "linear"
+    domains: ClassVar[Mapping[str, int]] = {}
+    """Operator sets that the nodes need beside the standard one."""
+
+    min_sparsity: float = 0.0
+
+    @classmethod
+    @abc.abstractmethod
+    def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
+        """The form of a weight, or the reason why it has none."""
+
+    @classmethod
+    @abc.abstractmethod
+    def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
+        """What the operators store, by name."""
+
+    @classmethod
+    @abc.abstractmethod
+    def product(
+        cls,
+        node: Callable[..., list[ir.Value]],
+        x: ir.Value,
+        grid: IntegerGrid,
+        stored: Mapping[str, ir.Value],
+    ) -> ir.Value:
+        """x [.., K] times the weight, float32 [.., N], by new nodes."""
+
+    @classmethod
+    def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        weights, _ = find_weights(model, LINEARS, encoded=True)
+        shapes = Shapes(model)
+        encoded = [
+            weight
+            for weight in weights
+            if not isinstance(weight.encoding, Dense) and weight.nodes[0].op_type in LINEARS
+        ]
+        declined: list[tuple[str, str]] = []
+        found = []
+        for weight, linears in match_layers(
+            encoded, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined
+        ):
+            grid = read_grid(weight)
+            form = grid if isinstance(grid, str) else cls.form_of(weight, grid)
+            weight.release()
+            if isinstance(form, str):
+                declined.append((weight.name, form))
+            else:
+                found.append(Candidate(weight, linears, cls.kind, (form,)))
+        return found, declined
+
+    @classmethod
+    def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
+        return {"encoding": str(candidate.weight.encoding)}
+
+    def put(
+        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
+    ) -> None:
+        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
+        names = Names(model)
+        for candidate in candidates:
+            self._put_one(model.graph, candidate, names, context)
+            packing.step()
+        if candidates:
+            model.graph.opset_imports.update(self.domains)
+
+    def _put_one(self, graph: ir.Graph, candidate: Candidate, names: Names, context: PassContext) -> None:
+        weight = candidate.weight
+        grid = read_grid(weight)
+        assert isinstance(grid, IntegerGrid)
+        stem = names.stem(weight.name, [f".{key}" for key in self.arrays(grid)])
+        stored = {}
+        for key, array in self.arrays(grid).items():
+            tensor = context.store(np.ascontiguousarray(array), f"{stem}.{key}")
+            stored[key] = add_initializer(graph, f"{stem}.{key}", tensor)
+        weight.release()
+        for layer in candidate.layers:
+            old, (x,) = layer.nodes[0], layer.inputs
+            make = _Nodes(old, names)
+            new = self.product(make, x, grid, stored)
+            bias = input_at(old, 2) if old.op_type == "Gemm" else None
+            if bias is not None:
+                (new,) = make("Add", new, bias)
+            output = old.outputs[0]
+            new.type, new.shape = output.type, output.shape
+            output.replace_all_uses_with(new, replace_graph_outputs=True)
+            new.name, output.name = output.name, None
+            operand = old.inputs[1]
+            graph.remove(old, safe=True)
+            if operand is not None:
+                drop_with_makers(operand)
