@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
+from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Quantize, Run, Target
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
 from sparse_onnx.tools.options import options
@@ -25,6 +25,8 @@ __all__ = ["command", "summary_table"]
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML recipe; the other options override it.")
 @options(Prune, "method", "sparsity", "mask_structure", "scope", "theta", "gradients", "targets", "ignore")
+@options(Quantize, "bits", "group_size")
+@options(Target, "precision")
 @options(Calibration, "data", "tokenizer", "num_calibration_samples", "batch_size")
 @options(Prune, "calibration", "allocation", "bias_correction", "dampening_frac")
 @options(Calibration, "statistics", "checkpoint")

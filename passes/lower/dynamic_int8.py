@@ -50,7 +50,10 @@ class LowerDynamicInt8(LowerEncoded):
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
         """``integers`` int8 [K, N] and ``scale`` float32 [N]."""
-        return {"integers": (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8), "scale": grid.scale[0]}
+        return {
+            "integers": (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8),
+            "scale": grid.scale[0],
+        }
 
     @classmethod
     def product(
@@ -66,3 +69,23 @@ class LowerDynamicInt8(LowerEncoded):
         (factor,) = node("Mul", scale, stored["scale"])
         (y,) = node("Mul", floats, factor)
         return y
+
+    @classmethod
+    def exact_twin(cls, node: ir.Node) -> None:
+        """The integers of X become X itself, with a scale of 1; those of W floats, exactly."""
+        graph = node.graph
+        if node.op_type != "MatMulInteger" or graph is None:
+            return
+        rounded, integers, _ = node.inputs
+        assert rounded is not None
+        maker = rounded.producer()
+        assert maker is not None
+        widened = ir.node("Cast", [integers], {"to": int(ir.DataType.FLOAT)})
+        product = ir.node("MatMul", [maker.inputs[0], widened.outputs[0]])
+        graph.insert_before(node, [widened, product])
+        node.outputs[0].replace_all_uses_with(product.outputs[0])
+        graph.remove(node, safe=True)
+        one = ir.node("Constant", [], {"value_float": 1.0})
+        graph.insert_before(maker, one)
+        maker.outputs[1].replace_all_uses_with(one.outputs[0])
+        graph.remove(maker, safe=True)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.graph import Names, add_initializer, drop_with_makers, input_at
 from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
-from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.model.metadata_keys import LOWERED_KEY, MODULE_KEY
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import LINEARS, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
@@ -46,8 +46,8 @@ class EncodedForm(Form):
 class _Nodes:
     """Makes the nodes that take the place of one."""
 
-    def __init__(self, node: ir.Node, names: Names) -> None:
-        self._place, self._names = node, names
+    def __init__(self, node: ir.Node, names: Names, lowering: str) -> None:
+        self._place, self._names, self._lowering = node, names, lowering
 
     def __call__(
         self, op_type: str, *inputs: ir.Value, outputs: int = 1, domain: str = "", **attributes: int
@@ -56,6 +56,7 @@ class _Nodes:
         name = self._names.new(f"{self._place.name or self._place.op_type}.{op_type}")
         values = [ir.Value(name=self._names.new(f"{name}.output{index}")) for index in range(outputs)]
         node = ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
+        node.metadata_props[LOWERED_KEY] = self._lowering
         if module := self._place.metadata_props.get(MODULE_KEY):
             node.metadata_props[MODULE_KEY] = module
         assert self._place.graph is not None
@@ -93,6 +94,11 @@ class LowerEncoded(Lowering):
         stored: Mapping[str, ir.Value],
     ) -> ir.Value:
         """x [.., K] times the weight, float32 [.., N], by new nodes."""
+
+    @classmethod
+    @abc.abstractmethod
+    def exact_twin(cls, node: ir.Node) -> None:
+        """Change ``node``, if it makes :meth:`product` round activations, so that it does not."""
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
@@ -144,7 +150,7 @@ class LowerEncoded(Lowering):
         weight.release()
         for layer in candidate.layers:
             old, (x,) = layer.nodes[0], layer.inputs
-            make = _Nodes(old, names)
+            make = _Nodes(old, names, self.name)
             new = self.product(make, x, grid, stored)
             bias = input_at(old, 2) if old.op_type == "Gemm" else None
             if bias is not None:

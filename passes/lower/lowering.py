@@ -90,7 +90,10 @@ class Candidate:
             return reason
         structure = self.weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured")
         outputs = self.parts[0].outputs
-        larger = form.expected_nbytes(self.weight.shape, self.sparsity, structure, outputs) > self.weight.tensor.nbytes
+        larger = (
+            form.expected_nbytes(self.weight.shape, self.sparsity, structure, outputs)
+            > self.weight.tensor.nbytes
+        )
         return f"larger as {form.name} than as {self.weight.encoding}" if larger else ""
 
     @property

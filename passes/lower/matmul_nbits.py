@@ -27,13 +27,12 @@ from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
 from sparse_onnx.passes.lower.forms import Form
 
-__all__ = ["ROUNDED_ACTIVATIONS", "LowerMatMulNBits"]
+__all__ = ["LowerMatMulNBits"]
 
 _DOMAIN = "com.microsoft"
 _BITS, _SMALLEST, _LARGEST = (4, 8), 16, 128
 
-ROUNDED_ACTIVATIONS = 4
-"""The ``accuracy_level`` with which activations are rounded to 8 bits; 0 and 1 are float32."""
+_IN_FLOATS, _ROUNDED = 1, 4  # values of accuracy_level: activations in float32, or rounded to 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +77,19 @@ class LowerMatMulNBits(LowerEncoded):
         (K, N), block = grid.integers.shape, _block_size(grid)
         attributes = {"K": K, "N": N, "bits": grid.bits, "block_size": block}
         (y,) = node(
-            "MatMulNBits", x, *stored.values(), domain=_DOMAIN, accuracy_level=ROUNDED_ACTIVATIONS, **attributes
+            "MatMulNBits",
+            x,
+            *stored.values(),
+            domain=_DOMAIN,
+            accuracy_level=_ROUNDED,
+            **attributes,
         )
         return y
+
+    @classmethod
+    def exact_twin(cls, node: ir.Node) -> None:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOATS)
 
 
 def _block_size(grid: IntegerGrid) -> int | None:

@@ -252,7 +252,11 @@ class _Job:
         if self._is_biased(layer):
             bias = self._correct_bias(layer, W, after)
         zeros = int(W.size - np.count_nonzero(W))
-        arrays = {"integers": quantized.integers, "scale": quantized.scale, "zero_point": quantized.zero_point}
+        arrays = {
+            "integers": quantized.integers,
+            "scale": quantized.scale,
+            "zero_point": quantized.zero_point,
+        }
         kept = [self.context.store(array, f"{weight.name}.{name}") for name, array in arrays.items()]
         error = float(np.mean(errors)) if errors else None
         self._solved.append(_Solved(weight, *kept, grid, zeros, error, bias))
@@ -261,7 +265,11 @@ class _Job:
             weight.release()
             weight.value.const_value = self.context.store(stored, weight.name)
         told = "" if error is None else f", error {error:.3f}"
-        rest = f", the last group of {W.shape[0] % grid.span(W.shape[0])}" if W.shape[0] % grid.span(W.shape[0]) else ""
+        rest = (
+            f", the last group of {W.shape[0] % grid.span(W.shape[0])}"
+            if W.shape[0] % grid.span(W.shape[0])
+            else ""
+        )
         done = done_of(len(self._solved), len(self.weights), self._start)
         self.context.progress(f"solved {weight.name}: {_grid_words(grid)}{rest}{told} ({done})")
 
@@ -282,7 +290,11 @@ class _Job:
             parts.append(self._solve_group(layer, own, statistics, part, grid))
         if self._checkpoint is not None:
             whole = _side_by_side(parts)
-            for word, array in (("integers", whole.integers), ("scale", whole.scale), ("zero", whole.zero_point)):
+            for word, array in (
+                ("integers", whole.integers),
+                ("scale", whole.scale),
+                ("zero", whole.zero_point),
+            ):
                 self._checkpoint.put(f"{name} {word}", array)
         return parts
 

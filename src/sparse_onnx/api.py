@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into, plan
 from sparse_onnx.compilation.dumps import check_dumps
-from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
+from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Quantize, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe
 from sparse_onnx.compilation.recipe_flags import override, settings_of
 from sparse_onnx.compilation.recipe_reader import load_recipe
@@ -36,7 +36,7 @@ PLACEHOLDER = 0.5
 """The share of zeros of a method whose shares are searched for."""
 
 
-@documented(Prune, Calibration, Target, Goal, Run, Limits)
+@documented(Prune, Quantize, Calibration, Target, Goal, Run, Limits)
 def optimize(
     model: str | Path,
     output: str | Path,
@@ -50,6 +50,9 @@ def optimize(
     gradients: str | Path | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    precision: str | None = None,
     calibration_data: str | Path | Sequence[str | Path] | None = None,
     calibration: str | None = None,
     allocation: str | None = None,
@@ -115,7 +118,9 @@ def optimize(
     searching = (
         method is not None and not fixed and any(goal is not None for goal in (*asked_goals, *known_goals))
     )
-    flags = {keyword: _plain(keyword, given[keyword]) for keyword in keywords(Prune, *SECTIONS.values())}
+    flags = {
+        keyword: _plain(keyword, given[keyword]) for keyword in keywords(Prune, Quantize, *SECTIONS.values())
+    }
     if searching:
         flags |= {"sparsity": PLACEHOLDER, "mask_structure": None}
     resolved = override(resolved, settings=settings, **flags)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from sparse_onnx.compilation.groups import FLOAT32
 from sparse_onnx.compilation.job import Job
 from sparse_onnx.passes.base import Declined, PassContext, Pipeline
 from sparse_onnx.passes.lower.candidates import find_candidates
@@ -41,13 +42,27 @@ def decide(
 ) -> list[Decision]:
     """By the times of every layer here in all its forms, or by a timing table; ``shapes`` are those of the layers'
     inputs at every target."""
-    weights = job.recipe.target.weights
+    weights, allowed = job.recipe.target.weights, _allowed(job, fused)
     with job.clock("decide"), of_our_making():
         if job.benchmark:
-            return choose.decide(fused.model, fused.candidates, shapes, packer, bench, weights=weights)
+            return choose.decide(
+                fused.model, fused.candidates, shapes, packer, bench, weights=weights, allowed=allowed
+            )
         return choose.decide_by_table(
-            fused.candidates, job.table, shapes, weights=weights, min_speedup=bench.min_speedup
+            fused.candidates,
+            job.table,
+            shapes,
+            weights=weights,
+            min_speedup=bench.min_speedup,
+            allowed=allowed,
         )
+
+
+def _allowed(job: Job, fused: Fused) -> set[str]:
+    """The forms that may change numbers: all, where the recipe allows another arithmetic than that of floats."""
+    if job.recipe.target.precision == FLOAT32:
+        return set()
+    return {form.name for candidate in fused.candidates for form in candidate.forms if not form.exact}
 
 
 def decide_unseen(fused: Fused) -> tuple[Decision, ...]:

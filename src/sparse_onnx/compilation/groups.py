@@ -1,7 +1,7 @@
 """The options of a compilation in groups, each declared once: what can be asked for, and what is said of it.
 
 :class:`Target`, :class:`Calibration` and :class:`Goal` are sections of a recipe, whose keys are their fields.
-:class:`Prune` goes to the pruning modifiers of a recipe. :class:`Run` is no part of a recipe.
+:class:`Prune` and :class:`Quantize` go to the modifiers of these stages. :class:`Run` is no part of a recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ from sparse_onnx.options import check_types, holds_numbers, option, require
 from sparse_onnx.units import parse_size
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 
-__all__ = ["Calibration", "Goal", "Prune", "Run", "Section", "Target"]
+__all__ = [
+    "FLOAT32",
+    "INT4",
+    "INT8",
+    "PRECISIONS",
+    "Calibration",
+    "Goal",
+    "Prune",
+    "Quantize",
+    "Run",
+    "Section",
+    "Target",
+]
+
+FLOAT32, INT8, INT4 = "float32", "int8", "int4"
+PRECISIONS = (FLOAT32, INT8, INT4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +76,20 @@ class Prune:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Options of quantizing modifiers: each is set in all that have it."""
+
+    bits: int | None = option(
+        None,
+        "Store weights in 2 to 8 bits: of all linears, by the best method that the data allows, zeros staying zeros.",
+        otherwise="as --precision says",
+    )
+    group_size: int | None = option(
+        None, "Inputs that share a scale, 16 to 256; 0: all of an output.", otherwise="64; 0 with 8 bits"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A part of a recipe: a frozen dataclass whose fields are the keys."""
 
@@ -87,6 +116,13 @@ class Target(Section):
         kind="shapes",
     )
     threads: int | None = option(None, "Threads to decide and time for.", otherwise="all cores", least=1)
+    precision: str = option(
+        FLOAT32,
+        "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, activations in 8 where an "
+        "operator rounds them). The fastest is kept.",
+        about="What layers may compute in: ``float32``; ``int8`` or ``int4``: weights in 8 or 4 bits, those of all "
+        "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them.",
+    )
     weights: tuple[float, ...] | None = option(
         None,
         "3,1,..: decide by the weighted mean time over several shapes.",
@@ -139,6 +175,7 @@ class Target(Section):
             allowed = f"numbers above 0, as many as shapes has targets ({count})"
             require(fits, "weights (--shape-weights)", list(self.weights), allowed)
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
 
 
 @dataclasses.dataclass(frozen=True)

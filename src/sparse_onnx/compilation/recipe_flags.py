@@ -11,11 +11,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sparse_onnx.compilation.groups import Prune
+from sparse_onnx.compilation.groups import INT4, INT8, Prune, Quantize
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe, RecipeStage
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import at, build, frozen, keywords, option_names, unknown
 from sparse_onnx.passes.base import Pass, Stage
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.registry import PASSES, pass_by_name
 from sparse_onnx.yaml_text import read_yaml
 
@@ -28,9 +29,12 @@ _METHOD_PREFIX = "prune."
 
 _FLAGS_OF_STAGE: Mapping[Stage, Collection[str]] = {
     # The seed of generated inputs is that of random pruning, too.
-    Stage.PRUNE: (keywords(Prune).keys() - {"method"}) | {"seed"}
+    Stage.PRUNE: (keywords(Prune).keys() - {"method"}) | {"seed"},
+    Stage.QUANTIZE: keywords(Quantize).keys(),
 }
 """The flags that modifiers take, where they have an option of the name. A modifier of another stage takes none."""
+
+_BITS_OF_PRECISION = {INT8: 8, INT4: 4}
 
 
 @dataclasses.dataclass
@@ -70,6 +74,8 @@ def override(
     if method is not None and not pruning:
         cls = _method(method)
         stages.append(("prune", [_Draft(cls, _taken(cls, given))]))
+    if quantize := _quantizing(recipe, given):
+        stages.append(("quantize", [quantize]))
     drafts = [draft for _, modifiers in stages for draft in modifiers]
     _apply_settings(drafts, settings or {})
     result = Recipe(
@@ -99,6 +105,22 @@ def _drafted(modifier: Pass, method: str | None, given: Mapping[str, Any]) -> _D
         known = option_names(cls)
         own = {name: value for name, value in own.items() if name in known and value != defaults[name]}
     return _Draft(cls, own | _taken(cls, given))
+
+
+def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
+    """The modifier that bits are asked of, unless the recipe has one: the best method that the data allows."""
+    if any(modifier.stage is Stage.QUANTIZE for modifier in recipe.modifiers()):
+        return None
+    bits = given.get("bits", _BITS_OF_PRECISION.get(given.get("precision", recipe.target.precision)))
+    if bits is None:
+        return None
+    data = given.get("calibration_data", recipe.calibration.data)
+    options = {
+        "method": "hqq" if data is None else "auto",
+        "bits": bits,
+        "group_size": 64 if bits <= 4 else 0,
+    }
+    return _Draft(QuantizeWeights, options | _taken(QuantizeWeights, given))
 
 
 def _taken(cls: type[Pass], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +153,10 @@ def _useless(flag: str, pruning: Sequence[Pass]) -> str:
     """Why ``flag`` applies to nothing."""
     methods = _methods()
     takers = ", ".join(name for name, cls in methods.items() if _taken(cls, {flag: None}))
-    if not takers:
-        return unknown("option", flag, keywords(Prune, *SECTIONS.values()))
+    if not takers and flag not in keywords(Quantize):
+        return unknown("option", flag, keywords(Prune, Quantize, *SECTIONS.values()))
+    if flag in keywords(Quantize):
+        return f"{flag} has no effect, since nothing is quantized: give --bits or --precision"
     if pruning:
         return f"{flag} is no option of {' or '.join(p.name for p in pruning)}; it is one of method {takers}"
     return f"{flag} has no effect, since nothing is pruned: give a method ({takers})"

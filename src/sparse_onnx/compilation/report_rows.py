@@ -14,6 +14,7 @@ import onnx_ir as ir
 from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
+from sparse_onnx.model.weights import Weight
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
 from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.lower.forms import DENSE
@@ -91,7 +92,7 @@ def layer_rows(
                 if shapes is None
                 else sum(layer.products(shapes[layer.inputs[0].name or ""]) for layer in candidate.layers),
                 "activations": sorted({layer.activation for layer in candidate.layers}),
-                "sparsity": zeros / weight.tensor.size,
+                "sparsity": zeros / weight.size,
                 "non_finite": non_finite,
                 "mask_structure": weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"),
                 "decision": decision.form,
@@ -105,9 +106,7 @@ def layer_rows(
                 "quiet": decision.quiet,
                 "output_error": errors.get(weight.name),
                 "output_error_held_out": held_out_errors.get(weight.name),
-                "relative_error": 0.0
-                if original is weight.tensor
-                else _weight_error(original, weight.tensor),
+                "relative_error": 0.0 if original is weight.tensor else _weight_error(original, weight),
             }
             rows.append(row)
         steps.step()
@@ -163,14 +162,25 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     write_html(report, folder / "report.html")
 
 
-def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol) -> float | None:
+def _weight_error(original: ir.TensorProtocol | None, weight: Weight) -> float | None:
     """‖W − W′‖ / ‖W‖ (Frobenius): the expected relative error of the layer's output on uncorrelated inputs."""
-    if original is None or original.shape != pruned.shape:  # structured pruning took a part of it away
+    if original is None:
         return None
-    before, after = np.array(original.numpy(), np.float64), np.array(pruned.numpy(), np.float64)
+    if original.dtype.is_floating_point():
+        before, after = np.array(original.numpy(), np.float64), np.array(_as_stored(weight), np.float64)
+    else:  # it had few bits before
+        before = np.array(weight.encoding.decode(original.numpy()), np.float64)
+        after = np.array(weight.encoding.decode(weight.tensor.numpy()), np.float64)
+    if before.size != after.size:  # structured pruning took a part of it away
+        return None
     norm = float(np.linalg.norm(before))
-    error = float(np.linalg.norm(before - after)) / norm if norm else 0.0
+    error = float(np.linalg.norm(before.reshape(-1) - after.reshape(-1))) / norm if norm else 0.0
     del before, after
-    for tensor in (original, pruned):
-        model_io.release_mapping(tensor)
+    model_io.release_mapping(original)
+    weight.release()
     return error if math.isfinite(error) else None
+
+
+def _as_stored(weight: Weight) -> np.ndarray:
+    """The elements of a weight in the order of one that is stored as floats."""
+    return weight.matrix().T if weight.transposed else weight.matrix()

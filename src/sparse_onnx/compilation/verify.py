@@ -18,6 +18,7 @@ from sparse_onnx.compilation.ship import Shipped
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
+from sparse_onnx.passes.lower.exact_twin import exact_twin
 from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.runtime import LEVELS, of_our_making, open_runner
 from sparse_onnx.running.workbench import Workbench
@@ -41,6 +42,8 @@ class Verified:
         left_out: Outputs that were not compared: what they are by their name.
         levels: ONNX Runtime's optimizations with which each model ran.
         rounding: Of stock ONNX Runtime against itself by output, where the compiler's error was large.
+        rounded_activations: What the forms that round activations do to the outputs, where there are such: it belongs
+            to what is lost, not to the compiler's error.
         unlikeness: Of the data that was measured on to the calibration data, where it is known.
     """
 
@@ -52,6 +55,7 @@ class Verified:
     left_out: Mapping[str, str]
     levels: Mapping[str, str]
     rounding: Mapping[str, float | None]
+    rounded_activations: Difference | None
     unlikeness: float | None
 
     def document(self) -> dict[str, Any]:
@@ -65,6 +69,11 @@ class Verified:
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
             **({"optimization_levels": dict(self.levels)} if {*self.levels.values()} != {LEVELS[0]} else {}),
             **({"rounding": dict(self.rounding)} if self.rounding else {}),
+            **(
+                {}
+                if self.rounded_activations is None
+                else {"rounded_activations": self.rounded_activations.to_dict()}
+            ),
             **({} if self.unlikeness is None else {"unlikeness": self.unlikeness}),
         }
 
@@ -80,8 +89,11 @@ def verify(
     settled: Settled,
 ) -> Verified:
     """Hold what was written against ``dense``, the pruned dense model, which ran at this optimization ``level``, and,
-    if it was changed at all, against the original, which is run if it was not yet."""
+    if it was changed at all, against the original, which is run if it was not yet. Where forms round activations, its
+    exact twin is held against ``dense``."""
     samples, original, optimized = inputs.samples, settled.original, shipped.model
+    twin = exact_twin(optimized)
+    exact, path = (optimized, job.written) if twin is None else (twin, None)
     levels = {"pruned_dense": level}
     levels |= {} if original is None else {"original": original.level}
     heads = find_heads(optimized)
@@ -90,12 +102,16 @@ def verify(
         ours = run_all(runner, samples, "with the library", job.say)
         heads = confirm(heads, probe, ours[0], {} if probe is None else runner.run(probe.feeds))
         levels["with_library"] = runner.level
-    compiled = compare(settled.outputs, ours, () if shipped.changed else heads, samples)
+    outputs = ours
+    if twin is not None:
+        with open_runner(twin, source.bench, library=True) as runner:
+            outputs = run_all(runner, samples, "with exact activations", job.say)
+    compiled = compare(settled.outputs, outputs, () if shipped.changed else heads, samples)
     job.say("on standard operators only")
-    with open_runner(optimized, source.bench, job.written, library=False, lean=True) as runner:
+    with open_runner(exact, source.bench, path, library=False, lean=True) as runner:
         portable = compare(settled.outputs[:1], [runner.run(samples[0])])
         levels["without_library"] = runner.level
-    rounding = _judge(job, source.bench, inputs, dense, optimized, {True: compiled, False: portable})
+    rounding = _judge(job, source.bench, inputs, dense, exact, {True: compiled, False: portable})
     loss = compiled
     if shipped.changed:
         original = original or run_original(source, samples)
@@ -110,6 +126,7 @@ def verify(
         source.left_out,
         levels,
         rounding,
+        None if twin is None else compare(outputs, ours, heads, samples),
         _unlikeness(job, source, inputs),
     )
 

@@ -58,8 +58,8 @@ def read_grid(weight: Weight) -> IntegerGrid | str:
     return IntegerGrid(
         bits,
         (integers.astype(np.int16) + shift).astype(np.uint8),
-        np.ascontiguousarray(scale[:: size], np.float32),
-        (zero_point[:: size].astype(np.int16) + shift).astype(np.uint8),
+        np.ascontiguousarray(scale[::size], np.float32),
+        (zero_point[::size].astype(np.int16) + shift).astype(np.uint8),
         size,
     )
 

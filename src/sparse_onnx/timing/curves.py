@@ -161,9 +161,7 @@ def measure_curves(
     """
     dense, feeds = cut_layer(model, layer.inputs, layer.results, shapes)
     weight, forms = candidate.weight, candidate.allowed_forms()
-    as_it_is = [
-        form for form in forms if candidate.companion or not (prunable or candidate.refusal(form))
-    ]
+    as_it_is = [form for form in forms if candidate.companion or not (prunable or candidate.refusal(form))]
     models: dict[tuple[str, str, float], ir.Model] = {}
     for form in as_it_is:
         _add(models, form, (UNSTRUCTURED, candidate.sparsity), dense, weight)
