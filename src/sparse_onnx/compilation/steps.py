@@ -16,7 +16,14 @@ from sparse_onnx import sparse_ops
 from sparse_onnx.compilation.give_back import Originals, exchange, keeping_zeros, with_pruning, without_zeros
 from sparse_onnx.compilation.goals import Gate, gates, goal_document
 from sparse_onnx.compilation.recipe import Recipe, recipe_document
-from sparse_onnx.compilation.report_rows import kernel_names, layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compilation.report_rows import (
+    kernel_names,
+    layer_rows,
+    quantized_rows,
+    summary,
+    target_rows,
+    untouched_rows,
+)
 from sparse_onnx.compilation.whole_model import Variant, choose_variant, exit_code, settle
 from sparse_onnx.compilation.worth_pruning import (
     below_break_even,
@@ -33,6 +40,7 @@ from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
 from sparse_onnx.model.opset_conversion import converted_from, refusal
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
+from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
 from sparse_onnx.model.work import NodeWork, Work
 from sparse_onnx.passes.base import CalibrationData, Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
@@ -118,6 +126,7 @@ class Compilation:
         self.errors: dict[str, float | None] = {}
         self.held_out_errors: dict[str, float] = {}
         self.node_work: tuple[NodeWork, ...] = ()
+        self.quantized: Sequence[QuantizedWeight] = ()
         self.given_back: Collection[str] = ()
         self.not_together: Sequence[Declined] = ()
         self._original_outputs: list[Feeds] | None = None
@@ -176,6 +185,7 @@ class Compilation:
         for result in (cleaned, removed, pruned, quantized, rest):
             self.declined += result.declined
         self.errors = {change.name: change.error for change in pruned.layers}
+        self.quantized = quantized_weights(model)
         return Prepared(cleaned, removed, pruned, quantized, originals)
 
     def spared(self, model: ir.Model, pruning: Pipeline, bench: choose.Bench | None) -> dict[str, str]:
@@ -670,6 +680,7 @@ class Compilation:
             "layers": layers,
             "declined": [dataclasses.asdict(place) for place in (*self.declined, *self.not_together)],
             "untouched": untouched_rows(layers, self.node_work, self.declined),
+            **({"quantized": quantized_rows(self.quantized, self.errors)} if self.quantized else {}),
             "stages": self.clock.stages,
         }
 
