@@ -187,4 +187,5 @@ def _reasons(analysis: Analysis) -> str:
     reasons.update(layer.reason for layer in analysis.forecast.layers if layer.reason)
     lines = [f"{count} cannot be touched: {reason}" for reason, count in reasons.most_common(_REASONS)]
     others = other_work([dataclasses.asdict(row) for row in analysis.untouched])
-    return "\n".join(filter(None, [others, *lines]))
+    quantized = analysis.quantized_text if analysis.forecast.layers else ""  # else the answer says it
+    return "\n".join(filter(None, [others, *lines, quantized]))

@@ -137,6 +137,11 @@ def _total(document: dict[str, Any]) -> str:
         f"{total['weights']:,} weights in {len(document['weights'])} tensors, {format_share(total['sparsity'])} zeros; "
         f"{total['can_be_sparse']} can be sparse, {total['sparse']} are"
     )
+    if rows := [row for row in document["weights"] if row["state"] == "quantized"]:
+        from sparse_onnx.model.quantized_weights import describe
+
+        zeros = sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
+        text += f"\n{describe([row['bits'] for row in rows], zeros)}"
     if document["not_counted"]:
         others = Counter(row["dtype"] for row in document["not_counted"])
         size = format_bytes(sum(row["bytes"] for row in document["not_counted"]))
@@ -151,7 +156,7 @@ def _total(document: dict[str, Any]) -> str:
 
 
 def _left_alone(document: dict[str, Any], show_all: bool) -> str:
-    reasons = Counter(row["reason"] for row in document["weights"] if row["state"] == "stays")
+    reasons = Counter(row["reason"] for row in document["weights"] if row["state"] in ("stays", "quantized"))
     reasons.update(place["reason"] for place in document["declined"])
     shown = reasons.most_common(None if show_all else _REASONS)
     lines = [f"{count} left as they are: {reason}" for reason, count in shown]

@@ -216,6 +216,20 @@ def full_report(report: dict[str, Any]) -> dict[str, Any]:
         {"op_type": "LSTM", "count": 2, "share": 0.2, "reason": "no sparse kernel takes the weights of LSTM"},
         {"op_type": "MatMul", "count": 3, "share": None, "reason": "multiplies computed values"},
     ]
+    report["quantized"] = [
+        {
+            "name": "layer.0.query",
+            "module": "",
+            "op_type": "MatMulInteger",
+            "shape": [64, 64],
+            "bits": 8,
+            "group_size": 0,
+            "encoding": "INT8 with one scale",
+            "sparsity": 0.8,
+            "pruned": False,
+            "output_error": None,
+        }
+    ]
     report["targets"].append(
         {**report["targets"][0], "input_shapes": {"input_ids": [8, 128]}, "speedup": 1.9}
     )

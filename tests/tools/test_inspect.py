@@ -49,20 +49,20 @@ def test_dense_model(run_cli, dense):
 
 
 def test_what_is_not_looked_at_is_said(run_cli, tmp_path):
-    """Integer weights are no rows, as their zeros mean nothing; operators without a sparse kernel are listed."""
+    """Integers of no layer are no rows, as their zeros mean nothing; operators without a sparse kernel are listed."""
     path = save(
         tmp_path,
-        """<ir_version: 8, opset_import: ["" : 17]> g (uint8[4, 32] x) => (float[4, 48] y) {
-        i = MatMulInteger(x, q) f = Cast<to = 1>(i) y = MatMul(f, w) }""",
+        """<ir_version: 8, opset_import: ["" : 17]> g (uint8[4, 32] x) => (float[4, 48] y, int8[32, 64] n) {
+        i = MatMulInteger(x, q) n = Neg(q) f = Cast<to = 1>(i) y = MatMul(f, w) }""",
         q=np.ones((32, 64), np.int8),
         w=np.zeros((64, 48), np.float32),
     )
     document = run_cli("inspect", path, "--format", "json").json()
     assert list(rows_by_name(document)) == ["w"]
     assert document["not_counted"] == [
-        {"name": "q", "op_type": "MatMulInteger", "shape": [32, 64], "dtype": "INT8", "bytes": 2048}
+        {"name": "q", "op_type": "MatMulInteger, Neg", "shape": [32, 64], "dtype": "INT8", "bytes": 2048}
     ]
-    reason = "no sparse kernel takes the weights of MatMulInteger (INT8)"
+    reason = "no sparse kernel takes the weights of MatMulInteger (INT8): also used by Neg"
     assert document["declined"] == [{"place": "q", "reason": reason}]
     share = 32 * 64 / (32 * 64 + 64 * 48)
     assert document["untouched"] == [
@@ -80,20 +80,26 @@ def test_how_weights_are_encoded_is_said(run_cli, tmp_path):
         """<ir_version: 8, opset_import: ["" : 17]> g (float[4, 32] x) => (float[4, 16] y) {
         d = DequantizeLinear<axis = 1>(q, s) a = MatMul(x, d)
         i = Cast<to = 6>(p) e = Gather(book, i) b = MatMul(a, e) y = MatMul(b, w) }""",
-        q=np.ones((32, 64), np.int8),
+        q=np.tile(np.array([0, 1], np.int8), (32, 32)),
         s=np.ones(64, np.float32),
         p=np.ones((64, 48), np.uint8),
         book=np.arange(16, dtype=np.float32),
         w=np.zeros((48, 16), np.float32),
     )
     document = run_cli("inspect", path, "--format", "json").json()
-    assert list(rows_by_name(document)) == ["w"]
-    assert [(row["name"], row["bytes"]) for row in document["not_counted"]] == [("q", 2048), ("p", 3072)]
+    assert not document["not_counted"]
+    rows = rows_by_name(document)
+    assert {
+        name: (row["shape"], row["bits"], row["bytes"], row["zeros"], row["state"])
+        for name, row in rows.items()
+        if name != "w"
+    } == {"q": ([32, 64], 8, 2048, 1024, "quantized"), "p": ([64, 48], 4, 3072, 0, "quantized")}
+    assert document["total"]["sparsity"] == (1024 + 48 * 16) / (32 * 64 + 64 * 48 + 48 * 16)
     reasons = {
         "q": "is quantized: INT8 with a scale for each index of axis 1",
         "p": "is quantized: indices into a codebook of 16 values",
     }
-    assert {row["place"]: row["reason"] for row in document["declined"] if row["place"] in reasons} == reasons
+    assert {name: rows[name]["reason"] for name in reasons} == reasons
     total = 32 * 64 + 64 * 48 + 48 * 16
     assert document["untouched"] == [
         {"op_type": "MatMul", "count": 1, "share": 64 * 48 / total, "reason": reasons["p"]},

@@ -31,6 +31,7 @@ from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
 from sparse_onnx.model.opset_conversion import converted_from
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
+from sparse_onnx.model.quantized_weights import QuantizedWeight, describe, quantized_weights
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.model.work import NodeWork, Untouched, Work, untouched
 from sparse_onnx.options import require
@@ -102,6 +103,7 @@ class Analysis:
         seconds: What the analysis took, by step.
         kinds: The curves by kind of layer, see :func:`sparse_onnx.passes.patterns.layer.layer_kind`.
         quiet: False if other programs took processors in the meantime: then the predictions are rough.
+        quantized: Weights of layers that are no floats, which no kernel can take.
     """
 
     source: str
@@ -115,6 +117,7 @@ class Analysis:
     seconds: Mapping[str, float]
     kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
     quiet: bool = True
+    quantized: tuple[QuantizedWeight, ...] = ()
 
     def predict(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> Outlook:
         """With the same share of zeros, in [0, 1), in all layers that may be pruned; N:M implies it.
@@ -133,11 +136,21 @@ class Analysis:
             text = f"{where} this model would run {speed} and be {found.smaller:.2f}x smaller"
         else:
             text = f"{where} no layer of this model would be faster in sparse form"
+        if self.quantized and not self.forecast.layers:
+            return f"{text}; {self.quantized_text}"
         if not self.forecast.uniform(sparsity, mask_structure):
             return f"{text}; nothing in it can be pruned like this"
         if found.error is None:
             return f"{text}; for the error to expect, give --calibration-data"
         return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
+
+    @property
+    def quantized_text(self) -> str:
+        """What is quantized already, in a line; empty if nothing is."""
+        if not self.quantized:
+            return ""
+        zeros = sum(row.zeros for row in self.quantized) / sum(row.size for row in self.quantized)
+        return describe([row.bits for row in self.quantized], zeros)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers."""
@@ -169,6 +182,7 @@ class Analysis:
             },
             "declined": [{"place": place, "reason": reason} for place, reason in self.declined],
             "untouched": [dataclasses.asdict(row) for row in self.untouched],
+            **({"quantized": [dataclasses.asdict(row) for row in self.quantized]} if self.quantized else {}),
             "quiet": self.quiet,
             "seconds": dict(self.seconds),
         }
@@ -416,6 +430,7 @@ class _Job:
             {stage["name"]: stage["seconds"] for stage in self.clock.stages},
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,
+            tuple(quantized_weights(fused)),
         )
 
     def run_dense(

@@ -10,7 +10,7 @@ import functools
 import operator
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparse_onnx.model.embedded import EmbeddedTensor
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.opset_conversion import CONVERTED_FROM
+from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
 from sparse_onnx.model.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
 from sparse_onnx.model.work import Untouched, Work, untouched
 from sparse_onnx.passes.base import PassContext, Pipeline
@@ -49,13 +50,15 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Everything about the model file at ``path`` as one JSON document.
 
-    ``weights`` has a row for each float matrix or tensor of higher rank, and for each stored weight of a sparse
-    operator. Its ``state`` is ``sparse`` (a sparse operator already), ``can be sparse``, ``folded`` (not there any
-    more after the clean-up) or ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
+    ``weights`` has a row for each float matrix or tensor of higher rank, for each stored weight of a sparse operator,
+    and for each weight of a layer that is quantized; that one also has ``bits``, ``group_size`` and ``encoding``, see
+    :class:`.QuantizedWeight`, and its zeros are the elements that stand for 0. Its ``state`` is ``sparse`` (a sparse
+    operator already), ``can be sparse``, ``folded`` (not there any more after the clean-up), ``quantized`` or
+    ``stays``, and then ``reason`` says why, in the words of ``sparse-onnx optimize``.
     ``layers`` sums weights and zeros up by layer: by the name of the module up to its first number. ``not_counted`` has
-    the other constants of rank 2 and more, such as quantized weights, in which zero has no fixed meaning. ``untouched``
-    has the operators with matrix-like work that are no layers, with their share of all work where the shapes in the
-    model tell it, see :func:`sparse_onnx.model.work.untouched`.
+    the other constants of rank 2 and more, such as quantized embeddings, in which zero has no fixed meaning.
+    ``untouched`` has the operators with matrix-like work that are no layers, with their share of all work where the
+    shapes in the model tell it, see :func:`sparse_onnx.model.work.untouched`.
 
     With ``metrics``, every weight that is or can be sparse, and ``total`` for all of these together, has ``metrics``:
     see :meth:`.sparsity_metrics.Metrics.to_dict`. They are of the weight as the compiler would store it, after the
@@ -91,9 +94,11 @@ def inspect_model(
     }
     measured: dict[str, Metrics] | None = {} if metrics else None
     progress("counting zeros")
-    rows = [*_stored(model, measured), *_plain(model)]
+    quantized = quantized_weights(model)
+    known = {weight.name for weight in quantized}
+    rows = [*_stored(model, measured), *map(_quantized, quantized), *_plain(model, known)]
     progress("finding what can be sparse")
-    others = _not_counted(model)
+    others = _not_counted(model, known)
     states, places, left_over = _states(model, measured, progress)
     left = {value.name for value in initializers(model)}
     for row in rows:
@@ -122,6 +127,7 @@ def inspect_model(
             "inf": sum(row["inf"] for row in rows),
             "can_be_sparse": sum(row["state"] == "can be sparse" for row in rows),
             "sparse": sum(row["state"] == "sparse" for row in rows),
+            **({"quantized": len(quantized)} if quantized else {}),
             **({} if measured is None else {"metrics": together}),
         },
     }
@@ -253,10 +259,34 @@ def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[di
         }
 
 
-def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
-    """One row for each float initializer of rank 2 or more."""
+def _quantized(weight: QuantizedWeight) -> dict[str, Any]:
+    """The row of a weight that is stored as integers or by a codebook."""
+    return {
+        "name": weight.name,
+        "module": weight.module,
+        "op_type": weight.op_type,
+        "shape": list(weight.shape),
+        "size": weight.size,
+        "dtype": f"{weight.bits} bits" + (f" by {weight.group_size}" if weight.group_size else ""),
+        "bytes": weight.nbytes,
+        "zeros": weight.zeros,
+        "nan": weight.nan,
+        "inf": weight.inf,
+        "mask_structure": "",
+        "state": "quantized",
+        "reason": weight.reason or f"is quantized: {weight.encoding}",
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "encoding": weight.encoding,
+    }
+
+
+def _plain(model: ir.Model, known: Collection[str]) -> Iterator[dict[str, Any]]:
+    """One row for each float initializer of rank 2 or more that is not among ``known``."""
     for value in initializers(model):
         tensor = value.const_value
+        if value.name in known:
+            continue
         if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
         users = list(dict.fromkeys(use.node for use in value.uses()))
@@ -278,11 +308,13 @@ def _plain(model: ir.Model) -> Iterator[dict[str, Any]]:
         }
 
 
-def _not_counted(model: ir.Model) -> list[dict[str, Any]]:
-    """One row for each constant of rank 2 or more that is no float tensor."""
+def _not_counted(model: ir.Model, known: Collection[str]) -> list[dict[str, Any]]:
+    """One row for each constant of rank 2 or more that is no float tensor, and not among ``known``."""
     rows = []
     for value in initializers(model):
         tensor = value.const_value
+        if value.name in known:
+            continue
         if tensor is None or tensor.dtype in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
         rows.append(

@@ -26,7 +26,7 @@ from sparse_onnx.compilation.outcome import conclude
 from sparse_onnx.compilation.prepare import planned, prepare
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
 from sparse_onnx.compilation.report import Found, make_report, profile, rows
-from sparse_onnx.compilation.report_rows import kernel_names
+from sparse_onnx.compilation.report_rows import kernel_names, quantized_rows
 from sparse_onnx.compilation.runs import run_dense
 from sparse_onnx.compilation.settle import Settled, settle
 from sparse_onnx.compilation.ship import ship
@@ -115,7 +115,11 @@ def plan(
         # What stays dense is not known before it is timed: nothing is given back.
         layers = rows(job, prepared, Settled(decide_unseen(fused)), declined)
     goals = gates(recipe.goal, drop=None, speedup=None, bytes_before=origin.nbytes, bytes_after=None)
-    return make_report(job, origin, Found(layers, counted, declined, goals))
+    return make_report(
+        job,
+        origin,
+        Found(layers, counted, declined, goals, quantized_rows(prepared.few_bits, prepared.errors)),
+    )
 
 
 def _compile(job: Job) -> tuple[int, dict[str, Any]]:
@@ -150,8 +154,18 @@ def _compile(job: Job) -> tuple[int, dict[str, Any]]:
             kernels = kernel_names(shipped.model, dense.shapes[0])
             layers = rows(job, prepared, settled, declined, dense.shapes[0], kernels)
         shares = profile(job, source, inputs, shipped, layers)
+    quantized = quantized_rows(prepared.few_bits, prepared.errors)
     outcome = conclude(job, source, shipped, verified, metric)
     found = Found(
-        layers, dense.work, declined, outcome.gates, inputs.targets, shipped, verified, outcome, shares
+        layers,
+        dense.work,
+        declined,
+        outcome.gates,
+        quantized,
+        inputs.targets,
+        shipped,
+        verified,
+        outcome,
+        shares,
     )
     return outcome.exit_code, make_report(job, source, found)

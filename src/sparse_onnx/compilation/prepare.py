@@ -23,6 +23,7 @@ from sparse_onnx.compilation.worth_pruning import (
     without_kernel,
 )
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
 from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.presets import PREPARATION_PASSES
@@ -40,6 +41,7 @@ class Prepared:
         before: Its weights as they were when it was cleaned up, by name.
         cleaned, removed, pruned, quantized, others: What the passes did, by stage.
         originals: The weights as they were before they were pruned, but for those that were quantized.
+        few_bits: The weights that are stored as integers, whoever quantized them.
         held_out_errors: Of the outputs of pruned layers on data that nothing was pruned with, by weight.
     """
 
@@ -50,6 +52,7 @@ class Prepared:
     quantized: PassResult
     others: PassResult
     originals: Originals
+    few_bits: tuple[QuantizedWeight, ...]
     held_out_errors: Mapping[str, float]
 
     @property
@@ -99,7 +102,8 @@ def prepare(
     errors = {}
     if dense is not None and inputs is not None:
         errors = _errors_on_held_out(job, dense, model, pipeline, inputs)
-    return Prepared(before, cleaned, removed, pruned, quantized, others, originals, errors)
+    few_bits = tuple(quantized_weights(model))
+    return Prepared(before, cleaned, removed, pruned, quantized, others, originals, few_bits, errors)
 
 
 def _spared(

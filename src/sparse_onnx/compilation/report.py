@@ -16,7 +16,13 @@ from sparse_onnx.compilation.load import Source
 from sparse_onnx.compilation.outcome import Outcome
 from sparse_onnx.compilation.prepare import Prepared
 from sparse_onnx.compilation.recipe import recipe_document
-from sparse_onnx.compilation.report_rows import layer_rows, summary, target_rows, untouched_rows
+from sparse_onnx.compilation.report_rows import (
+    layer_rows,
+    quantized_rows,
+    summary,
+    target_rows,
+    untouched_rows,
+)
 from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.ship import Shipped
 from sparse_onnx.compilation.verify import Verified
@@ -33,13 +39,14 @@ __all__ = ["Found", "make_report", "profile", "rows"]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the steps of a compilation found; a plan knows the first four.
+    """What the steps of a compilation found; a plan knows the first five.
 
     Attributes:
         layers: The rows of all layers.
         work: Of all operators.
         declined: What passes left alone.
         gates: The goals.
+        quantized: The rows of all weights that are stored as integers.
         targets: The shapes of the inputs at every target.
         shipped, verified, outcome: What was written, how far off it is, and what it reached.
         profile: Where the time goes, if that was measured.
@@ -49,6 +56,7 @@ class Found:
     work: Sequence[NodeWork]
     declined: Sequence[Declined]
     gates: Sequence[Gate]
+    quantized: list[dict[str, Any]]
     targets: Sequence[Mapping[str, tuple[int, ...]]] = ()
     shipped: Shipped | None = None
     verified: Verified | None = None
@@ -123,6 +131,7 @@ def make_report(job: Job, source: Source, found: Found) -> dict[str, Any]:
         "layers": found.layers,
         "declined": [dataclasses.asdict(place) for place in (*found.declined, *not_together)],
         "untouched": untouched_rows(found.layers, found.work, found.declined),
+        **({"quantized": found.quantized} if found.quantized else {}),
         "stages": job.clock.stages,
         **({} if found.profile is None else {"profile": found.profile}),
     }

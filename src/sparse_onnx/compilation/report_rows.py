@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
+from sparse_onnx.model.quantized_weights import QuantizedWeight
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
@@ -25,7 +26,16 @@ from sparse_onnx.timing.layers import kernel_of
 from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.verification.metrics import MetricResult
 
-__all__ = ["kernel_names", "layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
+__all__ = [
+    "kernel_names",
+    "layer_rows",
+    "quantized_rows",
+    "summary",
+    "target_rows",
+    "times",
+    "untouched_rows",
+    "write_report",
+]
 
 
 def summary(
@@ -61,6 +71,27 @@ def untouched_rows(
     """The ``untouched`` of a report: what is no layer, by operator and reason. ``declined`` has reasons by place."""
     reasons = {place.place: place.reason for place in declined}
     return [dataclasses.asdict(row) for row in untouched(work, {row["name"] for row in layers}, reasons)]
+
+
+def quantized_rows(
+    weights: Sequence[QuantizedWeight], errors: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """The ``quantized`` of a report. ``errors`` are by the name of the weight, of all that were pruned."""
+    return [
+        {
+            "name": weight.name,
+            "module": weight.module,
+            "op_type": weight.op_type,
+            "shape": list(weight.shape),
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "encoding": weight.encoding,
+            "sparsity": weight.zeros / weight.size,
+            "pruned": weight.name in errors,
+            "output_error": errors.get(weight.name),
+        }
+        for weight in weights
+    ]
 
 
 def layer_rows(

@@ -19,6 +19,7 @@ from onnx_ir.passes import common
 
 from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import input_at, is_standard, name_of, subgraphs
+from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.domain import DOMAIN
@@ -287,7 +288,9 @@ def _reason(node: ir.Node, product: Product) -> str:
     if is_standard(node, "Conv") and node.attributes.get_int("group", 1) > 1:
         return "belongs to a depthwise or grouped convolution"
     dtype = "" if tensor is None or tensor.dtype == ir.DataType.FLOAT else f" ({tensor.dtype.name})"
-    return f"no sparse kernel takes the weights of {_label(node)}{dtype}"
+    unread = read_integers(value) if integer_operator(node) is not None and value.is_initializer() else None
+    why = f": {unread}" if isinstance(unread, str) else ""
+    return f"no sparse kernel takes the weights of {_label(node)}{dtype}{why}"
 
 
 def _products(node: ir.Node) -> tuple[Product, ...]:

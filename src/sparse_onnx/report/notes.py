@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from sparse_onnx.model.check import MIN_OPSET
+from sparse_onnx.model.quantized_weights import describe
 from sparse_onnx.verification.likeness import UNLIKE
 
 __all__ = ["run_notes"]
@@ -18,6 +20,11 @@ def run_notes(report: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"The model's file is of opset {opset}: it was converted to {MIN_OPSET} inside, and so is the result."
         )
+    if rows := report.get("quantized"):
+        size = sum(math.prod(row["shape"]) for row in rows)
+        zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in rows)
+        pruned = sum(row["pruned"] for row in rows)
+        notes.append(f"{describe([row['bits'] for row in rows], zeros / size, pruned)}.")
     verification = report["verification"]
     if others := verification.get("left_out"):
         listed = ", ".join(f"{name} ({kind})" for name, kind in others.items())
