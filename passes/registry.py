@@ -36,6 +36,7 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 )
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.quantize.embedding import QuantizeEmbeddings
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
@@ -79,6 +80,7 @@ PASSES: tuple[type[Pass], ...] = (
     Taylor,
     Threshold,
     Wanda,
+    QuantizeEmbeddings,
     QuantizeWeights,
 )
 """Every pass, sorted by name."""

@@ -85,7 +85,10 @@ def bias_of(target: LayerOutput) -> np.ndarray:
 
 
 def write_bias(
-    model: ir.Model, target: LayerOutput, bias: np.ndarray, store: Callable[[np.ndarray, str], ir.TensorProtocol]
+    model: ir.Model,
+    target: LayerOutput,
+    bias: np.ndarray,
+    store: Callable[[np.ndarray, str], ir.TensorProtocol],
 ) -> tuple[str, ir.TensorProtocol]:
     """Put ``bias`` in place of a layer's. Returns the name of the initializer that holds it now, and the tensor that it
     was before."""

@@ -42,6 +42,7 @@ from sparse_onnx.progress import done_of
 
 __all__ = ["OneShot"]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneShot(Pruner):
     """Base of the passes that prune with calibration data; see the module's docstring.

@@ -138,7 +138,9 @@ def _write_dequantize(model: ir.Model, weight: Weight, quantized: QuantizedMatri
     if not options.symmetric:
         inputs.append(_add(model, weight, "zero_point", grid[1].astype(dtype), store))
     outputs_axis = 0 if weight.transposed else 1
-    attributes = {"axis": outputs_axis} if one else {"axis": 1 - outputs_axis, "block_size": options.group_size}
+    attributes = (
+        {"axis": outputs_axis} if one else {"axis": 1 - outputs_axis, "block_size": options.group_size}
+    )
     node = _node(model, weight, "dequantized", "DequantizeLinear", inputs, attributes, dims, result)
     _put(weight, [node], uses)
 

@@ -7,9 +7,9 @@ Before: ``Y = X · W``, W [K, N] floats. After: the same with
 q stored in ``bits`` bits, s as float16 or float32; see :mod:`sparse_onnx.passes.quantize.encode`. A weight that is zero
 is z and stays exactly zero, also behind pruning in the same pipeline.
 
-``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data. ``gptq``
-and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the layer's
-output should be to make up for what was lost before, and lets biases take up the shift of the mean.
+``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data.
+``gptq`` and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the
+layer's output should be to make up for what was lost before, and lets biases take up the shift of the mean.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class QuantizeWeights(Pass):
         for weight in found:
             reason = self.selection.reason_against(weight)
             K = weight.shape[0]
-            if reason is None and K < self.group_size:
+            if reason is None and self.group_size > K:
                 reason = f"its {K} inputs are fewer than a group of {self.group_size}"
             if reason is None and not weight.is_finite():
                 reason = "holds NaN or Inf"
@@ -252,7 +252,11 @@ class _Job:
         if self._is_biased(layer):
             bias = self._correct_bias(layer, W, after)
         zeros = int(W.size - np.count_nonzero(W))
-        arrays = {"integers": quantized.integers, "scale": quantized.scale, "zero_point": quantized.zero_point}
+        arrays = {
+            "integers": quantized.integers,
+            "scale": quantized.scale,
+            "zero_point": quantized.zero_point,
+        }
         kept = [self.context.store(array, f"{weight.name}.{name}") for name, array in arrays.items()]
         error = float(np.mean(errors)) if errors else None
         self._solved.append(_Solved(weight, *kept, grid, zeros, error, bias))
@@ -261,7 +265,11 @@ class _Job:
             weight.release()
             weight.value.const_value = self.context.store(stored, weight.name)
         told = "" if error is None else f", error {error:.3f}"
-        rest = f", the last group of {W.shape[0] % grid.span(W.shape[0])}" if W.shape[0] % grid.span(W.shape[0]) else ""
+        rest = (
+            f", the last group of {W.shape[0] % grid.span(W.shape[0])}"
+            if W.shape[0] % grid.span(W.shape[0])
+            else ""
+        )
         done = done_of(len(self._solved), len(self.weights), self._start)
         self.context.progress(f"solved {weight.name}: {_grid_words(grid)}{rest}{told} ({done})")
 
@@ -282,7 +290,11 @@ class _Job:
             parts.append(self._solve_group(layer, own, statistics, part, grid))
         if self._checkpoint is not None:
             whole = _side_by_side(parts)
-            for word, array in (("integers", whole.integers), ("scale", whole.scale), ("zero", whole.zero_point)):
+            for word, array in (
+                ("integers", whole.integers),
+                ("scale", whole.scale),
+                ("zero", whole.zero_point),
+            ):
                 self._checkpoint.put(f"{name} {word}", array)
         return parts
 

@@ -104,7 +104,11 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
     """
     inputs = "packed, scale, zero_point" if zeros else "packed, scale"
     if zeros:
-        zero = [*_lines("zero_point", "zeros", bits), "groups = Shape(scale)", "one = Constant<value = int64[1] {1}>()"]
+        zero = [
+            *_lines("zero_point", "zeros", bits),
+            "groups = Shape(scale)",
+            "one = Constant<value = int64[1] {1}>()",
+        ]
         zero += [
             "count = Slice(groups, start, one)",
             "some_zeros = Slice(zeros, start, count, start)",
