@@ -7,8 +7,8 @@ Before::                                     After::
                                                E = (unpacked rows - 8) · Gather(scale, ids)
 
 table [V, D] floats. Integers are symmetric, of 8 or 4 bits; ``group_size`` elements of a row share a scale, 0: the
-whole row. A 4-bit byte holds element d and element D/2 + d of a row. Rows are rounded with the scale of the least squared
-error. The node is a model-local function of standard operators, as those of
+whole row. A 4-bit byte holds element d and element D/2 + d of a row. Rows are rounded with the scale of the least
+squared error. The node is a model-local function of standard operators, as those of
 :mod:`sparse_onnx.model.bit_packing`; since ``ids`` differ from run to run, ONNX Runtime cannot fold it: the table stays
 small in memory, too. A row of zeros stays zero.
 
@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.bit_packing import UNPACK_DOMAIN, UNPACK_VERSION, pack
+from sparse_onnx.model.constants import is_constant
 from sparse_onnx.model.graph import (
     add_function,
     add_initializer,
@@ -249,8 +250,4 @@ def _is_table(value: ir.Value) -> bool:
     tensor = value.const_value
     if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) != 2 or 0 in tensor.shape.numpy():
         return False
-    return any(
-        _looks_up(use.node, use.idx) and use.node.inputs[1].const_value is None
-        for use in value.uses()
-        if use.node.inputs[1] is not None
-    )
+    return any(_looks_up(use.node, use.idx) and not is_constant(use.node.inputs[1]) for use in value.uses())
