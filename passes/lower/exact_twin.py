@@ -12,7 +12,7 @@ __all__ = ["exact_twin"]
 
 
 def exact_twin(model: ir.Model) -> ir.Model | None:
-    """A copy of ``model`` whose lowered layers compute with the same weights on float32 activations; None if they all do
+    """A copy of ``model`` whose lowered layers have the same weights and float32 activations; None if they all do
     already."""
     lowerings = {cls.name: cls for cls in LOWERINGS if issubclass(cls, LowerEncoded)}
     if not any(LOWERED_KEY in node.metadata_props for node in model.graph):

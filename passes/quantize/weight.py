@@ -7,9 +7,9 @@ Before: ``Y = X · W``, W [K, N] floats. After: the same with
 q stored in ``bits`` bits, s as float16 or float32; see :mod:`sparse_onnx.passes.quantize.encode`. A weight that is zero
 is z and stays exactly zero, also behind pruning in the same pipeline.
 
-``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data. ``gptq``
-and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the layer's
-output should be to make up for what was lost before, and lets biases take up the shift of the mean.
+``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data.
+``gptq`` and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the
+layer's output should be to make up for what was lost before, and lets biases take up the shift of the mean.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class QuantizeWeights(Pass):
         for weight in found:
             reason = self.selection.reason_against(weight)
             K = weight.shape[0]
-            if reason is None and K < self.group_size:
+            if reason is None and self.group_size > K:
                 reason = f"its {K} inputs are fewer than a group of {self.group_size}"
             if reason is None and not weight.is_finite():
                 reason = "holds NaN or Inf"

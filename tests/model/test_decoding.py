@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from sparse_onnx.passes.quantize.round import Round
 
 from sparse_onnx.errors import ModelFileError, UsageError
 from sparse_onnx.model.encodings import Affine, Palette
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.model.work import Work, left_alone, untouched
 from sparse_onnx.passes.lower.candidates import find_candidates
-from sparse_onnx.passes.quantize.round import Round
 
 RNG = np.random.default_rng(7)
 K, N = 12, 5

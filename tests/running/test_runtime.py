@@ -264,6 +264,26 @@ def test_without_the_library_a_compressed_weight_counts_as_dense(tmp_path):
     assert not run(source, feeds, tmp_path, budget=budget, library=False)[1]
 
 
+@pytest.mark.parametrize(("allowed", "whole"), [(1 << 30, True), (300, False)])
+def test_without_a_budget_the_size_of_the_model_decides(tmp_path, monkeypatch, allowed, whole):
+    source = model(*CHAIN, **weights("A", "B", "C"))
+    asked = []
+    monkeypatch.setattr(runtime, "session_budget", lambda nbytes: asked.append(nbytes) or allowed)
+    with open_runner(source, Workbench(1, tmp_path), library=False) as runner:
+        assert runner.whole == whole
+    assert asked == [model_io.weight_bytes(source)]
+
+
+def test_a_quiet_workbench_tells_nobody_and_is_the_same_otherwise(tmp_path):
+    said = []
+    loud = Workbench(2, tmp_path, 300, said.append)
+    quiet = loud.quietly()
+    quiet.progress("anything")
+    loud.progress("once")
+    assert said == ["once"]
+    assert (quiet.threads, quiet.work, quiet.budget) == (2, tmp_path, 300)
+
+
 def test_runner_can_run_twice_and_at_other_shapes(tmp_path):
     source = model(*CHAIN, **weights("A", "B", "C"))
     with (

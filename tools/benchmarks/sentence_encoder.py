@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +94,8 @@ def main() -> None:
                     threads=threads,
                     overwrite=True,
                 )
-                summary, checks = result.report["summary"], result.report["verification"]
+                summary = result.report["summary"]
+                checks: Mapping[str, Any] = result.report["verification"]
                 rows.append(
                     [
                         f"{sparsity:.0%}, ({batch},128), {threads} threads",

@@ -13,7 +13,6 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.compilation.decide import decide, decide_unseen, fuse
@@ -32,6 +31,7 @@ from sparse_onnx.compilation.settle import Settled, settle
 from sparse_onnx.compilation.ship import ship
 from sparse_onnx.compilation.verify import verify
 from sparse_onnx.compilation.write import Writer, lower
+from sparse_onnx.document import Report
 from sparse_onnx.model import model_io
 from sparse_onnx.model.work import Work
 from sparse_onnx.passes.base import PassContext
@@ -53,7 +53,7 @@ class OptimizeResult:
 
     folder: Path | None
     exit_code: int
-    report: dict[str, Any]
+    report: Report
 
     @property
     def speedup(self) -> float | None:
@@ -74,7 +74,7 @@ def compile_into(
     threads: int | None = None,
     dump_after: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _line: None,
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, Report]:
     """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds but the report.
 
     The arguments are as for :func:`sparse_onnx.optimize`; ``threads`` are those to work with, where these are others
@@ -100,7 +100,7 @@ def plan(
     *,
     command: str,
     progress: Callable[[str], None] = lambda _line: None,
-) -> dict[str, Any]:
+) -> Report:
     """The report of what compiling ``source`` by ``recipe`` would do, as far as that is known without running or
     timing anything. Scratch files go to ``work``."""
     job = Job(source, recipe, command, work, work, StageClock(progress))
@@ -122,7 +122,7 @@ def plan(
     )
 
 
-def _compile(job: Job) -> tuple[int, dict[str, Any]]:
+def _compile(job: Job) -> tuple[int, Report]:
     import_onnxruntime()  # what is missing is better known now than after minutes
     sparse_ops.info()
     pipeline = job.recipe.pipeline()

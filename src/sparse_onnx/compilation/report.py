@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.compilation.give_back import with_pruning
@@ -17,8 +16,8 @@ from sparse_onnx.compilation.outcome import Outcome
 from sparse_onnx.compilation.prepare import Prepared
 from sparse_onnx.compilation.recipe import recipe_document
 from sparse_onnx.compilation.report_rows import (
+    declined_rows,
     layer_rows,
-    quantized_rows,
     summary,
     target_rows,
     untouched_rows,
@@ -27,11 +26,20 @@ from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.ship import Shipped
 from sparse_onnx.compilation.verify import Verified
 from sparse_onnx.compilation.write import judged
+from sparse_onnx.document import (
+    SCHEMA_VERSION,
+    LayerRow,
+    Nothing,
+    ProfileDocument,
+    QuantizedRow,
+    Report,
+    VerificationDocument,
+)
 from sparse_onnx.model import model_io
 from sparse_onnx.model.work import NodeWork
 from sparse_onnx.passes.base import Declined, Pipeline
 from sparse_onnx.passes.presets import PREPARATION_PASSES
-from sparse_onnx.report.environment import SCHEMA_VERSION, environment
+from sparse_onnx.report.environment import environment
 from sparse_onnx.timing.profile import time_shares
 
 __all__ = ["Found", "make_report", "profile", "rows"]
@@ -52,16 +60,16 @@ class Found:
         profile: Where the time goes, if that was measured.
     """
 
-    layers: list[dict[str, Any]]
+    layers: list[LayerRow]
     work: Sequence[NodeWork]
     declined: Sequence[Declined]
     gates: Sequence[Gate]
-    quantized: list[dict[str, Any]]
+    quantized: list[QuantizedRow]
     targets: Sequence[Mapping[str, tuple[int, ...]]] = ()
     shipped: Shipped | None = None
     verified: Verified | None = None
     outcome: Outcome | None = None
-    profile: dict[str, Any] | None = None
+    profile: ProfileDocument | None = None
 
 
 def rows(
@@ -71,7 +79,7 @@ def rows(
     declined: Sequence[Declined],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     kernels: Mapping[str, str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[LayerRow]:
     """The layers of the report; in a plan neither ``shapes`` of their inputs nor ``kernels`` are known."""
     back = settled.given_back
     errors = {name: error for name, error in prepared.errors.items() if name not in back}
@@ -82,8 +90,8 @@ def rows(
 
 
 def profile(
-    job: Job, source: Source, inputs: Inputs, shipped: Shipped, layers: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
+    job: Job, source: Source, inputs: Inputs, shipped: Shipped, layers: Sequence[LayerRow]
+) -> ProfileDocument | None:
     """Where the time goes before and after, at the first target; None of models that were not timed, or are too large
     for one session."""
     held = max(model_io.weight_bytes(shipped.model), source.weight_bytes)
@@ -99,22 +107,28 @@ def profile(
         return {"before": shares(original, library=False), "after": shares(shipped.model, library=True)}
 
 
-def make_report(job: Job, source: Source, found: Found) -> dict[str, Any]:
-    """The report, see :mod:`sparse_onnx.report.schema`."""
+def make_report(job: Job, source: Source, found: Found) -> Report:
+    """The report, see :mod:`sparse_onnx.document`."""
     recipe, shipped, outcome = job.recipe, found.shipped, found.outcome
     timings = () if shipped is None else shipped.timings
-    verification = {} if found.verified is None else found.verified.document()
+    verification: Nothing | VerificationDocument = {}
+    loss = None
+    if found.verified is not None:
+        verification = found.verified.document()
+        loss = verification["against_original"]
     whole = summary(
         found.layers,
         found.work,
         judged(job, timings) if timings else None,
         source.nbytes,
         None if outcome is None else outcome.size,
-        verification.get("against_original", {}),
+        loss,
         None if outcome is None else outcome.metric,
     )
     not_together = () if shipped is None else shipped.not_together
-    return {
+    if shipped is not None:
+        whole["written"] = shipped.what
+    report: Report = {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(
             threads=job.target_threads, seed=recipe.calibration.seed, isa=sparse_ops.info().isa
@@ -122,16 +136,20 @@ def make_report(job: Job, source: Source, found: Found) -> dict[str, Any]:
         "command": job.command,
         "recipe": recipe_document(recipe),
         "source": job.source.name,
-        **({} if source.converted_from is None else {"converted_from_opset": source.converted_from}),
         "input_shapes": {name: list(shape) for name, shape in next(iter(found.targets), {}).items()},
         "targets": target_rows(found.targets, recipe.target.weights, timings),
-        "summary": whole if shipped is None else {**whole, "written": shipped.what},
+        "summary": whole,
         "goal": goal_document(found.gates),
         "verification": verification,
         "layers": found.layers,
-        "declined": [dataclasses.asdict(place) for place in (*found.declined, *not_together)],
+        "declined": declined_rows((*found.declined, *not_together)),
         "untouched": untouched_rows(found.layers, found.work, found.declined),
-        **({"quantized": found.quantized} if found.quantized else {}),
         "stages": job.clock.stages,
-        **({} if found.profile is None else {"profile": found.profile}),
     }
+    if source.converted_from is not None:
+        report["converted_from_opset"] = source.converted_from
+    if found.quantized:
+        report["quantized"] = found.quantized
+    if found.profile is not None:
+        report["profile"] = found.profile
+    return report

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from sparse_onnx.compilation.inputs import Inputs
 from sparse_onnx.compilation.load import Source
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.model.work import NodeWork, Work
@@ -35,7 +36,7 @@ class DenseRun:
     outputs: tuple[Feeds, ...]
     shapes: tuple[Mapping[str, tuple[int, ...]], ...]
     work: tuple[NodeWork, ...]
-    level: str
+    level: Level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class OriginalRun:
     """The outputs of the original on every sample, and ONNX Runtime's optimizations with which it ran."""
 
     outputs: tuple[Feeds, ...]
-    level: str
+    level: Level
 
 
 def run_dense(

@@ -11,6 +11,7 @@ from sparse_onnx.compilation.load import Source
 from sparse_onnx.compilation.prepare import Prepared
 from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.write import Lowered, Writer
+from sparse_onnx.document import Written
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import Declined
 from sparse_onnx.timing.rounds import Ratio
@@ -32,7 +33,7 @@ class Shipped:
     """
 
     model: ir.Model
-    what: str
+    what: Written
     changed: bool
     gained: bool
     timings: tuple[Ratio, ...]
@@ -50,7 +51,7 @@ def ship(
     rewritten = source.fixed or prepared.quantized.modified
     changed = zeros or smaller or prepared.cleaned.modified or rewritten
     if gained or zeros or rewritten:
-        what = "pruned" if zeros and not gained else "compiled"
+        what: Written = "pruned" if zeros and not gained else "compiled"
         return Shipped(written.model, what, changed, gained, lowered.timings, written.not_together)
     original = model_io.load_model(source.path)  # as it was, not even cleaned
     model_io.save_model(original, job.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import onnx_ir as ir
 
@@ -15,6 +14,7 @@ from sparse_onnx.compilation.load import Source
 from sparse_onnx.compilation.runs import run_all, run_original
 from sparse_onnx.compilation.settle import Settled
 from sparse_onnx.compilation.ship import Shipped
+from sparse_onnx.document import Level, VerificationDocument
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
@@ -53,29 +53,31 @@ class Verified:
     portable: Difference
     loss: Difference
     left_out: Mapping[str, str]
-    levels: Mapping[str, str]
+    levels: Mapping[str, Level]
     rounding: Mapping[str, float | None]
     rounded_activations: Difference | None
     unlikeness: float | None
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> VerificationDocument:
         """The ``verification`` of a report."""
-        return {
+        document: VerificationDocument = {
             "inputs": self.inputs,
             "batches": self.batches,
             "against_pruned_dense": self.compiled.to_dict(),
             "without_library": self.portable.to_dict(),
             "against_original": self.loss.to_dict(),
-            **({"left_out": dict(self.left_out)} if self.left_out else {}),
-            **({"optimization_levels": dict(self.levels)} if {*self.levels.values()} != {LEVELS[0]} else {}),
-            **({"rounding": dict(self.rounding)} if self.rounding else {}),
-            **(
-                {}
-                if self.rounded_activations is None
-                else {"rounded_activations": self.rounded_activations.to_dict()}
-            ),
-            **({} if self.unlikeness is None else {"unlikeness": self.unlikeness}),
         }
+        if self.left_out:
+            document["left_out"] = dict(self.left_out)
+        if {*self.levels.values()} != {LEVELS[0]}:
+            document["optimization_levels"] = dict(self.levels)
+        if self.rounding:
+            document["rounding"] = dict(self.rounding)
+        if self.rounded_activations is not None:
+            document["rounded_activations"] = self.rounded_activations.to_dict()
+        if self.unlikeness is not None:
+            document["unlikeness"] = self.unlikeness
+        return document
 
 
 @of_our_making()
@@ -85,7 +87,7 @@ def verify(
     inputs: Inputs,
     shipped: Shipped,
     dense: ir.Model,
-    level: str,
+    level: Level,
     settled: Settled,
 ) -> Verified:
     """Hold what was written against ``dense``, the pruned dense model, which ran at this optimization ``level``, and,
@@ -94,7 +96,7 @@ def verify(
     samples, original, optimized = inputs.samples, settled.original, shipped.model
     twin = exact_twin(optimized)
     exact, path = (optimized, job.written) if twin is None else (twin, None)
-    levels = {"pruned_dense": level}
+    levels: dict[str, Level] = {"pruned_dense": level}
     levels |= {} if original is None else {"original": original.level}
     heads = find_heads(optimized)
     probe = None if inputs.generated else make_probe(heads, samples[0])

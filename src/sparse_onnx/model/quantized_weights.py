@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import ModelFileError
-from sparse_onnx.model.encodings import Affine, Dense, Encoding, Palette
+from sparse_onnx.model.encodings import Affine, Dense, Encoding, Packed, Palette
 from sparse_onnx.model.nbits import PackedBlocks
 from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.units import format_share
@@ -97,7 +97,7 @@ def _measured(weight: Weight) -> QuantizedWeight:
         weight.nodes[0].op_type,
         weight.shape,
         _bits(encoding),
-        0 if isinstance(encoding, Palette) else encoding.block_size,
+        _group_size(encoding),
         str(encoding),
         weight.tensor.nbytes,
         zeros,
@@ -107,10 +107,21 @@ def _measured(weight: Weight) -> QuantizedWeight:
     )
 
 
+def _group_size(encoding: Encoding | PackedBlocks) -> int:
+    match encoding:
+        case Packed():
+            return encoding.group_size if encoding.group_size < encoding.inputs else 0
+        case Affine() | PackedBlocks():
+            return encoding.block_size
+    return 0
+
+
 def _bits(encoding: Encoding | PackedBlocks) -> int:
     match encoding:
         case Affine() | PackedBlocks():
             return encoding.dtype.bitwidth
+        case Packed():
+            return encoding.bits
         case Palette():
             return max(1, (encoding.codebook.size - 1).bit_length())
     return 32

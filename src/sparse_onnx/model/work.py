@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import input_at, is_standard, name_of, subgraphs
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
@@ -265,7 +266,9 @@ def _weight(node: ir.Node, product: Product) -> tuple[ir.Value | None, ir.Node |
         value = input_at(node, index)
         producer = value.producer() if value is not None else None
         maker = producer
-        while producer is not None and (is_standard(producer, *_CONVERSIONS) or decodes(producer, 1)):
+        while producer is not None and (
+            is_standard(producer, *_CONVERSIONS) or decodes(producer, 0) or decodes(producer, 1)
+        ):
             value = producer.inputs[int(decodes(producer, 1))]  # of a codebook the indices
             if _has_tensor(value):
                 return value, maker
@@ -296,6 +299,8 @@ def _reason(node: ir.Node, product: Product) -> str:
 def _products(node: ir.Node) -> tuple[Product, ...]:
     """Of an operator that is not in the table, each constant matrix among its inputs is taken for a weight, unless it
     is known to do little work."""
+    if node.domain == UNPACK_DOMAIN:
+        return ()
     if (key := (_domain(node), node.op_type)) in OPERATORS:
         return OPERATORS[key]
     if node.domain in _KNOWN_DOMAINS and (node.domain != _MICROSOFT or not _MATRIX_LIKE.search(node.op_type)):
@@ -370,7 +375,9 @@ class Work:
 def _without_functions(model: ir.Model) -> ir.Model:
     """A copy with the bodies of functions in place of their calls, but of ours, which stay as they are."""
     copy = without_claims(model)
-    for key in [key for key, function in copy.functions.items() if function.domain == DOMAIN]:
+    for key in [
+        key for key, function in copy.functions.items() if function.domain in (DOMAIN, UNPACK_DOMAIN)
+    ]:
         del copy.functions[key]
     for function in copy.functions.values():
         for node in function.all_nodes():

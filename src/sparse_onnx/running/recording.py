@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import UsageError
 from sparse_onnx.running.runtime import LEVELS, open_runner
 from sparse_onnx.running.workbench import Workbench
@@ -25,7 +26,7 @@ def record(
     *,
     library: bool,
     required: int | None = None,
-    level: str = LEVELS[0],
+    level: Level = LEVELS[0],
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 

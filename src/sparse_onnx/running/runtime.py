@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import RunError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
@@ -47,7 +48,7 @@ __all__ = [
     "session_options",
 ]
 
-LEVELS = ("all", "basic", "disabled")
+LEVELS: tuple[Level, ...] = ("all", "basic", "disabled")
 """ONNX Runtime's graph optimizations, its default first: each leaves out some of those before it."""
 
 _LEVEL_NAMES = {"basic": "basic ones", "disabled": "none"}
@@ -62,7 +63,7 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> onnxruntime.SessionOptions:
+def session_options(*, threads: int, library: bool, level: Level = LEVELS[0]) -> onnxruntime.SessionOptions:
     """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
     is one of :data:`LEVELS`.
 
@@ -86,7 +87,7 @@ def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> o
 
 
 def open_session(
-    path: Path, *, threads: int, library: bool, level: str = LEVELS[0], lean: bool = False
+    path: Path, *, threads: int, library: bool, level: Level = LEVELS[0], lean: bool = False
 ) -> onnxruntime.InferenceSession:
     """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
 
@@ -151,7 +152,7 @@ class Runner:
         library: bool,
         constants: Feeds | None = None,
         lean: bool = False,
-        level: str = LEVELS[0],
+        level: Level = LEVELS[0],
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
@@ -165,7 +166,7 @@ class Runner:
             self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
             give_back_memory()
 
-    def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
+    def _open(self, segment: _Segment, level: Level) -> onnxruntime.InferenceSession:
         return open_session(
             segment.path, threads=self._threads, library=self._library, level=level, lean=self._lean
         )
@@ -181,7 +182,7 @@ class Runner:
         one of the present level, if there is one."""
         usable = [session]
 
-        def attempt(level: str) -> tuple[onnxruntime.InferenceSession, _T]:
+        def attempt(level: Level) -> tuple[onnxruntime.InferenceSession, _T]:
             found = usable.pop() if usable else None
             found = found or self._open(segment, level)
             return found, step(found, feeds)
@@ -245,8 +246,8 @@ class Runner:
 
 
 def at_best_level(
-    attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
-) -> tuple[str, _T]:
+    attempt: Callable[[Level], _T], progress: Callable[[str], None], level: Level = LEVELS[0]
+) -> tuple[Level, _T]:
     """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no RunError, and what it returns.
 
     ``progress`` is told if it is not the first. Raises RunError, the first one, if there is none.
@@ -301,7 +302,7 @@ def open_runner(
     *,
     library: bool,
     lean: bool = False,
-    level: str = LEVELS[0],
+    level: Level = LEVELS[0],
 ) -> Iterator[Runner]:
     """A runner for ``model``. ``path`` is its file if it is on disk already.
 

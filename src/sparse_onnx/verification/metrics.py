@@ -45,6 +45,7 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds, input_specs, sample_count
 from sparse_onnx.data.samples import import_function, is_function
+from sparse_onnx.document import MetricRow, finite
 from sparse_onnx.errors import DataError, SparseOnnxError, UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import uses_library
@@ -90,10 +91,24 @@ class MetricResult:
     lower_is_better: bool
     samples: int
 
-    def to_dict(self) -> dict[str, Any]:
+    @classmethod
+    def of(cls, row: MetricRow) -> MetricResult | None:
+        """As :meth:`to_dict` wrote it; None if a figure was not finite."""
+        before, after, drop = row["before"], row["after"], row["drop"]
+        if before is None or after is None or drop is None:
+            return None
+        return cls(row["name"], before, after, drop, row["lower_is_better"], row["samples"])
+
+    def to_dict(self) -> MetricRow:
         """For JSON, which has no Inf and NaN: None there."""
-        values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {
+            "name": self.name,
+            "before": finite(self.before),
+            "after": finite(self.after),
+            "drop": finite(self.drop),
+            "lower_is_better": self.lower_is_better,
+            "samples": self.samples,
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import add_initializer, value_names
@@ -94,7 +95,10 @@ def measure_rounding(
     try:
         reference, _ = record(dense, None, batches, folder / "reference", quiet, library=False)
         with model_io.Spool(folder) as spool:
-            ways = [(dense, "disabled"), *((perturbed(dense, spool.put, seed), "all") for seed in _SEEDS)]
+            ways: list[tuple[ir.Model, Level]] = [
+                (dense, "disabled"),
+                *((perturbed(dense, spool.put, seed), "all") for seed in _SEEDS),
+            ]
             for number, (model, level) in enumerate(ways):
                 try:
                     moved, _ = record(

@@ -180,7 +180,9 @@ def test_layers_see_the_type_that_they_saw(from_text, kind):
     x = RNG.standard_normal((2, K)).astype(kind)
     found = outputs(model, x)
     assert found.dtype == kind
-    np.testing.assert_allclose(found, x.astype(np.float64) @ expected, rtol=1e-2, atol=1e-1 if kind is np.float16 else 0)
+    np.testing.assert_allclose(
+        found, x.astype(np.float64) @ expected, rtol=1e-2, atol=1e-1 if kind is np.float16 else 0
+    )
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(8, 8), (5, 8), (4, 4), (3, 3), (2, 2)])
