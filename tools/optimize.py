@@ -95,6 +95,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
     """The closing table: at most 15 lines."""
     summary, layers = report["summary"], report["layers"]
     sparse = [row for row in layers if row["decision"] == "sparse"]
+    others = Counter(row["decision"] for row in layers if row["decision"] not in ("dense", "sparse"))
     uncounted = any(row["share"] is None for row in report.get("untouched", ()))
     rows = [["", "before", "after", "change"]]
     if summary["speedup"] is not None:
@@ -112,6 +113,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
             f"{format_rounded(summary['sparse_flops_fraction'])} of {'counted ' if uncounted else ''}work",
         ]
     )
+    rows += [[f"layers in {form}", "", f"{count} of {len(layers)}", ""] for form, count in others.items()]
     checks = report["verification"]
     if checks:
         exact, alone = (
@@ -120,6 +122,17 @@ def summary_table(report: Mapping[str, Any]) -> str:
         )
         rows.append(["error, compiled against pruned dense", "", f"{exact:.1e}", "with library"])
         rows.append(["", "", f"{alone:.1e}", "without"])
+        if (rounded := checks.get("rounded_activations")) is not None and rounded[
+            "relative_error"
+        ] is not None:
+            rows.append(
+                [
+                    "of activations in 8 bits",
+                    "",
+                    f"{rounded['relative_error']:.1e}",
+                    "no fault of the compiler",
+                ]
+            )
         if summary["relative_error"] is not None:
             drift = f"cosine {summary['cosine']:.4f}"
             rows.append(["error, against the original", "", f"{summary['relative_error']:.1e}", drift])
@@ -139,8 +152,8 @@ def summary_table(report: Mapping[str, Any]) -> str:
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):
         text += f"\n{broken} weights are NaN or Inf and were kept"
-    if others := other_work(report.get("untouched", ())):
-        text += f"\n{others}"
+    if work := other_work(report.get("untouched", ())):
+        text += f"\n{work}"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
     from sparse_onnx.report.notes import run_notes

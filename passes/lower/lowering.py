@@ -26,6 +26,7 @@ from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.graph import Names, add_function, add_initializer, drop_with_makers
 from sparse_onnx.model.metadata_keys import MODULE_KEY, STRUCTURE_KEY
+from sparse_onnx.model.own_operators import drop_unused_functions
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
@@ -223,6 +224,8 @@ class Lowering(Pass):
                 f"{self.name}: cannot lower {', '.join(sorted(unknown))}: no such weight of a {self.kind}"
             )
         self.put(model, lowered, packer, context)
+        if lowered:
+            drop_unused_functions(model)
         count = sum(len(candidate.layers) for candidate in lowered)
         statistics: dict[str, int | float] = {"weights": len(lowered), f"{self.kind}s": count}
         return PassResult(model, bool(lowered), statistics, tuple(declined))

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from sparse_onnx.passes.quantize.round import Round
 
 from sparse_onnx.errors import ModelFileError, UsageError
 from sparse_onnx.model.encodings import Affine, Palette
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.model.work import Work, left_alone, untouched
-from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 
 RNG = np.random.default_rng(7)
 K, N = 12, 5
@@ -693,12 +692,7 @@ def test_callers_that_take_floats_decline_with_the_encoding(from_text, case):
     model = model_of(from_text, "MatMul", decode, **tensors)
     before = ir.to_proto(model).SerializeToString()
     assert find_weights(model) == ([], [("q", reason)])
-    candidates, declined = find_candidates(model)
-    assert not candidates
-    assert [(place.pass_name, place.place, place.reason) for place in declined] == [
-        ("lower.sparse-matmul", "q", reason)
-    ]
-    result = Round(bits=4)(model)
+    result = QuantizeWeights(method="rtn", group_size=0)(model)
     assert not result.modified
     assert [(place.place, place.reason) for place in result.declined] == [("q", reason)]
     (work,) = Work(model).count()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model import model_io
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 
 __all__ = ["Quality", "embeddings", "quality"]
 
@@ -42,10 +42,9 @@ def _nearest(embedded: np.ndarray, count: int = 10) -> np.ndarray:
 def embeddings(model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> np.ndarray:
     """Mean over the tokens that are no padding of the first output, normalised: [passages, d], float64."""
     parts = []
-    budget = session_budget(model_io.weight_bytes(model))
     with (
         tempfile.TemporaryDirectory() as work,
-        open_runner(model, threads=threads, library=False, budget=budget, work=Path(work)) as runner,
+        open_runner(model, Workbench(threads, Path(work)), library=False) as runner,
     ):
         for batch in feeds:
             hidden = next(iter(runner.run(dict(batch)).values())).astype(np.float64)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.graph import add_function, all_graphs, drop_if_unused, name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
@@ -65,8 +66,8 @@ def put_in_place(
 
 
 def drop_unused_functions(model: ir.Model) -> None:
-    """Remove the bodies of operators of ours that no node is any more."""
+    """Remove the bodies of operators of ours, and of what unpacks weights, that no node is any more."""
     used = {(node.domain, node.op_type) for graph in all_graphs(model) for node in graph}
     for identifier in list(model.functions):
-        if identifier[0] == DOMAIN and identifier[:2] not in used:
+        if identifier[0] in (DOMAIN, UNPACK_DOMAIN) and identifier[:2] not in used:
             del model.functions[identifier]
