@@ -283,6 +283,16 @@ def test_attributes_of_two_axes_for_one_are_declined(attributes, from_text):
     assert declined.reason == "is a Conv with attributes that do not fit its weight"
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    ['strides = [1], auto_pad = "SAME_UPPER"', "dilations = [1, 1, 1]", "group = 0", "group = -1"],
+)
+def test_attributes_that_no_runtime_takes_are_declined(attributes, from_text):
+    model = build(from_text, f"Y = Conv<{attributes}>(X, W)", W=filters(8, 4, 3, 3))
+    (declined,) = LowerSparseConv(min_sparsity=0.5)(model).declined
+    assert declined.reason == "is a Conv with attributes that do not fit its weight"
+
+
 def test_same_padding_of_unknown_size_is_left_alone(from_text):
     model = build(from_text, 'Y = Conv<auto_pad = "SAME_UPPER">(X, W)', x="float[B, 4, H, V] X", W=W)
     (declined,) = LowerSparseConv(min_sparsity=0.5)(model).declined
