@@ -14,7 +14,7 @@ from sparse_onnx.passes.solvers.grid import Grid, GridOptions, fitted_grid, stor
 __all__ = ["best_grid", "clipped_grid", "whole_grid"]
 
 _COLUMNS = 512  # output channels at a time: the scratch stays in the cache
-_SHRINKS = np.linspace(1.0, 0.35, 14)
+_SHRINKS = np.linspace(1.0, 0.4, 11)
 _POLISH = 2
 
 
