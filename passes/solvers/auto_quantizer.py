@@ -59,9 +59,14 @@ class AutoQuantizer(DampedQuantizer):
         plain += [with_feedback(problem, grid, sweeps) for grid in (whole, searched)]
         adaptive = with_adaptive_grids(problem, self.grid, self.damping)
         plain += [] if adaptive is None else [adaptive]
-        forms = [(rows, invertible(gram, self.damping).astype(np.float32)) for rows, gram in problem.blocks]
+        forms = [(rows, _of_mean_one(invertible(gram, self.damping))) for rows, gram in problem.blocks]
         start = best_of(problem, plain)
         return best_of(problem, [start, descend(problem, start, forms, sweeps=self.sweeps)])
+
+
+def _of_mean_one(form: np.ndarray) -> np.ndarray:
+    """``form`` [K, K] over its mean diagonal: in the range of float32 however loud the inputs are."""
+    return np.asarray(form / form.diagonal().mean(), np.float32)
 
 
 def best_of(problem: Rounding, found: list[QuantizedMatrix]) -> QuantizedMatrix:

@@ -138,6 +138,31 @@ def test_blocks_of_the_gram_may_cut_through_groups(layer, name):
     assert relative_error(W, quantized.matrix(), whole) < relative_error(W, rtn.matrix(), whole)
 
 
+@pytest.mark.parametrize("power", [2.0**-120, 2.0**40, 2.0**120])
+@pytest.mark.parametrize("name", ALL)
+def test_the_scale_of_the_inputs_does_not_matter(layer, name, power):
+    W, statistics = layer(40, 16)
+    solver = QUANTIZERS[name](grid=GridOptions(bits=4, group_size=16))
+    quantized = solver.solve(W, statistics)
+    louder = solver.solve(W, InputStatistics(statistics.gram * power))
+    assert np.mean(louder.integers != quantized.integers) < 0.02
+    ratio = relative_error(W, louder.matrix(), statistics.gram) / relative_error(
+        W, quantized.matrix(), statistics.gram
+    )
+    assert 0.99 < ratio < 1.01
+
+
+@pytest.mark.parametrize("power", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("name", ALL)
+def test_the_scale_of_the_weights_does_not_matter(layer, name, power):
+    W, statistics = layer(40, 16)
+    solver = QUANTIZERS[name](grid=GridOptions(bits=4, group_size=16, symmetric=False))
+    quantized, other = solver.solve(W, statistics), solver.solve(W * np.float32(power), statistics)
+    error = relative_error(W, quantized.matrix(), statistics.gram)
+    moved = relative_error(W, other.matrix() / np.float32(power), statistics.gram)
+    assert 0.99 < moved / error < 1.01
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_target_replaces_the_weight(layer, name):
     W, statistics = layer(32, 8)
