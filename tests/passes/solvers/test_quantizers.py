@@ -11,6 +11,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.passes.solvers import QUANTIZERS, SOLVERS, InputStatistics, joint, relative_error
 from sparse_onnx.passes.solvers.awq import awq, rescaled
 from sparse_onnx.passes.solvers.clipping import whole_grid
+from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram, centred_pull
 from sparse_onnx.passes.solvers.descent import descend
 from sparse_onnx.passes.solvers.gram import damped
 from sparse_onnx.passes.solvers.grid import GridOptions, round_to_grid
@@ -169,6 +170,31 @@ def test_a_target_replaces_the_weight(layer, name):
     target = W[::-1].copy()
     aimed = QUANTIZERS[name]().solve(W, statistics, target=target)
     np.testing.assert_array_equal(aimed.matrix(), QUANTIZERS[name]().solve(target, statistics).matrix())
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_aimed_at_the_dense_output_it_makes_good_what_came_before(biased):
+    generator = np.random.default_rng(8)
+    dense = generator.standard_normal((1500, 24)) @ generator.standard_normal((24, 48)) + 0.5
+    seen = (
+        dense + 0.3 * generator.standard_normal(dense.shape) @ generator.standard_normal((48, 48)) / 7 + 0.2
+    )
+    W = generator.standard_normal((48, 20)).astype(np.float32)
+    known = InputStatistics(seen.T @ seen, seen.mean(axis=0), len(seen))
+    gram, pull, mean = known.gram, seen.T @ dense @ W, dense.mean(axis=0) @ W
+    if biased:
+        gram = centred_gram(known.gram, known.mean, known.count)
+        pull = centred_pull(pull, known.mean, mean, gram, known.count)
+    form, target = aimed_target(W, gram, pull)
+
+    def error(V):
+        change = seen @ V - dense @ W
+        return np.linalg.norm(change - change.mean(axis=0) if biased else change)
+
+    grid = GridOptions(bits=4, group_size=16)
+    plain = QUANTIZERS["auto"](grid=grid).solve(W, InputStatistics(gram)).matrix()
+    aimed = QUANTIZERS["auto"](grid=grid, damping=0.0)
+    assert error(aimed.solve(W, InputStatistics(form), target=target).matrix()) < 0.95 * error(plain)
 
 
 @pytest.mark.parametrize(
