@@ -13,7 +13,7 @@ from sparse_onnx.passes.solvers.gram import damped, inverse_factor
 from sparse_onnx.passes.solvers.grid import Grid, QuantizedMatrix
 from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, Rounding, at_nearest
 
-__all__ = ["Feedback", "GptqQuantizer", "feedbacks", "invertible", "with_feedback"]
+__all__ = ["Feedback", "GptqQuantizer", "fed_back", "feedbacks", "invertible", "with_feedback"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,8 @@ class WeightQuantizer(abc.ABC):
         """Integers for W [K, N], float and finite. Exact zeros of W stay exact zeros.
 
         ``target`` [K, N] replaces W as what is approximated (see :func:`aimed_target`; for a pruned W it may be
-        dense). ``statistics`` may be left out where ``needs`` is "nothing". Inputs that calibration never saw
+        dense). Where a bias will take up the shift of the mean, give the statistics of :func:`centred_gram`, as for
+        pruning. ``statistics`` may be left out where ``needs`` is "nothing". Inputs that calibration never saw
         (G_ii = 0) are rounded to nearest. What a partial Gram leaves out counts as zero. Equal input gives equal
         bytes, with as many BLAS threads.
 
