@@ -8,6 +8,7 @@ import pytest
 from sparse_onnx.model.encodings import Affine
 from sparse_onnx.model.integer_operators import Unscaled, input_grid
 from sparse_onnx.model.weights import find_weights
+from sparse_onnx.model.work import Work
 
 RNG = np.random.default_rng(11)
 K, N, ROWS = 24, 10, 6
@@ -372,3 +373,38 @@ def test_callers_that_take_floats_do_not_meet_them(from_text):
     model = build(from_text, linear("QLinearMatMul", np.int8, each=True))
     assert find_weights(model) == ([], [])
     assert find_weights(model, ("Conv",), encoded=True) == ([], [])
+
+
+@pytest.mark.parametrize("case", ["a scale", "a zero point", "zero points of integers", "no scale"])
+def test_the_work_of_integers_that_are_cast(from_text, case):
+    body, tensors = BY_HAND[case]
+    model = from_text(
+        f"{HEAD} g (float[3, {K}] X) => (float[3, {N}] Y) {{ f = Cast<to = 1>(q) {body} Y = MatMul(X, m) }}",
+        q=integers(np.int8, K, N),
+        **tensors,
+    )
+    (work,) = Work(model).count()
+    assert (work.op_type, work.weight, work.products) == ("MatMul", "q", 3 * K * N)
+    assert work.reason.startswith("its weight is computed in every run, by ")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_work_of_operators_on_integers(from_text, op):
+    (work,) = Work(build(from_text, linear(op, np.uint8, each=True))).count()
+    assert (work.weight, work.products) == ("q", ROWS * K * N)
+
+
+@pytest.mark.parametrize(("op", "group"), [("QLinearConv", 1), ("QLinearConv", 2), ("ConvInteger", 1)])
+def test_the_work_of_convolutions_on_integers(from_text, op, group):
+    (work,) = Work(build(from_text, conv(op, np.uint8, False, group))).count()
+    assert (work.weight, work.products) == ("q", 2 * 25 * 6 * 36 // group)
+
+
+@pytest.mark.parametrize("op", ["Mul(t, s)", "Mul(s, t)", "Sub(t, s)", "Sub(s, t)"])
+def test_scaled_activations_are_no_weight(from_text, op):
+    model = from_text(
+        f"{HEAD} g (float[3, {K}] X) => (float[3, 3] Y) {{ t = Transpose(X) m = {op} Y = MatMul(X, m) }}",
+        s=np.float32(0.1),
+    )
+    (work,) = Work(model).count()
+    assert (work.weight, work.reason) == ("", "multiplies computed values: there is no weight")

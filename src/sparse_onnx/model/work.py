@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.decoding import decodes
-from sparse_onnx.model.graph import input_at, is_standard, name_of, subgraphs
+from sparse_onnx.model.graph import input_at, is_standard, name_of, producer, subgraphs
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
@@ -104,6 +104,16 @@ def _matmul(a: int, transposed: str = "") -> Callable[[ir.Node, ShapeOf], int]:
         left = shape(input_at(node, a))
         turned = transposed != "" and node.attributes.get_int(transposed, 0) == 1 and len(left) > 1
         return math.prod(shape(node.outputs[0])) * (left[-2] if turned else left[-1])
+
+    return count
+
+
+def _linear(a: int, b: int) -> Callable[[ir.Node, ShapeOf], int]:
+    """The product of input ``a`` with the matrix ``b``, for operators whose outputs no shape inference knows."""
+
+    def count(node: ir.Node, shape: ShapeOf) -> int:
+        outputs = shape(input_at(node, b))[0 if node.attributes.get_int("transB", 0) else -1]
+        return math.prod(shape(input_at(node, a))) * outputs
 
     return count
 
@@ -214,10 +224,10 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     (_MICROSOFT, "FusedGemm"): _one((1, 0), _matmul(0, "transA")),
     (_MICROSOFT, "GemmFastGelu"): _one((1, 0), _matmul(0)),
     (_MICROSOFT, "GemmFloat8"): _one((1, 0), _matmul(0, "transA")),
-    (_MICROSOFT, "QGemm"): _one((3, 0), _matmul(0, "transA")),
+    (_MICROSOFT, "QGemm"): _one((3, 0), _linear(0, 3)),
     (_MICROSOFT, "MatMulInteger16"): _one((1, 0), _matmul(0)),
-    (_MICROSOFT, "MatMulIntegerToFloat"): _one((1, 0), _matmul(0)),
-    (_MICROSOFT, "DynamicQuantizeMatMul"): _one((1, 0), _matmul(0)),
+    (_MICROSOFT, "MatMulIntegerToFloat"): _one((1, 0), _linear(0, 1)),
+    (_MICROSOFT, "DynamicQuantizeMatMul"): _one((1, 0), _linear(0, 1)),
     (_MICROSOFT, "MatMulNBits"): _one((1,), _packed_matmul),
     (_MICROSOFT, "MatMulBnb4"): _one((1,), _packed_matmul),
     (_MICROSOFT, "MatMulFpQ4"): _one((1,), _matmul(0)),
@@ -266,14 +276,27 @@ def _weight(node: ir.Node, product: Product) -> tuple[ir.Value | None, ir.Node |
         value = input_at(node, index)
         producer = value.producer() if value is not None else None
         maker = producer
-        while producer is not None and (
-            is_standard(producer, *_CONVERSIONS) or decodes(producer, 0) or decodes(producer, 1)
-        ):
-            value = producer.inputs[int(decodes(producer, 1))]  # of a codebook the indices
+        while producer is not None and (place := _converted(producer)) is not None:
+            value = producer.inputs[place]
             if _has_tensor(value):
                 return value, maker
             producer = value.producer() if value is not None else None
     return None, None
+
+
+def _converted(node: ir.Node) -> int | None:
+    """Which input ``node`` makes a weight of that is computed in every run; None: it does something else."""
+    if is_standard(node, *_CONVERSIONS) or decodes(node, 0):
+        return 0
+    if decodes(node, 1):
+        return 1  # of a codebook the indices
+    if is_standard(node, "Sub"):  # a zero point of integers that were cast
+        cast = producer(node.inputs[1], "Cast")
+        return 0 if _has_tensor(node.inputs[1] if cast is None else cast.inputs[0]) else None
+    if is_standard(node, "Mul"):  # by their scale
+        constant = [_has_tensor(value) for value in node.inputs]
+        return constant.index(False) if constant.count(False) == 1 else None
+    return None
 
 
 def _reason(node: ir.Node, product: Product) -> str:
