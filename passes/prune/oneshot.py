@@ -325,5 +325,5 @@ class _Job:
         # As many as asked stay, even where the method kept fewer of those that are present.
         score = np.abs(pruned) + 1e-6 * np.abs(W)
         mask = budget.keep(np.where(present, score, 0)) & present
-        aim = W if target is None else target
-        return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
+        wanted = W if target is None else target
+        return solvers.refit(wanted, statistics, mask, damping=max(damping, 1e-6), start=pruned)

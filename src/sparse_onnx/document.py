@@ -29,6 +29,7 @@ __all__ = [
     "ParetoPoint",
     "PredictionRow",
     "ProfileDocument",
+    "QuantizedRow",
     "Report",
     "SearchDocument",
     "StageRow",
@@ -328,6 +329,21 @@ class UntouchedRow(TypedDict):
     reason: Annotated[str, "Why no sparse kernel takes them."]
 
 
+class QuantizedRow(TypedDict):
+    """A weight or a table whose values are integers of few bits now."""
+
+    name: Annotated[str, "The initializer."]
+    elements: Annotated[Count, "How many values it has."]
+    bits: Annotated[CountOrNone, "Of an integer."]
+    group_size: Annotated[CountOrNone, "Inputs that share a scale; 0: all of an output."]
+    bytes: Annotated[CountOrNone, "What integers, scales and zero points take in the file."]
+    sparsity: Annotated[Share, "Share of zeros."]
+    output_error: Annotated[
+        PositiveOrNone, "Of the layer's output, on the inputs that it was rounded with; null: not known."
+    ]
+    output_error_held_out: Annotated[PositiveOrNone, "The same on inputs that nothing was rounded with."]
+
+
 class DeclinedRow(TypedDict):
     """A place that a pass left as it was."""
 
@@ -459,6 +475,7 @@ class Report(TypedDict):
         "The result run on the same inputs as others; empty after a plan, which runs nothing.",
     ]
     layers: Annotated[list[LayerRow], "Every weight that a kernel of the library could take."]
+    quantized: NotRequired[Annotated[list[QuantizedRow], "Every weight that was rounded to few bits."]]
     declined: Annotated[list[DeclinedRow], "Places that passes left as they were."]
     untouched: NotRequired[
         Annotated[

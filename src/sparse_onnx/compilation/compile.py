@@ -25,7 +25,7 @@ from sparse_onnx.compilation.outcome import conclude
 from sparse_onnx.compilation.prepare import planned, prepare
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
 from sparse_onnx.compilation.report import Found, make_report, profile, rows
-from sparse_onnx.compilation.report_rows import kernel_names
+from sparse_onnx.compilation.report_rows import kernel_names, quantized_rows
 from sparse_onnx.compilation.runs import run_dense
 from sparse_onnx.compilation.settle import Settled, settle
 from sparse_onnx.compilation.ship import ship
@@ -115,7 +115,11 @@ def plan(
         # What stays dense is not known before it is timed: nothing is given back.
         layers = rows(job, prepared, Settled(decide_unseen(fused)), declined)
     goals = gates(recipe.goal, drop=None, speedup=None, bytes_before=origin.nbytes, bytes_after=None)
-    return make_report(job, origin, Found(layers, counted, declined, goals))
+    return make_report(
+        job,
+        origin,
+        Found(layers, counted, declined, goals, quantized=quantized_rows(prepared.quantized.layers, {})),
+    )
 
 
 def _compile(job: Job) -> tuple[int, Report]:
@@ -152,6 +156,15 @@ def _compile(job: Job) -> tuple[int, Report]:
         shares = profile(job, source, inputs, shipped, layers)
     outcome = conclude(job, source, shipped, verified, metric)
     found = Found(
-        layers, dense.work, declined, outcome.gates, inputs.targets, shipped, verified, outcome, shares
+        layers,
+        dense.work,
+        declined,
+        outcome.gates,
+        inputs.targets,
+        shipped,
+        verified,
+        outcome,
+        shares,
+        quantized_rows(prepared.quantized.layers, prepared.held_out_errors),
     )
     return outcome.exit_code, make_report(job, source, found)

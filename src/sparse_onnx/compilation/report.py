@@ -31,6 +31,7 @@ from sparse_onnx.document import (
     LayerRow,
     Nothing,
     ProfileDocument,
+    QuantizedRow,
     Report,
     VerificationDocument,
 )
@@ -56,6 +57,7 @@ class Found:
         targets: The shapes of the inputs at every target.
         shipped, verified, outcome: What was written, how far off it is, and what it reached.
         profile: Where the time goes, if that was measured.
+        quantized: The rows of all weights that were rounded to few bits.
     """
 
     layers: list[LayerRow]
@@ -67,6 +69,7 @@ class Found:
     verified: Verified | None = None
     outcome: Outcome | None = None
     profile: ProfileDocument | None = None
+    quantized: Sequence[QuantizedRow] = ()
 
 
 def rows(
@@ -145,6 +148,8 @@ def make_report(job: Job, source: Source, found: Found) -> Report:
     }
     if source.converted_from is not None:
         report["converted_from_opset"] = source.converted_from
+    if found.quantized:
+        report["quantized"] = list(found.quantized)
     if found.profile is not None:
         report["profile"] = found.profile
     return report

@@ -13,6 +13,7 @@ from sparse_onnx.document import (
     DeclinedRow,
     DifferenceDocument,
     LayerRow,
+    QuantizedRow,
     Report,
     Summary,
     TargetRow,
@@ -24,7 +25,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
-from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.base import Declined, LayerChange
 from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
@@ -37,6 +38,7 @@ __all__ = [
     "declined_rows",
     "kernel_names",
     "layer_rows",
+    "quantized_rows",
     "summary",
     "target_rows",
     "times",
@@ -85,6 +87,25 @@ def untouched_rows(
     return [
         {"op_type": row.op_type, "count": row.count, "share": row.share, "reason": row.reason}
         for row in untouched(work, {row["name"] for row in layers}, reasons)
+    ]
+
+
+def quantized_rows(
+    changes: Iterable[LayerChange], held_out_errors: Mapping[str, float]
+) -> list[QuantizedRow]:
+    """The ``quantized`` of a report."""
+    return [
+        {
+            "name": change.name,
+            "elements": change.size,
+            "bits": change.bits,
+            "group_size": change.group_size,
+            "bytes": change.nbytes,
+            "sparsity": change.zeros_after / change.size,
+            "output_error": change.error,
+            "output_error_held_out": held_out_errors.get(change.name),
+        }
+        for change in changes
     ]
 
 
