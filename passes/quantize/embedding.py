@@ -164,7 +164,11 @@ class QuantizeEmbeddings(Pass):
         value.const_value = context.store(packed, name)
         value.type, value.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(list(packed.shape))
         for node in [use.node for use in value.uses()]:
-            attributes = {"grid": [groups, D // groups], "row": [D], "to": int(dtype)}
+            attributes: dict[str, int | list[int]] = {
+                "grid": [groups, D // groups],
+                "row": [D],
+                "to": int(dtype),
+            }
             lookup = ir.node(
                 f"Lookup{self.bits}",
                 [value, scales, node.inputs[1]],

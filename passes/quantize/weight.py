@@ -178,8 +178,10 @@ class _Solved:
     bias: tuple[str, ir.TensorProtocol] | None
 
     def quantized(self) -> QuantizedMatrix:
-        arrays = (np.array(part.numpy()) for part in (self.integers, self.scale, self.zero_point))
-        return QuantizedMatrix(*arrays, self.options)
+        integers, scale, zero = (
+            np.array(part.numpy()) for part in (self.integers, self.scale, self.zero_point)
+        )
+        return QuantizedMatrix(integers, scale, zero, self.options)
 
 
 class _Job:
@@ -252,19 +254,28 @@ class _Job:
         if self._is_biased(layer):
             bias = self._correct_bias(layer, W, after)
         zeros = int(W.size - np.count_nonzero(W))
-        arrays = {
-            "integers": quantized.integers,
-            "scale": quantized.scale,
-            "zero_point": quantized.zero_point,
-        }
-        kept = [self.context.store(array, f"{weight.name}.{name}") for name, array in arrays.items()]
-        error = float(np.mean(errors)) if errors else None
-        self._solved.append(_Solved(weight, *kept, grid, zeros, error, bias))
+
+        def keep(array: np.ndarray, what: str) -> ir.TensorProtocol:
+            return self.context.store(array, f"{weight.name}.{what}")
+
+        known = float(np.mean(errors)) if errors else None
+        self._solved.append(
+            _Solved(
+                weight,
+                keep(quantized.integers, "integers"),
+                keep(quantized.scale, "scale"),
+                keep(quantized.zero_point, "zero_point"),
+                grid,
+                zeros,
+                known,
+                bias,
+            )
+        )
         if options.needs_calibration:  # what comes behind sees it
             stored = weight.stored(after).astype(weight.tensor.dtype.numpy(), copy=False)
             weight.release()
             weight.value.const_value = self.context.store(stored, weight.name)
-        told = "" if error is None else f", error {error:.3f}"
+        told = "" if known is None else f", error {known:.3f}"
         rest = (
             f", the last group of {W.shape[0] % grid.span(W.shape[0])}"
             if W.shape[0] % grid.span(W.shape[0])
@@ -380,11 +391,12 @@ def _side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """The outputs of all parts, which have the same inputs and options."""
     if len(parts) == 1:
         return parts[0]
-    arrays = (
-        np.concatenate([getattr(part, name) for part in parts], axis=1)
-        for name in ("integers", "scale", "zero_point")
+    return QuantizedMatrix(
+        np.concatenate([part.integers for part in parts], axis=1),
+        np.concatenate([part.scale for part in parts], axis=1),
+        np.concatenate([part.zero_point for part in parts], axis=1),
+        parts[0].options,
     )
-    return QuantizedMatrix(*arrays, parts[0].options)
 
 
 def _grid_words(grid: GridOptions) -> str:

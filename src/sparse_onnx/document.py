@@ -274,20 +274,26 @@ class VerificationDocument(TypedDict):
 
 
 class QuantizedRow(TypedDict):
-    """One weight that is stored as integers, whoever quantized it."""
+    """A weight or a table that is stored as integers of few bits, or whose values were rounded to such."""
 
     name: Annotated[str, "The initializer."]
     module: Annotated[str, "Path of its module in the framework; empty if not known."]
-    op_type: Annotated[str, "What multiplies by it."]
-    shape: Annotated[Shape, "Inputs and outputs."]
-    bits: Annotated[Count, "Of a stored element."]
-    group_size: Annotated[Count, "Inputs that share a scale; 0: all, or all of an output."]
-    encoding: Annotated[str, "How it is stored, in words."]
-    sparsity: Annotated[Share, "Share of elements that stand for 0."]
+    op_type: Annotated[str, "What multiplies by it; empty: nothing, it is a table, or it holds floats."]
+    elements: Annotated[Count, "How many values it has."]
+    bits: Annotated[CountOrNone, "Of an integer."]
+    group_size: Annotated[CountOrNone, "Inputs that share a scale; 0: all of an output, or all."]
+    encoding: Annotated[str, "How it is stored, in words; empty: as floats, or by rows."]
+    bytes: Annotated[
+        CountOrNone, "What it takes in the file: with scales and zero points, if it was rounded now."
+    ]
+    sparsity: Annotated[Share, "Share of zeros."]
+    rounded: Annotated[bool, "Whether this run rounded it; otherwise it was so before."]
     pruned: Annotated[bool, "Whether this run made zeros in it."]
     output_error: Annotated[
-        PositiveOrNone, "||X(W - W')|| / ||XW|| on calibration data, if this run pruned it."
+        PositiveOrNone,
+        "||X(W - W')|| / ||XW|| on the inputs that it was rounded or pruned with; null: not known.",
     ]
+    output_error_held_out: Annotated[PositiveOrNone, "The same on inputs that nothing was rounded with."]
 
 
 class LayerRow(TypedDict):

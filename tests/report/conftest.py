@@ -221,13 +221,16 @@ def full_report(report: dict[str, Any]) -> dict[str, Any]:
             "name": "layer.0.query",
             "module": "",
             "op_type": "MatMulInteger",
-            "shape": [64, 64],
+            "elements": 4096,
             "bits": 8,
             "group_size": 0,
             "encoding": "INT8 with one scale",
+            "bytes": 4096,
             "sparsity": 0.8,
+            "rounded": False,
             "pruned": False,
             "output_error": None,
+            "output_error_held_out": None,
         }
     ]
     report["targets"].append(

@@ -22,7 +22,7 @@ from sparse_onnx.compilation.inputs import measure_original, open_inputs
 from sparse_onnx.compilation.job import Job
 from sparse_onnx.compilation.load import load, prove_conversion
 from sparse_onnx.compilation.outcome import conclude
-from sparse_onnx.compilation.prepare import planned, prepare
+from sparse_onnx.compilation.prepare import Prepared, planned, prepare
 from sparse_onnx.compilation.recipe import Recipe, dump_recipe
 from sparse_onnx.compilation.report import Found, make_report, profile, rows
 from sparse_onnx.compilation.report_rows import kernel_names, quantized_rows
@@ -31,7 +31,7 @@ from sparse_onnx.compilation.settle import Settled, settle
 from sparse_onnx.compilation.ship import ship
 from sparse_onnx.compilation.verify import verify
 from sparse_onnx.compilation.write import Writer, lower
-from sparse_onnx.document import Report
+from sparse_onnx.document import QuantizedRow, Report
 from sparse_onnx.model import model_io
 from sparse_onnx.model.work import Work
 from sparse_onnx.passes.base import PassContext
@@ -118,7 +118,7 @@ def plan(
     return make_report(
         job,
         origin,
-        Found(layers, counted, declined, goals, quantized_rows(prepared.few_bits, prepared.errors)),
+        Found(layers, counted, declined, goals, _quantized(prepared)),
     )
 
 
@@ -154,7 +154,7 @@ def _compile(job: Job) -> tuple[int, Report]:
             kernels = kernel_names(shipped.model, dense.shapes[0])
             layers = rows(job, prepared, settled, declined, dense.shapes[0], kernels)
         shares = profile(job, source, inputs, shipped, layers)
-    quantized = quantized_rows(prepared.few_bits, prepared.errors)
+    quantized = _quantized(prepared)
     outcome = conclude(job, source, shipped, verified, metric)
     found = Found(
         layers,
@@ -169,3 +169,8 @@ def _compile(job: Job) -> tuple[int, Report]:
         shares,
     )
     return outcome.exit_code, make_report(job, source, found)
+
+
+def _quantized(prepared: Prepared) -> list[QuantizedRow]:
+    changes = prepared.quantized.layers
+    return quantized_rows(prepared.few_bits, changes, prepared.errors, prepared.held_out_errors)

@@ -27,7 +27,7 @@ from sparse_onnx.model.quantized_weights import QuantizedWeight
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
-from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.base import Declined, LayerChange
 from sparse_onnx.passes.lower.forms import DENSE, SPARSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
@@ -92,31 +92,60 @@ def untouched_rows(
     ]
 
 
+def quantized_rows(
+    weights: Sequence[QuantizedWeight],
+    changes: Sequence[LayerChange],
+    pruned: Mapping[str, float | None],
+    held_out: Mapping[str, float],
+) -> list[QuantizedRow]:
+    """The ``quantized`` of a report: all ``weights`` of layers that are stored as integers, and tables that ``changes``
+    rounded. Errors of outputs are by name: of weights that were ``pruned``, and on ``held_out`` data."""
+    rounded = {change.name: change for change in changes}
+    found: list[QuantizedRow] = []
+    for weight in weights:
+        change = rounded.pop(weight.name, None)
+        found.append(
+            {
+                "name": weight.name,
+                "module": weight.module,
+                "op_type": weight.op_type,
+                "elements": weight.size,
+                "bits": weight.bits,
+                "group_size": weight.group_size,
+                "encoding": weight.encoding,
+                "bytes": weight.nbytes if change is None else change.nbytes,
+                "sparsity": weight.zeros / weight.size,
+                "rounded": change is not None,
+                "pruned": weight.name in pruned,
+                "output_error": pruned.get(weight.name) if change is None else change.error,
+                "output_error_held_out": held_out.get(weight.name),
+            }
+        )
+    for change in rounded.values():
+        found.append(
+            {
+                "name": change.name,
+                "module": "",
+                "op_type": "",
+                "elements": change.size,
+                "bits": change.bits,
+                "group_size": change.group_size,
+                "encoding": "",
+                "bytes": change.nbytes,
+                "sparsity": change.zeros_after / change.size,
+                "rounded": True,
+                "pruned": change.name in pruned,
+                "output_error": change.error,
+                "output_error_held_out": held_out.get(change.name),
+            }
+        )
+    return found
+
+
 def declined_rows(declined: Iterable[Declined]) -> list[DeclinedRow]:
     """The ``declined`` of a report."""
     return [
         {"pass_name": place.pass_name, "place": place.place, "reason": place.reason} for place in declined
-    ]
-
-
-def quantized_rows(
-    weights: Sequence[QuantizedWeight], errors: Mapping[str, float | None]
-) -> list[QuantizedRow]:
-    """The ``quantized`` of a report. ``errors`` are by the name of the weight, of all that were pruned."""
-    return [
-        {
-            "name": weight.name,
-            "module": weight.module,
-            "op_type": weight.op_type,
-            "shape": list(weight.shape),
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "encoding": weight.encoding,
-            "sparsity": weight.zeros / weight.size,
-            "pruned": weight.name in errors,
-            "output_error": errors.get(weight.name),
-        }
-        for weight in weights
     ]
 
 

@@ -64,7 +64,7 @@ def pack(integers: np.ndarray, bits: int) -> np.ndarray:
 def _planes(integers: np.ndarray, bits: int) -> np.ndarray:
     """[K, N] of ``bits`` (1, 2 or 4), K a multiple of 8 / bits, as bytes [K · bits / 8, N]."""
     planes = integers.reshape(8 // bits, -1, integers.shape[1])
-    packed = planes[0].copy()
+    packed = np.array(planes[0])
     for index in range(1, len(planes)):
         packed |= planes[index] << np.uint8(bits * index)
     return packed
@@ -77,12 +77,14 @@ def unpack(packed: np.ndarray, bits: int, inputs: int) -> np.ndarray:
     if bits != 3:
         return _integers(packed[0], bits)[:inputs]
     low = _integers(packed[:2].reshape(-1, packed.shape[2]), 2)
-    return (low | _integers(packed[2], 1) << np.uint8(2))[:inputs]
+    integers: np.ndarray = low | _integers(packed[2], 1) << np.uint8(2)
+    return integers[:inputs]
 
 
 def _integers(packed: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None]
-    return (packed >> shifts & np.uint8(2**bits - 1)).reshape(-1, packed.shape[1])
+    planes: np.ndarray = packed >> shifts & np.uint8(2**bits - 1)
+    return planes.reshape(-1, packed.shape[1])
 
 
 def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int, int]:

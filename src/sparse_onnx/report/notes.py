@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +19,9 @@ def run_notes(report: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"The model's file is of opset {opset}: it was converted to {MIN_OPSET} inside, and so is the result."
         )
-    if rows := report.get("quantized"):
-        size = sum(math.prod(row["shape"]) for row in rows)
-        zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in rows)
+    if rows := [row for row in report.get("quantized", ()) if not row["rounded"]]:
+        size = sum(row["elements"] for row in rows)
+        zeros = sum(row["sparsity"] * row["elements"] for row in rows)
         pruned = sum(row["pruned"] for row in rows)
         notes.append(f"{describe([row['bits'] for row in rows], zeros / size, pruned)}.")
     verification = report["verification"]

@@ -372,3 +372,11 @@ def test_alone_it_is_written_too(model, tmp_path):
     result = sparse_onnx.optimize(tmp_path / "model.onnx", tmp_path / "out", recipe=recipe, benchmark=False)
     for name, matrix in matrices(ir.from_proto(onnx.load(result.folder / "model.onnx"))).items():
         np.testing.assert_array_equal(matrix, on_grid({"U": U, "W": W}[name], 3, "float16"))
+    assert result.report["summary"]["bytes_after"] < result.report["summary"]["bytes_before"] + 20000
+    rows = {row["name"]: row for row in result.report["quantized"]}
+    assert {name: (row["bits"], row["group_size"]) for name, row in rows.items()} == {
+        "U": (3, 0),
+        "W": (3, 0),
+    }
+    assert rows["U"]["bytes"] == 16 * 8 * 3 // 8 + 8 * 2
+    assert rows["U"]["elements"] == 128
