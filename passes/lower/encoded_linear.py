@@ -102,13 +102,9 @@ class LowerEncoded(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, LINEARS, encoded=True)
+        weights, _ = find_weights(model, LINEARS, encoded=True, integers=False)
         shapes = Shapes(model)
-        encoded = [
-            weight
-            for weight in weights
-            if not isinstance(weight.encoding, Dense) and weight.nodes[0].op_type in LINEARS
-        ]
+        encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
         declined: list[tuple[str, str]] = []
         found = []
         for weight, linears in match_layers(

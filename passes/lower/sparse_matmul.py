@@ -34,8 +34,7 @@ class LowerSparseMatMul(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        found_weights, declined = find_weights(model, LINEARS, encoded=True)
-        weights = [weight for weight in found_weights if weight.nodes[0].op_type in LINEARS]
+        weights, declined = find_weights(model, LINEARS, encoded=True, integers=False)
         shapes = Shapes(model)
         found = match_layers(
             weights, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined

@@ -7,7 +7,7 @@ import click
 import pytest
 
 import sparse_onnx
-from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
+from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Quantize, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS
 from sparse_onnx.options import keywords, option_names, option_of
 from sparse_onnx.passes.base import Stage
@@ -15,7 +15,7 @@ from sparse_onnx.passes.registry import PASSES
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.tools.optimize import command
 
-GROUPS = (Prune, Calibration, Target, Goal, Run, Limits)
+GROUPS = (Prune, Quantize, Calibration, Target, Goal, Run, Limits)
 CALL = {"model", "output", "recipe", "command", "progress"}
 """What a call is about, which no group has."""
 

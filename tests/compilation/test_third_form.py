@@ -89,6 +89,7 @@ def timed(monkeypatch):
         alone = "made-up"
 
     timed = Timed()
+    monkeypatch.setattr(forms.OtherLoad, "spared", lambda *_arguments: True)
     monkeypatch.setattr(forms, "time_together", timed.together)
     return timed
 

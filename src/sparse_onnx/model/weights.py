@@ -318,6 +318,7 @@ def find_weights(
     *,
     depthwise: bool = False,
     encoded: bool = False,
+    integers: bool = True,
 ) -> tuple[list[Weight], list[tuple[str, str]]]:
     """All weights of layers of these types, in graph order, and the (place, reason) of those that must stay.
 
@@ -327,12 +328,12 @@ def find_weights(
     user too. Layers inside functions are left alone as well.
 
     Weights that are not stored as floats are found if ``encoded``; otherwise they are left alone, and those of
-    operators on integers, which are other layers, not looked at.
+    operators on integers, which are other layers, not looked at. Nor are the latter without ``integers``.
     """
 
     def is_layer(node: ir.Node, index: int) -> bool:
         operator = integer_operator(node)
-        known = node.op_type in op_types if operator is None else encoded and operator.layer in op_types
+        known = node.op_type in op_types if operator is None else encoded and integers and operator.layer in op_types
         return known and _is_weight(node, index)
 
     found: list[Weight] = []
