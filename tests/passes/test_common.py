@@ -243,6 +243,12 @@ PLACES = {
         prunable=("wq", "wk", "wv", "wo"),
         changed=("prune.heads", "fuse.attention", "fuse.skip-layer-norm", "lower.sparse-matmul"),
     ),
+    "loud channels": Case(
+        "N = LayerNormalization(X, g, h) Y = MatMul(N, w)",
+        {"g": weight(8) * np.float32([60, 1, 1, 1, 1, 1, 1, 1]), "h": weight(8), "w": weight(8, 4)},
+        prunable=("w",),
+        changed=("quant.smooth",),
+    ),
     "recurrent": Case(
         "Y, Yh, Yc = LSTM<hidden_size = 4>(T, w, r)",
         {"w": weight(1, 16, 8), "r": weight(1, 16, 4)},
@@ -300,7 +306,17 @@ OPTIONS = {
 }
 """Those of passes that cannot do without."""
 
-CALIBRATED_CASES = ("mlp", "if", "nan", "no linears", "neurons", "images", "heads", "recurrent")
+CALIBRATED_CASES = (
+    "mlp",
+    "if",
+    "nan",
+    "no linears",
+    "neurons",
+    "images",
+    "heads",
+    "loud channels",
+    "recurrent",
+)
 """The cases for passes that run the model on data, which takes a while."""
 
 
