@@ -8,6 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+import sparse_onnx
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import find_weights
@@ -269,3 +271,34 @@ def test_smooth_then_static(from_text, run, tmp_path):
 def test_seven_bits_where_products_of_bytes_saturate(features, exact):
     assert has_integer_dot_products(features) is exact
     assert int(np.abs(quantized_weight(U, 7).integers.astype(int)).max()) <= 64
+
+
+# -- in a recipe -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modifier", ["quant.static", "quant.dynamic"])
+def test_a_compilation_writes_integers_and_says_what_was_lost(from_text, tmp_path, modifier):
+    x = RNG.standard_normal((96, 64)).astype(np.float32)
+    ir.save(make(from_text, NORMED, **NORM), tmp_path / "model.onnx")
+    np.savez(tmp_path / "rows.npz", X=x)
+    text = f"""
+version: 1
+stages:
+  - {{name: even, modifiers: [quant.smooth: {{}}]}}
+  - {{name: quantize, modifiers: [{modifier}: {{weight_bits: 8}}]}}
+"""
+    result = sparse_onnx.optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        recipe=parse_recipe(text),
+        calibration_data=tmp_path / "rows.npz",
+        benchmark=False,
+    )
+    written = onnx.load(result.folder / "model.onnx")
+    matrices = {
+        tuple(tensor.dims): tensor.data_type for tensor in written.graph.initializer if len(tensor.dims) == 2
+    }
+    assert set(matrices.values()) == {onnx.TensorProto.INT8}
+    verification = result.report["verification"]
+    assert 1e-4 < verification["against_original"]["relative_error"] < 0.1
+    assert verification["against_pruned_dense"]["relative_error"] < 1e-5
