@@ -273,6 +273,56 @@ def test_seven_bits_where_products_of_bytes_saturate(features, exact):
     assert int(np.abs(quantized_weight(U, 7).integers.astype(int)).max()) <= 64
 
 
+# -- convolutions ------------------------------------------------------------------------------------
+
+IMAGES = RNG.standard_normal((24, 3, 12, 12)).astype(np.float32)
+FILTERS = {
+    "f": RNG.standard_normal((16, 3, 3, 3)).astype(np.float32) / 5,
+    "fb": RNG.standard_normal(16).astype(np.float32),
+    "g": RNG.standard_normal((16, 1, 3, 3)).astype(np.float32) / 3,
+    "h": RNG.standard_normal((16, 16, 1, 1)).astype(np.float32) / 4,
+    "hb": RNG.standard_normal(16).astype(np.float32),
+    "W": RNG.standard_normal((10, 16)).astype(np.float32),
+    "k": np.array(6, np.float32),
+    "z": np.array(0, np.float32),
+}
+NETWORK = """A = Conv<pads = [1, 1, 1, 1]>(X, f, fb) R = Relu(A)
+             B = Conv<group = 16, pads = [1, 1, 1, 1]>(R, g) C = Clip(B, z, k)
+             D = Conv(C, h, hb) E = Add(D, R) P = GlobalAveragePool(E) F = Flatten(P) Y = Gemm<transB = 1>(F, W)"""
+
+
+def network(from_text):
+    return make(from_text, NETWORK, inputs="float[B, 3, 12, 12] X", outputs="float[B, 10] Y", **FILTERS)
+
+
+def test_convolutions_become_integer_convolutions(from_text, run, tmp_path):
+    expected = run(network(from_text), {"X": IMAGES})["Y"]
+    model = network(from_text)
+    result = Static(weight_bits=8)(model, context(tmp_path, IMAGES, size=8))
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert result.statistics["weights"] == 4
+    assert not result.declined
+    counts = optimized(model, tmp_path)
+    assert counts["QLinearConv"] == 3
+    assert counts["QGemm"] == 1
+    assert not counts["Conv"] + counts["FusedConv"] + counts["Gemm"]
+    assert loss(run(model, {"X": IMAGES})["Y"], expected) < 0.04
+
+
+def test_a_convolution_whose_result_is_an_output_stays(from_text, tmp_path):
+    model = make(
+        from_text,
+        "Y = Conv(X, f, fb)",
+        inputs="float[B, 3, 12, 12] X",
+        outputs="float[B, 16, 10, 10] Y",
+        f=FILTERS["f"],
+        fb=FILTERS["fb"],
+    )
+    result = Static()(model, context(tmp_path, IMAGES, size=8))
+    assert not result.modified
+    assert result.declined[0].reason == "its result is an output of the model"
+
+
 # -- in a recipe -------------------------------------------------------------------------------------
 
 
