@@ -60,10 +60,11 @@ class Images:
             return "its result is an output of the model"
         if any(user.graph is not conv.graph for user in result.consumers()):
             return "its result is read in the body of an If, Loop or Scan"
-        ends = [self._ends(value) for value in (conv.inputs[0], result)]
-        if None in ends:
+        source = conv.inputs[0]
+        assert source is not None
+        if any(id(value) not in self._restored and self._ends(value) is None for value in (source, result)):
             return "its input or its result is 0 in all calibration data"
-        x, step = self._input(conv)
+        x, step = self._input(source)
         quantized = quantized_weight(np.asarray(weight.matrix(), np.float32), self.bits)
         weight.release()
         write_quantized(self.builder.model, weight, quantized, "dequantize", self.builder.context.store)
@@ -73,24 +74,21 @@ class Images:
         self._result(result)
         return None
 
-    def _ends(self, value: ir.Value | None) -> tuple[float, float] | None:
-        if value is None or id(value) in self._restored:
-            return (0.0, 1.0)
+    def _ends(self, value: ir.Value) -> tuple[float, float] | None:
+        """The range of a value of the model as it was; None where it is always 0."""
         found = self.ranges[value.name or ""]
         ones = np.ones(len(found.low))
         histogram = found.histogram(ones, ones)
         return None if histogram is None else self.choose(histogram)
 
-    def _input(self, conv: ir.Node) -> tuple[ir.Value, float]:
-        value = conv.inputs[0]
-        assert value is not None
+    def _input(self, value: ir.Value) -> tuple[ir.Value, float]:
+        """``value`` rounded, and its scale."""
         if id(value) not in self._restored:
             ends = self._ends(value)
             assert ends is not None
             readers = [user for user in value.consumers() if user.graph is self.builder.model.graph]
-            self._restored[id(value)] = self.builder.rounded(
-                value, value.name or "input", ends, self.builder.first(readers)
-            )
+            before = self.builder.first(readers)
+            self._restored[id(value)] = self.builder.rounded(value, value.name or "input", ends, before)
         return self._restored[id(value)]
 
     def _bias(self, conv: ir.Node, scale: np.ndarray) -> None:
