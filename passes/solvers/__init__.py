@@ -2,7 +2,8 @@
 
 :data:`SOLVERS` lists the methods; each is a frozen dataclass of its options with ``solve(W, statistics, structure,
 sparsity, scope)``. Scores that can be ranked over a whole model are in ``scores``; ``refit`` and ``aimed_target`` go
-with any of them.
+with any of them. :data:`QUANTIZERS` lists the methods that round a layer to integers of few bits, with ``solve(W,
+statistics)``; ``joint`` does both.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 from sparse_onnx.passes.solvers.admm import AdmmSolver
 from sparse_onnx.passes.solvers.alps import AlpsSolver
 from sparse_onnx.passes.solvers.auto import AutoSolver
+from sparse_onnx.passes.solvers.auto_quantizer import AutoQuantizer
 from sparse_onnx.passes.solvers.budget import Budget, Scope
 from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram
+from sparse_onnx.passes.solvers.gptq import GptqQuantizer
 from sparse_onnx.passes.solvers.gram import relative_error
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
+from sparse_onnx.passes.solvers.hqq import HqqQuantizer
 from sparse_onnx.passes.solvers.iht import IhtSolver
+from sparse_onnx.passes.solvers.joint import joint
 from sparse_onnx.passes.solvers.lasso import LassoSolver
 from sparse_onnx.passes.solvers.omp import OmpSolver
+from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, WeightQuantizer
 from sparse_onnx.passes.solvers.refit import refit
+from sparse_onnx.passes.solvers.rounding import RtnQuantizer
 from sparse_onnx.passes.solvers.scored import MagnitudeSolver, ObdSolver, RandomSolver, RiaSolver, WandaSolver
 from sparse_onnx.passes.solvers.scores import (
     magnitude_score,
@@ -31,26 +39,36 @@ from sparse_onnx.passes.solvers.sparsegpt import SparseGPTSolver
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = [
+    "QUANTIZERS",
     "SOLVERS",
     "AdmmSolver",
     "AlpsSolver",
+    "AutoQuantizer",
     "AutoSolver",
     "Budget",
+    "DampedQuantizer",
     "DampedSolver",
+    "GptqQuantizer",
+    "GridOptions",
+    "HqqQuantizer",
     "IhtSolver",
     "InputStatistics",
     "LassoSolver",
     "MagnitudeSolver",
     "ObdSolver",
     "OmpSolver",
+    "QuantizedMatrix",
     "RandomSolver",
     "RiaSolver",
+    "RtnQuantizer",
     "Scope",
     "Solver",
     "SparseGPTSolver",
     "WandaSolver",
+    "WeightQuantizer",
     "aimed_target",
     "centred_gram",
+    "joint",
     "magnitude_score",
     "obd_score",
     "random_score",
@@ -76,5 +94,15 @@ SOLVERS: dict[str, type[Solver]] = {
         RiaSolver,
         SparseGPTSolver,
         WandaSolver,
+    )
+}
+
+QUANTIZERS: dict[str, type[WeightQuantizer]] = {
+    quantizer.name: quantizer
+    for quantizer in (
+        AutoQuantizer,
+        GptqQuantizer,
+        HqqQuantizer,
+        RtnQuantizer,
     )
 }

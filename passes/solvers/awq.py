@@ -13,7 +13,7 @@ from sparse_onnx.passes.solvers.quantizer import Rounding, output_errors
 from sparse_onnx.passes.solvers.solver import check_layer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
-__all__ = ["InputScales", "awq"]
+__all__ = ["InputScales", "awq", "rescaled"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class InputScales:
 
     def matrix(self) -> np.ndarray:
         """What W is as seen from the old input: [K, N] float32."""
-        return self.quantized.matrix() / self.scale[:, None]
+        return np.asarray(self.quantized.matrix() / self.scale[:, None])
 
 
 def awq(
@@ -72,3 +72,21 @@ def awq(
             best, least = found, error
     assert best is not None  # α = 0 changes nothing
     return best
+
+
+def rescaled(
+    W: np.ndarray, statistics: InputStatistics, scale: np.ndarray
+) -> tuple[np.ndarray, InputStatistics]:
+    """The same layer once what makes its input divides that by ``scale`` [K], positive: W · scale[:, None] float32, and
+    the statistics of X / scale. Any solver may go on with them."""
+    wide = scale.astype(np.float64)
+    gram = statistics.gram
+    if isinstance(gram, tuple):
+        ends = np.cumsum([len(block) for block in gram])
+        sides = [wide[end - len(block) : end] for end, block in zip(ends, gram, strict=True)]
+        gram = tuple(block / side / side[:, None] for block, side in zip(gram, sides, strict=True))
+    else:
+        gram = gram / wide**2 if gram.ndim == 1 else gram / wide / wide[:, None]
+    mean = None if statistics.mean is None else statistics.mean / wide
+    scaled = np.asarray(W * scale[:, None], np.float32)
+    return scaled, InputStatistics(gram, mean, statistics.count)

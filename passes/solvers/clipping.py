@@ -11,10 +11,10 @@ import numpy as np
 
 from sparse_onnx.passes.solvers.grid import Grid, GridOptions, fitted_grid, stored_scale
 
-__all__ = ["best_grid", "clipped_grid", "whole_grid"]
+__all__ = ["clipped_grid", "whole_grid"]
 
 _COLUMNS = 512  # output channels at a time: the scratch stays in the cache
-_SHRINKS = np.linspace(1.0, 0.35, 14)
+_SHRINKS = np.linspace(1.0, 0.4, 11)
 _POLISH = 2
 
 
@@ -30,17 +30,13 @@ def clipped_grid(W: np.ndarray, options: GridOptions, importance: np.ndarray | N
     Searched are shrunken ranges, from the one that holds all weights of W [K, N] on; the best of them is polished by
     least squares, the scale for its integers and the integers for that scale. Never worse than :func:`whole_grid`.
     """
-    return best_grid(W, options, 1.0 if importance is None else importance[:, None])
-
-
-def best_grid(W: np.ndarray, options: GridOptions, importance: np.ndarray | float) -> Grid:
-    """:func:`clipped_grid` for an ``importance`` that may differ for each weight: [K, N], [K, 1] or one number."""
-    importance = np.asarray(importance, np.float32)
-    parts = []
-    for first in range(0, W.shape[1], _COLUMNS):
-        columns = slice(first, first + _COLUMNS)
-        own = importance[:, columns] if importance.ndim == 2 and importance.shape[1] > 1 else importance
-        parts.append(_searched(np.asarray(W[:, columns], np.float32), options, own))
+    share = np.ones((len(W), 1), np.float32)
+    if importance is not None and (most := importance.max()) > 0:
+        share = (importance / most).astype(np.float32)[:, None]
+    parts = [
+        _searched(np.asarray(W[:, first : first + _COLUMNS], np.float32), options, share)
+        for first in range(0, W.shape[1], _COLUMNS)
+    ]
     return Grid(
         np.concatenate([grid.scale for grid in parts], axis=1),
         np.concatenate([grid.zero_point for grid in parts], axis=1),
@@ -49,37 +45,43 @@ def best_grid(W: np.ndarray, options: GridOptions, importance: np.ndarray | floa
 
 
 def _searched(W: np.ndarray, options: GridOptions, importance: np.ndarray) -> Grid:
-    starts = options.starts(len(W))
+    starts, index = options.starts(len(W)), np.arange(len(W)) // options.span(len(W))
     low, high = np.minimum.reduceat(W, starts), np.maximum.reduceat(W, starts)
     best = fitted_grid(low, high, options)
-    levels, least = _rounded(W, best, importance)
+    unit = best.scale  # steps of the whole grid: no square of a weight leaves the range of float32
+    steps = W / unit[index]
+    _, least = _rounded(steps, best, unit, importance)
     for shrink in _SHRINKS[1:]:
         grid = fitted_grid(low * shrink, high * shrink, options)
-        _, cost = _rounded(W, grid, importance)
+        _, cost = _rounded(steps, grid, unit, importance)
         best, least = _better(best, least, grid, cost)
-    levels, _ = _rounded(W, best, importance)
+    levels, _ = _rounded(steps, best, unit, importance)
     for _ in range(_POLISH):
         weighted = levels * importance
         power = np.add.reduceat(weighted * levels, starts)
-        pull = np.add.reduceat(weighted * W, starts)
-        scale = np.where(pull > 0, pull / np.where(power > 0, power, 1), best.scale)
+        pull = np.add.reduceat(weighted * steps, starts)
+        scale = np.where(pull > 0, pull / np.where(power > 0, power, 1) * unit, best.scale)
         grid = Grid(stored_scale(scale, options), best.zero_point, options)
-        levels, cost = _rounded(W, grid, importance)
+        levels, cost = _rounded(steps, grid, unit, importance)
         best, least = _better(best, least, grid, cost)
     return best
 
 
-def _rounded(W: np.ndarray, grid: Grid, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The level of every weight [K, N], and Σ c (w − w')² of every group [groups, N]; float32 both."""
-    scale, low, high = grid.levels(len(W))
-    levels = W / scale
+def _rounded(
+    steps: np.ndarray, grid: Grid, unit: np.ndarray, importance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The level of every weight [K, N], and Σ c (w − w')² of every group [groups, N]; float32 both. ``steps`` [K, N]
+    are the weights, and the sums are, over the ``unit`` [groups, N] of each group."""
+    _, low, high = grid.levels(len(steps))
+    scale = (grid.scale / unit)[np.arange(len(steps)) // grid.options.span(len(steps))]
+    levels = steps / scale
     np.rint(levels, out=levels)
     np.clip(levels, low, high, out=levels)
     error = levels * scale
-    error -= W
+    error -= steps
     error *= error
     error *= importance
-    return levels, np.add.reduceat(error, grid.options.starts(len(W)))
+    return levels, np.add.reduceat(error, grid.options.starts(len(steps)))
 
 
 def _better(best: Grid, least: np.ndarray, grid: Grid, cost: np.ndarray) -> tuple[Grid, np.ndarray]:

@@ -110,7 +110,7 @@ class _Part:
         now = self.scale[group]
         wanted = now + slope / np.where(curve > 0, curve, np.inf)
         change = stored_scale(np.where(wanted > 0, wanted, now), self.options) - now
-        change *= change * (2 * slope - change * curve) > 0
+        change *= np.sign(change) * (2 * slope - change * curve) > 0
         self.scale[group] += change
         image *= change
         pull -= image

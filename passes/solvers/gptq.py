@@ -10,10 +10,10 @@ import numpy as np
 from sparse_onnx.options import require
 from sparse_onnx.passes.solvers.clipping import clipped_grid, whole_grid
 from sparse_onnx.passes.solvers.gram import damped, inverse_factor
-from sparse_onnx.passes.solvers.grid import QuantizedMatrix
-from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, Rounding
+from sparse_onnx.passes.solvers.grid import Grid, QuantizedMatrix
+from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, Rounding, at_nearest
 
-__all__ = ["GptqQuantizer", "fed_back", "invertible"]
+__all__ = ["Feedback", "GptqQuantizer", "fed_back", "feedbacks", "invertible", "with_feedback"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,40 @@ class GptqQuantizer(DampedQuantizer):
         require(self.block >= 1, "block", self.block, "1 or more")
 
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
-        W, power = problem.start, problem.power
-        grid = clipped_grid(W, self.grid, power) if self.clip else whole_grid(W, self.grid)
-        scale, low, high = grid.levels(len(W), problem.kept)
-        levels = np.clip(np.rint(W / scale), low, high)
-        for rows, gram in problem.blocks:
-            form = invertible(gram, self.damping)
-            order = np.argsort(-power[rows], kind="stable") if self.ordered else np.arange(len(form))
-            factor = inverse_factor(form[np.ix_(order, order)])
-            some = (part[rows][order] for part in (W, scale, low, high))
-            levels[rows.start + order] = fed_back(factor, *some, self.block)
-        return grid.at(levels)
+        W = problem.start
+        grid = clipped_grid(W, self.grid, problem.power) if self.clip else whole_grid(W, self.grid)
+        return with_feedback(problem, grid, feedbacks(problem, self.damping, self.ordered), self.block)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Feedback:
+    """Some inputs [b], in the order of the sweep, and U [b, b] float64, upper triangular: U'U = H⁻¹ in that order."""
+
+    inputs: np.ndarray
+    factor: np.ndarray
+
+
+def feedbacks(problem: Rounding, damping: float, ordered: bool = True) -> list[Feedback]:
+    """One for each block of the Gram; ``ordered``: the loudest input first."""
+    found = []
+    for rows, gram in problem.blocks:
+        form = invertible(gram, damping)
+        power = problem.power[rows]
+        order = np.argsort(-power, kind="stable") if ordered else np.arange(len(power))
+        found.append(Feedback(rows.start + order, inverse_factor(form[np.ix_(order, order)])))
+    return found
+
+
+def with_feedback(problem: Rounding, grid: Grid, sweeps: list[Feedback], block: int = 64) -> QuantizedMatrix:
+    """The start of ``problem`` on ``grid``: rounded to nearest, with error feedback where there is one."""
+    if not sweeps:
+        return at_nearest(problem, grid)
+    scale, low, high = grid.levels(len(problem.start), problem.kept)
+    levels = np.empty_like(problem.start)
+    for sweep in sweeps:
+        i = sweep.inputs
+        levels[i] = fed_back(sweep.factor, problem.start[i], scale[i], low[i], high[i], block)
+    return grid.at(levels)
 
 
 def invertible(gram: np.ndarray, damping: float) -> np.ndarray:

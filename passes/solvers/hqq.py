@@ -10,7 +10,7 @@ import numpy as np
 from sparse_onnx.options import require
 from sparse_onnx.passes.solvers.clipping import clipped_grid
 from sparse_onnx.passes.solvers.grid import Grid, QuantizedMatrix, stored_scale
-from sparse_onnx.passes.solvers.quantizer import Rounding, WeightQuantizer
+from sparse_onnx.passes.solvers.quantizer import Rounding, WeightQuantizer, at_nearest
 
 __all__ = ["HqqQuantizer"]
 
@@ -66,7 +66,6 @@ class HqqQuantizer(WeightQuantizer):
             aim = W - outlier * scale
             zero_point = grid.zero_point
             if not options.symmetric:
-                _, zero = grid.of_inputs(len(W))
                 drift = np.add.reduceat(levels - aim / scale, starts) / count
                 moved = np.clip(np.rint(zero_point + drift), options.lowest, options.highest)
                 zero_point = moved.astype(options.dtype)
@@ -75,5 +74,4 @@ class HqqQuantizer(WeightQuantizer):
             wanted = np.where(pull > 0, pull / np.where(power > 0, power, 1), grid.scale)
             grid = Grid(stored_scale(wanted, options), zero_point, options)
             strength *= _GROWTH
-        scale, low, high = best.levels(len(W), problem.kept)
-        return best.at(np.clip(np.rint(W / scale), low, high))
+        return at_nearest(problem, best)

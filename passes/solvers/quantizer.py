@@ -10,11 +10,11 @@ import numpy as np
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import check_types, require
-from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
+from sparse_onnx.passes.solvers.grid import Grid, GridOptions, QuantizedMatrix
 from sparse_onnx.passes.solvers.solver import check_layer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
-__all__ = ["DampedQuantizer", "Rounding", "WeightQuantizer", "output_errors"]
+__all__ = ["DampedQuantizer", "Rounding", "WeightQuantizer", "at_nearest", "output_errors"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,20 +45,22 @@ class Rounding:
             return []
         blocks = self.gram if isinstance(self.gram, tuple) else (self.gram,)
         ends = np.cumsum([len(block) for block in blocks])
-        return [(slice(int(end) - len(block), int(end)), block) for end, block in zip(ends, blocks, strict=True)]
+        return [
+            (slice(int(end) - len(block), int(end)), block) for end, block in zip(ends, blocks, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightQuantizer(abc.ABC):
     """A method of weight quantization with its options: the fields, validated when built.
 
-    ``grid`` is what the integers may be. ``name`` is how :data:`~sparse_onnx.passes.solvers.quantizers.QUANTIZERS`
+    ``grid`` is what the integers may be. ``name`` is how :data:`~sparse_onnx.passes.solvers.QUANTIZERS`
     calls the method, ``needs`` what it reads of the statistics: "nothing", "diagonal" or "gram".
     """
 
     name: ClassVar[str]
     needs: ClassVar[str] = "gram"
-    grid: GridOptions = GridOptions()
+    grid: GridOptions = dataclasses.field(default_factory=GridOptions)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -114,12 +116,19 @@ class DampedQuantizer(WeightQuantizer):
         require(self.damping >= 0, "damping", self.damping, "0 or more")
 
 
+def at_nearest(problem: Rounding, grid: Grid) -> QuantizedMatrix:
+    """Every value of ``problem`` at the nearest point of ``grid`` that it may have."""
+    scale, low, high = grid.levels(len(problem.start), problem.kept)
+    return grid.at(np.clip(np.rint(problem.start / scale), low, high))
+
+
 def output_errors(problem: Rounding, V: np.ndarray) -> np.ndarray:
     """‖X (t − v)‖² of every output channel, [N] float64, of V [K, N] against the target."""
     change = problem.target.astype(np.float64) - V
     if not problem.blocks:
         return np.asarray(problem.power @ change**2)
-    return np.sum([
-        np.einsum("kn,kn->n", change[rows], gram.astype(np.float64, copy=False) @ change[rows])
-        for rows, gram in problem.blocks
-    ], axis=0)
+    errors = np.zeros(change.shape[1])
+    for rows, gram in problem.blocks:
+        part = change[rows]
+        errors += np.einsum("kn,kn->n", part, gram.astype(np.float64, copy=False) @ part)
+    return errors

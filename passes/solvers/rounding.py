@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from sparse_onnx.passes.solvers.clipping import clipped_grid, whole_grid
-from sparse_onnx.passes.solvers.grid import QuantizedMatrix, round_to_grid
-from sparse_onnx.passes.solvers.quantizer import Rounding, WeightQuantizer
+from sparse_onnx.passes.solvers.grid import QuantizedMatrix
+from sparse_onnx.passes.solvers.quantizer import Rounding, WeightQuantizer, at_nearest
 
 __all__ = ["RtnQuantizer"]
 
@@ -23,6 +23,5 @@ class RtnQuantizer(WeightQuantizer):
 
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
         W = problem.start
-        if self.clip:
-            return round_to_grid(W, clipped_grid(W, self.grid, problem.power))
-        return round_to_grid(W, whole_grid(W, self.grid))
+        grid = clipped_grid(W, self.grid, problem.power) if self.clip else whole_grid(W, self.grid)
+        return at_nearest(problem, grid)
