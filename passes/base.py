@@ -78,7 +78,8 @@ class Declined:
 class LayerChange:
     """Zeros of one weight before and after a pass; ``name`` is the initializer's. ``error`` is ‖X(W − W′)‖ / ‖XW‖ on
     calibration data, where that is known. ``bias`` is the initializer that holds the layer's bias now, by name, and
-    the tensor that it was, if the pass changed that, too."""
+    the tensor that it was, if the pass changed that, too. Of a weight that was quantized: the ``bits`` of an integer,
+    the ``group_size`` of inputs that share a scale (0: all), and ``nbytes``, what it takes in the file."""
 
     name: str
     size: int
@@ -86,6 +87,9 @@ class LayerChange:
     zeros_after: int
     error: float | None = None
     bias: tuple[str, ir.TensorProtocol] | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    nbytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

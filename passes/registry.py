@@ -37,9 +37,10 @@ from sparse_onnx.passes.prune.oneshot_methods import (
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.dynamic import Dynamic
-from sparse_onnx.passes.quantize.round import Round
+from sparse_onnx.passes.quantize.embedding import QuantizeEmbeddings
 from sparse_onnx.passes.quantize.smooth import Smooth
 from sparse_onnx.passes.quantize.static import Static
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
@@ -83,9 +84,10 @@ PASSES: tuple[type[Pass], ...] = (
     Threshold,
     Wanda,
     Dynamic,
-    Round,
+    QuantizeEmbeddings,
     Smooth,
     Static,
+    QuantizeWeights,
 )
 """Every pass, sorted by name."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sparse_onnx.data.inputs import Feeds
     from sparse_onnx.running.input_choice import Choice
+    from sparse_onnx.running.workbench import Workbench
     from sparse_onnx.timing.layers import LayerTiming
 
 __all__ = ["command"]
@@ -79,6 +80,7 @@ def command(
     from sparse_onnx.report.environment import environment
     from sparse_onnx.running.host import available_cores
     from sparse_onnx.running.input_choice import explaining_guesses
+    from sparse_onnx.running.workbench import Workbench
 
     count = threads or available_cores()
     with progress(quiet) as say:
@@ -87,8 +89,9 @@ def command(
             tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch,
             explaining_guesses([entry.choice for entry in entries]),
         ):
-            rows, done = _time(entries, count, rounds, Path(scratch), say)
-            timings = _time_layers(entries, count, Path(scratch), say) if layers else {}
+            bench = Workbench(count, Path(scratch), progress=say)
+            rows, done = _time(entries, bench, rounds)
+            timings = _time_layers(entries, bench) if layers else {}
     document = {
         "environment": environment(threads=count, seed=seed, isa=_isa(entries)),
         "rounds": done,
@@ -156,33 +159,28 @@ def _entries(
     return entries
 
 
-def _time(
-    entries: Sequence[_Entry], threads: int, rounds: int, work: Path, say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], int]:
+def _time(entries: Sequence[_Entry], bench: Workbench, rounds: int) -> tuple[list[dict[str, Any]], int]:
     """The rows of the result, and how many rounds were run."""
     from sparse_onnx.model import model_io
-    from sparse_onnx.running.runtime import open_runner, session_budget
+    from sparse_onnx.running.runtime import open_runner
     from sparse_onnx.timing.rounds import interleave, ratio
 
     with ExitStack() as stack:
         runners = []
         for entry in entries:
-            say(f"opening {entry.label}")
+            bench.progress(f"opening {entry.label}")
             opening = open_runner(
                 entry.model,
-                threads=threads,
+                bench,
+                entry.path,
                 library=entry.library,
-                budget=session_budget(model_io.weight_bytes(entry.model)),
-                work=work,
-                path=entry.path,
-                progress=say,
             )
             runners.append(stack.enter_context(opening))
-        say(f"timing {len(entries)} models")
+        bench.progress(f"timing {len(entries)} models")
         runs = [
             _run(runner.milliseconds, entry.feeds) for runner, entry in zip(runners, entries, strict=True)
         ]
-        times = interleave(runs, rounds=rounds, seconds=_SECONDS, progress=say)
+        times = interleave(runs, rounds=rounds, seconds=_SECONDS, progress=bench.progress)
     rows = []
     for entry, runner, own in zip(entries, runners, times, strict=True):
         against = ratio(times[0], own)
@@ -206,21 +204,14 @@ def _run(milliseconds: Callable[[Feeds], float], feeds: Feeds) -> Callable[[], f
     return lambda: milliseconds(feeds)
 
 
-def _time_layers(
-    entries: Sequence[_Entry], threads: int, work: Path, say: Callable[[str], None]
-) -> dict[str, list[LayerTiming]]:
-    from sparse_onnx.model import model_io
-    from sparse_onnx.running.runtime import session_budget
+def _time_layers(entries: Sequence[_Entry], bench: Workbench) -> dict[str, list[LayerTiming]]:
     from sparse_onnx.timing.layers import time_sparse_layers
 
     return {
         entry.label: time_sparse_layers(
             entry.model,
             entry.feeds,
-            threads=threads,
-            budget=session_budget(model_io.weight_bytes(entry.model)),
-            work=work,
-            progress=say,
+            bench,
         )
         for entry in entries
         if entry.library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def command(
     return result.exit_code
 
 
-def _outcome(summary: dict[str, Any]) -> str:
+def _outcome(summary: Mapping[str, Any]) -> str:
     """What is to be said where the result is not proven faster."""
     if summary["written"] == "original":
         return "No layer is faster in sparse form: the dense model was written."
@@ -88,7 +89,7 @@ def _outcome(summary: dict[str, Any]) -> str:
     return f"{said[:1].upper()}{said[1:]}. It was written as compiled."
 
 
-def summary_table(report: dict[str, Any]) -> str:
+def summary_table(report: Mapping[str, Any]) -> str:
     """The closing table: at most 15 lines."""
     summary, layers = report["summary"], report["layers"]
     sparse = [row for row in layers if row["decision"] == "sparse"]

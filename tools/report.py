@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def command(run: Path, other: Path | None, output: Path | None, output_format: s
     from sparse_onnx.report.view.verdict import verdict
 
     report = read_report(run)
-    document: dict[str, Any]
+    document: Mapping[str, Any]
     target: Path | None
     if other is None:
         target = output or (run if run.is_dir() else run.parent) / "report.html"

@@ -1,12 +1,6 @@
 """One-shot pruning with calibration data: choose the weights, gather statistics, solve layer by layer, write.
 
-``calibration`` says what a layer is solved for:
-
-- ``oneshot``: its output on the inputs that it has in the dense model; one pass over the data.
-- ``sequential``: its output on the inputs that it has behind the layers pruned so far; two passes.
-- ``asymmetric``: the *dense* model's output, from the inputs that it has behind the layers pruned so far. Where a
-  residual is added to the output, the sum is what is aimed at, so that the layer makes up for what the residual
-  carries of earlier errors. Two passes. LSTM and GRU are solved as by ``oneshot``, before all others.
+``calibration`` says what a layer is solved for, see :mod:`sparse_onnx.passes.calibration.turns`.
 
 With ``bias_correction`` the bias of a layer, if it has one, takes up the shift of the mean, and the weights only have
 to fit what varies. Weights that cannot be calibrated are pruned by magnitude, and named.
@@ -26,10 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model.constants import constant_array, constant_tensor
-from sparse_onnx.model.graph import add_initializer, drop_if_unused, new_name
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
-from sparse_onnx.model.weights import DEFAULT_IGNORE, RECURRENT, Weight
+from sparse_onnx.model.weights import DEFAULT_IGNORE, Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes import solvers
 from sparse_onnx.passes.base import CalibrationData, LayerChange, Pass, PassContext, PassResult
@@ -37,24 +29,18 @@ from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
-from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
+from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.moments import Layout
+from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.two_streams import Aim
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.pruning import Pruner, choose_weights
 from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
-from sparse_onnx.passes.solvers.correction import aimed_target, centred_gram, centred_pull
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
 from sparse_onnx.progress import done_of
 
 __all__ = ["OneShot"]
-
-_PULL, _NOISE = 0.05, 2
-"""How strongly weights that aim at the dense model's output are drawn to the dense weights, of the mean diagonal of the
-Gram: the first, or less where there are many tokens, the second times inputs / tokens, since what is fitted to noise
-falls with these. Measured: with 63 tokens an input a sentence encoder is best at .05 (.01 fits the calibration data too
-closely, .2 gives up a tenth of the gain); with 93 to 256 a language model loses 15 % more at .05."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +68,7 @@ class OneShot(Pruner):
     sparsity: float | None = None
     mask_structure: str = "unstructured"
     scope: Literal["row", "layer"] = "layer"
-    calibration: Literal["oneshot", "sequential", "asymmetric"] = "oneshot"
+    calibration: Order = "oneshot"
     allocation: Allocation = "uniform"
     sparsities: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     bias_correction: bool = False
@@ -189,16 +175,6 @@ class OneShot(Pruner):
         return PassResult(model, bool(finite), statistics, tuple(declined), changes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A weight at its turn: statistics of its input for every group, and what its output is aimed at, if anything."""
-
-    weight: Weight
-    inputs: tuple[InputStatistics, ...]
-    target: LayerOutput | None = None
-    aim: Aim | None = None
-
-
 class _Job:
     """One run of a pass."""
 
@@ -250,42 +226,19 @@ class _Job:
 
         return {**allocate(options.allocation, self.weights, sparsity, statistics)}
 
-    def layers(self) -> Iterator[_Layer]:
+    def layers(self) -> Iterator[Layer]:
         """The weights in the order in which they are to be pruned, each when its statistics are there."""
-        calibrator, options = self._calibrator, self.options
-        # The dense model beside the pruned one is the model as it is now.
-        steps = calibrator.steps() if options.calibration == "asymmetric" else None
-        names = dict(calibrator.declined)
-        for weight in self.weights:
-            if weight.name in names:
-                yield _Layer(weight, ())
-        if steps is not None:
-            recurrent = [weight for weight in self.weights if weight.nodes[0].op_type in RECURRENT]
-            if recurrent:
-                apart = calibrator.oneshot(weights=recurrent)
-                yield from (
-                    self._plain(weight, apart[weight.name]) for weight in recurrent if weight.name in apart
-                )
-                del apart
-            for step in steps:
-                for weight in step.weights:
-                    aim = step.aims.get(weight.name)
-                    yield _Layer(weight, step.inputs, aim.target if aim is not None else None, aim)
-                del step, aim
-        elif options.calibration == "sequential":
-            for block in calibrator.blocks():
-                yield from (self._plain(weight, block.statistics[weight.name]) for weight in block.weights)
-        else:
-            known = calibrator.oneshot(self._statistics_file) if self._known is None else self._known
-            yield from (
-                self._plain(weight, known[weight.name]) for weight in self.weights if weight.name in known
-            )
+        options = self.options
+        return layers_in_turn(
+            self._calibrator,
+            self.weights,
+            options.calibration,
+            biased=options.bias_correction,
+            statistics=self._statistics_file,
+            known=self._known,
+        )
 
-    def _plain(self, weight: Weight, statistics: Sequence[InputStatistics]) -> _Layer:
-        target = find_output(weight, lambda _residual: False) if self.options.bias_correction else None
-        return _Layer(weight, tuple(statistics), target)
-
-    def prune(self, layer: _Layer) -> None:
+    def prune(self, layer: Layer) -> None:
         options, weight = self.options, layer.weight
         done = done_of(len(self.changes), len(self.weights), self._start)
         self.context.progress(f"solving {weight.name} ({done})")
@@ -315,7 +268,7 @@ class _Job:
         )
 
     def _solve(
-        self, layer: _Layer, W: np.ndarray
+        self, layer: Layer, W: np.ndarray
     ) -> tuple[np.ndarray, float | None, tuple[str, ir.TensorProtocol] | None]:
         """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known. If the
         bias is changed on the way, also what holds it now, and what it was."""
@@ -327,25 +280,23 @@ class _Job:
         for index, statistics in enumerate(layer.inputs):
             part = slice(index * width, (index + 1) * width)
             aim = layer.aim
-            pull = None if aim is None else aim.pull[:, part]
-            mean = None if aim is None else aim.mean[part]
             own = np.ascontiguousarray(W[:, part])
             parts.append(
                 kept[:, part]
                 if kept is not None
-                else self._solve_group(own, self._sparsity[name], statistics, pull, mean, biased)
+                else self._solve_group(own, self._sparsity[name], statistics, aim, part, biased)
             )
             if biased and statistics.mean is not None:
                 assert layer.target is not None
-                old = _bias_of(layer.target)[part]
-                wanted = statistics.mean @ own + old if mean is None else mean
-                shifts.append(wanted - statistics.mean @ parts[-1])
+                old = bias_of(layer.target)[part]
+                shifts.append(corrected_bias(old, own, parts[-1], statistics.mean, aim, part))
             if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
                 errors.append(relative_error(own, parts[-1], statistics.gram))
         bias = None
         if shifts:
             assert layer.target is not None
-            bias = self._write_bias(layer.target, np.concatenate(shifts).astype(np.float32))
+            self.biases += 1
+            bias = write_bias(self.model, layer.target, np.concatenate(shifts), self.context.store)
         pruned = np.concatenate(parts, axis=1)
         if self._checkpoint is not None and kept is None:
             self._checkpoint.put(name, pruned)
@@ -356,26 +307,13 @@ class _Job:
         W: np.ndarray,
         sparsity: float | None,
         statistics: InputStatistics,
-        pull: np.ndarray | None,
-        mean: np.ndarray | None,
+        aim: Aim | None,
+        part: slice,
         biased: bool,
     ) -> np.ndarray:
         options = self.options
-        target = None
-        damping = options.dampening_frac
-        if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
-            gram, count = np.asarray(statistics.gram, np.float64), statistics.count
-            if biased and statistics.mean is not None:
-                centred = centred_gram(gram, statistics.mean, count)
-                # Where nothing varies, the data does not tell what the weights are for: the bias would do all.
-                if centred.any():
-                    if pull is not None and mean is not None:
-                        pull = centred_pull(pull, statistics.mean, mean, centred, count)
-                    gram = centred
-            if pull is not None:
-                gram, target = aimed_target(W, gram, pull, min(_PULL, _NOISE * len(W) / count))
-                damping = 0.0
-            statistics = InputStatistics(gram, statistics.mean, count)
+        problem = layer_problem(W, statistics, options.dampening_frac, aim, part, biased=biased)
+        statistics, target, damping = problem.statistics, problem.target, problem.damping
         kind = options.solver
         solver = kind(damping=damping) if issubclass(kind, solvers.DampedSolver) else kind()
         pruned = solver.solve(W, statistics, options.structure, sparsity, options.scope, target=target)
@@ -387,30 +325,5 @@ class _Job:
         # As many as asked stay, even where the method kept fewer of those that are present.
         score = np.abs(pruned) + 1e-6 * np.abs(W)
         mask = budget.keep(np.where(present, score, 0)) & present
-        aim = W if target is None else target
-        return solvers.refit(aim, statistics, mask, damping=max(damping, 1e-6), start=pruned)
-
-    def _write_bias(self, target: LayerOutput, bias: np.ndarray) -> tuple[str, ir.TensorProtocol]:
-        """Returns the name of the initializer that holds the bias now, and the tensor that it was before."""
-        old, node = target.bias, target.bias_node
-        assert old is not None
-        assert node is not None
-        before = constant_tensor(old)
-        assert before is not None
-        array = bias.reshape(before.shape.numpy())
-        self.biases += 1
-        if len(old.uses()) == 1 and not old.is_graph_output() and old.is_initializer():
-            old.const_value = self.context.store(array, old.name or "bias")
-            return old.name or "bias", before
-        name = new_name(self.model, f"{old.name}.corrected")
-        node.replace_input_with(
-            target.bias_index, add_initializer(self.model.graph, name, self.context.store(array, name))
-        )
-        drop_if_unused(old)
-        return name, before
-
-
-def _bias_of(target: LayerOutput) -> np.ndarray:
-    array = constant_array(target.bias)
-    assert array is not None
-    return array.reshape(-1).astype(np.float64)
+        wanted = W if target is None else target
+        return solvers.refit(wanted, statistics, mask, damping=max(damping, 1e-6), start=pruned)

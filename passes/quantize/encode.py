@@ -15,7 +15,7 @@ Three ways to store them, of which all stand for the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import ml_dtypes
@@ -107,7 +107,12 @@ def _write_unpack(model: ir.Model, weight: Weight, quantized: QuantizedMatrix, s
         packed = pack(quantized.zero_point, bits)
         inputs.append(_add(model, weight, "zero_point", packed, store))
     name = unpack_name(bits, not options.symmetric)
-    attributes = {"rows": [groups * size], "grid": [groups, size, -1], "inputs": [K], "to": int(result)}
+    attributes: dict[str, int | list[int]] = {
+        "rows": [groups * size],
+        "grid": [groups, size, -1],
+        "channels": [K],
+        "to": int(result),
+    }
     nodes = [_node(model, weight, "unpacked", name, inputs, attributes, (K, N), result, UNPACK_DOMAIN)]
     if weight.transposed:
         operand = nodes[-1].outputs[0]
@@ -138,7 +143,9 @@ def _write_dequantize(model: ir.Model, weight: Weight, quantized: QuantizedMatri
     if not options.symmetric:
         inputs.append(_add(model, weight, "zero_point", grid[1].astype(dtype), store))
     outputs_axis = 0 if weight.transposed else 1
-    attributes = {"axis": outputs_axis} if one else {"axis": 1 - outputs_axis, "block_size": options.group_size}
+    attributes = (
+        {"axis": outputs_axis} if one else {"axis": 1 - outputs_axis, "block_size": options.group_size}
+    )
     node = _node(model, weight, "dequantized", "DequantizeLinear", inputs, attributes, dims, result)
     _put(weight, [node], uses)
 
@@ -168,7 +175,7 @@ def _node(
     what: str,
     op_type: str,
     inputs: Sequence[ir.Value],
-    attributes: dict[str, object],
+    attributes: Mapping[str, int | list[int]],
     shape: Sequence[int],
     dtype: ir.DataType,
     domain: str = "",

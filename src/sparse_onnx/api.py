@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_onnx.compilation.compile import OptimizeResult, compile_into
+from sparse_onnx.compilation.compile import OptimizeResult, compile_into, plan
 from sparse_onnx.compilation.dumps import check_dumps
 from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe
 from sparse_onnx.compilation.recipe_flags import override, settings_of
 from sparse_onnx.compilation.recipe_reader import load_recipe
 from sparse_onnx.compilation.report_rows import write_report
-from sparse_onnx.compilation.steps import Compilation
 from sparse_onnx.data.inputs import plain_values
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
@@ -120,7 +119,6 @@ def optimize(
     if searching:
         flags |= {"sparsity": PLACEHOLDER, "mask_structure": None}
     resolved = override(resolved, settings=settings, **flags)
-    pipeline = resolved.pipeline()  # fails now rather than after the model is read
     if resolved.goal.metric is not None:
         check_metric_name(resolved.goal.metric)
     say = progress or (lambda _line: None)
@@ -162,8 +160,8 @@ def optimize(
         if dump_after:
             raise UsageError("a dry run writes nothing: leave --dump-after out")
         with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch:
-            job = Compilation(Path(model), resolved, benchmark, say, Path(scratch), Path(scratch), asked)
-            return OptimizeResult(None, 0, job.plan(pipeline))
+            report = plan(Path(model), resolved, Path(scratch), command=asked, progress=say)
+        return OptimizeResult(None, 0, report)
     with (
         _note_how_to_resume(resolved),
         model_io.OutputFolder(Path(output), overwrite=overwrite, sources=[Path(model)]) as folder,

@@ -214,7 +214,7 @@ def test_models_are_timed_in_several_sessions(source, monkeypatch, quiet, calls,
     """Speedups of 2, 2.1, 3, 4, 5 in the order of the sessions."""
     asked = []
 
-    def time_models(_pair, _feeds, **_options):
+    def time_models(_pair, _feeds, _bench, **_options):
         turn = len(asked) % calls
         asked.append(turn)
         speedup = (2.0, 2.1, 3.0, 4.0, 5.0)[turn]

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import sparse_onnx
-from sparse_onnx.compilation import steps, worth_pruning
+from sparse_onnx.compilation import settle, worth_pruning, write
 from sparse_onnx.compilation.give_back import Originals, exchange
 from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.passes.base import LayerChange
@@ -94,7 +94,7 @@ def times(monkeypatch):
     monkeypatch.setattr(choose, "time_forms", time_forms)
     monkeypatch.setattr(worth_pruning, "measure_curves", measure_curves)
     monkeypatch.setattr(
-        steps.Compilation, "time_whole", lambda self, _model: [times.whole] * len(self.targets)
+        write, "time_whole", lambda _optimized, _job, _source, inputs: [times.whole] * len(inputs.targets)
     )
     return times
 
@@ -285,14 +285,14 @@ def test_what_the_guard_turns_down_has_its_weights_and_biases_back(model, data, 
 def test_the_nearer_of_the_two_ships(model, data, times, monkeypatch, method):
     """With and without giving back: what is measured decides."""
     times.layer = {(D, D): SLOWER}
-    real, found = steps.compare, []
+    real, found = settle.compare, []
 
     def compare(reference, candidate, *others):
         difference = real(reference, candidate, *others)
         found.append(difference.relative_error)
         return difference
 
-    monkeypatch.setattr(steps, "compare", compare)
+    monkeypatch.setattr(settle, "compare", compare)
     result = optimize(model, method=method, calibration_data=data)
     before, after = found[:2]  # with zeros, and without
     given_back = rows(result)["W3"]["pruning"] == "given back"
@@ -321,12 +321,12 @@ def test_nothing_faster_is_the_original_unless_zeros_are_wanted(model, times, ke
 
 
 def test_layers_given_up_for_the_whole_have_their_weights_back(model, times, monkeypatch):
-    def time_whole(_self, optimized):
+    def time_whole(optimized, *_others):
         count = sum(node.domain == "sparse_onnx" for node in optimized.graph)
         return [SLOWER if count > 1 else FASTER]
 
     times.layer = {(D, D): Ratio(9.0, 3.0, 3.0, 2.9, 3.1)}  # saves most
-    monkeypatch.setattr(steps.Compilation, "time_whole", time_whole)
+    monkeypatch.setattr(write, "time_whole", time_whole)
     result = optimize(model)
     found = rows(result)
     dense = [name for name, row in found.items() if row["decision"] == "dense"]
@@ -444,7 +444,7 @@ def test_a_layer_is_really_measured_before_it_is_pruned(model, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worth_pruning, "measure_curves", spy)
-        patch.setattr(steps.Compilation, "time_whole", lambda self, _model: [FASTER])
+        patch.setattr(write, "time_whole", lambda *_arguments: [FASTER])
         optimize(model, sparsity=0.35)
     assert len(measured) == 3
     for found in measured:

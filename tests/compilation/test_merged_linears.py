@@ -10,13 +10,14 @@ import pytest
 import sparse_onnx
 from sparse_onnx import sparse_ops
 from sparse_onnx.analysis.inspection import inspect_model
-from sparse_onnx.compilation import steps
+from sparse_onnx.compilation import write
 from sparse_onnx.compilation.report_rows import kernel_names
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.timing import layers
+from sparse_onnx.running.workbench import Workbench
+from sparse_onnx.timing import choose, layers
 from sparse_onnx.timing.choose import Decision
 from sparse_onnx.timing.layers import time_sparse_layers
 from sparse_onnx.timing.rounds import Ratio
@@ -183,9 +184,7 @@ def test_layers_are_timed_with_all_their_outputs(compiled, tmp_path, monkeypatch
 
     monkeypatch.setattr(layers, "time_pair", time_pair)
     model = model_io.load_model(compiled.folder / "model.onnx")
-    found = time_sparse_layers(
-        model, {"X": X}, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    found = time_sparse_layers(model, {"X": X}, Workbench(1, tmp_path, 1 << 30))
     assert timed["SparseMatMulSplit3"][0] == len(timed["SparseMatMulSplit3"][1]) == 3
     shapes = {row.op_type: row.weight_shapes for row in found}
     assert shapes.pop("SparseMatMulSplit3") == ((WIDTH, 3 * WIDTH),)
@@ -201,7 +200,7 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     """The whole model is slower at first: half of the layers go, and what is left is merged anew."""
     tried = []
 
-    def slower_at_first(_self, optimized):
+    def slower_at_first(optimized, *_others):
         if optimized not in tried:
             tried.append(optimized)
         median = 0.5 if len(tried) == 1 else 1.5
@@ -213,8 +212,8 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
             for i, c in enumerate(reversed(candidates))
         ]
 
-    monkeypatch.setattr(steps.Compilation, "time_whole", slower_at_first)
-    monkeypatch.setattr(steps.choose, "decide", all_sparse)
+    monkeypatch.setattr(write, "time_whole", slower_at_first)
+    monkeypatch.setattr(choose, "decide", all_sparse)
     source, _ = case
     result = sparse_onnx.optimize(source, tmp_path / "out", input_shapes={"X": SHAPE}, threads=1)
     assert len(tried) == 2

@@ -14,6 +14,7 @@ from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.model_io import load_model
 from sparse_onnx.running.runtime import LEVELS, at_best_level, open_runner, open_session, run_session
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.profile import profile_model
 
 WIDTH = 64
@@ -65,9 +66,7 @@ def test_a_runner_goes_on_with_fewer_optimizations(tmp_path: Path, budget: int) 
     path = write(tmp_path)
     said: list[str] = []
     model = load_model(path)
-    with open_runner(
-        model, threads=1, library=False, budget=budget, work=tmp_path, path=path, progress=said.append
-    ) as runner:
+    with open_runner(model, Workbench(1, tmp_path, budget, said.append), path, library=False) as runner:
         for _ in range(2):
             np.testing.assert_allclose(runner.run(FEEDS)["y"], expected(FEEDS, path), atol=1e-4)
         assert runner.milliseconds(FEEDS) > 0
@@ -82,13 +81,7 @@ def test_sound_models_keep_all_of_them(tmp_path: Path) -> None:
     path = write(tmp_path, gamma=WIDTH)
     said: list[str] = []
     with open_runner(
-        load_model(path),
-        threads=1,
-        library=False,
-        budget=1 << 30,
-        work=tmp_path,
-        path=path,
-        progress=said.append,
+        load_model(path), Workbench(1, tmp_path, 1 << 30, said.append), path, library=False
     ) as runner:
         runner.run(FEEDS)
         assert runner.level == "all"

@@ -14,6 +14,7 @@ from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.choose import Bench, decide
 from sparse_onnx.timing.layers import time_sparse_layers
 
@@ -113,9 +114,7 @@ def test_report_and_inspection_have_every_weight(source, tmp_path):
 def test_layers_are_timed(source, tmp_path):
     result = compiled(source, tmp_path)
     model = model_io.load_model(result.folder / "model.onnx")
-    lstm, gru = time_sparse_layers(
-        model, feeds(), threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    lstm, gru = time_sparse_layers(model, feeds(), Workbench(1, tmp_path, 1 << 30))
     assert (lstm.name, gru.name) == ("encoder", "decoder")
     assert lstm.weight_shapes == ((K, 8 * H), (H, 8 * H))
     assert lstm.rows == S * B
@@ -130,8 +129,8 @@ def test_the_guard_times_the_whole_node(source, tmp_path):
     candidates, declined = find_candidates(model)
     assert not declined
     shapes = SHAPES | {"P": (S, B, 2 * H)}
-    bench = Bench(1, tmp_path)
-    decisions = decide(model, candidates, [shapes], Packer(PassContext()), bench, progress=lambda _line: None)
+    bench = Bench(Workbench(1, tmp_path))
+    decisions = decide(model, candidates, [shapes], Packer(PassContext()), bench)
     assert [decision.candidate.weight.name for decision in decisions] == ["W", "V"]
     for decision in decisions:
         if decision.candidate.sparsity == 0:

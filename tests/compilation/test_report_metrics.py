@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
-from sparse_onnx.compilation import steps
+from sparse_onnx.compilation import prepare
 from sparse_onnx.errors import UsageError
 
 D, VOCABULARY, LENGTH = 32, 48, 12
@@ -91,7 +91,7 @@ def test_failure_on_held_out_data_does_not_lose_the_result(model, tmp_path, monk
     def fail(*_arguments, **_options):
         raise UsageError("no token reached W1")
 
-    monkeypatch.setattr(steps, "layer_errors", fail)
+    monkeypatch.setattr(prepare, "layer_errors", fail)
     said = []
     report = optimize(
         model,

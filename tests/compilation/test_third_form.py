@@ -15,7 +15,7 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
-from sparse_onnx.compilation import steps
+from sparse_onnx.compilation import write
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import PassContext
@@ -26,6 +26,7 @@ from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.report.html import render_html
 from sparse_onnx.report.schema import check_report
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import forms
 from sparse_onnx.timing.cache import TimingCache
 from sparse_onnx.timing.choose import Bench, decide, decide_by_table
@@ -111,11 +112,9 @@ def source(tmp_path):
 
 def decided(source, tmp_path, *, cache=None, **options):
     model = model_io.load_model(source)
-    bench = Bench(1, tmp_path, cache or TimingCache())
+    bench = Bench(Workbench(1, tmp_path), cache or TimingCache())
     packer = Packer(PassContext())
-    found = decide(
-        model, find_candidates(model)[0], [SHAPES], packer, bench, progress=lambda _line: None, **options
-    )
+    found = decide(model, find_candidates(model)[0], [SHAPES], packer, bench, **options)
     return {decision.candidate.weight.name: decision for decision in found}
 
 
@@ -123,9 +122,7 @@ def test_the_fastest_of_three_is_compiled_reported_and_shown(
     source, tmp_path, with_lowering, timed, monkeypatch
 ):
     with_lowering(LowerMadeUp)
-    monkeypatch.setattr(
-        steps.Compilation, "time_whole", lambda _self, _model: [Ratio(4.0, 1.0, 4.0, 3.9, 4.1)]
-    )
+    monkeypatch.setattr(write, "time_whole", lambda *_arguments: [Ratio(4.0, 1.0, 4.0, 3.9, 4.1)])
     result = sparse_onnx.optimize(
         source, tmp_path / "out", input_shapes={"X": SHAPES["X"]}, threads=1, timing_cache=False
     )

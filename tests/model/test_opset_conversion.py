@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 import sparse_onnx
 from sparse_onnx.analysis.inspection import inspect_model
-from sparse_onnx.compilation import steps
 from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import opset_conversion
 from sparse_onnx.model.model_io import load_model, save_model
@@ -217,7 +216,7 @@ def test_a_wrong_conversion_is_found_before_any_work(tmp_path: Path, monkeypatch
     path = write(tmp_path, 9, """(float[1,2,4,4] x) => (float y) <float[4] s={1.0,1.0,2.0,2.0}>
         { y = Upsample<mode="linear">(x,s) }""")  # fmt: skip
     monkeypatch.setattr(opset_conversion, "_place_pixels", lambda model: None)
-    monkeypatch.setattr(steps.Compilation, "prepare", lambda *_: pytest.fail("pruned"))
+    monkeypatch.setattr("sparse_onnx.compilation.compile.prepare", lambda *_: pytest.fail("pruned"))
     with pytest.raises(ModelFileError, match=r"opset 9 is too old.*computes another y: relative error"):
         sparse_onnx.optimize(path, tmp_path / "out", benchmark=False, threads=1)
     assert not (tmp_path / "out").exists()

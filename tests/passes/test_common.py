@@ -19,6 +19,7 @@ from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot import OneShot
 from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.registry import PASSES
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
@@ -299,6 +300,11 @@ OPTIONS = {
     ],
     "prune.random": [Random(sparsity=0.5), Random(mask_structure="1:2")],
     "prune.threshold": [Threshold(theta=0.5)],
+    "quant.weight": [
+        QuantizeWeights(method="rtn", group_size=0),
+        QuantizeWeights(method="hqq", group_size=0, bits=3, symmetric=False, storage="dequantize"),
+        QuantizeWeights(method="auto", group_size=0, bits=8),
+    ],
     "prune.gradient": [Gradient(sparsity=0.5, gradients="gradients.npz")],
     **{cls.name: [cls(min_sparsity=0.0)] for cls in LOWERINGS},
     **{cls.name: [cls(sparsity=0.5, multiple_of=1)] for cls in (Channels, Ffn, Heads)},

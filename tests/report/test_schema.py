@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from sparse_onnx.document import SCHEMA_VERSION
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.report.environment import SCHEMA_VERSION, describe_call
+from sparse_onnx.report.environment import describe_call
 from sparse_onnx.report.schema import check_report, load_schema, read_report
 
 Report = dict[str, Any]
@@ -32,6 +34,12 @@ def objects(part: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
 def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(load_schema())
     assert load_schema()["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+def test_the_published_schema_is_what_the_types_say() -> None:
+    text = resources.files("sparse_onnx.report").joinpath("schema.json").read_text(encoding="utf-8")
+    anew = "write it anew: report.environment.write_json(load_schema(), Path('src/sparse_onnx/report/schema.json'))"
+    assert json.loads(text) == load_schema(), anew
 
 
 def test_every_key_is_described_and_no_other_is_allowed() -> None:

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import sparse_onnx
-from sparse_onnx.compilation import steps
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.model_io import load_model
 from sparse_onnx.running.outputs import check_outputs, left_out, tensor_outputs
 from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 
 BODIES = {
     "a sequence": ("seq(float[n, 64]) q", "q = SplitToSequence <axis = 0> (y)"),
@@ -71,7 +71,7 @@ def test_nothing_to_compare_is_refused_before_any_work(
     path = write(
         tmp_path, "(float[n, 64] x) => (seq(float) q) { y = MatMul (x, w) q = SequenceConstruct (y) }"
     )
-    monkeypatch.setattr(steps.Compilation, "prepare", lambda *_: pytest.fail("pruned"))
+    monkeypatch.setattr("sparse_onnx.compilation.compile.prepare", lambda *_: pytest.fail("pruned"))
     for call in (
         lambda: sparse_onnx.optimize(path, tmp_path / "out", benchmark=False, threads=1),
         lambda: sparse_onnx.verify(path, path, threads=1),
@@ -105,7 +105,7 @@ def test_sequences_between_the_parts_of_a_large_model(tmp_path: Path) -> None:
     feeds = {"x": np.random.default_rng(1).standard_normal((2, 64)).astype(np.float32)}
     found = []
     for budget in (1 << 30, 17_000):
-        with open_runner(model, threads=1, library=False, budget=budget, work=tmp_path) as runner:
+        with open_runner(model, Workbench(1, tmp_path, budget), library=False) as runner:
             found.append(runner.run(feeds)["y"])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running import runtime
 from sparse_onnx.running.runtime import of_our_making, open_runner, open_session, session_budget
+from sparse_onnx.running.workbench import Workbench
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((3, 8)).astype(np.float32)
@@ -31,7 +32,7 @@ def model(signature, body, functions="", domains="", **arrays):
 
 def run(source, feeds, folder, *, budget, library=False):
     """The outputs, and whether one session held the whole model."""
-    with open_runner(source, threads=1, library=library, budget=budget, work=folder) as runner:
+    with open_runner(source, Workbench(1, folder, budget), library=library) as runner:
         return runner.run(feeds), runner.whole
 
 
@@ -256,11 +257,31 @@ def test_without_the_library_a_compressed_weight_counts_as_dense(tmp_path):
     assert not run(source, feeds, tmp_path, budget=budget, library=False)[1]
 
 
+@pytest.mark.parametrize(("allowed", "whole"), [(1 << 30, True), (300, False)])
+def test_without_a_budget_the_size_of_the_model_decides(tmp_path, monkeypatch, allowed, whole):
+    source = model(*CHAIN, **weights("A", "B", "C"))
+    asked = []
+    monkeypatch.setattr(runtime, "session_budget", lambda nbytes: asked.append(nbytes) or allowed)
+    with open_runner(source, Workbench(1, tmp_path), library=False) as runner:
+        assert runner.whole == whole
+    assert asked == [model_io.weight_bytes(source)]
+
+
+def test_a_quiet_workbench_tells_nobody_and_is_the_same_otherwise(tmp_path):
+    said = []
+    loud = Workbench(2, tmp_path, 300, said.append)
+    quiet = loud.quietly()
+    quiet.progress("anything")
+    loud.progress("once")
+    assert said == ["once"]
+    assert (quiet.threads, quiet.work, quiet.budget) == (2, tmp_path, 300)
+
+
 def test_runner_can_run_twice_and_at_other_shapes(tmp_path):
     source = model(*CHAIN, **weights("A", "B", "C"))
     with (
-        open_runner(source, threads=1, library=False, budget=1 << 30, work=tmp_path) as whole,
-        open_runner(source, threads=1, library=False, budget=300, work=tmp_path) as split,
+        open_runner(source, Workbench(1, tmp_path, 1 << 30), library=False) as whole,
+        open_runner(source, Workbench(1, tmp_path, 300), library=False) as split,
     ):
         for rows in (3, 1, 7):
             feeds = {"X": RNG.standard_normal((rows, 8)).astype(np.float32)}
@@ -271,7 +292,7 @@ def test_runner_can_run_twice_and_at_other_shapes(tmp_path):
 @pytest.mark.parametrize("budget", [1 << 30, 300])
 def test_milliseconds_are_positive(tmp_path, budget):
     source = model(*CHAIN, **weights("A", "B", "C"))
-    with open_runner(source, threads=1, library=False, budget=budget, work=tmp_path) as runner:
+    with open_runner(source, Workbench(1, tmp_path, budget), library=False) as runner:
         assert runner.milliseconds({"X": X}) > 0
 
 
@@ -280,7 +301,7 @@ def test_file_that_is_there_is_used(tmp_path):
     path = model_io.save_model(source, tmp_path / "given")
     work = tmp_path / "work"
     work.mkdir()
-    with open_runner(source, threads=1, library=False, budget=1 << 30, work=work, path=path) as runner:
+    with open_runner(source, Workbench(1, work, 1 << 30), path, library=False) as runner:
         assert list(work.glob("*/*")) == []
         assert runner.run({"X": X})["Y"].shape == (3, 8)
 
@@ -288,7 +309,7 @@ def test_file_that_is_there_is_used(tmp_path):
 @pytest.mark.parametrize("budget", [1 << 30, 300])
 def test_inputs_that_the_model_refuses(tmp_path, budget):
     source = model(*CHAIN, **weights("A", "B", "C"))
-    with open_runner(source, threads=1, library=False, budget=budget, work=tmp_path) as runner:
+    with open_runner(source, Workbench(1, tmp_path, budget), library=False) as runner:
         with pytest.raises(UsageError, match=r"cannot be run with inputs X float32\[3, 7\]"):
             runner.run({"X": X[:, :7].copy()})
         assert runner.run({"X": X})["Y"].shape == (3, 8)
@@ -299,7 +320,7 @@ def test_scratch_is_removed_after_an_error(tmp_path):
     source = model(*CHAIN, **weights("A", "B", "C"))
 
     def fail():
-        with open_runner(source, threads=1, library=False, budget=300, work=tmp_path) as runner:
+        with open_runner(source, Workbench(1, tmp_path, 300), library=False) as runner:
             runner.run({"X": X})
             assert list(tmp_path.iterdir()) != []
             raise KeyError

@@ -158,7 +158,7 @@ def test_pruning_comes_before_what_has_to_follow_it():
         pass_by_name(name)(**options)
         for name, options in (
             ("prune.ffn", {"sparsity": 0.25}),
-            ("quant.round", {}),
+            ("quant.weight", {}),
             ("prune.magnitude", {"sparsity": 0.5}),
         )
     )

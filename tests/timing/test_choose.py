@@ -10,6 +10,7 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Packer
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import cache, choose
 from sparse_onnx.timing.cache import TimingCache
 from sparse_onnx.timing.choose import Bench, decide, measure
@@ -79,11 +80,12 @@ def timed(monkeypatch):
 
 def decided(model, tmp_path, targets=(SMALL,), *, cache=None, lines=None, **options):
     weights = options.pop("weights", None)
-    bench = Bench(options.pop("threads", 1), tmp_path, cache or TimingCache(), **options)
     say = (lambda _line: None) if lines is None else lines.append
+    workbench = Workbench(options.pop("threads", 1), tmp_path, progress=say)
+    bench = Bench(workbench, cache or TimingCache(), **options)
     candidates, _ = find_candidates(model)
     packer = Packer(PassContext())
-    decisions = decide(model, candidates, targets, packer, bench, weights=weights, progress=say)
+    decisions = decide(model, candidates, targets, packer, bench, weights=weights)
     return {decision.candidate.weight.name: decision for decision in decisions}
 
 
@@ -325,7 +327,7 @@ def test_a_real_layer_is_measured_and_nothing_left(chain, tmp_path):
     (candidate, *_), _ = find_candidates(model)
     cache = TimingCache()
     packer = Packer(PassContext())
-    bench = Bench(1, tmp_path, cache)
+    bench = Bench(Workbench(1, tmp_path), cache)
     (layer,) = candidate.layers
 
     def at(rows):

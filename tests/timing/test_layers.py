@@ -12,6 +12,7 @@ from sparse_onnx.model.stored_weights import sparse_nodes, sparsity_of
 from sparse_onnx.passes.lower.feed_forward import FuseFeedForward
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import layers
 from sparse_onnx.timing.layers import time_pair, time_sparse_layers
 from sparse_onnx.timing.rounds import Ratio
@@ -63,7 +64,7 @@ def test_shapes_of_values(tmp_path, library, budget):
     model = lowered("A")
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     probe = with_shape_outputs(model, {"X", "c", "Y"})
-    with open_runner(probe, threads=1, library=library, budget=budget, work=tmp_path) as runner:
+    with open_runner(probe, Workbench(1, tmp_path, budget), library=library) as runner:
         assert runner.whole == (budget > 10**6)
         own, shapes = shapes_in(runner.run(FEEDS))
     assert shapes == {"X": (2, 3, 32), "c": (2, 3, 32), "Y": (2, 3, 16)}
@@ -77,7 +78,7 @@ def test_shapes_of_values_in_a_model_with_names_like_ours(tmp_path, start):
     values = {value.name: value for node in model.graph for value in node.outputs}
     values["Y"].name, values["c"].name = f"{start}c", f"{start}Y"
     probe = with_shape_outputs(model, {"X", f"{start}c", f"{start}Y"})
-    with open_runner(probe, threads=1, library=False, budget=1 << 30, work=tmp_path) as runner:
+    with open_runner(probe, Workbench(1, tmp_path, 1 << 30), library=False) as runner:
         own, shapes = shapes_in(runner.run(FEEDS))
     assert shapes == {"X": (2, 3, 32), f"{start}c": (2, 3, 16), f"{start}Y": (2, 3, 32)}
     assert {name: value.shape for name, value in own.items()} == {f"{start}c": (2, 3, 16)}
@@ -106,7 +107,7 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
     monkeypatch.setattr(layers, "time_pair", timed)
     lines = []
     found = time_sparse_layers(
-        lowered("A", "B", "C", "D"), FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lines.append
+        lowered("A", "B", "C", "D"), FEEDS, Workbench(1, tmp_path, 1 << 30, lines.append)
     )
     assert calls == [
         ("SparseMatMulRelu", (2, 3, 32), (False, True), 1),
@@ -122,9 +123,7 @@ def test_every_sparse_layer_once_and_equal_ones_share_a_measurement(tmp_path, mo
 
 
 def test_real_measurement_of_a_layer(tmp_path):
-    (found,) = time_sparse_layers(
-        lowered("D"), FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    (found,) = time_sparse_layers(lowered("D"), FEEDS, Workbench(1, tmp_path, 1 << 30))
     assert (found.op_type, found.weight_shapes, found.x_shape) == ("SparseMatMul", ((32, 16),), (2, 3, 32))
     assert min(found.times.first_ms, found.times.second_ms, found.times.low) > 0
     assert list(tmp_path.iterdir()) == []
@@ -134,9 +133,7 @@ def test_an_operator_with_two_weights(tmp_path):
     model = lowered("C", "D")
     alone = [sparsity_of(node) for node in sparse_nodes(model)]
     FuseFeedForward()(model)
-    (found,) = time_sparse_layers(
-        model, FEEDS, threads=1, budget=1 << 30, work=tmp_path, progress=lambda _line: None
-    )
+    (found,) = time_sparse_layers(model, FEEDS, Workbench(1, tmp_path, 1 << 30))
     assert (found.op_type, found.x_shape) == ("SparseFeedForwardRelu", (2, 3, 32))
     assert found.weight_shapes == ((32, 32), (32, 16))
     assert found.sparsity == pytest.approx((2 * alone[0] + alone[1]) / 3)

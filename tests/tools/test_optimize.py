@@ -142,16 +142,16 @@ def test_settings_reach_modifiers_of_a_recipe_and_of_flags(tmp_path, capsys):
     model, recipe = write_model(tmp_path / "in"), tmp_path / "recipe.yaml"
     recipe.write_text(
         "version: 1\nstages: [{name: p, modifiers: ["
-        "{prune.threshold: {theta: 0.1}}, {prune.magnitude: {sparsity: 0.5}}, {quant.round: {}}]}]\n"
+        "{prune.threshold: {theta: 0.1}}, {prune.magnitude: {sparsity: 0.5}}, {quant.weight: {}}]}]\n"
     )
-    settings = ("--set", "prune.magnitude.sparsity=0.75", "--set", "quant.round.bits=4")
+    settings = ("--set", "prune.magnitude.sparsity=0.75", "--set", "quant.weight.bits=4")
     code, out, err = call(capsys, model, "--dry-run", "--recipe", recipe, *settings, "--format", "json")
     assert code == 0, err
     report = json.loads(out)
     (stage,) = report["recipe"]["stages"]
     options = {name: given for modifier in stage["modifiers"] for name, given in modifier.items()}
     assert options["prune.magnitude"]["sparsity"] == 0.75
-    assert options["quant.round"]["bits"] == 4
+    assert options["quant.weight"]["bits"] == 4
     assert report["layers"][0]["sparsity"] >= 0.75
     flags = ("--method", "magnitude", "--set", "prune.magnitude.mask_structure=2:4")
     code, out, err = call(capsys, model, "--dry-run", *flags, "--format", "json")

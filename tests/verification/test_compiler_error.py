@@ -11,6 +11,7 @@ from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running.recording import record
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.compiler_error import judge
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
@@ -80,11 +81,11 @@ def judged(folder, kind, spoil=lambda _arrays: None, *, threshold=MAX_COMPILER_E
     compiled = model_io.load_model(write(folder / "spoiled", body, changed))
     LowerSparseMatMul(layers=layers)(compiled)
     feeds = [{"X": x}]
-    options = {"threads": 1}
-    reference, _ = record(dense, None, feeds, folder / "reference", library=False, **options)
-    outputs, _ = record(compiled, None, feeds, folder / "outputs", library=True, **options)
+    bench = Workbench(1, folder)
+    reference, _ = record(dense, None, feeds, folder / "reference", bench, library=False)
+    outputs, _ = record(compiled, None, feeds, folder / "outputs", bench, library=True)
     found = compare(reference, outputs)
-    return judge(dense, compiled, feeds, found, threshold=threshold, library=True, work=folder, **options)
+    return judge(dense, compiled, feeds, found, bench, threshold=threshold, library=True)
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -207,7 +208,7 @@ def test_nan_is_never_rounding(broken):
 
 def rounding_of(folder, body, arrays, x=X):
     dense = model_io.load_model(write(folder / "model", body, arrays))
-    return measure_rounding(dense, [{"X": x}], threads=1, work=folder)["Y"]
+    return measure_rounding(dense, [{"X": x}], Workbench(1, folder))["Y"]
 
 
 def test_of_a_layer_it_is_a_few_units_in_the_last_place(tmp_path):
@@ -235,14 +236,14 @@ def test_a_model_that_cannot_be_run_otherwise_has_no_yardstick(tmp_path, monkeyp
 
     real = yardstick.record
 
-    def refuse(model, path, batches, folder, **options):
+    def refuse(model, path, batches, folder, bench, **options):
         if folder.name != "reference":
             raise UsageError("refused")
-        return real(model, path, batches, folder, **options)
+        return real(model, path, batches, folder, bench, **options)
 
     monkeypatch.setattr(yardstick, "record", refuse)
     dense = model_io.load_model(write(tmp_path / "model", "Y = MatMul(X, W)", {"W": FIRST}))
-    assert measure_rounding(dense, [{"X": X}], threads=1, work=tmp_path) == {}
+    assert measure_rounding(dense, [{"X": X}], Workbench(1, tmp_path)) == {}
 
 
 def test_values_keep_their_names_and_the_model_is_left_as_it_was(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification import layer_trace
 from sparse_onnx.verification.layer_trace import trace_layers
 
@@ -42,8 +43,8 @@ def chain(spoiled=None, factor=1.5):
 
 
 def trace(reference, candidate, tmp_path, feeds=FEEDS, **options):
-    options = {"threshold": 1e-4, "threads": 1, "library": False, **options}
-    return trace_layers(reference, candidate, feeds, work=tmp_path, **options)
+    options = {"threshold": 1e-4, "library": False, **options}
+    return trace_layers(reference, candidate, feeds, Workbench(1, tmp_path), **options)
 
 
 @pytest.mark.parametrize("spoiled", range(LAYERS))

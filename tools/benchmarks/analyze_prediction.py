@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def compare_model(
     return rows
 
 
-def _measure(model: Path, sparsity: float | None, structure: str, threads: int | None) -> dict[str, Any]:
+def _measure(model: Path, sparsity: float | None, structure: str, threads: int | None) -> Mapping[str, Any]:
     """The report of ``optimize``, of another try if other programs were in the way."""
     for _ in range(_TRIES):
         with tempfile.TemporaryDirectory() as folder:

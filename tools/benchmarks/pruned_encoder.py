@@ -26,11 +26,11 @@ import yaml
 from sparse_onnx.data.inputs import input_specs
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.exporter import export_huggingface
-from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import CalibrationData, Pass, PassContext, Pipeline
 from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
 from sparse_onnx.passes.registry import pass_by_name
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.tools.benchmarks.sentence_encoder import encoder_folder, passages, tokens
 from sparse_onnx.tools.console import table
 
@@ -66,10 +66,9 @@ def _nearest(embedded: np.ndarray, count: int = 10) -> np.ndarray:
 def embeddings(model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], threads: int) -> np.ndarray:
     """Mean over the tokens that are no padding of the first output, normalised: [passages, d], float64."""
     parts = []
-    budget = session_budget(model_io.weight_bytes(model))
     with (
         tempfile.TemporaryDirectory() as work,
-        open_runner(model, threads=threads, library=False, budget=budget, work=Path(work)) as runner,
+        open_runner(model, Workbench(threads, Path(work)), library=False) as runner,
     ):
         for batch in feeds:
             hidden = next(iter(runner.run(dict(batch)).values())).astype(np.float64)

@@ -27,7 +27,8 @@ from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options
 from sparse_onnx.passes.clean.cleanup import CLEAN_PASSES
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from
 from sparse_onnx.tools.console import table
 
@@ -49,10 +50,9 @@ def window_losses(model: ir.Model, windows: np.ndarray, threads: int) -> np.ndar
     ``windows`` [windows, S + 1] holds tokens; ``model`` takes ``input_ids`` [B, S] and gives logits first.
     """
     losses = []
-    budget = session_budget(model_io.weight_bytes(model))
     with (
         tempfile.TemporaryDirectory() as work,
-        open_runner(model, threads=threads, library=False, budget=budget, work=Path(work)) as runner,
+        open_runner(model, Workbench(threads, Path(work)), library=False) as runner,
     ):
         for feeds, following in _batches(windows):
             losses.append(cross_entropy(runner.run(feeds)[runner.outputs[0]], following).mean(axis=-1))

@@ -13,7 +13,9 @@ import argparse
 import importlib.util
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +87,8 @@ def main() -> None:
                     threads=threads,
                     overwrite=True,
                 )
-                summary, checks = result.report["summary"], result.report["verification"]
+                summary = result.report["summary"]
+                checks: Mapping[str, Any] = result.report["verification"]
                 rows.append(
                     [
                         f"{sparsity:.0%}, ({batch},128), {threads} threads",

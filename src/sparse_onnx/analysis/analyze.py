@@ -10,7 +10,6 @@ which turn sums over layers into times of models (:mod:`.time_model`). Any plan 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import statistics
@@ -53,6 +52,7 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.running.runtime import open_runner, session_budget
 from sparse_onnx.running.stages import StageClock
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.curves import (
     SPARSITIES,
     STRUCTURES,
@@ -301,10 +301,8 @@ def analyze(
             structures,
             tuple(sorted(sparsities)),
             selection,
-            threads or available_cores(),
             min_speedup,
-            Path(work),
-            progress or (lambda _line: None),
+            Workbench(threads or available_cores(), Path(work), progress=progress or (lambda _line: None)),
         )
         given = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
 
@@ -332,15 +330,14 @@ class _Job:
         structures: tuple[str, ...],
         sparsities: tuple[float, ...],
         selection: Selection,
-        threads: int,
         min_speedup: float,
-        work: Path,
-        say: Callable[[str], None],
+        bench: Workbench,
     ) -> None:
         self.source, self.structures, self.sparsities = source, structures, sparsities
-        self.selection, self.threads, self.min_speedup = selection, threads, min_speedup
-        self.work, self.clock = work, StageClock(say)
+        self.selection, self.min_speedup = selection, min_speedup
+        self.clock = StageClock(bench.progress)
         self.say = self.clock.say
+        self.bench = dataclasses.replace(bench, progress=self.say)
         self.disturbed = False
         self.node_work: tuple[NodeWork, ...] = ()
 
@@ -354,14 +351,12 @@ class _Job:
         open_data: Callable[[Sequence[InputSpec]], Samples | None],
     ) -> Analysis:
         with self.clock("load"):
-            self.path = source_file(self.source, self.work)
+            self.path = source_file(self.source, self.bench.work)
             original = model_io.load_model(self.path)
             converted_from(original, self.say)
             self.nbytes = model_io.file_bytes(self.path, original)
             self.budget = session_budget(model_io.weight_bytes(original))
-            self.open = functools.partial(
-                open_runner, threads=self.threads, budget=self.budget, work=self.work, progress=self.say
-            )
+            self.bench = dataclasses.replace(self.bench, budget=self.budget)
             specs = inputs.input_specs(original, values, fixed)
             steered = original.clone()
             fix_inputs(steered, specs)
@@ -371,7 +366,7 @@ class _Job:
             self.feeds = self.choice.feeds(seed)
         for line in self.choice.notes("to measure for another"):
             self.say(f"note: {line}")
-        with model_io.Spool(self.work) as spool:
+        with model_io.Spool(self.bench.work) as spool:
             context = PassContext(spool.put)
             with self.clock("clean up"):
                 cleaned = steered.clone()
@@ -402,7 +397,7 @@ class _Job:
             forecast = dataclasses.replace(forecast, times=times)
         return Analysis(
             self.source.name,
-            environment(threads=self.threads, seed=seed, isa=sparse_ops.info().isa),
+            environment(threads=self.bench.threads, seed=seed, isa=sparse_ops.info().isa),
             self.choice.shapes,
             forecast,
             profile,
@@ -427,7 +422,7 @@ class _Job:
         names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
         work = Work(model, {name: array.shape for name, array in self.feeds.items()})
         names |= work.unknown()
-        with self.open(with_shape_outputs(model, names), None, library=False) as runner:
+        with open_runner(with_shape_outputs(model, names), self.bench, library=False) as runner:
             with explaining_guesses([self.choice]):
                 values = shapes_in(runner.run(self.feeds))[1]
             self.node_work = work.count(values)
@@ -469,7 +464,7 @@ class _Job:
             self.say("note: too large for one session: no profile, and no model is timed as a whole")
             return None
         nodes = {c.weight.name: [node for layer in c.layers for node in layer.nodes] for c in candidates}
-        return profile_model(model, nodes, self.feeds, threads=self.threads, work=self.work)
+        return profile_model(model, nodes, self.feeds, threads=self.bench.threads, work=self.bench.work)
 
     def measure(self, model: ir.Model, kinds: _Kinds) -> dict[str, LayerCurves]:
         told = Progress(self.say, "kinds of layers", len(kinds), interval=0)
@@ -483,8 +478,8 @@ class _Job:
                 sparsities=self.sparsities,
                 structures=self.structures,
                 prunable=not self.reasons[candidate.weight.name],
-                threads=self.threads,
-                work=self.work,
+                threads=self.bench.threads,
+                work=self.bench.work,
             )
             self.disturbed |= not curves[kind].quiet
             told.step()
@@ -559,7 +554,7 @@ class _Job:
         timed: list[tuple[float | None, Sums, list[Ratio]]] = []
         rest = forecast.rest_bytes
         told = Progress(self.say, "models", len(plans), interval=0)
-        with self.open(original, self.path, library=False) as dense:
+        with open_runner(original, self.bench, self.path, library=False) as dense:
             whole = dense.whole
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
         for share, plan in plans if whole else ():
@@ -598,10 +593,7 @@ class _Job:
             found += time_models(
                 [(original, self.path), (fused, path)],
                 [self.feeds],
-                threads=self.threads,
-                budget=self.budget,
-                work=self.work,
-                progress=self.say,
+                self.bench,
                 rounds=_WHOLE_ROUNDS,
                 seconds=_WHOLE_SECONDS,
             )
@@ -615,10 +607,10 @@ class _Job:
             model,
             [weight for weight in find_weights(model)[0] if weight.name in wanted],
             samples,
-            CalibrationOptions(threads=self.threads),
+            CalibrationOptions(threads=self.bench.threads),
             sparsities=self.sparsities,
             structures=self.structures,
-            work=self.work,
+            work=self.bench.work,
             progress=self.say,
         )
         layers = [dataclasses.replace(layer, loss=found.get(layer.name)) for layer in forecast.layers]
@@ -640,7 +632,7 @@ class _Job:
             if forms.get(candidate.weight.name) == form.name
         ]
         lowered, _ = lower_layers(pruned, chosen, Packer(context), context)
-        folder = self.work / "whole"
+        folder = self.bench.work / "whole"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return model_io.save_model(lowered, folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from typing import Any
 
 import onnx_ir as ir
 
+from sparse_onnx.document import LayerRow
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import Declined, LayerChange
 from sparse_onnx.timing.choose import Decision
@@ -121,24 +121,25 @@ def keeping_zeros(decisions: Sequence[Decision], names: Set[str], why: str) -> l
 
 
 def with_pruning(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[LayerRow],
     changes: Iterable[LayerChange],
     given_back: Collection[str],
     declined: Iterable[Declined],
-) -> list[dict[str, Any]]:
+) -> list[LayerRow]:
     """The layers of a report with what became of every weight: it ships with zeros that were made (``pruned``), it has
     its original weights again (``given back``), or it was ``never`` pruned; and why not, as far as a pass said so."""
     changed = {change.name for change in changes if change.zeros_after > change.zeros_before}
     why = {place.place: place.reason for place in declined if place.pass_name.startswith("prune.")}
-    found = []
+    found: list[LayerRow] = []
     for row in rows:
         name = row["name"]
-        extra = {"pruning": "never", "pruning_reason": why.get(name, "no pruning was asked of it")}
         if name in given_back:
-            extra = {"pruning": "given back", "pruning_reason": "it stays dense"}
+            found.append({**row, "pruning": "given back", "pruning_reason": "it stays dense"})
         elif name in changed:
-            extra = {"pruning": "pruned", "pruning_reason": ""}
-        elif why.get(name, "").startswith("not pruned"):
-            extra["reason"] = f"{row['reason']}; {why[name]}"
-        found.append({**row, **extra})
+            found.append({**row, "pruning": "pruned", "pruning_reason": ""})
+        else:
+            spared = why.get(name, "").startswith("not pruned")
+            reason = f"{row['reason']}; {why[name]}" if spared else row["reason"]
+            against = why.get(name, "no pruning was asked of it")
+            found.append({**row, "reason": reason, "pruning": "never", "pruning_reason": against})
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sparse_onnx.document import GateRow, GoalDocument, finite
 from sparse_onnx.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -36,13 +36,12 @@ class Gate:
             return None
         return self.reached <= self.asked if self.at_most else self.reached >= self.asked
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> GateRow:
         """For JSON, which has no NaN: None there."""
-        known = self.reached is not None and math.isfinite(self.reached)
         return {
             "name": self.name,
             "asked": self.asked,
-            "reached": self.reached if known else None,
+            "reached": finite(self.reached),
             "met": self.met,
             "text": self.text,
         }
@@ -85,7 +84,7 @@ def gates(
     return tuple(found)
 
 
-def goal_document(found: Sequence[Gate]) -> dict[str, Any]:
+def goal_document(found: Sequence[Gate]) -> GoalDocument:
     """The ``goal`` of a report: every gate, and ``met``: whether all are; None if one was not measured."""
     results = [gate.met for gate in found]
     met = False if False in results else None if None in results else True

@@ -1,21 +1,31 @@
-"""What a compilation puts into its report; :mod:`sparse_onnx.report.schema` describes every key."""
+"""What a compilation puts into its report; :mod:`sparse_onnx.document` describes every key."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.document import (
+    DeclinedRow,
+    DifferenceDocument,
+    LayerRow,
+    QuantizedRow,
+    Report,
+    Summary,
+    TargetRow,
+    UntouchedRow,
+    WholeTimes,
+    finite,
+)
 from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
-from sparse_onnx.passes.base import Declined
+from sparse_onnx.passes.base import Declined, LayerChange
 from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
@@ -24,42 +34,86 @@ from sparse_onnx.timing.layers import kernel_of
 from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.verification.metrics import MetricResult
 
-__all__ = ["kernel_names", "layer_rows", "summary", "target_rows", "times", "untouched_rows", "write_report"]
+__all__ = [
+    "declined_rows",
+    "kernel_names",
+    "layer_rows",
+    "quantized_rows",
+    "summary",
+    "target_rows",
+    "times",
+    "untouched_rows",
+    "write_report",
+]
 
 
 def summary(
-    layers: Sequence[Mapping[str, Any]],
+    layers: Sequence[LayerRow],
     work: Sequence[NodeWork],
     timing: Ratio | None,
     nbytes: int,
     size: int | None,
-    loss: Mapping[str, Any],
+    loss: DifferenceDocument | None,
     metric: MetricResult | None,
-) -> dict[str, Any]:
+) -> Summary:
     """The ``summary`` of a report. ``layers`` are its rows, ``work`` is that of all operators, ``timing`` that of the
     whole model, ``nbytes`` and ``size`` are bytes before and after, ``loss`` is the difference from the original's
-    outputs."""
+    outputs, None in a plan."""
     weights = sum(math.prod(row["shape"]) for row in layers)
     zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
     lowered = {row["name"] for row in layers if row["decision"] != DENSE}
+    whole = times(timing)
     return {
-        **times(timing),
+        "dense_ms": whole["dense_ms"],
+        "optimized_ms": whole["optimized_ms"],
+        "speedup": whole["speedup"],
+        "speedup_low": whole["speedup_low"],
+        "speedup_high": whole["speedup_high"],
         "bytes_before": nbytes,
         "bytes_after": size,
         "sparsity": zeros / weights if weights else 0.0,
         "sparse_flops_fraction": sparse_share(work, lowered),
-        "relative_error": loss.get("relative_error"),
-        "cosine": loss.get("cosine"),
+        "relative_error": None if loss is None else loss["relative_error"],
+        "cosine": None if loss is None else loss["cosine"],
         "metric": None if metric is None else metric.to_dict(),
     }
 
 
 def untouched_rows(
-    layers: Sequence[Mapping[str, Any]], work: Sequence[NodeWork], declined: Sequence[Declined]
-) -> list[dict[str, Any]]:
+    layers: Sequence[LayerRow], work: Sequence[NodeWork], declined: Sequence[Declined]
+) -> list[UntouchedRow]:
     """The ``untouched`` of a report: what is no layer, by operator and reason. ``declined`` has reasons by place."""
     reasons = {place.place: place.reason for place in declined}
-    return [dataclasses.asdict(row) for row in untouched(work, {row["name"] for row in layers}, reasons)]
+    return [
+        {"op_type": row.op_type, "count": row.count, "share": row.share, "reason": row.reason}
+        for row in untouched(work, {row["name"] for row in layers}, reasons)
+    ]
+
+
+def quantized_rows(
+    changes: Iterable[LayerChange], held_out_errors: Mapping[str, float]
+) -> list[QuantizedRow]:
+    """The ``quantized`` of a report."""
+    return [
+        {
+            "name": change.name,
+            "elements": change.size,
+            "bits": change.bits,
+            "group_size": change.group_size,
+            "bytes": change.nbytes,
+            "sparsity": change.zeros_after / change.size,
+            "output_error": change.error,
+            "output_error_held_out": held_out_errors.get(change.name),
+        }
+        for change in changes
+    ]
+
+
+def declined_rows(declined: Iterable[Declined]) -> list[DeclinedRow]:
+    """The ``declined`` of a report."""
+    return [
+        {"pass_name": place.pass_name, "place": place.place, "reason": place.reason} for place in declined
+    ]
 
 
 def layer_rows(
@@ -70,11 +124,11 @@ def layer_rows(
     held_out_errors: Mapping[str, float],
     kernels: Mapping[str, str],
     progress: Callable[[str], None] = lambda _line: None,
-) -> list[dict[str, Any]]:
+) -> list[LayerRow]:
     """The ``layers`` of a report. ``shapes`` are those of the layers' inputs, if they are known; ``before`` has the
     weights of the original by name, ``errors`` and ``held_out_errors`` those of the pruned layers' outputs, ``kernels``
     see :func:`kernel_names`."""
-    rows = []
+    rows: list[LayerRow] = []
     steps = Progress(progress, "layer", len(decisions))
     for decision in decisions:
         candidate = decision.candidate
@@ -82,7 +136,7 @@ def layer_rows(
             weight = part.weight
             original = before.get(weight.name)
             first = weight is candidate.weight  # the node is timed as a whole
-            row = {
+            row: LayerRow = {
                 "name": weight.name,
                 "module": weight.module,
                 "op_type": weight.nodes[0].op_type,
@@ -126,7 +180,7 @@ def kernel_names(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return found
 
 
-def times(timing: Ratio | None) -> dict[str, float | None]:
+def times(timing: Ratio | None) -> WholeTimes:
     """The times of a whole model as a report has them; None where it was not timed."""
     return {
         "dense_ms": timing.first_ms if timing else None,
@@ -141,7 +195,7 @@ def target_rows(
     targets: Sequence[Mapping[str, tuple[int, ...]]],
     weights: Sequence[float] | None,
     timings: Sequence[Ratio],
-) -> list[dict[str, Any]]:
+) -> list[TargetRow]:
     """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed."""
     untold = [None] * len(targets)
     return [
@@ -155,7 +209,7 @@ def target_rows(
     ]
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """report.json and report.html."""
     from sparse_onnx.report.html import write_html
 
@@ -173,4 +227,4 @@ def _weight_error(original: ir.TensorProtocol | None, pruned: ir.TensorProtocol)
     del before, after
     for tensor in (original, pruned):
         model_io.release_mapping(tensor)
-    return error if math.isfinite(error) else None
+    return finite(error)

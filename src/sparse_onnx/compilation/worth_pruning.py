@@ -144,8 +144,8 @@ def measured_curves(model: ir.Model, bench: Bench) -> CurvesOf:
                 shapes,
                 sparsities=() if parsed.kind == "n:m" else (share,),
                 structures=(structure,),
-                threads=bench.threads,
-                work=bench.work,
+                threads=bench.workbench.threads,
+                work=bench.workbench.work,
             )
         return known[key]
 

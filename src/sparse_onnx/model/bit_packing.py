@@ -64,7 +64,7 @@ def pack(integers: np.ndarray, bits: int) -> np.ndarray:
 def _planes(integers: np.ndarray, bits: int) -> np.ndarray:
     """[K, N] of ``bits`` (1, 2 or 4), K a multiple of 8 / bits, as bytes [K · bits / 8, N]."""
     planes = integers.reshape(8 // bits, -1, integers.shape[1])
-    packed = planes[0].copy()
+    packed = np.array(planes[0])
     for index in range(1, len(planes)):
         packed |= planes[index] << np.uint8(bits * index)
     return packed
@@ -77,12 +77,14 @@ def unpack(packed: np.ndarray, bits: int, inputs: int) -> np.ndarray:
     if bits != 3:
         return _integers(packed[0], bits)[:inputs]
     low = _integers(packed[:2].reshape(-1, packed.shape[2]), 2)
-    return (low | _integers(packed[2], 1) << np.uint8(2))[:inputs]
+    integers: np.ndarray = low | _integers(packed[2], 1) << np.uint8(2)
+    return integers[:inputs]
 
 
 def _integers(packed: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None]
-    return (packed >> shifts & np.uint8(2**bits - 1)).reshape(-1, packed.shape[1])
+    planes: np.ndarray = packed >> shifts & np.uint8(2**bits - 1)
+    return planes.reshape(-1, packed.shape[1])
 
 
 def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int, int]:
@@ -100,11 +102,15 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
     """The body in operators of ``opset``, 13 to 26.
 
     Inputs ``packed``, ``scale`` and, with ``zeros``, ``zero_point``; attributes ``rows`` [groups · size], ``grid``
-    [groups, size, -1], ``inputs`` [K] and ``to``, the float type of the result [K, N].
+    [groups, size, -1], ``channels`` [K] and ``to``, the float type of the result [K, N].
     """
     inputs = "packed, scale, zero_point" if zeros else "packed, scale"
     if zeros:
-        zero = [*_lines("zero_point", "zeros", bits), "groups = Shape(scale)", "one = Constant<value = int64[1] {1}>()"]
+        zero = [
+            *_lines("zero_point", "zeros", bits),
+            "groups = Shape(scale)",
+            "one = Constant<value = int64[1] {1}>()",
+        ]
         zero += [
             "count = Slice(groups, start, one)",
             "some_zeros = Slice(zeros, start, count, start)",
@@ -118,7 +124,7 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
         *_lines("packed", "integers", bits),
         "row_count = Constant<value_ints: ints = @rows>()",
         "grid_shape = Constant<value_ints: ints = @grid>()",
-        "input_count = Constant<value_ints: ints = @inputs>()",
+        "input_count = Constant<value_ints: ints = @channels>()",
         *zero,
         "whole = Slice(integers, start, row_count, start)",
         "wide = Cast<to = 1>(whole)",
@@ -133,7 +139,7 @@ def unpack_function(bits: int, zeros: bool, opset: int) -> onnx.FunctionProto:
     body = "\n".join(lines)
     head = f'<domain: "{UNPACK_DOMAIN}", opset_import: ["" : {opset}]>'
     proto: onnx.FunctionProto = onnx.parser.parse_function(
-        f"{head} {unpack_name(bits, zeros)} <rows, grid, inputs, to> ({inputs}) => (W) {{\n{body}\n}}"
+        f"{head} {unpack_name(bits, zeros)} <rows, grid, channels, to> ({inputs}) => (W) {{\n{body}\n}}"
     )
     return proto
 

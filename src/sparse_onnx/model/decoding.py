@@ -267,9 +267,11 @@ def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
     names = {unpack_name(bits, zero_point is not None): bits for bits in STORED_BITS}
     bits = names.get(node.op_type)
     shape, grid = _shape(tensor), node.attributes.get_ints("grid", ())
-    inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("inputs", "rows"))
+    inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("channels", "rows"))
     result = _dtype(node, "to")
-    known = bits is not None and scale is not None and scale.dtype in _SCALES and result in (*_WIDER, *_SCALES)
+    known = (
+        bits is not None and scale is not None and scale.dtype in _SCALES and result in (*_WIDER, *_SCALES)
+    )
     if not known or len(grid) != 3 or len(inputs) != 1 or len(shape) != 3 or min(*grid[:2], *inputs) < 1:
         raise _UnreadableError(f"is unpacked by {node.op_type} with attributes that it does not have")
     assert bits is not None
@@ -284,7 +286,9 @@ def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
     if fits and zero_point is not None:
         fits = (zero_point.dtype, _shape(zero_point)) == (ir.DataType.UINT8, packed_shape(groups, N, bits))
     if not fits:
-        raise _UnreadableError(f"has bytes of shape {shape} and scales of shape {_shape(scale)}, which do not fit")
+        raise _UnreadableError(
+            f"has bytes of shape {shape} and scales of shape {_shape(scale)}, which do not fit"
+        )
     return Packed(bits, inputs[0], size, scale, zero_point, result)
 
 

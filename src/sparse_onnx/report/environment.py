@@ -1,6 +1,6 @@
 """The report of one compilation: what was found, decided and measured (``report.json``).
 
-``schema.json`` describes every key. Null stands where a figure was not measured, or is no finite number.
+:mod:`sparse_onnx.document` describes every key. Null stands where a figure was not measured, or is no finite number.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.document import Environment
 from sparse_onnx.printable import printable
 from sparse_onnx.running.host import available_cores, cpu_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["SCHEMA_VERSION", "describe_call", "environment", "write_json"]
+__all__ = ["describe_call", "environment", "write_json"]
 
-SCHEMA_VERSION = 2
 _MAX_ARGUMENT = 300  # characters of one argument in the description of a call
 
 
@@ -31,7 +31,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def environment(*, threads: int, seed: int, isa: str) -> dict[str, Any]:
+def environment(*, threads: int, seed: int, isa: str) -> Environment:
     """The machine and the software that the numbers of a report hold for."""
     packages = ("sparse-onnx", "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "numpy")
     return {
@@ -60,7 +60,7 @@ def describe_call(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
     return f"sparse_onnx.{function.__name__}({', '.join(shown)})"
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
+def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write ``report`` with sorted layout, so that equal reports are equal bytes."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(printable(text) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""Reading reports back: ``schema.json`` says what one is made of, key by key, and here it is held to that."""
+"""Reading reports back: the schema, made of the types in :mod:`sparse_onnx.document`, says what one is made of, key by
+key, and here it is held to that.
+
+The same lies beside this module as ``schema.json``, for other programs.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sparse_onnx.document import SCHEMA_VERSION, Report
 from sparse_onnx.errors import HostError, UsageError
-from sparse_onnx.report.environment import SCHEMA_VERSION
+from sparse_onnx.report.json_schema import json_schema
 
 __all__ = ["check_report", "load_schema", "read_report"]
 
@@ -22,9 +26,7 @@ _AGAIN = "damaged or edited? Write it again with `sparse-onnx optimize`"
 @functools.cache
 def load_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a report."""
-    text = resources.files("sparse_onnx.report").joinpath("schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return json_schema(Report, "report.json of sparse-onnx")
 
 
 def check_report(report: object) -> None:
@@ -49,7 +51,7 @@ def check_report(report: object) -> None:
         raise UsageError(f"does not fit the schema at {error.json_path}: {message}; {_AGAIN}")
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
     """The report in ``path``: a ``report.json``, or the folder that holds it.
 
     Raises:
@@ -79,8 +81,7 @@ def read_report(path: Path) -> dict[str, Any]:
         check_report(report)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
-    assert isinstance(report, dict)
-    return report
+    return cast(Report, report)
 
 
 def _finite(text: str) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model import model_io
-from sparse_onnx.running.runtime import LEVELS, open_runner, session_budget
+from sparse_onnx.running.runtime import LEVELS, open_runner
+from sparse_onnx.running.workbench import Workbench
 
 __all__ = ["record"]
 
@@ -21,24 +22,22 @@ def record(
     path: Path | None,
     batches: Sequence[Feeds],
     folder: Path,
+    bench: Workbench,
     *,
-    threads: int,
     library: bool,
     required: int | None = None,
-    level: str = LEVELS[0],
-    progress: Callable[[str], None] = lambda _line: None,
+    level: Level = LEVELS[0],
 ) -> tuple[list[Feeds], dict[int, str]]:
     """The outputs of every batch, as arrays mapped from files in ``folder``, which is made.
 
     Args:
         model: What to run; ``path`` is its file if it has one.
         batches: One dictionary of inputs each.
-        threads: Intra-op threads.
+        bench: What it is run with.
         library: Whether the kernel library is registered.
         required: So many batches at the beginning must run, others may be refused; their indices come back with the
             reason. None: all must run.
         level: ONNX Runtime's graph optimizations, one of :data:`.runtime.LEVELS`.
-        progress: Called with one line of text now and then.
 
     Raises:
         UsageError: ONNX Runtime refuses the model or a batch that must run, or an output is no tensor of numbers.
@@ -46,17 +45,7 @@ def record(
     folder.mkdir()
     results: list[Feeds] = []
     refused: dict[int, str] = {}
-    budget = session_budget(model_io.weight_bytes(model))
-    with open_runner(
-        model,
-        threads=threads,
-        library=library,
-        budget=budget,
-        work=folder,
-        path=path,
-        level=level,
-        progress=progress,
-    ) as runner:
+    with open_runner(model, bench, path, library=library, level=level) as runner:
         for index, feeds in enumerate(batches):
             try:
                 outputs = runner.run(feeds)

@@ -21,12 +21,14 @@ import onnx_ir as ir
 
 from sparse_onnx import sparse_ops
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import ModelFileError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.outputs import tensor_outputs
 from sparse_onnx.running.session import import_onnxruntime
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ __all__ = [
     "session_options",
 ]
 
-LEVELS = ("all", "basic", "disabled")
+LEVELS: tuple[Level, ...] = ("all", "basic", "disabled")
 """ONNX Runtime's graph optimizations, its default first: each leaves out some of those before it."""
 
 _LEVEL_NAMES = {"basic": "basic ones", "disabled": "none"}
@@ -61,7 +63,7 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> onnxruntime.SessionOptions:
+def session_options(*, threads: int, library: bool, level: Level = LEVELS[0]) -> onnxruntime.SessionOptions:
     """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
     is one of :data:`LEVELS`.
 
@@ -85,7 +87,7 @@ def session_options(*, threads: int, library: bool, level: str = LEVELS[0]) -> o
 
 
 def open_session(
-    path: Path, *, threads: int, library: bool, level: str = LEVELS[0], lean: bool = False
+    path: Path, *, threads: int, library: bool, level: Level = LEVELS[0], lean: bool = False
 ) -> onnxruntime.InferenceSession:
     """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
 
@@ -139,24 +141,24 @@ class Runner:
     """Runs one model: ``run(feeds)`` gives all tensor outputs by name; ``milliseconds(feeds)`` times one run.
 
     Where ORT cannot open or run a session with its default optimizations, the highest of :data:`LEVELS` that works is
-    used, and ``progress`` told so; ``level`` is the lowest one in use.
+    used, and ``bench.progress`` told so; ``level`` is the lowest one in use.
     """
 
     def __init__(
         self,
         segments: Sequence[_Segment],
         outputs: Sequence[str],
-        threads: int,
+        bench: Workbench,
         library: bool,
         constants: Feeds | None = None,
-        progress: Callable[[str], None] = lambda _line: None,
         lean: bool = False,
-        level: str = LEVELS[0],
+        level: Level = LEVELS[0],
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
         self.level = level
-        self._threads, self._library, self._lean, self._say = threads, library, lean, progress
+        self._threads, self._say = bench.threads, bench.progress
+        self._library, self._lean = library, lean
         self._constants = constants or {}
         self._session: onnxruntime.InferenceSession | None = None
         if self.whole:
@@ -164,7 +166,7 @@ class Runner:
             self._session = self._at_best_level(segments[0], lambda _session, _feeds: None, {})[0]
             give_back_memory()
 
-    def _open(self, segment: _Segment, level: str) -> onnxruntime.InferenceSession:
+    def _open(self, segment: _Segment, level: Level) -> onnxruntime.InferenceSession:
         return open_session(
             segment.path, threads=self._threads, library=self._library, level=level, lean=self._lean
         )
@@ -180,7 +182,7 @@ class Runner:
         one of the present level, if there is one."""
         usable = [session]
 
-        def attempt(level: str) -> tuple[onnxruntime.InferenceSession, _T]:
+        def attempt(level: Level) -> tuple[onnxruntime.InferenceSession, _T]:
             found = usable.pop() if usable else None
             found = found or self._open(segment, level)
             return found, step(found, feeds)
@@ -244,8 +246,8 @@ class Runner:
 
 
 def at_best_level(
-    attempt: Callable[[str], _T], progress: Callable[[str], None], level: str = LEVELS[0]
-) -> tuple[str, _T]:
+    attempt: Callable[[Level], _T], progress: Callable[[str], None], level: Level = LEVELS[0]
+) -> tuple[Level, _T]:
     """The first of :data:`LEVELS`, from ``level`` on, with which ``attempt`` raises no UsageError, and what it returns.
 
     ``progress`` is told if it is not the first. Raises UsageError, the first one, if there is none.
@@ -295,33 +297,32 @@ def _describe(feeds: Feeds) -> str:
 @contextmanager
 def open_runner(
     model: ir.Model,
+    bench: Workbench,
     path: Path | None = None,
     *,
-    threads: int,
     library: bool,
-    budget: int,
-    work: Path,
-    progress: Callable[[str], None] = lambda _line: None,
     lean: bool = False,
-    level: str = LEVELS[0],
+    level: Level = LEVELS[0],
 ) -> Iterator[Runner]:
-    """A runner for ``model``. ``path`` is its file if it is on disk already; scratch files go to ``work``.
+    """A runner for ``model``. ``path`` is its file if it is on disk already.
 
-    ``budget`` (bytes) bounds the weights that one session may hold; ``progress`` is told how far a run is that takes
-    several sessions, and where ORT's optimizations fail. ``lean`` and ``level`` are as for :func:`open_session`.
+    ``bench.progress`` is told how far a run is that takes several sessions, and where ORT's optimizations fail.
+    ``library`` registers the sparse kernels; ``lean`` and ``level`` are as for :func:`open_session`.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+    held = model_io.weight_bytes(model)
+    budget = session_budget(held) if bench.budget is None else bench.budget
+    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=bench.work))
     runner = None
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
         tensors = tensor_outputs(model)
-        if max(model_io.weight_bytes(model), sum(_session_bytes(n, library) for n in model.graph)) <= budget:
+        if max(held, sum(_session_bytes(n, library) for n in model.graph)) <= budget:
             if path is None:
                 model_io.save_model(model, scratch)
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            runner = Runner([whole], tensors, threads, library, None, progress, lean, level)
+            runner = Runner([whole], tensors, bench, library, None, lean, level)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -329,7 +330,7 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            runner = Runner(segments, tensors, threads, library, constants, progress, lean, level)
+            runner = Runner(segments, tensors, bench, library, constants, lean, level)
         yield runner
     finally:
         if runner is not None:

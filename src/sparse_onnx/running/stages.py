@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sparse_onnx.document import StageRow
 from sparse_onnx.progress import is_lasting
 from sparse_onnx.running.host import peak_rss_bytes
 from sparse_onnx.running.runtime import give_back_memory
@@ -23,7 +24,7 @@ class StageClock:
         self._progress = progress
         self._stage = ""
         self._told: set[str] = set()
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[StageRow] = []
 
     def say(self, line: str) -> None:
         """Tell where the work is; what lasts, once."""

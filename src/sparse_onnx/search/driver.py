@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_onnx.analysis.forecast import Plan
+from sparse_onnx.document import Report
 from sparse_onnx.errors import SparseOnnxError, VerificationError
 from sparse_onnx.model.storage import write_whole
 from sparse_onnx.progress import format_duration
@@ -43,7 +44,7 @@ class Compiled:
     nbytes: int
     drop: float
     sparsity: float
-    report: Mapping[str, Any]
+    report: Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Search:
         self._compile, self._time_alone, self._workers = compile_plan, time_alone, workers
         self._folder, self._key, self._say = folder, key, progress
         self._best: Trial | None = None
-        self._report: Mapping[str, Any] = {}
+        self._report: Report | None = None
         self.trials: list[Trial] = []
         self._resume()
 
@@ -116,7 +117,7 @@ class Search:
         return self._best
 
     @property
-    def best_report(self) -> Mapping[str, Any]:
+    def best_report(self) -> Report | None:
         """Its report, as it was compiled."""
         return self._report
 
@@ -186,13 +187,13 @@ class Search:
             if isinstance(result, VerificationError):
                 raise result  # a defect of the compiler, not of the plan
             if isinstance(result, SparseOnnxError):
-                self._add(Trial(name, index, 0.0, None, str(result)), folder, {})
+                self._add(Trial(name, index, 0.0, None, str(result)), folder, None)
                 continue
             speed, targets = self._time_alone(folder)
             measured = Measured(speed, tuple(targets), result.nbytes, result.drop)
             self._add(Trial(name, index, result.sparsity, measured), folder, result.report)
 
-    def _add(self, trial: Trial, folder: Path, report: Mapping[str, Any]) -> None:
+    def _add(self, trial: Trial, folder: Path, report: Report | None) -> None:
         """Keep the folder and the report of the best, delete the others."""
         self.trials.append(trial)
         what = f"trial {len(self.trials)}: {trial.family} {trial.index}"
@@ -234,8 +235,8 @@ class Search:
                 return
             trials = [_trial(entry) for entry in document["trials"]]
             found = trials[document["best"]] if document["best"] is not None else None
-            report = document["report"]
-            if not isinstance(report, dict):
+            report: Report | None = document["report"]
+            if report is not None and not isinstance(report, dict):
                 return
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return

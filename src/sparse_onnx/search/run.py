@@ -9,7 +9,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -23,6 +22,7 @@ from sparse_onnx.compilation.report_rows import target_rows, times, write_report
 from sparse_onnx.compilation.whole_model import exit_code, settle
 from sparse_onnx.data import inputs
 from sparse_onnx.data.samples import open_samples
+from sparse_onnx.document import CurveRow, LayerRow, ParetoPoint, Report, SearchDocument, Summary, finite
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
@@ -39,6 +39,7 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs
 from sparse_onnx.running.runtime import session_budget
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.search.driver import Compiled, Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
@@ -173,6 +174,7 @@ class _Compile:
         metric = summary["metric"]
         drop = 1 - _number(summary["cosine"]) if metric is None else _number(metric["drop"])
         drop = drop if math.isfinite(drop) else math.inf
+        assert summary["bytes_after"] is not None
         return Compiled(summary["bytes_after"], drop, summary["sparsity"], report)
 
     def _say(self, line: str) -> None:
@@ -184,7 +186,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-_Planned = tuple[list[Family], TimingTable, dict[str, int], list[dict[str, Any]]]
+_Planned = tuple[list[Family], TimingTable, dict[str, int], list[CurveRow]]
 """Families, timings to decide by, elements of the weights, and the curves of the layers as a report has them."""
 
 
@@ -329,7 +331,7 @@ class _Job:
             families.append(uniform(forecast, names, loss, self.goals))
         table = analysis.table()
         write_table(table, self.state / _TABLE)
-        curves: list[dict[str, Any]] = analysis.to_dict()["curves"]
+        curves: list[CurveRow] = analysis.to_dict()["curves"]
         kept = [dataclasses.asdict(family) for family in families]
         document = {"key": key, "sizes": sizes, "families": kept, "curves": curves}
         with write_whole(self.state / _PLANS) as file:
@@ -366,11 +368,10 @@ class _Job:
             (model_io.load_model(path), path) for path in (self.path, written)
         ]
         budget = session_budget(model_io.weight_bytes(self.model))
+        bench = Workbench(self.threads, self.work, budget, self.say)
 
         def once() -> list[Ratio]:
-            return time_models(
-                pair, self.feeds, threads=self.threads, budget=budget, work=self.work, progress=self.say
-            )
+            return time_models(pair, self.feeds, bench)
 
         def overall(timings: Sequence[Ratio]) -> Ratio:
             return rounds.overall(timings, self.recipe.target.weights)[0]
@@ -378,24 +379,25 @@ class _Job:
         timings = settle(once, overall, progress=self.say)
         return overall(timings), timings
 
-    def finish(self, search: Search) -> tuple[int, dict[str, Any]]:
+    def finish(self, search: Search) -> tuple[int, Report]:
         """The report of the best trial with its times, the goals, and the search."""
         assert search.best is not None
         assert search.best.measured is not None
         measured, compiled = search.best.measured, search.best_report
-        summary = compiled["summary"] | times(measured.speed)
+        assert compiled is not None
+        summary: Summary = {**compiled["summary"], **times(measured.speed)}
         metric = summary["metric"]
         found = gates(
             self.recipe.goal,
             drop=measured.drop,
-            metric=None if metric is None or None in metric.values() else MetricResult(**metric),
+            metric=None if metric is None else MetricResult.of(metric),
             speedup=measured.speed.median,
             bytes_before=self.nbytes,
             bytes_after=measured.nbytes,
         )
         layers = {row["name"]: row for row in compiled["layers"]}
         met = all(gate.met for gate in found)
-        report = {
+        report: Report = {
             **compiled,
             "source": self.source.name,
             "summary": summary,
@@ -413,7 +415,7 @@ class _Job:
         gained = summary["written"] == "compiled"
         return exit_code(measured.speed if gained else None, gained=gained), report
 
-    def document(self, search: Search, met: bool) -> dict[str, Any]:
+    def document(self, search: Search, met: bool) -> SearchDocument:
         """The search in the report: what was asked, and the trials that no other one beats."""
         trials = [trial for trial in search.trials if trial.measured is not None]
         points = [
@@ -435,7 +437,7 @@ class _Job:
         }
 
 
-def _chosen(row: Mapping[str, Any], curve: Mapping[str, Any]) -> float | None:
+def _chosen(row: LayerRow, curve: CurveRow) -> float | None:
     """The share of zeros that a layer ships with in the form and pattern of a curve."""
     ships = (row["decision"], row["mask_structure"]) == (curve["form"], curve["mask_structure"])
     return float(row["sparsity"]) if ships else None
@@ -446,14 +448,14 @@ def _speed(trial: Trial) -> float:
     return trial.measured.speed.median
 
 
-def _point(trial: Trial, chosen: bool) -> dict[str, Any]:
+def _point(trial: Trial, chosen: bool) -> ParetoPoint:
     measured = trial.measured
     assert measured is not None
     return {
         "speedup": measured.speed.median,
         "speedup_low": measured.speed.low,
         "speedup_high": measured.speed.high,
-        "drop": measured.drop if math.isfinite(measured.drop) else None,
+        "drop": finite(measured.drop),
         "bytes": measured.nbytes,
         "sparsity": trial.sparsity,
         "chosen": chosen,

@@ -22,7 +22,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -31,6 +30,7 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.lower.forms import DENSE, Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.patterns.layer import Layer, layer_kind
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.cache import TimingCache, environment_key
 from sparse_onnx.timing.curves import UNSTRUCTURED, LayerCurves
 from sparse_onnx.timing.forms import Comparison, fastest, pairs, sum_of, time_forms
@@ -59,21 +59,19 @@ class Bench:
     """How layers are timed.
 
     Attributes:
-        threads: Intra-op threads of the sessions.
-        work: Folder for scratch files.
+        workbench: What they are run with.
         cache: Timings that are known already; new ones go there.
         min_speedup: A form is measured against dense until its speedup can be told from this one.
     """
 
-    threads: int
-    work: Path
+    workbench: Workbench
     cache: TimingCache = dataclasses.field(default_factory=TimingCache)
     min_speedup: float = 1.02
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:
         """What all keys of the cache have in common."""
-        return environment_key(self.threads)
+        return environment_key(self.workbench.threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,12 +254,11 @@ def decide(
     *,
     weights: Sequence[float] | None = None,
     allowed: Collection[str] = (),
-    progress: Callable[[str], None],
 ) -> list[Decision]:
     """Time the candidates. Each of ``targets`` has the shape of every layer's inputs, by the name of the value;
     ``weights`` has a number for each, or is None: the worst target decides. ``allowed`` are the names of forms that may
     change a weight's numbers."""
-    start = time.perf_counter()
+    start, progress = time.perf_counter(), bench.workbench.progress
     decisions: list[Decision] = []
     for index, candidate in enumerate(_companions_last(candidates)):
         forms, against = _considered(candidate, decisions, allowed)
@@ -383,8 +380,8 @@ def measure(
         return time_forms(
             models,
             feeds,
-            threads=bench.threads,
-            work=bench.work,
+            threads=bench.workbench.threads,
+            work=bench.workbench.work,
             rounds=_ROUNDS,
             seconds=_ROUNDS_SECONDS,
         )

@@ -24,6 +24,7 @@ from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
 from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.running.runtime import open_runner, open_session
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.library import select_for
 from sparse_onnx.timing.rounds import Ratio, evict_caches, interleave, ratio
@@ -115,11 +116,7 @@ def _activations(node: ir.Node) -> list[ir.Value]:
 def time_sparse_layers(
     model: ir.Model,
     feeds: Feeds,
-    *,
-    threads: int,
-    budget: int,
-    work: Path,
-    progress: Callable[[str], None],
+    bench: Workbench,
 ) -> list[LayerTiming]:
     """Every sparse operator of ``model`` against its dense form, at the shapes that ``feeds`` lead to.
 
@@ -128,7 +125,7 @@ def time_sparse_layers(
     nodes = sparse_nodes(model)
     names = {value.name or "" for node in nodes for value in _activations(node)}
     probe = with_shape_outputs(model, names)
-    with open_runner(probe, threads=threads, library=True, budget=budget, work=work) as runner:
+    with open_runner(probe, bench.quietly(), library=True) as runner:
         _, shapes = shapes_in(runner.run(feeds))
     measured: dict[tuple[object, ...], Ratio] = {}
     timings = []
@@ -139,8 +136,8 @@ def time_sparse_layers(
         attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
         key = (node.op_type, *attributes, *inputs, *(round(weight.sparsity, 2) for weight in weights))
         if key not in measured:
-            progress(f"timing layer {index + 1}/{len(nodes)} {name}")
-            measured[key] = _time_node(model, node, inputs, threads=threads, work=work)
+            bench.progress(f"timing layer {index + 1}/{len(nodes)} {name}")
+            measured[key] = _time_node(model, node, inputs, bench)
         module = node.metadata_props.get(MODULE_KEY, "")
         timings.append(
             LayerTiming(
@@ -203,8 +200,6 @@ def cut_layer(
     return part, feeds | {name: np.full(sizes[name], shapes[0][0], np.int32) for name in lengths}
 
 
-def _time_node(
-    model: ir.Model, node: ir.Node, shapes: Sequence[tuple[int, ...]], *, threads: int, work: Path
-) -> Ratio:
+def _time_node(model: ir.Model, node: ir.Node, shapes: Sequence[tuple[int, ...]], bench: Workbench) -> Ratio:
     part, feeds = cut_layer(model, _activations(node), node.outputs, shapes)
-    return time_pair([part, part], [False, True], feeds, threads=threads, work=work)
+    return time_pair([part, part], [False, True], feeds, threads=bench.threads, work=bench.work)

@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level, OperatorTime, TimeShares
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import value_names
@@ -62,7 +63,7 @@ class NodeProfile:
 
 def time_shares(
     model: ir.Model, weights: Collection[str], feeds: Feeds, *, threads: int, library: bool, work: Path
-) -> dict[str, Any]:
+) -> TimeShares:
     """Where a run of ``model`` spends its time, as a report has it: in the layers of the ``weights``, sparse or dense,
     and in all other operators. The arguments are as for :func:`profile_model`."""
     nodes = [
@@ -71,7 +72,7 @@ def time_shares(
         if stored_weights(node) or any(value is not None and value.name in weights for value in node.inputs)
     ]
     found = profile_model(model, {"layers": nodes}, feeds, threads=threads, library=library, work=work)
-    others = [{"op_type": name, "ms": ms} for name, ms in found.others.items()]
+    others: list[OperatorTime] = [{"op_type": name, "ms": ms} for name, ms in found.others.items()]
     return {"wall_ms": found.wall_ms, "layers_ms": sum(found.layers.values()), "others": others}
 
 
@@ -100,7 +101,7 @@ def profile_model(
 
 
 def _run_profiled(
-    scratch: Path, feeds: Feeds, *, threads: int, library: bool, level: str
+    scratch: Path, feeds: Feeds, *, threads: int, library: bool, level: Level
 ) -> tuple[list[dict[str, Any]], onnx.ModelProto]:
     """What ORT's profiler writes of runs of ``scratch/model.onnx``, and the graph as ORT has rewritten it."""
     options = session_options(threads=threads, library=library, level=level)

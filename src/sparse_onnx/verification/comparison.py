@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import DifferenceDocument, finite
 from sparse_onnx.errors import VerificationError
 from sparse_onnx.verification.predictions import Head, Prediction, compare_predictions
 
@@ -43,22 +44,31 @@ class Difference:
     max_relative: float = 0.0
     outputs: tuple[Difference, ...] = dataclasses.field(default=(), compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DifferenceDocument:
         """For JSON, which has no Inf and NaN: None there."""
         return {
             **self._figures(),
             "worst_output": self.worst_output,
-            "predictions": [_finite(dataclasses.asdict(found)) for found in self.predictions],
+            "predictions": [found.to_dict() for found in self.predictions],
             "outputs": [{"output": found.worst_output, **found._figures()} for found in self.outputs],
         }
 
-    def _figures(self) -> dict[str, Any]:
-        names = ("max_abs", "max_relative", "relative_error", "cosine", "top1_agreement")
-        return _finite({name: getattr(self, name) for name in names})
+    def _figures(self) -> _Figures:
+        return {
+            "max_abs": finite(self.max_abs),
+            "max_relative": finite(self.max_relative),
+            "relative_error": finite(self.relative_error),
+            "cosine": finite(self.cosine),
+            "top1_agreement": finite(self.top1_agreement),
+        }
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+class _Figures(TypedDict):
+    max_abs: float | None
+    max_relative: float | None
+    relative_error: float | None
+    cosine: float | None
+    top1_agreement: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
@@ -19,6 +18,7 @@ from onnx_ir.passes.common import InlinePass
 from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.units import format_number
 from sparse_onnx.verification.comparison import Difference
 from sparse_onnx.verification.layer_trace import LayerTrace, trace_layers
@@ -90,37 +90,33 @@ def judge(
     compiled: ir.Model,
     batches: Sequence[Feeds],
     found: Difference,
+    bench: Workbench,
     *,
     threshold: float,
     library: bool,
-    threads: int,
-    work: Path,
-    progress: Callable[[str], None] = lambda _line: None,
 ) -> CompilerError:
     """Judge ``found``, the difference of ``compiled`` from ``dense`` on ``batches``.
 
-    ``library`` says whether it was run with the kernel library; scratch files go to ``work``.
+    ``library`` says whether it was run with the kernel library.
     """
     if not exceeding(found, threshold, {}):
         return CompilerError(found, threshold)
     plain = dense.clone()
     InlinePass()(plain)
-    rounding = measure_rounding(plain, batches, threads=threads, work=work, progress=progress)
+    rounding = measure_rounding(plain, batches, bench)
     trace = None
     try:
-        with model_io.Spool(work) as spool:
+        with model_io.Spool(bench.work) as spool:
             trace = trace_layers(
                 dense,
                 compiled,
                 batches,
+                bench,
                 threshold=threshold,
-                threads=threads,
                 library=library,
-                work=work,
                 title="pruned dense model",
                 moved=perturbed(plain, spool.put),
-                progress=progress,
             )
     except UsageError as error:  # of a model that runs as it is, but not with its values given out
-        progress(f"warning: layers could not be compared: {error}")
+        bench.progress(f"warning: layers could not be compared: {error}")
     return CompilerError(found, threshold, rounding, trace)

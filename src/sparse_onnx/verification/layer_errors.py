@@ -36,7 +36,7 @@ def layer_errors(
     One pass over the samples, in memory that ``options`` bounds; scratch files go to ``work``.
     """
     before = {weight.name: weight for weight in find_weights(dense)[0]}
-    after = {weight.name: weight for weight in find_weights(pruned)[0]}
+    after = {weight.name: weight for weight in find_weights(pruned, encoded=True)[0]}
     changed = [
         name
         for name in before

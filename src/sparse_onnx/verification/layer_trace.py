@@ -15,20 +15,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sparse_onnx.data.inputs import Feeds
-from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import Names
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.running.recording import record
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.yardstick import MARGIN
 
@@ -123,47 +122,44 @@ def trace_layers(
     reference: ir.Model,
     candidate: ir.Model,
     batches: Sequence[Feeds],
+    bench: Workbench,
     *,
     threshold: float,
-    threads: int,
     library: bool,
-    work: Path,
     title: str = "reference",
     moved: ir.Model | None = None,
-    progress: Callable[[str], None] = lambda _line: None,
 ) -> LayerTrace:
     """Compare the values inside two models on the same inputs.
 
     One model is open at a time, the values of a quarter of a gigabyte at most are computed together, and what waits
-    lies in ``work``.
+    lies in ``bench.work``.
 
     Args:
         reference, candidate: With the same inputs.
         batches: Of which the first four are run.
+        bench: What they are run with.
         threshold: Of the own error, for the jump.
-        threads: Intra-op threads.
         library: Whether the candidate is run with the kernel library.
         title: What the reference is, in words.
         moved: The reference with its rounding drawn anew, see :func:`.yardstick.perturbed`: to tell what rounding does.
-        progress: Called with one line of text at every step.
 
     Raises:
         UsageError: ONNX Runtime refuses a model.
     """
-    batches = batches[:_MAX_BATCHES]
-    sizes = _matched(reference, candidate, batches, threads=threads, library=library, work=work)
+    batches, quiet = batches[:_MAX_BATCHES], bench.quietly()
+    sizes = _matched(reference, candidate, batches, quiet, library=library)
     errors: dict[str, tuple[float, float, float]] = {}
     done = 0
     for names in _chunks(sizes):
-        progress(f"comparing layers {done + 1} to {done + len(names)} of {len(sizes)}")
+        bench.progress(f"comparing layers {done + 1} to {done + len(names)} of {len(sizes)}")
         done += len(names)
-        folder = work / "trace"
+        folder = bench.work / "trace"
         folder.mkdir()
         forced, fed = _forced(candidate, names, sizes)
         wanted = _with_outputs(reference, {*names, *fed.values()})
-        expected, _ = record(wanted, None, batches, folder / "expected", threads=threads, library=False)
+        expected, _ = record(wanted, None, batches, folder / "expected", quiet, library=False)
         found, _ = record(
-            _with_outputs(candidate, names), None, batches, folder / "found", threads=threads, library=library
+            _with_outputs(candidate, names), None, batches, folder / "found", quiet, library=library
         )
         inputs = [
             {**feeds, **{name: values[source] for name, source in fed.items()}}
@@ -172,11 +168,11 @@ def trace_layers(
         for value in forced.graph.inputs:
             if value.name in fed:
                 value.type = ir.TensorType(ir.DataType.from_numpy(inputs[0][value.name].dtype))
-        own, _ = record(forced, None, inputs, folder / "own", threads=threads, library=library)
+        own, _ = record(forced, None, inputs, folder / "own", quiet, library=library)
         again = expected
         if moved is not None:
             again, _ = record(
-                _with_outputs(moved, names), None, batches, folder / "again", threads=threads, library=False
+                _with_outputs(moved, names), None, batches, folder / "again", quiet, library=False
             )
         for name in names:
             if expected[0][name].dtype.kind != "f":  # its type was not told
@@ -219,10 +215,9 @@ def _matched(
     reference: ir.Model,
     candidate: ir.Model,
     batches: Sequence[Feeds],
+    bench: Workbench,
     *,
-    threads: int,
     library: bool,
-    work: Path,
 ) -> dict[str, int]:
     """Names of the values that both models have, with equal shapes, and their bytes; in the candidate's order."""
     known = _values(reference)
@@ -230,9 +225,8 @@ def _matched(
     largest = max(batches, key=lambda feeds: sum(array.size for array in feeds.values()))
     shapes = []
     for model, kernels in ((reference, False), (candidate, library)):
-        budget = session_budget(model_io.weight_bytes(model))
         probe = with_shape_outputs(model, names)
-        with open_runner(probe, threads=threads, library=kernels, budget=budget, work=work) as runner:
+        with open_runner(probe, bench, library=kernels) as runner:
             shapes.append(shapes_in(runner.run(largest))[1])
     return {name: 8 * math.prod(shapes[0][name]) for name in names if shapes[0][name] == shapes[1][name]}
 

@@ -45,12 +45,14 @@ import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds, input_specs, sample_count
 from sparse_onnx.data.samples import import_function, is_function
+from sparse_onnx.document import MetricRow, finite
 from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.probe import uses_library
 from sparse_onnx.options import unknown
 from sparse_onnx.running.host import available_cores
-from sparse_onnx.running.runtime import open_runner, session_budget
+from sparse_onnx.running.runtime import open_runner
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification import quality
 from sparse_onnx.verification.comparison import compare
 from sparse_onnx.verification.predictions import (
@@ -89,10 +91,24 @@ class MetricResult:
     lower_is_better: bool
     samples: int
 
-    def to_dict(self) -> dict[str, Any]:
+    @classmethod
+    def of(cls, row: MetricRow) -> MetricResult | None:
+        """As :meth:`to_dict` wrote it; None if a figure was not finite."""
+        before, after, drop = row["before"], row["after"], row["drop"]
+        if before is None or after is None or drop is None:
+            return None
+        return cls(row["name"], before, after, drop, row["lower_is_better"], row["samples"])
+
+    def to_dict(self) -> MetricRow:
         """For JSON, which has no Inf and NaN: None there."""
-        values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {
+            "name": self.name,
+            "before": finite(self.before),
+            "after": finite(self.after),
+            "drop": finite(self.drop),
+            "lower_is_better": self.lower_is_better,
+            "samples": self.samples,
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,11 +223,9 @@ def _opened(model: str | Path | ir.Model, threads: int | None, library: bool | N
         tempfile.TemporaryDirectory(prefix="sparse-onnx-") as work,
         open_runner(
             loaded,
-            threads=threads or available_cores(),
+            Workbench(threads or available_cores(), Path(work)),
+            path,
             library=uses_library(loaded) if library is None else library,
-            budget=session_budget(model_io.weight_bytes(loaded)),
-            work=Path(work),
-            path=path,
         ) as runner,
     ):
         yield runner.run

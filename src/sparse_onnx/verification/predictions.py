@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds, InputSpec, input_specs
+from sparse_onnx.document import PredictionRow, finite
 
 __all__ = [
     "Head",
@@ -64,6 +65,18 @@ class Prediction:
     reference_perplexity: float | None = None
     candidate_perplexity: float | None = None
     tokens: int = 0
+
+    def to_dict(self) -> PredictionRow:
+        """For JSON, which has no Inf and NaN: None there."""
+        return {
+            "output": self.output,
+            "rows": self.rows,
+            "kl_divergence": finite(self.kl_divergence),
+            "top1_agreement": finite(self.top1_agreement),
+            "reference_perplexity": finite(self.reference_perplexity),
+            "candidate_perplexity": finite(self.candidate_perplexity),
+            "tokens": self.tokens,
+        }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

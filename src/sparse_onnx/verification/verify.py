@@ -39,6 +39,7 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import Choice, choose_inputs, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs, left_out
 from sparse_onnx.running.recording import record
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.units import format_number
 from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import CompilerError, judge
@@ -270,7 +271,6 @@ def verify(
         raise UsageError("give real inputs or input shapes, not both: the shapes are those of the data")
     if data is None and (labels is not None or tokenizer is not None):
         raise UsageError("labels and tokenizer belong to real inputs: give data, too")
-    count = threads or available_cores()
     choices: list[Choice] = []
     if data is not None:
         samples = open_samples(data, specs, limit=num_samples, tokenizer=tokenizer, labels=labels)
@@ -295,6 +295,7 @@ def verify(
         )
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch, model_io.Spool(scratch) as spool:
         work = Path(scratch)
+        bench = Workbench(threads or available_cores(), work, progress=say)
         probe = make_probe(heads, batches[0]) if data is not None else None
         say("running the original")
         with explaining_guesses(choices):
@@ -303,26 +304,21 @@ def verify(
                 paths[0],
                 batches if probe is None else [*batches, probe.feeds],
                 work / "original",
-                threads=count,
+                bench,
                 library=False,
                 required=required,
-                progress=say,
             )
         heads = confirm(heads, probe, reference[0], {} if probe is None else reference.pop())
         batches = [feeds for index, feeds in enumerate(batches) if index not in skipped]
         dense = dense_reference(models[1], spool.put) if uses_library(models[1]) else None
         if dense is not None:
             say("running the pruned dense model")
-            unpacked, _ = record(
-                dense, None, batches, work / "dense", threads=count, library=False, progress=say
-            )
+            unpacked, _ = record(dense, None, batches, work / "dense", bench, library=False)
         against_original, against_dense = {}, {}
         for way in ("with_library", "without_library") if dense is not None else ("without_library",):
             say(f"running the optimized model {way.replace('_', ' ')}")
             library = way == "with_library"
-            outputs, _ = record(
-                models[1], paths[1], batches, work / way, threads=count, library=library, progress=say
-            )
+            outputs, _ = record(models[1], paths[1], batches, work / way, bench, library=library)
             against_original[way] = compare(reference, outputs, heads, batches)
             if dense is not None:
                 against_dense[way] = compare(unpacked, outputs)
@@ -337,11 +333,9 @@ def verify(
                 models[1],
                 batches,
                 found,
+                bench,
                 threshold=max_compiler_error,
                 library=way == "with_library",
-                threads=count,
-                work=work,
-                progress=say,
             )
             for way, found in against_dense.items()
             if dense is not None
@@ -360,12 +354,10 @@ def verify(
                         models[0],
                         models[1],
                         batches,
+                        bench,
                         threshold=max_compiler_error,
-                        threads=count,
                         library=dense is not None and way != "without_library",
-                        work=work,
                         title="original",
-                        progress=say,
                     )
                 )
             except UsageError as error:  # of a model that runs as it is, but not with its values given out

@@ -18,16 +18,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
+from sparse_onnx.document import Level
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import add_initializer, value_names
 from sparse_onnx.running.recording import record
+from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.verification.comparison import Difference, compare
 
@@ -81,37 +82,31 @@ def exceeding(found: Difference, threshold: float, rounding: Mapping[str, Roundi
 def measure_rounding(
     dense: ir.Model,
     batches: Sequence[Feeds],
-    *,
-    threads: int,
-    work: Path,
-    progress: Callable[[str], None] = lambda _line: None,
+    bench: Workbench,
 ) -> dict[str, Rounding]:
     """What rounding moves every output of ``dense`` by, on ``batches``; see the module's docstring.
 
-    A model that ONNX Runtime cannot run in one of these ways is not run in it. Scratch files go to ``work``.
+    A model that ONNX Runtime cannot run in one of these ways is not run in it.
     """
-    progress("running the dense model against itself: what rounding makes of the outputs")
-    folder = work / "rounding"
+    bench.progress("running the dense model against itself: what rounding makes of the outputs")
+    folder, quiet = bench.work / "rounding", bench.quietly()
     folder.mkdir()
     found: dict[str, Rounding] = {}
     try:
-        reference, _ = record(dense, None, batches, folder / "reference", threads=threads, library=False)
+        reference, _ = record(dense, None, batches, folder / "reference", quiet, library=False)
         with model_io.Spool(folder) as spool:
-            ways = [(dense, "disabled"), *((perturbed(dense, spool.put, seed), "all") for seed in _SEEDS)]
+            ways: list[tuple[ir.Model, Level]] = [
+                (dense, "disabled"),
+                *((perturbed(dense, spool.put, seed), "all") for seed in _SEEDS),
+            ]
             for number, (model, level) in enumerate(ways):
                 try:
                     moved, _ = record(
-                        model,
-                        None,
-                        batches,
-                        folder / str(number),
-                        threads=threads,
-                        library=False,
-                        level=level,
+                        model, None, batches, folder / str(number), quiet, library=False, level=level
                     )
                     outputs = compare(reference, moved).outputs
                 except (UsageError, VerificationError) as error:
-                    progress(f"the dense model cannot be run against itself in one way: {error}")
+                    bench.progress(f"the dense model cannot be run against itself in one way: {error}")
                     continue
                 for output in outputs:
                     before = found.get(output.worst_output, _NONE)

@@ -1,0 +1,405 @@
+"""``quant.weight``: weights of linears, convolutions, LSTM and GRU as integers of few bits.
+
+Before: ``Y = X · W``, W [K, N] floats. After: the same with
+
+    W'[k, n] = (q[k, n] - z[g, n]) · s[g, n],    q, z integers of ``bits`` bits,    g = k // ``group_size``
+
+q stored in ``bits`` bits, s as float16 or float32; see :mod:`sparse_onnx.passes.quantize.encode`. A weight that is zero
+is z and stays exactly zero, also behind pruning in the same pipeline.
+
+``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data.
+``gptq`` and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the
+layer's output should be to make up for what was lost before, and lets biases take up the shift of the mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.errors import UsageError
+from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
+from sparse_onnx.options import require
+from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.calibration.calibrator import Calibrator
+from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
+from sparse_onnx.passes.calibration.checkpoint import Checkpoint
+from sparse_onnx.passes.calibration.digest import model_digest
+from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
+from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
+from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
+from sparse_onnx.passes.solvers import (
+    QUANTIZERS,
+    DampedQuantizer,
+    InputStatistics,
+    WeightQuantizer,
+    relative_error,
+)
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
+from sparse_onnx.progress import done_of
+
+__all__ = ["QuantizeWeights"]
+
+Method = Literal["rtn", "hqq", "gptq", "auto"]
+
+_ORDERS: Mapping[str, Order] = {"gptq": "sequential", "auto": "asymmetric"}
+_WITHOUT_DATA = ("rtn", "hqq")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeWeights(Pass):
+    """See the module's docstring.
+
+    Attributes:
+        method: How integers are found.
+        bits: Of an integer, 2 to 8. 5 to 7 take 8 in the file.
+        group_size: Inputs that share a scale, 16 to 256, or 0: all inputs of an output. A weight with fewer inputs is
+            left alone. Where the inputs are no multiple, the last group is shorter.
+        symmetric: Zero points are 0; otherwise every group has its own.
+        scale_type: How scales are stored; None: float16, and with ``dequantize`` the type of the weights.
+        storage: ``unpack``, ``dequantize`` or ``float``, see :mod:`~sparse_onnx.passes.quantize.encode`.
+        calibration: What layers are solved for, see :mod:`~sparse_onnx.passes.calibration.turns`; None: ``sequential``
+            for ``gptq``, ``asymmetric`` for ``auto``. Not for methods without data.
+        bias_correction: Whether biases take up the shift of the mean; None: as ``auto`` does. Not without data.
+        dampening_frac: Added to the diagonal of the Gram, of its mean.
+        targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
+    """
+
+    name: ClassVar[str] = "quant.weight"
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+
+    method: Method = "hqq"
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+    scale_type: ScaleType | None = None
+    storage: Storage = "unpack"
+    calibration: Order | None = None
+    bias_correction: bool | None = None
+    dampening_frac: float = 0.01
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+
+    def check(self) -> None:
+        _ = self.grid("float32"), self.selection
+        require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
+        if not self.needs_calibration and (self.calibration is not None or self.bias_correction):
+            raise UsageError(f"{self.method} uses no data: give no calibration and no bias_correction")
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]  # that of most passes is the same for all options
+        return self.method not in _WITHOUT_DATA
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.targets, self.ignore)
+
+    @property
+    def order(self) -> Order:
+        """What layers are solved for."""
+        return self.calibration or _ORDERS[self.method]
+
+    @property
+    def corrects_biases(self) -> bool:
+        return self.method == "auto" if self.bias_correction is None else self.bias_correction
+
+    @property
+    def sees_pruned_inputs(self) -> bool:
+        return self.needs_calibration and self.order != "oneshot"
+
+    def stand_in(self) -> Pass:
+        """Plain rounding, which makes files of the same size."""
+        if not self.needs_calibration:
+            return self
+        return dataclasses.replace(self, method="rtn", calibration=None, bias_correction=None)
+
+    def grid(self, scale_type: ScaleType) -> GridOptions:
+        return GridOptions(self.bits, self.group_size, self.symmetric, scale_type)
+
+    def grid_for(self, weight: Weight) -> GridOptions:
+        """The grid of one weight."""
+        if self.scale_type is not None:
+            return self.grid(self.scale_type)
+        half = self.storage == "unpack" or weight.tensor.dtype == ir.DataType.FLOAT16
+        return self.grid("float16" if half else "float32")
+
+    def apply(self, model: ir.Model, context: PassContext) -> PassResult:
+        chosen, left = self._choose(model)
+        job = _Job(self, model, context, chosen)
+        if chosen:
+            job.run()
+        declined = [self.declined(place, reason) for place, reason in (*left, *job.declined)]
+        statistics: dict[str, int | float] = {
+            "weights": len(chosen),
+            "changed": len(job.changes),
+            "elements": sum(change.size for change in job.changes),
+            "bytes": sum(change.nbytes or 0 for change in job.changes),
+            "biases": job.biases,
+        }
+        return PassResult(model, bool(job.changes), statistics, tuple(declined), tuple(job.changes))
+
+    def _choose(self, model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
+        """The weights to quantize, and (place, reason) of all others."""
+        found, left = find_weights(model)
+        for entry in self.selection.unmatched(found):
+            raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
+        chosen, reasons = [], list(left)
+        for weight in found:
+            reason = self.selection.reason_against(weight)
+            K = weight.shape[0]
+            if reason is None and self.group_size > K:
+                reason = f"its {K} inputs are fewer than a group of {self.group_size}"
+            if reason is None and not weight.is_finite():
+                reason = "holds NaN or Inf"
+            if reason is None:
+                chosen.append(weight)
+            else:
+                reasons.append((weight.name, reason))
+        return chosen, reasons
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """A weight whose floats are in the model, and what they stand for, kept by the store."""
+
+    weight: Weight
+    integers: ir.TensorProtocol
+    scale: ir.TensorProtocol
+    zero_point: ir.TensorProtocol
+    options: GridOptions
+    zeros_before: int
+    error: float | None
+    bias: tuple[str, ir.TensorProtocol] | None
+
+    def quantized(self) -> QuantizedMatrix:
+        integers, scale, zero = (
+            np.array(part.numpy()) for part in (self.integers, self.scale, self.zero_point)
+        )
+        return QuantizedMatrix(integers, scale, zero, self.options)
+
+
+class _Job:
+    """One run of the pass. Layers are solved with floats in the graph, which calibration runs; what they become is
+    written when all are solved."""
+
+    def __init__(
+        self, options: QuantizeWeights, model: ir.Model, context: PassContext, weights: list[Weight]
+    ) -> None:
+        self.options, self.model, self.context, self.weights = options, model, context, weights
+        self.declined: list[tuple[str, str]] = []
+        self.changes: list[LayerChange] = []
+        self.biases = 0
+        self._start = time.perf_counter()
+        self._solved: list[_Solved] = []
+        self._checkpoint: Checkpoint | None = None
+
+    def run(self) -> None:
+        if self.options.needs_calibration:
+            self._calibrated()
+        else:
+            for weight in self.weights:
+                self._solve(Layer(weight, ()))
+        while self._solved:
+            self._write(self._solved.pop(0))
+
+    def _calibrated(self) -> None:
+        options = self.options
+        data = self.context.calibration_for(options.name)
+        if data.checkpoint is not None:
+            key = f"{model_digest(self.model)} {data.samples.digest()} {options!r}"
+            self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
+        how = data.options or CalibrationOptions()
+        calibrator = Calibrator(
+            self.model, self.weights, data.samples, how, work=data.work, progress=self.context.progress
+        )
+        self.declined += [
+            (name, f"rounded without data, by hqq: {reason}") for name, reason in calibrator.declined
+        ]
+        for layer in layers_in_turn(
+            calibrator,
+            self.weights,
+            options.order,
+            biased=options.corrects_biases,
+            statistics=data.statistics,
+        ):
+            self._solve(layer)
+            del layer  # with its sums, before the next ones are made
+
+    def _solve(self, layer: Layer) -> None:
+        weight, options = layer.weight, self.options
+        done = done_of(len(self._solved), len(self.weights), self._start)
+        self.context.progress(f"solving {weight.name} ({done})")
+        W = np.ascontiguousarray(weight.matrix(), np.float32)
+        grid = options.grid_for(weight)
+        try:
+            parts = self._parts(layer, W, grid)
+        except UsageError as error:  # a scale that is too large for its type
+            self.declined.append((weight.name, str(error)))
+            weight.release()
+            return
+        quantized = _side_by_side(parts)
+        after = quantized.matrix()
+        errors, bias = [], None
+        width = W.shape[1] // max(len(layer.inputs), 1)
+        for index, statistics in enumerate(layer.inputs):
+            part = slice(index * width, (index + 1) * width)
+            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
+                errors.append(relative_error(W[:, part], after[:, part], statistics.gram))
+        if self._is_biased(layer):
+            bias = self._correct_bias(layer, W, after)
+        zeros = int(W.size - np.count_nonzero(W))
+
+        def keep(array: np.ndarray, what: str) -> ir.TensorProtocol:
+            return self.context.store(array, f"{weight.name}.{what}")
+
+        known = float(np.mean(errors)) if errors else None
+        self._solved.append(
+            _Solved(
+                weight,
+                keep(quantized.integers, "integers"),
+                keep(quantized.scale, "scale"),
+                keep(quantized.zero_point, "zero_point"),
+                grid,
+                zeros,
+                known,
+                bias,
+            )
+        )
+        if options.needs_calibration:  # what comes behind sees it
+            stored = weight.stored(after).astype(weight.tensor.dtype.numpy(), copy=False)
+            weight.release()
+            weight.value.const_value = self.context.store(stored, weight.name)
+        told = "" if known is None else f", error {known:.3f}"
+        rest = (
+            f", the last group of {W.shape[0] % grid.span(W.shape[0])}"
+            if W.shape[0] % grid.span(W.shape[0])
+            else ""
+        )
+        done = done_of(len(self._solved), len(self.weights), self._start)
+        self.context.progress(f"solved {weight.name}: {_grid_words(grid)}{rest}{told} ({done})")
+
+    def _parts(self, layer: Layer, W: np.ndarray, grid: GridOptions) -> list[QuantizedMatrix]:
+        """The integers of the outputs of every group of a convolution, of one group otherwise."""
+        name = layer.weight.name
+        if not layer.inputs:
+            method = self.options.method if not self.options.needs_calibration else "hqq"
+            return [_quantizer(method, grid, 0.0).solve(W)]
+        kept = self._kept(name, W.shape, grid)
+        if kept is not None:
+            return [kept]
+        width = W.shape[1] // len(layer.inputs)
+        parts = []
+        for index, statistics in enumerate(layer.inputs):
+            part = slice(index * width, (index + 1) * width)
+            own = np.ascontiguousarray(W[:, part])
+            parts.append(self._solve_group(layer, own, statistics, part, grid))
+        if self._checkpoint is not None:
+            whole = _side_by_side(parts)
+            for word, array in (
+                ("integers", whole.integers),
+                ("scale", whole.scale),
+                ("zero", whole.zero_point),
+            ):
+                self._checkpoint.put(f"{name} {word}", array)
+        return parts
+
+    def _kept(self, name: str, shape: tuple[int, ...], grid: GridOptions) -> QuantizedMatrix | None:
+        """What an interrupted run has found."""
+        if self._checkpoint is None:
+            return None
+        groups = (grid.groups(shape[0]), shape[1])
+        parts = [
+            self._checkpoint.get(f"{name} {word}", size)
+            for word, size in (("integers", shape), ("scale", groups), ("zero", groups))
+        ]
+        integers, scale, zero = parts
+        if integers is None or scale is None or zero is None:
+            return None
+        return QuantizedMatrix(integers.astype(grid.dtype), scale, zero.astype(grid.dtype), grid)
+
+    def _solve_group(
+        self, layer: Layer, W: np.ndarray, statistics: InputStatistics, part: slice, grid: GridOptions
+    ) -> QuantizedMatrix:
+        biased = self._is_biased(layer)
+        problem = layer_problem(W, statistics, self.options.dampening_frac, layer.aim, part, biased=biased)
+        solver = _quantizer(self.options.method, grid, problem.damping)
+        return solver.solve(W, problem.statistics, target=problem.target)
+
+    def _is_biased(self, layer: Layer) -> bool:
+        known = all(statistics.mean is not None for statistics in layer.inputs)
+        target = layer.target
+        return self.options.corrects_biases and known and target is not None and target.bias is not None
+
+    def _correct_bias(self, layer: Layer, W: np.ndarray, after: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+        assert layer.target is not None
+        width, old, shifts = W.shape[1] // len(layer.inputs), bias_of(layer.target), []
+        for index, statistics in enumerate(layer.inputs):
+            part = slice(index * width, (index + 1) * width)
+            assert statistics.mean is not None
+            shifts.append(
+                corrected_bias(old[part], W[:, part], after[:, part], statistics.mean, layer.aim, part)
+            )
+        self.biases += 1
+        return write_bias(self.model, layer.target, np.concatenate(shifts), self.context.store)
+
+    def _write(self, solved: _Solved) -> None:
+        weight, storage = solved.weight, self.options.storage
+        quantized = solved.quantized()
+        if storage == "dequantize":
+            reason = reason_against_dequantize(self.model, weight, quantized)
+            if reason is not None:
+                storage = "unpack"
+                self.declined.append((weight.name, f"unpacked, not by DequantizeLinear: {reason}"))
+        zeros = int(np.count_nonzero(quantized.matrix() == 0))
+        write_quantized(self.model, weight, quantized, storage, self.context.store)
+        self.changes.append(
+            LayerChange(
+                weight.name,
+                quantized.integers.size,
+                solved.zeros_before,
+                zeros,
+                solved.error,
+                solved.bias,
+                bits=solved.options.bits,
+                group_size=solved.options.group_size,
+                nbytes=stored_bytes(weight),
+            )
+        )
+
+
+def stored_bytes(weight: Weight) -> int:
+    """What the initializers of a weight that was just written take: integers, scales and zero points."""
+    node = next(iter(weight.value.uses())).node
+    if node in weight.nodes:
+        return int(weight.tensor.nbytes)
+    inputs = [value for value in node.inputs if value is not None and value.const_value is not None]
+    return sum(int(value.const_value.nbytes) for value in inputs if value.const_value is not None)
+
+
+def _quantizer(method: str, grid: GridOptions, damping: float) -> WeightQuantizer:
+    kind = QUANTIZERS[method]
+    return kind(grid=grid, damping=damping) if issubclass(kind, DampedQuantizer) else kind(grid=grid)
+
+
+def _side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """The outputs of all parts, which have the same inputs and options."""
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedMatrix(
+        np.concatenate([part.integers for part in parts], axis=1),
+        np.concatenate([part.scale for part in parts], axis=1),
+        np.concatenate([part.zero_point for part in parts], axis=1),
+        parts[0].options,
+    )
+
+
+def _grid_words(grid: GridOptions) -> str:
+    kind = "" if grid.symmetric else ", asymmetric"
+    where = f"in groups of {grid.group_size}" if grid.group_size else "for each output"
+    return f"{grid.bits} bits {where}{kind}"

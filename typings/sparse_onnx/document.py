@@ -1,0 +1,1 @@
+../../src/sparse_onnx/document.py
