@@ -179,9 +179,13 @@ class Calibrator:
 
     # -- ranges -----------------------------------------------------------------------------------------------
 
-    def ranges(self) -> dict[str, ChannelHistograms]:
+    def ranges(self, results: Mapping[str, str] | None = None) -> dict[str, ChannelHistograms]:
         """Histograms of every value that a linear or a convolution reads, by its name: of the last axis for linears, of
-        the channels for convolutions. One pass over the data, in as few stages as fit into memory."""
+        the channels for convolutions. One pass over the data, in as few stages as fit into memory.
+
+        ``results`` are values that convolutions make, by the names of their weights: of these, too.
+        """
+        made = results or {}
         found: dict[str, ChannelHistograms] = {}
         streams = Streams(self._work)
         stages = self._stages(self._weights)
@@ -193,7 +197,10 @@ class Calibrator:
                     for view in self.captures[weight.name].views
                     if view.recurrence is None
                 }
-                wanted = list(dict.fromkeys((*sorted(views.keys() - set(block.inputs)), *block.outputs)))
+                own = {made[weight.name] for weight in block.weights if weight.name in made} - views.keys()
+                wanted = list(
+                    dict.fromkeys((*sorted((views.keys() | own) - set(block.inputs)), *block.outputs))
+                )
                 what = f"ranges {index + 1}/{len(stages)}" if len(stages) > 1 else "ranges"
                 progress = Progress(self._say, what, len(self._samples))
                 with self._open(block, wanted, streams) as session:
@@ -203,8 +210,9 @@ class Calibrator:
                         if block.outputs:
                             streams.put(batch, {name: values[name] for name in block.outputs})
                         mask = given[self._mask] if self._mask is not None else None
-                        for name, view in views.items():
-                            rows = channel_rows(values[name], view.window, mask)
+                        for name in (*views, *sorted(own)):
+                            images = name in own or views[name].window is not None
+                            rows = channel_rows(values[name], mask, images=images)
                             if name not in found:
                                 expected = len(rows) * len(self._samples)
                                 found[name] = ChannelHistograms(rows.shape[1], 1 + expected // _COUNTED_ROWS)

@@ -18,7 +18,8 @@ class ChannelHistograms:
     """Of ``size`` channels: counts in bins from -2^e to 2^e, e of each channel as small as its values allow. Where a
     larger value comes, pairs of bins are joined, so that the result depends on the values and not on their order.
 
-    ``low``, ``high`` and the power are of all rows; ``stride`` of them apart, rows are counted in the bins.
+    Zeros are not counted: every range holds them exactly, and behind a Relu they would hide all else. ``low``, ``high``
+    and the power are of all rows; ``stride`` of them apart, rows are counted in the bins.
     """
 
     def __init__(self, size: int, stride: int = 1) -> None:
@@ -50,18 +51,16 @@ class ChannelHistograms:
         some = x[first :: self._stride]
         position = (some / np.where(self._reach > 0, self._reach, 1).astype(np.float32) + 1) * (_BINS / 2)
         index = np.minimum(position.astype(np.int64), _BINS - 1) + np.arange(x.shape[1]) * _BINS
-        self._counts += np.bincount(index.reshape(-1), minlength=self._counts.size).reshape(
-            self._counts.shape
-        )
+        counted = np.bincount(index.reshape(-1), minlength=self._counts.size).reshape(self._counts.shape)
+        counted[:, _BINS // 2] -= np.count_nonzero(some == 0, axis=0)
+        self._counts += counted
 
     def _grow(self, largest: np.ndarray) -> None:
         needed = np.zeros_like(largest)
         some = largest > 0
         needed[some] = 2.0 ** np.ceil(np.log2(largest[some]))
         fresh = (self._reach == 0) & some
-        if fresh.any():
-            # What was counted so far are zeros, in the middle: they stay there whatever the reach.
-            self._reach[fresh] = needed[fresh]
+        self._reach[fresh] = needed[fresh]  # of zeros alone nothing has been counted
         while (small := np.flatnonzero(self._reach < needed)).size:
             joined = self._counts[small].reshape(len(small), _BINS // 2, 2).sum(axis=2)
             self._counts[small] = 0

@@ -122,9 +122,9 @@ def linear_rows(x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     return rows if keep.all() else rows[keep]
 
 
-def channel_rows(x: np.ndarray, window: ConvWindow | None, mask: np.ndarray | None = None) -> np.ndarray:
-    """The rows [n, C] of what a linear reads, or the positions of an input [B, C, sizes...] that a ``window`` sees."""
-    return linear_rows(x, mask) if window is None else np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+def channel_rows(x: np.ndarray, mask: np.ndarray | None = None, *, images: bool = False) -> np.ndarray:
+    """The rows [n, K] of ``x`` [..., K] that are no padding; of ``images`` [B, C, sizes...] the positions [n, C]."""
+    return np.moveaxis(x, 1, -1).reshape(-1, x.shape[1]) if images else linear_rows(x, mask)
 
 
 def unfolded_rows(x: np.ndarray, window: ConvWindow) -> Iterator[list[np.ndarray]]:

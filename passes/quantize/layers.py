@@ -9,12 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model.graph import Names, add_initializer, input_at, name_of
+from sparse_onnx.model.graph import Names, add_initializer, input_at, name_of, producer
 from sparse_onnx.model.weights import LINEARS, Selection, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.patterns.match import is_scaled
 from sparse_onnx.passes.solvers.gptq import GptqQuantizer
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
+from sparse_onnx.passes.solvers.ranges import LEVELS
 from sparse_onnx.passes.solvers.rounding import RtnQuantizer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.running.host import cpu_features
@@ -55,7 +56,7 @@ def chosen_layers(
         raise UsageError(
             f"needs opset {_FIRST_OPSET} or later, the model has {version}: export it with a later one"
         )
-    found, declined = find_weights(model, op_types)
+    found, declined = find_weights(model, op_types, depthwise=True)
     for entry in selection.unmatched(found):
         raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
     chosen = []
@@ -160,6 +161,34 @@ class Builder:
         node = ir.node(op_type, list(inputs), attributes, outputs=[output], name=unique)
         self.model.graph.insert_before(before, node)
         return output
+
+    def rounded(
+        self, value: ir.Value, stem: str, ends: tuple[float, float], before: ir.Node
+    ) -> tuple[ir.Value, float]:
+        """``value`` rounded to 8 bits from ``ends`` low to high and back, by nodes in front of ``before``; and the
+        scale."""
+        low, high = ends
+        step = np.float32((high - low) / (LEVELS - 1))
+        zero = np.uint8(np.clip(np.rint(-low / step), 0, LEVELS - 1))
+        grid = [
+            self.constant(f"{stem}.scale", np.asarray(step)),
+            self.constant(f"{stem}.zero_point", np.asarray(zero)),
+        ]
+        kinds = ir.DataType.UINT8, ir.DataType.FLOAT
+        integers = self.node("QuantizeLinear", [value, *grid], f"{stem}.quantized", before, kinds[0], value)
+        restored = self.node(
+            "DequantizeLinear", [integers, *grid], f"{stem}.restored", before, kinds[1], value
+        )
+        return restored, float(step)
+
+    def say_zero_points(self, weight: Weight) -> None:
+        """Write out the zero points of a weight, which are zeros: without them ONNX Runtime makes no products of
+        integers of a Gemm or a convolution."""
+        restored = producer(weight.nodes[0].inputs[1], "DequantizeLinear")
+        assert restored is not None
+        zeros = np.zeros(weight.shape[1], np.int8)
+        restored.resize_inputs(3)
+        restored.replace_input_with(2, self.constant(f"{weight.name}.zero_point", zeros))
 
     def first(self, nodes: Iterable[ir.Node]) -> ir.Node:
         """Of some ``nodes`` of the main graph the one that stands before the others."""

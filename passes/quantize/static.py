@@ -1,4 +1,4 @@
-"""``quant.static``: integers into linears, with ranges of the activations that calibration has found.
+"""``quant.static``: integers into linears and convolutions, with ranges of the activations that calibration has found.
 
 Before: ``Y = MatMul(X, W)`` or ``Gemm(X, W, b)``. After, for all linears that read X together::
 
@@ -7,7 +7,8 @@ Before: ``Y = MatMul(X, W)`` or ``Gemm(X, W, b)``. After, for all linears that r
     Y = MatMul(Q, DequantizeLinear(V, b))                          int8 V of s · W, one scale an output
 
 of which ONNX Runtime makes products of integers. The sums are exact, and nothing else is rounded: norms, softmax and
-residuals stay as they are. A Gemm gives up its bias to an Add.
+residuals stay as they are. A Gemm gives up its bias to an Add. Convolutions are those of
+:mod:`~sparse_onnx.passes.quantize.images`.
 
 One range for a whole tensor is what costs accuracy: few loud channels take it for themselves. s evens channels out
 (:mod:`~sparse_onnx.passes.solvers.smoothing`); its exponent, and by default the range, are those with the least error
@@ -22,13 +23,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.graph import is_standard, producer
-from sparse_onnx.model.weights import DEFAULT_IGNORE, LINEARS, Selection, Weight
+from sparse_onnx.model.graph import is_standard
+from sparse_onnx.model.weights import CONVOLUTIONS, DEFAULT_IGNORE, LINEARS, Selection, Weight
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration import Calibrator
 from sparse_onnx.passes.calibration.histograms import ChannelHistograms
 from sparse_onnx.passes.quantize.encode import write_quantized
+from sparse_onnx.passes.quantize.images import Images, activated
 from sparse_onnx.passes.quantize.layers import (
     Builder,
     chosen_layers,
@@ -37,7 +39,7 @@ from sparse_onnx.passes.quantize.layers import (
     quantized_weight,
     resolved_bits,
 )
-from sparse_onnx.passes.solvers.ranges import CALIBRATORS, LEVELS
+from sparse_onnx.passes.solvers.ranges import CALIBRATORS
 from sparse_onnx.passes.solvers.smoothing import rounding_errors, smoothing_scale
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
@@ -48,7 +50,7 @@ _WORTH = 0.9  # of the squared error: a Mul takes time, so it must bring it down
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static(Pass):
-    """Quantize weights and inputs of linears to 8 bits.
+    """Quantize weights and inputs of linears and convolutions to 8 bits, of these the results, too.
 
     Attributes:
         calibrator: How the range of an input is chosen; see :mod:`~sparse_onnx.passes.solvers.ranges`.
@@ -83,7 +85,7 @@ class Static(Pass):
         return Selection(self.targets, self.ignore)
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
-        weights, left = chosen_layers(model, self.selection, LINEARS)
+        weights, left = chosen_layers(model, self.selection, (*LINEARS, *CONVOLUTIONS))
         bits = resolved_bits(self.weight_bits)
         declined = [self.declined(place, reason) for place, reason in left]
         statistics: dict[str, int | float] = {"weights": 0, "inputs": 0, "smoothed": 0, "weight_bits": bits}
@@ -94,11 +96,24 @@ class Static(Pass):
             model, weights, data.samples, data.options, work=data.work, progress=context.progress
         )
         declined += [self.declined(name, reason) for name, reason in calibrator.declined]
-        ranges = calibrator.ranges()
-        moments = calibrator.oneshot() if self.weights == "gptq" else None
-        builder = Builder.of(model, context)
         known = [weight for weight in weights if weight.name in calibrator.captures]
-        for value, group in layers_by_input(known):
+        linears = [weight for weight in known if weight.nodes[0].op_type in LINEARS]
+        results = {weight.name: activated(weight.nodes[0]) for weight in known if weight not in linears}
+        ranges = calibrator.ranges({name: value.name or "" for name, value in results.items()})
+        moments = calibrator.oneshot(weights=linears) if self.weights == "gptq" and linears else None
+        builder = Builder.of(model, context)
+        groups = layers_by_input(linears)
+        images = Images(builder, ranges, CALIBRATORS[self.calibrator], bits)
+        for weight in known:
+            if weight.name not in results:
+                continue
+            reason = images.quantize(weight, results[weight.name])
+            if reason is not None:
+                declined.append(self.declined(weight.name, reason))
+                continue
+            statistics["weights"] += 1
+            statistics["inputs"] += 1
+        for value, group in groups:
             found = ranges[value.name or ""]
             plan = self._plan(found, group, bits)
             if isinstance(plan, str):
@@ -164,27 +179,16 @@ def _write(
     if plan.scale is not None:
         inverse = builder.constant(f"{stem}.evening", (1 / plan.scale).astype(np.float32))
         source = builder.node("Mul", [value, inverse], f"{stem}.evened", first, ir.DataType.FLOAT, value)
-    step = np.float32((plan.high - plan.low) / (LEVELS - 1))
-    zero = np.uint8(np.clip(np.rint(-plan.low / step), 0, LEVELS - 1))
-    grid = [
-        builder.constant(f"{stem}.scale", np.asarray(step)),
-        builder.constant(f"{stem}.zero_point", np.asarray(zero)),
-    ]
-    rounded = builder.node(
-        "QuantizeLinear", [source, *grid], f"{stem}.quantized", first, ir.DataType.UINT8, value
-    )
-    restored = builder.node(
-        "DequantizeLinear", [rounded, *grid], f"{stem}.restored", first, ir.DataType.FLOAT, value
-    )
+    restored, step = builder.rounded(source, stem, (plan.low, plan.high), first)
     scale = np.ones(len(plan.power), np.float32) if plan.scale is None else plan.scale
     known = InputStatistics(plan.power, None, 1) if moments is None else moments
-    known = evened_statistics(known, scale, float(step) ** 2 / 12)
+    known = evened_statistics(known, scale, step**2 / 12)
     for weight in group:
         W = np.asarray(weight.matrix(), np.float32) * scale[:, None]
         weight.release()
         quantized = quantized_weight(W, bits, known, feedback=moments is not None)
         write_quantized(builder.model, weight, quantized, "dequantize", builder.context.store)
-        _say_zero_points(builder, weight)
+        builder.say_zero_points(weight)
         for node in weight.nodes:
             node.replace_input_with(0, restored)
             builder.part_bias(node)
@@ -201,12 +205,3 @@ def _becomes_a_gemm(node: ir.Node, value: ir.Value) -> bool:
         and node.op_type == "MatMul"
         and any(is_standard(user, "Add") for user in node.outputs[0].consumers())
     )
-
-
-def _say_zero_points(builder: Builder, weight: Weight) -> None:
-    """Write out the zero points, which are zeros: ONNX Runtime makes a Gemm of integers only where they are there."""
-    restored = producer(weight.nodes[0].inputs[1], "DequantizeLinear")
-    assert restored is not None
-    zeros = np.zeros(weight.shape[1], np.int8)
-    restored.resize_inputs(3)
-    restored.replace_input_with(2, builder.constant(f"{weight.name}.zero_point", zeros))

@@ -246,6 +246,12 @@ PLACES = {
         prunable=("wq", "wk", "wv", "wo"),
         changed=("prune.heads", "fuse.attention", "fuse.skip-layer-norm", "lower.sparse-matmul"),
     ),
+    "loud channels": Case(
+        "N = LayerNormalization(X, g, h) Y = MatMul(N, w)",
+        {"g": weight(8) * np.float32([60, 1, 1, 1, 1, 1, 1, 1]), "h": weight(8), "w": weight(8, 4)},
+        prunable=("w",),
+        changed=("quant.smooth",),
+    ),
     "normalized images": Case(
         "A = Conv(P, k) Y = BatchNormalization(A, g, b, m, v)",
         {"k": weight(4, 4, 1, 1), "g": weight(4), "b": weight(4), "m": weight(4), "v": abs(weight(4))},
@@ -302,7 +308,17 @@ OPTIONS = {
 }
 """Those of passes that cannot do without."""
 
-CALIBRATED_CASES = ("mlp", "if", "nan", "no linears", "neurons", "images", "heads", "recurrent")
+CALIBRATED_CASES = (
+    "mlp",
+    "if",
+    "nan",
+    "no linears",
+    "neurons",
+    "images",
+    "heads",
+    "loud channels",
+    "recurrent",
+)
 """The cases for passes that run the model on data, which takes a while."""
 
 

@@ -8,6 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+import sparse_onnx
+from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import find_weights
@@ -82,7 +84,7 @@ def test_a_network_of_linears_keeps_its_answers_but_for_a_few_percent(from_text,
 
 
 def test_onnx_runtime_makes_integer_products_of_all_static_linears(from_text, tmp_path):
-    model = gated(from_text)
+    model = make(from_text, GATED.replace("R = Relu(A) S = Mul(R, C)", "S = Mul(A, C)"), U=U, V=V, W=W, b=b)
     Static(weight_bits=8)(model, context(tmp_path))
     counts = optimized(model, tmp_path)
     assert counts["QGemm"] + counts["MatMulIntegerToFloat"] == 3
@@ -269,3 +271,84 @@ def test_smooth_then_static(from_text, run, tmp_path):
 def test_seven_bits_where_products_of_bytes_saturate(features, exact):
     assert has_integer_dot_products(features) is exact
     assert int(np.abs(quantized_weight(U, 7).integers.astype(int)).max()) <= 64
+
+
+# -- convolutions ------------------------------------------------------------------------------------
+
+IMAGES = RNG.standard_normal((24, 3, 12, 12)).astype(np.float32)
+FILTERS = {
+    "f": RNG.standard_normal((16, 3, 3, 3)).astype(np.float32) / 5,
+    "fb": RNG.standard_normal(16).astype(np.float32),
+    "g": RNG.standard_normal((16, 1, 3, 3)).astype(np.float32) / 3,
+    "h": RNG.standard_normal((16, 16, 1, 1)).astype(np.float32) / 4,
+    "hb": RNG.standard_normal(16).astype(np.float32),
+    "W": RNG.standard_normal((10, 16)).astype(np.float32),
+    "k": np.array(6, np.float32),
+    "z": np.array(0, np.float32),
+}
+NETWORK = """A = Conv<pads = [1, 1, 1, 1]>(X, f, fb) R = Relu(A)
+             B = Conv<group = 16, pads = [1, 1, 1, 1]>(R, g) C = Clip(B, z, k)
+             D = Conv(C, h, hb) E = Add(D, R) P = GlobalAveragePool(E) F = Flatten(P) Y = Gemm<transB = 1>(F, W)"""
+
+
+def network(from_text):
+    return make(from_text, NETWORK, inputs="float[B, 3, 12, 12] X", outputs="float[B, 10] Y", **FILTERS)
+
+
+def test_convolutions_become_integer_convolutions(from_text, run, tmp_path):
+    expected = run(network(from_text), {"X": IMAGES})["Y"]
+    model = network(from_text)
+    result = Static(weight_bits=8)(model, context(tmp_path, IMAGES, size=8))
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert result.statistics["weights"] == 4
+    assert not result.declined
+    counts = optimized(model, tmp_path)
+    assert counts["QLinearConv"] == 3
+    assert counts["QGemm"] == 1
+    assert not counts["Conv"] + counts["FusedConv"] + counts["Gemm"]
+    assert loss(run(model, {"X": IMAGES})["Y"], expected) < 0.04
+
+
+def test_a_convolution_whose_result_is_an_output_stays(from_text, tmp_path):
+    model = make(
+        from_text,
+        "Y = Conv(X, f, fb)",
+        inputs="float[B, 3, 12, 12] X",
+        outputs="float[B, 16, 10, 10] Y",
+        f=FILTERS["f"],
+        fb=FILTERS["fb"],
+    )
+    result = Static()(model, context(tmp_path, IMAGES, size=8))
+    assert not result.modified
+    assert result.declined[0].reason == "its result is an output of the model"
+
+
+# -- in a recipe -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modifier", ["quant.static", "quant.dynamic"])
+def test_a_compilation_writes_integers_and_says_what_was_lost(from_text, tmp_path, modifier):
+    x = RNG.standard_normal((96, 64)).astype(np.float32)
+    ir.save(make(from_text, NORMED, **NORM), tmp_path / "model.onnx")
+    np.savez(tmp_path / "rows.npz", X=x)
+    text = f"""
+version: 1
+stages:
+  - {{name: even, modifiers: [quant.smooth: {{}}]}}
+  - {{name: quantize, modifiers: [{modifier}: {{weight_bits: 8}}]}}
+"""
+    result = sparse_onnx.optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        recipe=parse_recipe(text),
+        calibration_data=tmp_path / "rows.npz",
+        benchmark=False,
+    )
+    written = onnx.load(result.folder / "model.onnx")
+    matrices = {
+        tuple(tensor.dims): tensor.data_type for tensor in written.graph.initializer if len(tensor.dims) == 2
+    }
+    assert set(matrices.values()) == {onnx.TensorProto.INT8}
+    verification = result.report["verification"]
+    assert 1e-4 < verification["against_original"]["relative_error"] < 0.1
+    assert verification["against_pruned_dense"]["relative_error"] < 1e-5

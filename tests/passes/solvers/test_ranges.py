@@ -82,7 +82,7 @@ def test_histograms_do_not_depend_on_the_batches(seed, parts):
     one, other = (histograms.histogram(np.ones(4), np.ones(4)) for histograms in (once, often))
     assert (one.low, one.high) == (other.low, other.high) == (min(rows.min(), 0), max(rows.max(), 0))
     np.testing.assert_array_equal(one.counts, other.counts)
-    assert one.counts.sum() == rows.size
+    assert one.counts.sum() == np.count_nonzero(rows)
     np.testing.assert_allclose(once.channels.power, (rows.astype(np.float64) ** 2).mean(0), rtol=1e-6)
 
 
@@ -96,6 +96,18 @@ def test_a_histogram_of_scaled_channels_is_near_that_of_the_scaled_values():
         np.testing.assert_allclose(
             percentile(found, share), np.quantile(scaled, [1 - share, share]), atol=0.1
         )
+
+
+def test_zeros_do_not_hide_what_else_there_is():
+    rows = np.maximum(RNG.standard_normal((20000, 3)), 0).astype(np.float32)
+    histograms = ChannelHistograms(3)
+    histograms.add(rows)
+    found = histograms.histogram(np.ones(3), np.ones(3))
+    assert found.counts.sum() == np.count_nonzero(rows)
+    for name, function in CALIBRATORS.items():
+        low, high = function(found)
+        assert low == 0, name
+        assert 2.5 < high <= rows.max(), name
 
 
 def test_a_stride_counts_fewer_rows_and_bounds_all():
