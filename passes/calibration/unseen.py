@@ -26,25 +26,29 @@ _REPLACED = 0.5
 def with_unseen_tokens(samples: Samples, tokens: TokenInput, share: float, mask: str | None) -> Samples:
     """``samples`` and, spread evenly among them, ``share`` of their batches with half of the tokens drawn anew.
 
-    Tokens that are in every sample (marks of beginning and end) stay, and padding, where the input ``mask`` is 0.
-    Equal data gives equal tokens. Ids beyond the table are left as they are.
+    Tokens that are in every sample (marks of beginning and end) stay, and padding, where the input ``mask`` is 0. Data
+    that shows half of the vocabulary or more is taken as it is. Equal data gives equal tokens.
     """
     count = min(len(samples), math.ceil(share * len(samples) - 1e-9))
     if not count:
         return samples
-    marks = _in_all(samples, tokens.name)
+    marks, seen = _survey(samples, tokens.name)
+    if 2 * seen >= tokens.rows:
+        return samples
     change = functools.partial(_changed, tokens=tokens, marks=marks, mask=mask)
     chosen = [index * len(samples) // count for index in range(count)]
     return Samples.together([samples, samples.chosen(chosen, change)])
 
 
-def _in_all(samples: Samples, name: str) -> np.ndarray:
-    """The tokens that every sample has."""
+def _survey(samples: Samples, name: str) -> tuple[np.ndarray, int]:
+    """The tokens that every sample has, and how many different ones there are in all."""
     common: np.ndarray | None = None
+    seen = np.zeros(0, np.int64)
     for feeds in samples:
         for row in feeds[name]:
             common = np.unique(row) if common is None else np.intersect1d(common, row)
-    return np.zeros(0, np.int64) if common is None else common
+        seen = np.union1d(seen, feeds[name])
+    return seen[:0] if common is None else common, len(seen)
 
 
 def _changed(

@@ -207,6 +207,11 @@ class _Job:
         samples = data.samples
         if tokens is not None:
             samples = with_unseen_tokens(samples, tokens, options.unseen_tokens, how.mask)
+            if more := len(samples) - len(data.samples):
+                context.progress(
+                    f"calibration: {more} of {len(data.samples)} batches once more, with tokens of {tokens.name} drawn "
+                    "from the whole vocabulary"
+                )
         self._calibrator = Calibrator(model, weights, samples, how, work=data.work, progress=context.progress)
         self.uncalibrated = self._calibrator.declined
         self._statistics_file = data.statistics

@@ -98,7 +98,8 @@ def optimize(
 
     Args:
         model: An ``.onnx`` file or a Hugging Face model folder.
-        output: The folder to write: model.onnx, model.onnx.data, recipe.yaml, report.json, report.html.
+        output: The folder to write: model.onnx, model.onnx.data, recipe.yaml, report.json, report.html; of a
+            calibrated model also calibration.npz, by which ``verify`` knows data of another kind.
         recipe: A recipe file or object; the other arguments override it.
         {options}
         command: What was asked for, as the report is to say it; None: this call.

@@ -262,7 +262,10 @@ def modifiers(text):
         ),
         ("version: 1\ntarget: {threads: 0}", "target: threads must be 1 or more, not 0"),
         ("version: 1\ntarget: {threads: 1.5}", "target: threads must be an integer, not 1.5"),
-        ("version: 1\ncalibration: {data: 5}", "calibration: data must be a string, not 5"),
+        (
+            "version: 1\ncalibration: {data: 5}",
+            "calibration: data must be a string or a list of strings, not 5",
+        ),
         (
             "version: 1\ncalibration: {num_calibration_samples: 0}",
             "num_calibration_samples must be 1 or more, not 0",

@@ -107,6 +107,22 @@ def test_too_few_tokens_say_nothing(model, tmp_path):
     assert unlikeness(none, none) is None
 
 
+def test_a_layer_that_sees_far_fewer_rows_is_left_out(tmp_path):
+    text = _TEXT.replace("Y)", f"Y, float[batch, {D}] P)").replace(
+        "Y = Add(o, X)", "Y = Add(o, X) first = Gather<axis = 1>(Y, zero) P = MatMul(first, W3)"
+    )
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    arrays = {"W1": (D, 2 * D), "b1": (2 * D,), "W2": (2 * D, D), "W3": (D, D)}
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in arrays.items()
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "zero"))
+    onnx.save(proto, tmp_path / "pooled.onnx")
+    assert set(profile(tmp_path / "pooled.onnx", samples(rows(1)), tmp_path).moments) == {"W1", "W2"}
+
+
 def test_a_profile_is_read_as_it_was_written(model, tmp_path):
     known = profile(model, samples(rows(1)), tmp_path)
     known.save(tmp_path / "a.npz")

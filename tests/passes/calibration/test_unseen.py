@@ -94,3 +94,11 @@ def test_source_batches_stay_as_they_are():
     before = given.digest()
     list(with_unseen_tokens(given, TOKENS, 1, "mask"))
     assert given.digest() == before
+
+
+@pytest.mark.parametrize(("rows", "fires"), [(30, False), (46, False), (47, True), (1000, True)])
+def test_a_vocabulary_that_the_data_shows_is_not_drawn_from(rows, fires):
+    given = samples()  # 20 words, two marks and padding: 23 tokens
+    result = with_unseen_tokens(given, TokenInput("ids", rows), 0.5, "mask")
+    assert (len(result) > len(given)) is fires
+    assert (result is given) is not fires
