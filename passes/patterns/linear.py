@@ -22,7 +22,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from sparse_onnx.model.constants import is_constant
+from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.graph import input_at, is_read_outside, is_standard, producer
+from sparse_onnx.model.quantized_weights import NO_INTEGER_KERNEL
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
@@ -65,6 +67,8 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     x, output = node.inputs[0], node.outputs[0]
     if x is None or is_constant(x):
         return "has a constant activation"
+    if not isinstance(weight.encoding, Dense) and producer(x, "DequantizeLinear") is not None:
+        return f"its input is rounded, too: {NO_INTEGER_KERNEL}"
     nodes = [node]
     bias: ir.Value | None = None
     N = weight.shape[1]
