@@ -75,7 +75,7 @@ Plan::Plan(const Kernel& k, const Arguments& a)
   }
   const size_t key_width = round_up(a.size, k.lanes), value_width = round_up(a.value_size, k.lanes);
   scratch_floats = whole_lines(k.tile * (a.size + 2 * kKeyBlock + 3 + value_width) +
-                               kKeyBlock * (key_width + value_width));
+                               kKeyBlock * (key_width + value_width) + kApart);
 }
 
 void mask_task(void* context, size_t index) {

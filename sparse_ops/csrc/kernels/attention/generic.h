@@ -8,7 +8,6 @@
 // Few queries would leave most lanes of the scores empty. For them, channels lie in the lanes there, too.
 #pragma once
 
-#include "kernels/activations.h"
 #include "kernels/attention/kernel.h"
 #include "kernels/vector.h"
 
@@ -64,6 +63,14 @@ inline void transpose_in(Bytes from, size_t from_row, size_t rows, size_t column
     return at(from, (kFull ? r : smaller(r, rows - 1)) * from_row + c);
   };
   size_t c = 0;
+  if constexpr (kFull && kLanes == 8) {  // half as many exchanges as for a square
+    for (; c + 4 <= columns; c += 4) {
+      Vector<kLanes> four[4];
+      load_columns<kLanes>(reinterpret_cast<const float*>(place(0, c)), from_row, four);
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) store<kLanes>(to + (c + i) * to_row, four[i]);
+    }
+  }
   for (; c + kLanes <= columns; c += kLanes) {
     Vector<kLanes> square[kLanes];
 #pragma GCC unroll 16
@@ -93,9 +100,30 @@ inline Vector<kLanes> finite_top(Vector<kLanes> top) {
   return maximum<kLanes>(splat<kLanes>(-__FLT_MAX__), top);
 }
 
+// e^(score - top), and 0 from -88 on: 2^(n + f) with an integer n and |f| <= 1/2, and a polynomial of
+// degree 5 for 2^f (relative error 1.6e-7, fitted by iteratively reweighted least squares). log2(e) is not
+// exact, for which small weights pay: they may be off by |n| units in the last place, little beside the
+// largest, 1.
 template <size_t kLanes>
 inline Vector<kLanes> weight(Vector<kLanes> score, Vector<kLanes> top) {
-  return exponential<kLanes>(maximum<kLanes>(splat<kLanes>(kExponentialZero), score - top));  // NaN stays
+  using V = Vector<kLanes>;
+  const V x = maximum<kLanes>(splat<kLanes>(-88.0f), score - top);  // NaN stays
+  // Adding 1.5 * 2^23 + 127 rounds to an integer: the low bits of the sum are n + 127, the exponent of 2^n.
+  const V magic = splat<kLanes>(12583039.0f);
+  const V sum = x * 1.44269504f + magic;
+  const V f = x * 1.44269504f - (sum - magic);
+  V p = splat<kLanes>(1.326472731307149e-3f);
+  p = p * f + 9.671512991189957e-3f;
+  p = p * f + 5.550733581185341e-2f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  IntVector<kLanes> bits;
+  __builtin_memcpy(&bits, &sum, sizeof(bits));
+  bits <<= 23;  // 0 for n = -127
+  V power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return p * power;
 }
 
 // A mask as vectors of queries: element (key, vector) at data[key * step + vector * across].
@@ -149,28 +177,43 @@ inline void pack_rows(Bytes from, size_t row, size_t rows, size_t columns, size_
   }
 }
 
-// result = result * factor + weights . values, or without the first term. For rows r < rows of the result:
-//   weights (r, key) at weights[key * weights_row + r], factors at factor[r]
+// Rows of a result and what they become, (from * factor + weights . values) * scale.
+struct Update {
+  const float *from, *factor;  // [rows, width] and [rows]; nullptr: nothing was summed before
+  float* to;
+  size_t to_row;
+  const float* scale;  // [rows]; nullptr: 1
+};
+
+// For rows r < rows of the result, weight (r, key) lies at weights[key * weights_row + r].
 template <size_t kLanes, size_t kMostVectors, size_t kSums>
 void add_values(const float* weights, size_t weights_row, const float* values, size_t width, size_t rows,
-                size_t keys, bool first, const float* factor, float* result) {
+                size_t keys, Update update) {
   in_pieces<kMostVectors>(width / kLanes, [&]<size_t kVectors>(size_t column, Count<kVectors>) {
     in_pieces<smaller(8, kSums / kVectors)>(rows, [&]<size_t n>(size_t r, Count<n>) {
-      float* place = result + r * width + column * kLanes;
       Vector<kLanes> s[n][kVectors] = {};
-      if (!first) {
+      if (update.from != nullptr) {
+        const float* place = update.from + r * width + column * kLanes;
 #pragma GCC unroll 8
         for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
           for (size_t v = 0; v < kVectors; ++v)
-            s[i][v] = load<kLanes>(place + i * width + v * kLanes) * factor[r + i];
+            s[i][v] = load<kLanes>(place + i * width + v * kLanes) * update.factor[r + i];
         }
       }
       multiply<kLanes>(at(weights, r), 1, weights_row, at(values, column * kLanes), width, keys, s);
+      if (update.scale != nullptr) {
+#pragma GCC unroll 8
+        for (size_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+          for (size_t v = 0; v < kVectors; ++v) s[i][v] *= update.scale[r + i];
+        }
+      }
+      float* place = update.to + r * update.to_row + column * kLanes;
 #pragma GCC unroll 8
       for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
-        for (size_t v = 0; v < kVectors; ++v) store<kLanes>(place + i * width + v * kLanes, s[i][v]);
+        for (size_t v = 0; v < kVectors; ++v) store<kLanes>(place + i * update.to_row + v * kLanes, s[i][v]);
       }
     });
   });
@@ -185,13 +228,34 @@ inline void weigh_with_zeros(const Arguments& a, const Tile& tile, float* y) {
   }
 }
 
-// Some keys and their values, side by side or `key_row` and `value_width` apart.
+// Some keys, `key_row` apart, and their values, `value_width` apart.
 struct KeyBlock {
   size_t first, count;
   Bytes keys;
   size_t key_row;
   const float* values;
   size_t value_width;
+};
+
+// Rows that are needed soon, fetched a few cache lines at a time while the processor computes: asked for all
+// at once, they would hold up what follows.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(Bytes first, size_t row, size_t columns, size_t rows)
+      : place_(first), row_(row), columns_(columns), rows_(rows) {}
+  void fetch(size_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(at(place_, column_));
+      column_ += kLine;
+      if (column_ >= columns_) column_ = 0, --rows_, place_ = at(place_, row_);
+    }
+  }
+
+ private:
+  static constexpr size_t kLine = 16;  // floats of a cache line
+  Bytes place_ = nullptr;
+  size_t row_ = 0, columns_ = 0, rows_ = 0, column_ = 0;
 };
 
 // What a strip of `width` queries keeps from one block of keys to the next, and room for the block at hand.
@@ -223,8 +287,18 @@ __attribute__((noinline)) void run_strip(const Arguments& a, const Tile& tile, K
   const MaskVectors added = mask != nullptr
                                 ? MaskVectors{mask + block.first * kWidth, kWidth, kLanes}
                                 : lay_mask<kLanes, kVectors>(a, tile, block.first, block.count, strip.masks);
+  const bool last = block.first + block.count == a.keys;
+  const size_t y_row = a.heads * a.value_size, next = tile.first + kWidth;
+  float* y = result_row(a, tile, tile.first);
+  Ahead result_rows, next_queries;
+  if (last) result_rows = Ahead(at(y, 0), y_row, a.value_size, tile.count);
+  if (block.first == 0 && next < a.queries) {
+    next_queries = Ahead(at(rows_of(a.q, tile), next * a.q.row), a.q.row, a.size,
+                         smaller(kWidth, a.queries - next));
+  }
   for (size_t v = 0; v < kVectors; ++v) new_top[v] = top[v];
   in_pieces<smaller(8, kSums / kVectors)>(block.count, [&]<size_t n>(size_t j, Count<n>) {
+    result_rows.fetch(n), next_queries.fetch(n);
     V s[n][kVectors] = {};
     multiply<kLanes>(at(block.keys, j * block.key_row), block.key_row, 1, at(strip.queries, 0), kWidth,
                      a.size, s);
@@ -255,29 +329,27 @@ __attribute__((noinline)) void run_strip(const Arguments& a, const Tile& tile, K
       sum[v] += w;
     }
   }
-  add_values<kLanes, kMostVectors, kSums>(strip.scores, kWidth, block.values, block.value_width, tile.count,
-                                          block.count, block.first == 0, strip.factors, strip.result);
-  if (block.first + block.count < a.keys) {
-    for (size_t v = 0; v < kVectors; ++v) {
-      store<kLanes>(strip.top + v * kLanes, top[v]), store<kLanes>(strip.sum + v * kLanes, sum[v]);
-    }
-    return;
+  const bool in_place = last && a.value_size == block.value_width;
+  for (size_t v = 0; v < kVectors; ++v) {
+    store<kLanes>(strip.top + v * kLanes, top[v]);
+    store<kLanes>(strip.sum + v * kLanes, last ? 1.0f / sum[v] : sum[v]);
   }
-  for (size_t v = 0; v < kVectors; ++v) store<kLanes>(strip.factors + v * kLanes, 1.0f / sum[v]);
-  const float* result = strip.result;
-  float* y = result_row(a, tile, tile.first);
-  for (size_t r = 0; r < tile.count; ++r, result += block.value_width, y += a.heads * a.value_size) {
-    float factor = strip.factors[r];
-    if (a.nan_to_zero && !(factor < __builtin_inff())) {
-      if (factor != factor) {
-        weigh_with_zeros(a, tile, y);
-        continue;
-      }
-      factor = 1;  // all scores are -Inf, all weights 0 already
+  if (last && a.nan_to_zero) {
+    for (size_t r = 0; r < tile.count; ++r) {  // all scores are -Inf, all weights 0 already
+      if (strip.sum[r] == __builtin_inff()) strip.sum[r] = 1;
     }
-    size_t c = 0;
-    for (; c + kLanes <= a.value_size; c += kLanes) store<kLanes>(y + c, load<kLanes>(result + c) * factor);
-    for (; c < a.value_size; ++c) y[c] = result[c] * factor;
+  }
+  add_values<kLanes, kMostVectors, kSums>(
+      strip.scores, kWidth, block.values, block.value_width, tile.count, block.count,
+      {block.first == 0 ? nullptr : strip.result, strip.factors, in_place ? y : strip.result,
+       in_place ? y_row : block.value_width, last ? strip.sum : nullptr});
+  if (!last) return;
+  for (size_t r = 0; r < tile.count; ++r, y += y_row) {
+    if (a.nan_to_zero && strip.sum[r] != strip.sum[r]) {
+      weigh_with_zeros(a, tile, y);
+    } else if (!in_place) {
+      for (size_t c = 0; c < a.value_size; ++c) y[c] = strip.result[r * block.value_width + c];
+    }
   }
 }
 
@@ -298,20 +370,21 @@ inline Tile strip_of(const Tile& tile, size_t begin, size_t width) {
 }
 
 // All queries of a tile, in strips of kVectors vectors, which share blocks of keys. Rows of several heads lie
-// far apart and compete for the same cache sets: values are packed, and so are keys that several strips read.
+// far apart and compete for the same cache sets: values, of which a product needs all rows at a time, are
+// packed; keys, of which it needs a few, only if several strips read them and they are many.
 template <size_t kLanes, size_t kVectors, size_t kSums>
 void run_queries(const Arguments& a, const Tile& tile, const float* mask, float* scratch) {
   constexpr size_t kWidth = kVectors * kLanes;
   const size_t key_width = (a.size + kLanes - 1) / kLanes * kLanes;
   const size_t value_width = (a.value_size + kLanes - 1) / kLanes * kLanes;
-  const bool pack_keys = tile.count > kWidth && a.k.row != a.size;
+  const bool pack_keys = tile.count > kWidth && a.k.row != a.size && a.keys > kFewKeys;
   const size_t width = (tile.count + kWidth - 1) / kWidth * kWidth;
   float* queries = scratch;                           // of each strip: [size, kWidth]
   float* scores = queries + width * a.size;           // [kKeyBlock, kWidth]
   float* masks = scores + kKeyBlock * kWidth;         // at most [kKeyBlock, kWidth]
   float* factors = masks + kKeyBlock * kWidth;        // [kWidth]
   float* values = factors + kWidth;                   // [kKeyBlock, value_width]
-  float* results = values + kKeyBlock * value_width;  // [width, value_width]
+  float* results = values + kKeyBlock * value_width + kApart;  // [width, value_width]
   float* tops = results + width * value_width;        // [width]
   float* sums = tops + width;                         // [width]
   float* keys = sums + width;                         // [kKeyBlock, key_width]

@@ -40,6 +40,12 @@ struct Tile {
 
 // Keys whose weights are in memory at a time.
 constexpr size_t kKeyBlock = 64;
+// Floats between values and results, both often a multiple of 4 KiB long: at the same place of a page, a
+// store to one would hold up loads from the other.
+constexpr size_t kApart = 32;
+// Up to this many keys stay in the second-level cache with what else a head needs: they are read where they
+// lie.
+constexpr size_t kFewKeys = 256;
 // Up to this many queries, a kernel puts channels into the lanes of vectors, else queries.
 constexpr size_t kFewQueries = 3;
 
