@@ -118,10 +118,11 @@ class Target(Section):
     threads: int | None = option(None, "Threads to decide and time for.", otherwise="all cores", least=1)
     precision: str = option(
         FLOAT32,
-        "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, activations in 8 where an "
-        "operator rounds them). The fastest is kept.",
+        "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, or 7 where products of bytes "
+        "saturate; activations in 8 where an operator rounds them). The fastest is kept.",
         about="What layers may compute in: ``float32``; ``int8`` or ``int4``: weights in 8 or 4 bits, those of all "
-        "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them.",
+        "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them. On "
+        "processors without VNNI ``int8`` takes 7 bits: their products of bytes saturate.",
     )
     weights: tuple[float, ...] | None = option(
         None,

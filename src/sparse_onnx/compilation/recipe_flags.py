@@ -16,6 +16,7 @@ from sparse_onnx.compilation.recipe import SECTIONS, Recipe, RecipeStage
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import at, build, frozen, keywords, option_names, unknown
 from sparse_onnx.passes.base import Pass, Stage
+from sparse_onnx.passes.quantize.layers import resolved_bits
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.registry import PASSES, pass_by_name
 from sparse_onnx.yaml_text import read_yaml
@@ -33,8 +34,6 @@ _FLAGS_OF_STAGE: Mapping[Stage, Collection[str]] = {
     Stage.QUANTIZE: keywords(Quantize).keys(),
 }
 """The flags that modifiers take, where they have an option of the name. A modifier of another stage takes none."""
-
-_BITS_OF_PRECISION = {INT8: 8, INT4: 4}
 
 
 @dataclasses.dataclass
@@ -111,7 +110,12 @@ def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
     """The modifier that bits are asked of, unless the recipe has one: the best method that the data allows."""
     if any(modifier.stage is Stage.QUANTIZE for modifier in recipe.modifiers()):
         return None
-    bits = given.get("bits", _BITS_OF_PRECISION.get(given.get("precision", recipe.target.precision)))
+    precision = given.get("precision", recipe.target.precision)
+    bits = given.get("bits")
+    if bits is None and precision == INT4:
+        bits = 4
+    if bits is None and precision == INT8:
+        bits = resolved_bits(None)
     if bits is None:
         return None
     data = given.get("calibration_data", recipe.calibration.data)

@@ -333,7 +333,11 @@ def find_weights(
 
     def is_layer(node: ir.Node, index: int) -> bool:
         operator = integer_operator(node)
-        known = node.op_type in op_types if operator is None else encoded and integers and operator.layer in op_types
+        known = (
+            node.op_type in op_types
+            if operator is None
+            else encoded and integers and operator.layer in op_types
+        )
         return known and _is_weight(node, index)
 
     found: list[Weight] = []

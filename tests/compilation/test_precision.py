@@ -1,0 +1,143 @@
+"""``--precision`` and ``--bits``: which modifier they add, what ships, and what rounded activations do, told apart."""
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
+import pytest
+
+import sparse_onnx
+from sparse_onnx.compilation import write
+from sparse_onnx.compilation.recipe import Recipe
+from sparse_onnx.compilation.recipe_flags import override
+from sparse_onnx.compilation.recipe_reader import parse_recipe
+from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.quantize import layers
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
+from sparse_onnx.report.schema import check_report
+from sparse_onnx.timing import forms
+from sparse_onnx.timing.rounds import Ratio
+
+K = 64
+
+
+def only(recipe):
+    (modifier,) = recipe.modifiers()
+    return modifier
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "bits", "group_size"),
+    [
+        ({"bits": 4}, "hqq", 4, 64),
+        ({"bits": 8}, "hqq", 8, 0),
+        ({"bits": 3, "group_size": 32}, "hqq", 3, 32),
+        ({"precision": "int4"}, "hqq", 4, 64),
+        ({"precision": "int4", "bits": 8}, "hqq", 8, 0),
+        ({"precision": "int4", "group_size": 128}, "hqq", 4, 128),
+        ({"bits": 4, "calibration_data": "samples.npz"}, "auto", 4, 64),
+    ],
+)
+def test_what_is_asked_for_becomes_a_modifier(flags, method, bits, group_size):
+    found = only(override(Recipe(), **flags))
+    assert isinstance(found, QuantizeWeights)
+    assert (found.method, found.bits, found.group_size) == (method, bits, group_size)
+
+
+@pytest.mark.parametrize(("features", "bits"), [({"avx512_vnni"}, 8), ({"avx2"}, 7)])
+def test_int8_has_the_bits_whose_products_are_exact_here(monkeypatch, features, bits):
+    monkeypatch.setattr(layers, "cpu_features", lambda: features)
+    assert only(override(Recipe(), precision="int8")).bits == bits
+
+
+def test_zeros_come_before_bits():
+    found = override(Recipe(), method="magnitude", sparsity=0.5, bits=4)
+    assert [modifier.name for modifier in found.modifiers()] == ["prune.magnitude", "quant.weight"]
+
+
+def test_a_recipe_that_quantizes_is_left_so_but_for_its_options():
+    text = "version: 1\nstages: [{name: q, modifiers: [quant.weight: {method: rtn, bits: 3, group_size: 0}]}]"
+    found = only(override(parse_recipe(text), precision="int4"))
+    assert (found.method, found.bits) == ("rtn", 3)
+    found = only(override(parse_recipe(text), bits=2))
+    assert (found.method, found.bits) == ("rtn", 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"precision": "int2"}, "precision must be float32, int8, int4, not 'int2'"),
+        ({"bits": 1}, "bits must be"),
+        ({"bits": 9}, "bits must be"),
+        ({"bits": 4, "group_size": 8}, "group_size must be"),
+        ({"group_size": 64}, "nothing is quantized: give --bits or --precision"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags, words):
+    with pytest.raises(UsageError, match=words):
+        override(Recipe(), **flags)
+
+
+@pytest.fixture
+def source(tmp_path):
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        g (float[batch, {K}] X) => (float[batch, {K}] Y) {{ h = MatMul(X, A) r = Relu(h) Y = MatMul(r, B) }}"""
+    )
+    rng = np.random.default_rng(0)
+    for name in "AB":
+        weight = rng.standard_normal((K, K)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    onnx.save(proto, tmp_path / "in.onnx")
+    return tmp_path / "in.onnx"
+
+
+@pytest.fixture
+def integers_win(monkeypatch):
+    """Of what is timed together, the last is ten times as fast as the first."""
+
+    def together(models, _libraries, _feeds, *, rounds, **_options):
+        return [[10.0 - 9.0 * (index == len(models) - 1)] * rounds for index in range(len(models))]
+
+    monkeypatch.setattr(forms, "time_together", together)
+    monkeypatch.setattr(forms.OtherLoad, "spared", lambda *_arguments: True)
+    monkeypatch.setattr(write, "time_whole", lambda *_arguments: [Ratio(4.0, 1.0, 4.0, 3.9, 4.1)])
+
+
+@pytest.mark.parametrize(("precision", "form"), [("int8", "int8-dynamic"), ("int4", "int4-nbits")])
+def test_operators_on_integers_ship_where_they_are_allowed_and_fastest(
+    source, tmp_path, integers_win, precision, form
+):
+    result = sparse_onnx.optimize(
+        source,
+        tmp_path / "out",
+        precision=precision,
+        input_shapes={"X": (8, K)},
+        threads=1,
+        timing_cache=False,
+    )
+    check_report(result.report)
+    assert {row["decision"] for row in result.report["layers"]} == {form}
+    checks = result.report["verification"]
+    assert checks["against_pruned_dense"]["relative_error"] < 1e-5, "of the compiler alone"
+    assert checks["without_library"]["relative_error"] < 1e-5
+    assert 1e-4 < checks["rounded_activations"]["relative_error"] < 0.03
+    assert checks["against_original"]["relative_error"] > 1e-3
+    assert result.report["summary"]["sparse_flops_fraction"] == 0
+    assert [row["rounded"] for row in result.report["quantized"]] == [True, True]
+    X = np.random.default_rng(1).standard_normal((3, K)).astype(np.float32)
+    before, after = (
+        sparse_onnx.InferenceSession(path).run(None, {"X": X})[0]
+        for path in (source, result.folder / "model.onnx")
+    )
+    assert np.linalg.norm(after - before) < 0.3 * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"precision": "float32", "bits": 4}])
+def test_bits_alone_round_no_activation(source, tmp_path, integers_win, options):
+    result = sparse_onnx.optimize(
+        source, tmp_path / "out", **options, input_shapes={"X": (8, K)}, threads=1, timing_cache=False
+    )
+    assert {row["decision"] for row in result.report["layers"]} == {"dense"}
+    assert "rounded_activations" not in result.report["verification"]
+    assert result.report["summary"]["bytes_after"] < result.report["summary"]["bytes_before"]
