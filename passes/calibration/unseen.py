@@ -12,15 +12,33 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import onnx_ir as ir
 
 from sparse_onnx.data.inputs import Feeds
 from sparse_onnx.data.samples import Samples
-from sparse_onnx.passes.patterns.tokens import TokenInput
+from sparse_onnx.passes.patterns.tokens import TokenInput, find_tokens
 
-__all__ = ["with_unseen_tokens"]
+__all__ = ["add_unseen_tokens", "with_unseen_tokens"]
 
 _REPLACED = 0.5
 """Of all tokens. Measured on layers of a sentence encoder: .2 of them, or all, help less on other text."""
+
+
+def add_unseen_tokens(
+    model: ir.Model, samples: Samples, share: float, mask: str | None, progress: Callable[[str], None]
+) -> Samples:
+    """What :func:`with_unseen_tokens` makes of the ``samples`` of ``model``, told; of a model that reads no tokens, or
+    for a ``share`` of 0, the same ones."""
+    tokens = find_tokens(model) if share else None
+    if tokens is None:
+        return samples
+    more = with_unseen_tokens(samples, tokens, share, mask)
+    if len(more) > len(samples):
+        progress(
+            f"calibration: {len(more) - len(samples)} of {len(samples)} batches once more, tokens of {tokens.name} "
+            "drawn from the whole vocabulary among theirs"
+        )
+    return more
 
 
 def with_unseen_tokens(samples: Samples, tokens: TokenInput, share: float, mask: str | None) -> Samples:

@@ -33,6 +33,7 @@ from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
+from sparse_onnx.passes.calibration.unseen import add_unseen_tokens
 from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
 from sparse_onnx.passes.solvers import (
     QUANTIZERS,
@@ -50,6 +51,7 @@ Method = Literal["rtn", "hqq", "gptq", "auto"]
 
 _ORDERS: Mapping[str, Order] = {"gptq": "sequential", "auto": "asymmetric"}
 _WITHOUT_DATA = ("rtn", "hqq")
+_UNSEEN = 0.5  # as pruning by `auto` has it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class QuantizeWeights(Pass):
         calibration: What layers are solved for, see :mod:`~sparse_onnx.passes.calibration.turns`; None: ``sequential``
             for ``gptq``, ``asymmetric`` for ``auto``. Not for methods without data.
         bias_correction: Whether biases take up the shift of the mean; None: as ``auto`` does. Not without data.
+        unseen_tokens: The share of the batches that is run once more with half of the tokens drawn from the whole
+            vocabulary, see :mod:`sparse_onnx.passes.calibration.unseen`; None: half with ``auto``, otherwise none.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
@@ -82,15 +86,24 @@ class QuantizeWeights(Pass):
     storage: Storage = "unpack"
     calibration: Order | None = None
     bias_correction: bool | None = None
+    unseen_tokens: float | None = None
     dampening_frac: float = 0.01
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = DEFAULT_IGNORE
 
     def check(self) -> None:
         _ = self.grid("float32"), self.selection
+        require(
+            self.unseen_tokens is None or 0 <= self.unseen_tokens <= 1,
+            "unseen_tokens",
+            self.unseen_tokens,
+            "in [0, 1]",
+        )
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
-        if not self.needs_calibration and (self.calibration is not None or self.bias_correction):
-            raise UsageError(f"{self.method} uses no data: give no calibration and no bias_correction")
+        if not self.needs_calibration and (self.calibration or self.bias_correction or self.unseen_tokens):
+            raise UsageError(
+                f"{self.method} uses no data: give no calibration, bias_correction or unseen_tokens"
+            )
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # that of most passes is the same for all options
@@ -108,6 +121,12 @@ class QuantizeWeights(Pass):
     @property
     def corrects_biases(self) -> bool:
         return self.method == "auto" if self.bias_correction is None else self.bias_correction
+
+    @property
+    def share_of_unseen_tokens(self) -> float:
+        if self.unseen_tokens is None:
+            return _UNSEEN if self.method == "auto" else 0.0
+        return self.unseen_tokens
 
     @property
     def sees_pruned_inputs(self) -> bool:
@@ -215,9 +234,9 @@ class _Job:
             key = f"{model_digest(self.model)} {data.samples.digest()} {options!r}"
             self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
         how = data.options or CalibrationOptions()
-        calibrator = Calibrator(
-            self.model, self.weights, data.samples, how, work=data.work, progress=self.context.progress
-        )
+        say = self.context.progress
+        samples = add_unseen_tokens(self.model, data.samples, options.share_of_unseen_tokens, how.mask, say)
+        calibrator = Calibrator(self.model, self.weights, samples, how, work=data.work, progress=say)
         self.declined += [
             (name, f"rounded without data, by hqq: {reason}") for name, reason in calibrator.declined
         ]

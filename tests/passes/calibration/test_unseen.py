@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from sparse_onnx.data.samples import Samples
+from sparse_onnx.passes.base import CalibrationData, PassContext
 from sparse_onnx.passes.calibration.unseen import with_unseen_tokens
 from sparse_onnx.passes.patterns.tokens import TokenInput
+from sparse_onnx.passes.prune.oneshot_methods import Auto, SparseGPT
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 
 FIRST, LAST, LENGTH, ROWS = 1, 2, 40, 30000
 TOKENS = TokenInput("ids", ROWS)
@@ -102,3 +105,30 @@ def test_a_vocabulary_that_the_data_shows_is_not_drawn_from(rows, fires):
     result = with_unseen_tokens(given, TokenInput("ids", rows), 0.5, "mask")
     assert (len(result) > len(given)) is fires
     assert (result is given) is not fires
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (Auto(sparsity=0.5), True),
+        (Auto(sparsity=0.5, unseen_tokens=0.0), False),
+        (SparseGPT(sparsity=0.5), False),
+        (QuantizeWeights(method="auto", group_size=0), True),
+        (QuantizeWeights(method="auto", group_size=0, unseen_tokens=0.0), False),
+        (QuantizeWeights(method="gptq", group_size=0), False),
+        (QuantizeWeights(method="gptq", group_size=0, unseen_tokens=0.25), True),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, bool) else value.name,
+)
+def test_auto_draws_tokens_for_models_that_read_them(from_text, tmp_path, step, told):
+    lines = []
+    rng = np.random.default_rng(0)
+    model = from_text(
+        """<ir_version: 9, opset_import: ["" : 17]> g (int64[B, S] ids) => (float[B, S, 16] Y)
+        { X = Gather(table, ids) Y = MatMul(X, W) }""",
+        table=rng.standard_normal((200, 32)).astype(np.float32),
+        W=rng.standard_normal((32, 16)).astype(np.float32),
+    )
+    data = CalibrationData(Samples.of([{"ids": batch(seed)["ids"]} for seed in range(4)], "data"), tmp_path)
+    step(model, PassContext(progress=lines.append, calibration=data))
+    assert any("batches once more, tokens of ids drawn" in line for line in lines) == told
