@@ -31,10 +31,10 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
     """The candidates of all lowerings, each with every form that one of them makes, and the places that these leave
     alone or do not look at."""
     by_name: dict[str, Candidate] = {}
-    declined = []
+    refused, declined = [], []
     for lowering in LOWERINGS:
         found, left = lowering.find_candidates(model)
-        declined += [Declined(lowering.name, place, reason) for place, reason in left]
+        refused += [Declined(lowering.name, place, reason) for place, reason in left]
         for candidate in found:
             first = by_name.setdefault(candidate.weight.name, candidate)
             if first is candidate:
@@ -46,9 +46,11 @@ def find_candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
                 reason = f"its layer ends elsewhere than that of {first.forms[0].lowering.name}"
                 declined.append(Declined(lowering.name, candidate.weight.name, reason))
     candidates = list(by_name.values())
+    # What one lowering refuses, another may take: then nothing was left alone.
+    declined += [place for place in refused if place.place not in by_name]
     nodes = [node for candidate in candidates for layer in candidate.layers for node in layer.nodes]
     known = {value.name or "" for node in nodes for value in node.inputs if value is not None}
-    known |= {place.place for place in declined}
+    known |= {place.place for place in declined} | {name for c in candidates for name in c.names}
     declined += [Declined("lower", place, reason) for place, reason in left_alone(model, known)]
     return candidates, declined
 

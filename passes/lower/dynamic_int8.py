@@ -49,10 +49,10 @@ class LowerDynamicInt8(LowerEncoded):
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
-        """``integers`` int8 [K, N] and ``scale`` float32 [N]."""
+        """``integers`` int8 [K, N] and ``scales`` float32 [N]."""
         return {
             "integers": (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8),
-            "scale": grid.scale[0],
+            "scales": grid.scale[0],
         }
 
     @classmethod
@@ -66,7 +66,7 @@ class LowerDynamicInt8(LowerEncoded):
         rounded, scale, zero_point = node("DynamicQuantizeLinear", x, outputs=3)
         (sums,) = node("MatMulInteger", rounded, stored["integers"], zero_point)
         (floats,) = node("Cast", sums, to=int(ir.DataType.FLOAT))
-        (factor,) = node("Mul", scale, stored["scale"])
+        (factor,) = node("Mul", scale, stored["scales"])
         (y,) = node("Mul", floats, factor)
         return y
 

@@ -52,8 +52,8 @@ class LowerMatMulNBits(LowerEncoded):
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
-        """``packed`` [N, blocks, bytes], ``scale`` [N · blocks] and, where they are not all the middle, ``zero_point``
-        [N · bytes]: as the operator has them."""
+        """``packed`` [N, blocks, bytes], ``scales`` [N · blocks] and, where not all are the middle, ``zero_points``
+        [N · bytes], as the operator has them."""
         (K, N), block = grid.integers.shape, _block_size(grid)
         assert block is not None
         blocks = -(-K // block)
@@ -61,9 +61,12 @@ class LowerMatMulNBits(LowerEncoded):
         scale, zero_point = grid.scale[group].T, grid.zero_point[group].T
         padded = np.repeat(zero_point, block, axis=1)
         padded[:, :K] = grid.integers.T
-        found = {"packed": pack_bits(padded.reshape(N, blocks, block), grid.bits), "scale": scale.reshape(-1)}
+        found = {
+            "packed": pack_bits(padded.reshape(N, blocks, block), grid.bits),
+            "scales": scale.reshape(-1),
+        }
         if not grid.symmetric:
-            found["zero_point"] = pack_bits(zero_point, grid.bits).reshape(-1)
+            found["zero_points"] = pack_bits(zero_point, grid.bits).reshape(-1)
         return found
 
     @classmethod

@@ -100,11 +100,7 @@ def test_how_weights_are_encoded_is_said(run_cli, tmp_path):
         "p": "is quantized: indices into a codebook of 16 values",
     }
     assert {name: rows[name]["reason"] for name in reasons} == reasons
-    total = 32 * 64 + 64 * 48 + 48 * 16
-    assert document["untouched"] == [
-        {"op_type": "MatMul", "count": 1, "share": 64 * 48 / total, "reason": reasons["p"]},
-        {"op_type": "MatMul", "count": 1, "share": 32 * 64 / total, "reason": reasons["q"]},
-    ]
+    assert document["untouched"] == [], "with enough zeros all of them can be sparse"
 
 
 def test_no_shares_where_shapes_are_not_known(run_cli, tmp_path):

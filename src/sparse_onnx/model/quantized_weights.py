@@ -73,7 +73,7 @@ def describe(bits: Sequence[int], zeros: float, pruned: int = 0) -> str:
     return (
         f"{text}; {pruned} pruned further"
         if pruned
-        else f"{text}, they are pruned further with --keep-pruned only"
+        else f"{text}; where zeros gain nothing without one, they are pruned with --keep-pruned only"
     )
 
 
