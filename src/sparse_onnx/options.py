@@ -182,11 +182,20 @@ def require(holds: bool, option: str, value: object, allowed: str) -> None:
         raise UsageError(f"{option} must be {allowed}, not {reprlib.repr(value)}")
 
 
+_MANY = 30  # names, which no message should list
+
+
 def unknown(what: str, word: object, known: Iterable[str]) -> str:
-    """Say that ``word`` is no valid ``what``, which valid one is nearest, and which there are."""
+    """Say that ``word`` is no valid ``what``, which valid one is nearest, and which there are: of many with families
+    (``family.name``) those of the nearest one's, and the other families."""
     names = sorted(known)
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     nearest = f"; the nearest is {near[0]!r}" if near else ""
+    if len(names) > _MANY:
+        family = near[0].partition(".")[0] if near else ""
+        names = sorted(
+            {n if n.partition(".")[0] in (family, n) else f"{n.partition('.')[0]}.*" for n in names}
+        )
     return f"unknown {what} {reprlib.repr(word)}{nearest} (valid: {', '.join(names) or 'none'})"
 
 

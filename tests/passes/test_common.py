@@ -14,6 +14,8 @@ from sparse_onnx.errors import PassError
 from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Stage
 from sparse_onnx.passes.lower.candidates import LOWERINGS
+from sparse_onnx.passes.lower.encoded_linear import LowerEncoded
+from sparse_onnx.passes.lower.exact_twin import exact_twin
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.prune.gradient import Gradient
 from sparse_onnx.passes.prune.magnitude import Magnitude
@@ -183,6 +185,7 @@ CASES = {
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
         prunable=("q",),
+        changed=("lower.sparse-matmul", "lower.matmul-nbits", "lower.dynamic-int8"),
     ),
     "quantized in blocks": Case(
         "D = DequantizeLinear<axis = 1, block_size = 3>(q, s) W = Transpose(D) Y = MatMul(X, W)",
@@ -281,7 +284,11 @@ def own_places(cls):
         yield name, Case(**place | {"tensors": tensors, "changed": (cls.name,)})
 
 
-REBUILDING = [cls for cls in PASSES if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE)]
+REBUILDING = [
+    cls
+    for cls in PASSES
+    if cls.stage not in (Stage.CLEAN, Stage.PRUNE, Stage.QUANTIZE) and not cls.needs_calibration
+]
 for rebuilding in REBUILDING:
     for name, own_place in own_places(rebuilding):
         assert name not in CASES, f"two cases are called {name!r}"
@@ -427,6 +434,8 @@ def test_the_result_is_a_valid_model_with_the_same_border(build, apply, run, ste
     if case == "empty":  # the runtime does not load a graph without outputs
         assert not model.graph.outputs
         return
+    if isinstance(step, LowerEncoded):  # operators that round activations
+        model = exact_twin(model) or model
     after = run(model, feeds(model, case))
     assert {name: array.shape for name, array in after.items()} == {
         name: array.shape for name, array in expected.items()
@@ -589,7 +598,7 @@ def test_what_rebuilds_the_graph_finds_its_place(build, apply, step, case):
     result = apply(step, build(case), case)
     if step.name in CASES[case].changed:
         assert result.modified
-    elif case in ("no linears", "attention", "quantized", "empty"):
+    elif case in ("no linears", "attention", "empty"):
         assert not result.modified
 
 

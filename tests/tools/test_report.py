@@ -57,7 +57,11 @@ def test_what_was_asked_for_is_in_the_report(run_folder):
     report = json.loads((run_folder / "report.json").read_text())
     assert report["command"].startswith("sparse-onnx optimize ")
     assert report["command"].endswith(" --input-shape X:2,3,64 --threads 1")
-    assert report["recipe"]["target"] == {"shapes": {"X": [2, 3, 64]}, "threads": 1}
+    assert report["recipe"]["target"] == {
+        "shapes": {"X": [2, 3, 64]},
+        "threads": 1,
+        "precision": "float32",
+    }
     page = (run_folder / "report.html").read_text()
     assert report["command"] in page
     assert (run_folder / "recipe.yaml").read_text() in page

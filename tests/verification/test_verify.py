@@ -12,7 +12,7 @@ import sparse_onnx
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.running import recording
+from sparse_onnx.running import runtime
 from sparse_onnx.verification import verify as module
 from sparse_onnx.verification.verify import Thresholds, verify
 
@@ -235,7 +235,7 @@ def test_models_above_the_memory_budget_give_the_same_result(tmp_path, monkeypat
     first = write(tmp_path, body, name="a", W=W, V=W.T.copy())
     second = write(tmp_path, body, name="b", W=W, V=W.T * np.float32(1.5))
     whole = verify(first, second)
-    monkeypatch.setattr(recording, "session_budget", lambda nbytes: nbytes // 2)
+    monkeypatch.setattr(runtime, "session_budget", lambda nbytes: nbytes // 2)
     assert verify(first, second).to_dict() == whole.to_dict()
 
 

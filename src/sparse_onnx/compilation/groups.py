@@ -116,14 +116,6 @@ class Target(Section):
         kind="shapes",
     )
     threads: int | None = option(None, "Threads to decide and time for.", otherwise="all cores", least=1)
-    precision: str = option(
-        FLOAT32,
-        "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, or 7 where products of bytes "
-        "saturate; activations in 8 where an operator rounds them). The fastest is kept.",
-        about="What layers may compute in: ``float32``; ``int8`` or ``int4``: weights in 8 or 4 bits, those of all "
-        "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them. On "
-        "processors without VNNI ``int8`` takes 7 bits: their products of bytes saturate.",
-    )
     weights: tuple[float, ...] | None = option(
         None,
         "3,1,..: decide by the weighted mean time over several shapes.",
@@ -147,6 +139,14 @@ class Target(Section):
         "them alone is computed now.",
         flag="--fix-input",
         kind="values",
+    )
+    precision: str = option(
+        FLOAT32,
+        "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, or 7 where products of bytes "
+        "saturate; activations in 8 where an operator rounds them). The fastest is kept.",
+        about="What layers may compute in: ``float32``; ``int8`` or ``int4``: weights in 8 or 4 bits, those of all "
+        "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them. On "
+        "processors without VNNI ``int8`` takes 7 bits: their products of bytes saturate.",
     )
 
     @property
