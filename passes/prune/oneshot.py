@@ -33,8 +33,7 @@ from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.two_streams import Aim
-from sparse_onnx.passes.calibration.unseen import with_unseen_tokens
-from sparse_onnx.passes.patterns.tokens import find_tokens
+from sparse_onnx.passes.calibration.unseen import widened
 from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, allocate, explicit
 from sparse_onnx.passes.prune.encoded import is_encoded, on_grid
 from sparse_onnx.passes.prune.magnitude import Magnitude
@@ -203,10 +202,7 @@ class _Job:
         how = data.options or CalibrationOptions()
         if options.solver.needs == "diagonal" and options.allocation != "error" and data.statistics is None:
             how = dataclasses.replace(how, layout=Layout.DIAGONAL)  # a whole Gram takes three times as long
-        tokens = find_tokens(model) if options.unseen_tokens else None
-        samples = data.samples
-        if tokens is not None:
-            samples = with_unseen_tokens(samples, tokens, options.unseen_tokens, how.mask)
+        samples = widened(data.samples, model, options.unseen_tokens, how.mask)
         self._calibrator = Calibrator(model, weights, samples, how, work=data.work, progress=context.progress)
         self.uncalibrated = self._calibrator.declined
         self._statistics_file = data.statistics
