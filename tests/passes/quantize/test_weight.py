@@ -17,6 +17,7 @@ from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline, Stage, fingerprint, in_memory
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot_methods import Auto
+from sparse_onnx.passes.quantize import weight as weight_module
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.solvers import GridOptions, RtnQuantizer
 from sparse_onnx.verification.dense_reference import dense_reference
@@ -183,6 +184,8 @@ def test_dequantize_falls_back_and_says_so(model):
         ({"method": "gptq", "dampening_frac": -1.0}, "dampening_frac must be 0 or more"),
         ({"calibration": "oneshot"}, "hqq uses no data: give no calibration"),
         ({"method": "rtn", "bias_correction": True}, "rtn uses no data"),
+        ({"method": "hqq", "unseen_tokens": 0.5}, "hqq uses no data: give no .* and no unseen_tokens"),
+        ({"method": "auto", "unseen_tokens": 1.5}, "unseen_tokens must be in"),
         ({"targets": ("re:[",)}, "is not a regular expression"),
     ],
 )
@@ -462,3 +465,38 @@ def test_a_compilation_aims_at_the_model_before_pruning(wide, tmp_path, run):
     assert loss(written, model, x[8], run) < 0.8 * loss(apart, model, x[8], run)
     assert {row["bits"] for row in result.report["quantized"]} == {3}
     assert all(np.count_nonzero(matrix) <= matrix.size / 2 for matrix in matrices(written).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"method": "auto"}, 6),
+        ({"method": "auto", "unseen_tokens": 0.0}, 4),
+        ({"method": "auto", "unseen_tokens": 1.0}, 8),
+        ({"method": "gptq"}, 4),
+        ({"method": "gptq", "unseen_tokens": 0.25}, 5),
+    ],
+)
+def test_tokens_that_the_data_lacks(from_text, tmp_path, monkeypatch, options, batches):
+    rng = np.random.default_rng(2)
+    model = from_text(
+        """<ir_version: 9, opset_import: ["" : 17]> g (int64[B, 8] ids) => (float[B, 8, 8] Y)
+           { E = Gather(table, ids) Y = MatMul(E, U) }""",
+        table=rng.standard_normal((300, 16)).astype(np.float32),
+        U=U,
+    )
+    seen = []
+    original = weight_module.Calibrator
+
+    def calibrator(model, weights, samples, *rest, **named):
+        seen.append(samples)
+        return original(model, weights, samples, *rest, **named)
+
+    monkeypatch.setattr(weight_module, "Calibrator", calibrator)
+    given = [{"ids": rng.integers(0, 40, (3, 8))} for _ in range(4)]
+    data = CalibrationData(Samples.of(given, "test"), tmp_path)
+    QuantizeWeights(group_size=16, **options)(model, PassContext(calibration=data))
+    (samples,) = seen
+    assert len(samples) == batches
+    unseen = [batch for batch in samples if (batch["ids"] >= 40).any()]
+    assert len(unseen) == batches - 4
