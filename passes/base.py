@@ -140,14 +140,16 @@ class PassContext:
 
     ``store(array, name)`` turns a new weight into a tensor; a store that spools to disk keeps memory bounded.
     ``progress(message)`` tells the user where a long pass is. ``calibration`` is for passes that need real inputs.
-    ``spared`` are weights that pruning leaves alone, by name, with the reason. ``after(name, model)`` is called behind
-    every pass.
+    ``spared`` are weights that pruning leaves alone, by name, with the reason. ``dense`` is the model as it was before
+    it was pruned, with the same nodes, where what follows may still aim at its outputs. ``after(name, model)`` is
+    called behind every pass.
     """
 
     store: Callable[[np.ndarray, str], ir.TensorProtocol] = in_memory
     progress: Callable[[str], None] = _silent
     calibration: CalibrationData | None = None
     spared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dense: ir.Model | None = None
     after: Callable[[str, ir.Model], None] = _unseen
 
     def calibration_for(self, pass_name: str) -> CalibrationData:

@@ -87,7 +87,8 @@ class BlockStatistics:
 
 
 class Calibrator:
-    """Calibration of ``weights`` of ``model`` on ``samples``; scratch files go to ``work``.
+    """Calibration of ``weights`` of ``model`` on ``samples``; scratch files go to ``work``. ``dense`` is what layers
+    are aimed at step by step, ``model`` with other initializers; None: the model as it is then.
 
     ``declined`` lists the (weight, reason) of those that cannot be calibrated: only a method without data fits them.
     The graph must stay as it is while this object is used, but for the weights, and for nodes put behind a layer
@@ -105,8 +106,10 @@ class Calibrator:
         *,
         work: Path,
         progress: Callable[[str], None] = lambda _message: None,
+        dense: ir.Model | None = None,
     ) -> None:
         self._model, self._samples, self._work, self._say = model, samples, work, progress
+        self._dense = dense
         self._first = next(iter(samples))
         self._options = options or Options()
         self._threads = self._options.threads or available_cores()
@@ -270,10 +273,10 @@ class Calibrator:
         """Layers that read the same value, in order: statistics of the model as it is pruned so far, and what makes
         up for what was lost before; see :class:`~sparse_onnx.passes.calibration.two_streams.TwoStreams`.
 
-        The dense model is the model as it is when this method is called. The caller puts new tensors into
-        ``weight.value.const_value`` before it asks for the next step, and keeps of a step what it needs: the sums of
-        two steps may not fit into memory together. Weights are in the order of the graph; those of recurrent layers are
-        left out: what they see is made by the weight itself, and nothing aims at it.
+        The dense model is the one that was given, or the model as it is when this method is called. The caller puts
+        new tensors into ``weight.value.const_value`` before it asks for the next step, and keeps of a step what it
+        needs: the sums of two steps may not fit into memory together. Weights are in the order of the graph; those of
+        recurrent layers are left out: what they see is made by the weight itself, and nothing aims at it.
         """
         weights = [weight for weight in self._weights if weight.nodes[0].op_type not in RECURRENT]
         if not weights:
@@ -287,6 +290,7 @@ class Calibrator:
             threads=self._threads,
             work=self._work,
             progress=self._say,
+            dense=self._dense,
         )
         demands = [self._fitting_step(plan) for plan in streams.plans]
         plan, demand = max(

@@ -50,15 +50,16 @@ def layers_in_turn(
     """``weights``, which ``calibrator`` was made with, each when its statistics are there: first those that cannot be
     calibrated.
 
-    The dense model is the model as it is when the first is asked for; the caller puts the new tensor of each into
-    ``weight.value.const_value`` before it asks for the next. With ``biased`` layers have a target that tells their bias
-    also where nothing is aimed at. ``oneshot`` takes ``known`` statistics, or reads and writes the file ``statistics``.
+    The dense model is that of the calibrator, or the model as it is when the first is asked for; the caller puts the
+    new tensor of each into ``weight.value.const_value`` before it asks for the next. With ``biased`` layers have a
+    target that tells their bias also where nothing is aimed at. ``oneshot`` takes ``known`` statistics, or reads and
+    writes the file ``statistics``.
     """
 
     def plain(weight: Weight, inputs: Sequence[InputStatistics]) -> Layer:
         return Layer(weight, tuple(inputs), find_output(weight, lambda _residual: False) if biased else None)
 
-    # The dense model beside the solved one is the model as it is now.
+    # Without one of its own, the calibrator takes the model as it is now for the dense one.
     steps = calibrator.steps() if order == "asymmetric" else None
     uncalibrated = dict(calibrator.declined)
     for weight in weights:

@@ -68,7 +68,8 @@ class Plan:
 
 
 class TwoStreams:
-    """``captures`` say what each of ``weights`` reads. The dense model is ``model`` as it is now.
+    """``captures`` say what each of ``weights`` reads. ``dense`` is the dense model, whose values have the names that
+    they have in ``model``; None: ``model`` as it is now.
 
     The graph must stay as it is while this object is used, but for its initializers. Scratch files go to ``work``.
     """
@@ -84,8 +85,9 @@ class TwoStreams:
         threads: int,
         work: Path,
         progress: Callable[[str], None],
+        dense: ir.Model | None = None,
     ) -> None:
-        self._model, self._dense = model, model.clone()
+        self._model, self._dense = model, model.clone() if dense is None else dense
         self._samples, self._mask, self._threads = samples, mask, threads
         self._work, self._say = work, progress
         self._first = next(iter(samples))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from sparse_onnx.passes import solvers
+from sparse_onnx.passes.calibration.unseen import UNSEEN_SHARE
 from sparse_onnx.passes.prune.oneshot import OneShot
 
 __all__ = [
@@ -71,7 +72,7 @@ class Auto(OneShot):
     solver = solvers.AutoSolver
     calibration: Literal["oneshot", "sequential", "asymmetric"] = "asymmetric"
     bias_correction: bool = True
-    unseen_tokens: float = 0.5
+    unseen_tokens: float = UNSEEN_SHARE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,15 @@ Before: ``Y = X · W``, W [K, N] floats. After: the same with
     W'[k, n] = (q[k, n] - z[g, n]) · s[g, n],    q, z integers of ``bits`` bits,    g = k // ``group_size``
 
 q stored in ``bits`` bits, s as float16 or float32; see :mod:`sparse_onnx.passes.quantize.encode`. A weight that is zero
-is z and stays exactly zero, also behind pruning in the same pipeline.
+is z and stays exactly zero.
 
 ``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data.
 ``gptq`` and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the
 layer's output should be to make up for what was lost before, and lets biases take up the shift of the mean.
+
+Behind pruning in the same compilation ``auto`` solves zeros and integers as one problem: pruning has chosen the mask,
+and here what it keeps is fitted anew and rounded, aimed at the weights and outputs of the model *before pruning*. What
+rounding moves may then make good what pruning lost, and the other way round.
 """
 
 from __future__ import annotations
@@ -33,13 +37,14 @@ from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
-from sparse_onnx.passes.calibration.unseen import add_unseen_tokens
+from sparse_onnx.passes.calibration.unseen import UNSEEN_SHARE, add_unseen_tokens
 from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
 from sparse_onnx.passes.solvers import (
     QUANTIZERS,
     DampedQuantizer,
     InputStatistics,
     WeightQuantizer,
+    refit,
     relative_error,
 )
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
@@ -51,7 +56,9 @@ Method = Literal["rtn", "hqq", "gptq", "auto"]
 
 _ORDERS: Mapping[str, Order] = {"gptq": "sequential", "auto": "asymmetric"}
 _WITHOUT_DATA = ("rtn", "hqq")
-_UNSEEN = 0.5  # as pruning by `auto` has it
+
+_LEAST_DAMPING = 1e-6
+_REFIT = 1e-3  # of the right-hand side: a start for integers, which move more than what is left
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,16 +100,12 @@ class QuantizeWeights(Pass):
 
     def check(self) -> None:
         _ = self.grid("float32"), self.selection
-        require(
-            self.unseen_tokens is None or 0 <= self.unseen_tokens <= 1,
-            "unseen_tokens",
-            self.unseen_tokens,
-            "in [0, 1]",
-        )
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
-        if not self.needs_calibration and (self.calibration or self.bias_correction or self.unseen_tokens):
+        unseen = self.unseen_tokens
+        require(unseen is None or 0 <= unseen <= 1, "unseen_tokens", unseen, "in [0, 1]")
+        if not self.needs_calibration and (self.calibration is not None or self.bias_correction or unseen):
             raise UsageError(
-                f"{self.method} uses no data: give no calibration, bias_correction or unseen_tokens"
+                f"{self.method} uses no data: give no calibration, no bias_correction and no unseen_tokens"
             )
 
     @property
@@ -123,10 +126,10 @@ class QuantizeWeights(Pass):
         return self.method == "auto" if self.bias_correction is None else self.bias_correction
 
     @property
-    def share_of_unseen_tokens(self) -> float:
-        if self.unseen_tokens is None:
-            return _UNSEEN if self.method == "auto" else 0.0
-        return self.unseen_tokens
+    def share_of_unseen(self) -> float:
+        """The share of the batches that is run once more with other tokens."""
+        default = UNSEEN_SHARE if self.method == "auto" else 0.0
+        return default if self.unseen_tokens is None else self.unseen_tokens
 
     @property
     def sees_pruned_inputs(self) -> bool:
@@ -136,7 +139,9 @@ class QuantizeWeights(Pass):
         """Plain rounding, which makes files of the same size."""
         if not self.needs_calibration:
             return self
-        return dataclasses.replace(self, method="rtn", calibration=None, bias_correction=None)
+        return dataclasses.replace(
+            self, method="rtn", calibration=None, bias_correction=None, unseen_tokens=None
+        )
 
     def grid(self, scale_type: ScaleType) -> GridOptions:
         return GridOptions(self.bits, self.group_size, self.symmetric, scale_type)
@@ -217,6 +222,7 @@ class _Job:
         self._start = time.perf_counter()
         self._solved: list[_Solved] = []
         self._checkpoint: Checkpoint | None = None
+        self._dense: Mapping[str, Weight] = {}
 
     def run(self) -> None:
         if self.options.needs_calibration:
@@ -231,12 +237,24 @@ class _Job:
         options = self.options
         data = self.context.calibration_for(options.name)
         if data.checkpoint is not None:
-            key = f"{model_digest(self.model)} {data.samples.digest()} {options!r}"
+            models = [model_digest(model) for model in (self.model, self.context.dense) if model is not None]
+            key = f"{' '.join(models)} {data.samples.digest()} {options!r}"
             self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
         how = data.options or CalibrationOptions()
-        say = self.context.progress
-        samples = add_unseen_tokens(self.model, data.samples, options.share_of_unseen_tokens, how.mask, say)
-        calibrator = Calibrator(self.model, self.weights, samples, how, work=data.work, progress=say)
+        dense = self.context.dense
+        if dense is not None:
+            self._dense = {weight.name: weight for weight in find_weights(dense)[0]}
+        calibrator = Calibrator(
+            self.model,
+            self.weights,
+            add_unseen_tokens(
+                self.model, data.samples, options.share_of_unseen, how.mask, self.context.progress
+            ),
+            how,
+            work=data.work,
+            progress=self.context.progress,
+            dense=dense,
+        )
         self.declined += [
             (name, f"rounded without data, by hqq: {reason}") for name, reason in calibrator.declined
         ]
@@ -255,9 +273,9 @@ class _Job:
         done = done_of(len(self._solved), len(self.weights), self._start)
         self.context.progress(f"solving {weight.name} ({done})")
         W = np.ascontiguousarray(weight.matrix(), np.float32)
-        grid = options.grid_for(weight)
+        grid, aim = options.grid_for(weight), self._aim(layer, W)
         try:
-            parts = self._parts(layer, W, grid)
+            parts = self._parts(layer, W, aim, grid)
         except UsageError as error:  # a scale that is too large for its type
             self.declined.append((weight.name, str(error)))
             weight.release()
@@ -269,7 +287,7 @@ class _Job:
         for index, statistics in enumerate(layer.inputs):
             part = slice(index * width, (index + 1) * width)
             if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
-                errors.append(relative_error(W[:, part], after[:, part], statistics.gram))
+                errors.append(relative_error(aim[:, part], after[:, part], statistics.gram))
         if self._is_biased(layer):
             bias = self._correct_bias(layer, W, after)
         zeros = int(W.size - np.count_nonzero(W))
@@ -303,7 +321,19 @@ class _Job:
         done = done_of(len(self._solved), len(self.weights), self._start)
         self.context.progress(f"solved {weight.name}: {_grid_words(grid)}{rest}{told} ({done})")
 
-    def _parts(self, layer: Layer, W: np.ndarray, grid: GridOptions) -> list[QuantizedMatrix]:
+    def _aim(self, layer: Layer, W: np.ndarray) -> np.ndarray:
+        """The weight [K, N] that is approximated: W itself, or where the layer is aimed at the model before pruning,
+        the one that it had there."""
+        dense = self._dense.get(layer.weight.name)
+        if layer.aim is None or dense is None:
+            return W
+        matrix = np.ascontiguousarray(dense.matrix(), np.float32)
+        dense.release()
+        return matrix
+
+    def _parts(
+        self, layer: Layer, W: np.ndarray, aim: np.ndarray, grid: GridOptions
+    ) -> list[QuantizedMatrix]:
         """The integers of the outputs of every group of a convolution, of one group otherwise."""
         name = layer.weight.name
         if not layer.inputs:
@@ -316,8 +346,8 @@ class _Job:
         parts = []
         for index, statistics in enumerate(layer.inputs):
             part = slice(index * width, (index + 1) * width)
-            own = np.ascontiguousarray(W[:, part])
-            parts.append(self._solve_group(layer, own, statistics, part, grid))
+            own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
+            parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
             whole = _side_by_side(parts)
             for word, array in (
@@ -343,12 +373,22 @@ class _Job:
         return QuantizedMatrix(integers.astype(grid.dtype), scale, zero.astype(grid.dtype), grid)
 
     def _solve_group(
-        self, layer: Layer, W: np.ndarray, statistics: InputStatistics, part: slice, grid: GridOptions
+        self,
+        layer: Layer,
+        W: np.ndarray,
+        aim: np.ndarray,
+        statistics: InputStatistics,
+        part: slice,
+        grid: GridOptions,
     ) -> QuantizedMatrix:
         biased = self._is_biased(layer)
-        problem = layer_problem(W, statistics, self.options.dampening_frac, layer.aim, part, biased=biased)
+        problem = layer_problem(aim, statistics, self.options.dampening_frac, layer.aim, part, biased=biased)
         solver = _quantizer(self.options.method, grid, problem.damping)
-        return solver.solve(W, problem.statistics, target=problem.target)
+        statistics, target, kept = problem.statistics, problem.target, W != 0
+        if target is not None and not kept.all():
+            damping = max(problem.damping, _LEAST_DAMPING)
+            W = refit(target, statistics, kept, damping=damping, start=W, tolerance=_REFIT)
+        return solver.solve(W, statistics, target=target)
 
     def _is_biased(self, layer: Layer) -> bool:
         known = all(statistics.mean is not None for statistics in layer.inputs)

@@ -23,12 +23,13 @@ def refit(
     *,
     damping: float = 0.01,
     start: np.ndarray | None = None,
+    tolerance: float = 1e-6,
 ) -> np.ndarray:
     """The best values on ``mask`` [K, N] (True: kept; default: where W is not zero): float32 [K, N].
 
     With ``mask`` the non-zeros of an earlier model and W new weights, its sparsity is preserved. Each output
     channel solves (G_ss + damping · mean(diag G) · I) v = (G w)_s: up to 256 inputs by factorisation, above by
-    conjugate gradients from ``start`` (default W ∘ mask) to 1e-6 of the right-hand side. What a partial Gram
+    conjugate gradients from ``start`` (default W ∘ mask) to ``tolerance`` of the right-hand side. What a partial Gram
     leaves out counts as zero; weights of dead inputs become 0.
 
     Raises UsageError for shapes that do not fit and values that are not finite.
@@ -46,12 +47,12 @@ def refit(
     for gram in blocks:
         rows = slice(first, first := first + len(gram))
         begin = T[rows] if start is None else np.asarray(start[rows], np.float32)
-        parts.append(_refit_block(gram, T[rows], mask[rows], begin, damping))
+        parts.append(_refit_block(gram, T[rows], mask[rows], begin, damping, tolerance))
     return np.concatenate(parts)
 
 
 def _refit_block(
-    gram: np.ndarray, T: np.ndarray, mask: np.ndarray, start: np.ndarray, damping: float
+    gram: np.ndarray, T: np.ndarray, mask: np.ndarray, start: np.ndarray, damping: float, tolerance: float
 ) -> np.ndarray:
     if not T.any() or not mask.any():
         return np.zeros_like(T)
@@ -60,7 +61,7 @@ def _refit_block(
     form = unit_form(gram, damping)
     matrix, scale = form.matrix.astype(np.float64), form.scale.astype(np.float64)
     pull = matrix @ (scale * T)
-    values = conjugate_gradients(matrix, pull, mask, scale * start, _STEPS, 1e-6)
+    values = conjugate_gradients(matrix, pull, mask, scale * start, _STEPS, tolerance)
     return np.asarray(values / scale, np.float32)
 
 

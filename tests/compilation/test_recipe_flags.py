@@ -19,6 +19,7 @@ from sparse_onnx.passes.base import Pass, PassResult, Stage
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.oneshot_methods import Wanda
 from sparse_onnx.passes.prune.random import Random
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.ffn import Ffn
 
 
@@ -276,3 +277,53 @@ def test_a_share_that_is_set_is_not_searched_for(linears, tmp_path):
         settings={"prune.magnitude.sparsity": 0.5},
     )  # fmt: skip
     assert "search" not in result.report
+
+
+# -- bits --------------------------------------------------------------------------------------------
+
+
+def bits_of(recipe=None, **flags):
+    """The options of quant.weight that flags bring."""
+    (step,) = (
+        step for step in modifiers_of(override(recipe or Recipe(), **flags)) if step.stage is Stage.QUANTIZE
+    )
+    return step
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"bits": 4}, {"method": "hqq", "bits": 4, "group_size": 64, "symmetric": False}),
+        ({"bits": 3, "group_size": 32}, {"method": "hqq", "bits": 3, "group_size": 32, "symmetric": False}),
+        ({"bits": 8}, {"method": "hqq", "bits": 8, "group_size": 0, "symmetric": True}),
+        ({"precision": "int4"}, {"method": "hqq", "bits": 4, "group_size": 64, "symmetric": False}),
+        ({"precision": "int8"}, {"method": "hqq", "bits": 8, "group_size": 0, "symmetric": True}),
+        (
+            {"bits": 4, "calibration_data": "x.npz"},
+            {"method": "auto", "bits": 4, "group_size": 64, "symmetric": False},
+        ),
+        (
+            {"bits": 8, "calibration_data": "x.npz"},
+            {"method": "auto", "bits": 8, "group_size": 0, "symmetric": True},
+        ),
+    ],
+)
+def test_bits_bring_the_best_that_the_data_allows(flags, expected):
+    assert bits_of(**flags) == QuantizeWeights(**expected)
+
+
+@pytest.mark.parametrize("structure", ["8:16", "block:1x2", "block:1x4", "2:4", None])
+def test_bits_come_behind_zeros_of_any_pattern(structure):
+    flags = {"method": "auto", "bits": 4, "calibration_data": "x.npz", "mask_structure": structure}
+    sparsity = None if structure in ("8:16", "2:4") else 0.5
+    first, second = modifiers_of(override(Recipe(), sparsity=sparsity, **flags))
+    assert (first.name, second.name) == ("prune.auto", "quant.weight")
+    assert first.mask_structure == (structure or "unstructured")
+    assert second == bits_of(bits=4, calibration_data="x.npz")
+
+
+def test_bits_of_a_recipe_that_quantizes_reach_its_own_modifier():
+    recipe = recipe_of(QuantizeWeights(method="rtn", group_size=32))
+    assert bits_of(recipe, bits=8) == QuantizeWeights(method="rtn", group_size=32, bits=8)
+    assert bits_of(recipe, precision="int8") == QuantizeWeights(method="rtn", group_size=32)
+    assert not modifiers_of(override(Recipe(), precision="float32"))

@@ -81,7 +81,8 @@ class Quantize:
 
     bits: int | None = option(
         None,
-        "Store weights in 2 to 8 bits: of all linears, by the best method that the data allows, zeros staying zeros.",
+        "Store weights in 2 to 8 bits: of all linears, zeros staying zeros; up to 4 bits with zero points. By method "
+        "auto with --calibration-data, which makes up for what --sparsity loses, too; by hqq without.",
         otherwise="as --precision says",
     )
     group_size: int | None = option(

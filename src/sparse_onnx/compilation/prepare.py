@@ -94,9 +94,10 @@ def prepare(
     removed = removing(model, context)
     originals = Originals.of(model)
     spared = _spared(job, source, model, pruning, inputs, bench)
+    whole = model.clone() if pruning.passes and quantizing.passes else None
     pruned = pruning(model, dataclasses.replace(context, spared=spared))
     exact = Originals.of(model)
-    quantized = quantizing(model, context)
+    quantized = quantizing(model, dataclasses.replace(context, dense=whole))
     originals = originals.without(state.name for state in exact.changed(model))
     others = rest(model, context)
     errors = {}

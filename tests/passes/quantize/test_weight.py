@@ -14,8 +14,10 @@ from sparse_onnx.compilation.recipe_reader import parse_recipe
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import find_weights
-from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline, Stage, in_memory
+from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline, Stage, fingerprint, in_memory
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.prune.oneshot_methods import Auto
+from sparse_onnx.passes.quantize import weight as weight_module
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.solvers import GridOptions, RtnQuantizer
 from sparse_onnx.verification.dense_reference import dense_reference
@@ -182,6 +184,8 @@ def test_dequantize_falls_back_and_says_so(model):
         ({"method": "gptq", "dampening_frac": -1.0}, "dampening_frac must be 0 or more"),
         ({"calibration": "oneshot"}, "hqq uses no data: give no calibration"),
         ({"method": "rtn", "bias_correction": True}, "rtn uses no data"),
+        ({"method": "hqq", "unseen_tokens": 0.5}, "hqq uses no data: give no .* and no unseen_tokens"),
+        ({"method": "auto", "unseen_tokens": 1.5}, "unseen_tokens must be in"),
         ({"targets": ("re:[",)}, "is not a regular expression"),
     ],
 )
@@ -380,3 +384,119 @@ def test_alone_it_is_written_too(model, tmp_path):
     }
     assert rows["U"]["bytes"] == 16 * 8 * 3 // 8 + 8 * 2
     assert rows["U"]["elements"] == 128
+
+
+# -- with zeros --------------------------------------------------------------------------------------
+
+
+STRUCTURES = ["unstructured", "8:16", "2:4", "block:1x2", "block:1x4"]
+
+
+def half_of_them(structure):
+    """Zeros in half of all places; with N:M that is said by the structure."""
+    fixed = structure in ("8:16", "2:4")
+    return {"mask_structure": structure} | ({} if fixed else {"sparsity": 0.5})
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_zeros_and_integers_are_solved_together(wide, tmp_path, run, structure):
+    """What a mask alone has lost is made good where rounding aims at the model before pruning."""
+    model, x = wide
+    data = CalibrationData(Samples.of([{"X": batch} for batch in x[:8]], "test"), tmp_path)
+    losses = []
+    for dense in (None, model):
+        copy = model.clone()
+        Magnitude(**half_of_them(structure))(copy)
+        masks = {name: matrix != 0 for name, matrix in matrices(copy).items()}
+        step = QuantizeWeights(method="auto", bits=3, group_size=32)
+        result = step(copy, PassContext(calibration=data, dense=dense))
+        assert not result.declined
+        for name, matrix in matrices(copy).items():
+            assert not matrix[~masks[name]].any(), "zeros stay zeros"
+            assert np.count_nonzero(matrix) > 0.4 * matrix.size
+        losses.append(loss(copy, model, x[8], run))
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_the_dense_model_is_left_as_it_is(wide, tmp_path):
+    model, x = wide
+    whole = model.clone()
+    before = fingerprint(whole)
+    data = CalibrationData(Samples.of([{"X": batch} for batch in x[:2]], "test"), tmp_path)
+    Magnitude(sparsity=0.5)(model)
+    QuantizeWeights(method="auto", group_size=32)(model, PassContext(calibration=data, dense=whole))
+    assert fingerprint(whole) == before
+
+
+def test_what_was_not_pruned_is_solved_as_alone(wide, tmp_path):
+    """The model before pruning is then the model itself."""
+    model, x = wide
+    copies = [model.clone() for _ in range(2)]
+    data = CalibrationData(Samples.of([{"X": batch} for batch in x[:8]], "test"), tmp_path)
+    for copy, dense in zip(copies, (None, model), strict=True):
+        context = PassContext(calibration=data, dense=dense)
+        QuantizeWeights(method="auto", group_size=32)(copy, context)
+    first, second = map(matrices, copies)
+    for name, matrix in first.items():
+        np.testing.assert_array_equal(matrix, second[name])
+
+
+def test_a_compilation_aims_at_the_model_before_pruning(wide, tmp_path, run):
+    model, x = wide
+    ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "x.npz", X=np.concatenate(x[:8]))
+    result = sparse_onnx.optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        method="auto",
+        sparsity=0.5,
+        bits=3,
+        group_size=32,
+        calibration_data=tmp_path / "x.npz",
+        benchmark=False,
+        keep_pruned=True,
+    )
+    written = ir.from_proto(onnx.load(result.folder / "model.onnx"))
+    (tmp_path / "work").mkdir()
+    apart = model.clone()
+    data = CalibrationData(Samples.of([{"X": batch} for batch in x[:8]], "test"), tmp_path / "work")
+    context = PassContext(calibration=data)
+    Pipeline((Auto(sparsity=0.5), QuantizeWeights(method="rtn", bits=3, group_size=32)))(apart, context)
+    assert loss(written, model, x[8], run) < 0.8 * loss(apart, model, x[8], run)
+    assert {row["bits"] for row in result.report["quantized"]} == {3}
+    assert all(np.count_nonzero(matrix) <= matrix.size / 2 for matrix in matrices(written).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"method": "auto"}, 6),
+        ({"method": "auto", "unseen_tokens": 0.0}, 4),
+        ({"method": "auto", "unseen_tokens": 1.0}, 8),
+        ({"method": "gptq"}, 4),
+        ({"method": "gptq", "unseen_tokens": 0.25}, 5),
+    ],
+)
+def test_tokens_that_the_data_lacks(from_text, tmp_path, monkeypatch, options, batches):
+    rng = np.random.default_rng(2)
+    model = from_text(
+        """<ir_version: 9, opset_import: ["" : 17]> g (int64[B, 8] ids) => (float[B, 8, 8] Y)
+           { E = Gather(table, ids) Y = MatMul(E, U) }""",
+        table=rng.standard_normal((300, 16)).astype(np.float32),
+        U=U,
+    )
+    seen = []
+    original = weight_module.Calibrator
+
+    def calibrator(model, weights, samples, *rest, **named):
+        seen.append(samples)
+        return original(model, weights, samples, *rest, **named)
+
+    monkeypatch.setattr(weight_module, "Calibrator", calibrator)
+    given = [{"ids": rng.integers(0, 40, (3, 8))} for _ in range(4)]
+    data = CalibrationData(Samples.of(given, "test"), tmp_path)
+    QuantizeWeights(group_size=16, **options)(model, PassContext(calibration=data))
+    (samples,) = seen
+    assert len(samples) == batches
+    unseen = [batch for batch in samples if (batch["ids"] >= 40).any()]
+    assert len(unseen) == batches - 4
