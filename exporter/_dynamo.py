@@ -23,7 +23,8 @@ OPSETS = range(18, 24)
 def trace(
     module: Any, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any] | None, opset: int
 ) -> ir.Model:
-    """Export ``module`` with ``torch.onnx.export(dynamo=True)``; graph inputs have the names of ``inputs``.
+    """Export ``module`` with ``torch.onnx.export(dynamo=True)``; graph inputs have the names of ``inputs``, and
+    those of an input that is a list a number behind it.
 
     Raises UsageError for an opset out of 18..23 and for a module that torch cannot trace.
     """
@@ -45,8 +46,13 @@ def trace(
         raise UsageError(f"torch cannot export {type(module).__name__}: {_reason(error)}") from error
     model: ir.Model = program.model
     names = [value.name for value in model.graph.inputs]
-    if names != list(inputs):
-        raise UsageError(f"torch exported the inputs {names} instead of {list(inputs)}")
+    expected = [
+        leaf
+        for name, value in inputs.items()
+        for leaf in ([f"{name}_{i}" for i in range(len(value))] if isinstance(value, list) else [name])
+    ]
+    if names != expected:
+        raise UsageError(f"torch exported the inputs {names} instead of {expected}")
     return model
 
 

@@ -14,7 +14,7 @@ from sparse_onnx.exporter._extras import require
 from sparse_onnx.model.model_io import save_model
 from sparse_onnx.running.runtime import open_session
 
-__all__ = ["check_parity", "difference"]
+__all__ = ["check_parity", "difference", "leaves"]
 
 RELATIVE_TOLERANCE = 1e-4
 
@@ -33,6 +33,11 @@ def difference(expected: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
         return float("inf"), 1.0
     scale = float(np.abs(one[finite]).max(initial=0.0))
     return float(np.abs(one[finite] - other[finite]).max(initial=0.0)), scale or 1.0
+
+
+def leaves(case: Mapping[str, Any]) -> list[Any]:
+    """The tensors of a case in order; an input may be a list of them."""
+    return [leaf for value in case.values() for leaf in (value if isinstance(value, list) else [value])]
 
 
 def check_parity(model: ir.Model, module: Any, cases: Sequence[Mapping[str, Any]]) -> float:
@@ -57,12 +62,13 @@ def check_parity(model: ir.Model, module: Any, cases: Sequence[Mapping[str, Any]
 def _check_case(session: Any, module: Any, case: Mapping[str, Any]) -> float:
     torch = require("torch")
     inputs = session.get_inputs()
-    tensors = dict(zip([value.name for value in inputs], case.values(), strict=True))
+    tensors = dict(zip([value.name for value in inputs], leaves(case), strict=True))
     where = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors.items())
     with torch.no_grad():
         result = module(**case)
-    leaves = require("torch.utils._pytree").tree_leaves(result)
-    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    expected = [
+        leaf for leaf in require("torch.utils._pytree").tree_leaves(result) if isinstance(leaf, torch.Tensor)
+    ]
     try:
         actual = session.run(None, {name: tensor.detach().numpy() for name, tensor in tensors.items()})
     except Exception as error:  # ORT's exceptions have no common base but Exception

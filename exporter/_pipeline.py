@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sparse_onnx.exporter._dynamo import trace
-from sparse_onnx.exporter._parity import check_parity
+from sparse_onnx.exporter._parity import check_parity, leaves
 from sparse_onnx.exporter._tidy import tidy
 
 __all__ = ["ExportResult", "export_frozen"]
@@ -52,7 +52,7 @@ def export_frozen(
     distance = check_parity(model, module, cases)
     names = [value.name or "" for value in model.graph.inputs]
     shapes = tuple(
-        {name: tuple(tensor.shape) for name, tensor in zip(names, case.values(), strict=True)}
+        {name: tuple(tensor.shape) for name, tensor in zip(names, leaves(case), strict=True)}
         for case in cases
     )
     return ExportResult(model, distance, shapes)

@@ -1,4 +1,5 @@
-"""A Hugging Face model folder to ONNX: text encoders, with or without a head. Never touches the network."""
+"""A Hugging Face model folder to ONNX: text encoders, with or without a head, and causal language models, with or
+without their cache. Never touches the network."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_onnx.errors import UsageError
+from sparse_onnx.exporter._decoder import decoder
 from sparse_onnx.exporter._extras import require
 from sparse_onnx.exporter._pipeline import ExportResult, export_frozen
 
@@ -20,6 +22,8 @@ TASKS = {
     "fill-mask": "AutoModelForMaskedLM",
     "question-answering": "AutoModelForQuestionAnswering",
     "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "text-generation-with-past": "AutoModelForCausalLM",
     "token-classification": "AutoModelForTokenClassification",
 }
 """Task names, as Hugging Face uses them, and the class that loads each."""
@@ -31,6 +35,7 @@ _HEADS = {
     "ForTokenClassification": "token-classification",
 }
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_GENERATION = ("text-generation", "text-generation-with-past")
 _AXES = {0: "batch", 1: "sequence"}
 
 
@@ -49,11 +54,28 @@ def export_huggingface(
     ``pooler_output`` or ``logits``. Attention is exported in its plain form. The model is compared with torch
     at two shapes with padding. ``progress`` is called with one line of text at every step.
 
+    The tasks ``text-generation`` and ``text-generation-with-past`` are for causal language models and have to be
+    asked for. Inputs are ``input_ids``, ``attention_mask`` and, where the model reads them, ``position_ids``; with its
+    past also ``past_key_values.0.key`` and so on, [batch, heads, past_sequence, size], and the mask is of all tokens.
+    Outputs are ``logits`` and ``present.0.key`` and so on.
+
     Raises UsageError for a folder, task or architecture that does not fit or weights that are missing,
     HostError when a package is missing, VerificationError when outputs differ by more than 1e-4 of the scale.
     """
     progress(f"reading {folder}")
     module = load_pretrained(Path(folder), task)
+    if task in _GENERATION:
+        causal = decoder(module, past=task == "text-generation-with-past")
+        return export_frozen(
+            causal.module,
+            causal.cases[0],
+            dynamic_shapes=causal.dynamic_shapes,
+            input_names=causal.input_names,
+            output_names=causal.output_names,
+            opset=opset,
+            cases=causal.cases,
+            progress=progress,
+        )
     names = [
         name
         for name in _INPUTS
@@ -97,7 +119,7 @@ def load_pretrained(folder: Path, task: str | None) -> Any:
     try:
         with _quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(folder, **local)
-            _check_encoder(folder, config)
+            _check_kind(folder, config, task)
             task = task or _task(config)
             for name in ("use_cache", "output_hidden_states", "output_attentions"):
                 setattr(config, name, False)
@@ -139,14 +161,16 @@ def _quiet(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _check_encoder(folder: Path, config: Any) -> None:
-    decoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
+def _check_kind(folder: Path, config: Any, task: str | None) -> None:
+    two = getattr(config, "is_encoder_decoder", False)
     text = getattr(config, "vocab_size", None) and getattr(config, "hidden_size", None)
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
-    if decoder or causal or not text:
+    if task in _GENERATION and causal and text and not two:
+        return
+    if two or getattr(config, "is_decoder", False) or causal or not text or task in _GENERATION:
         raise UsageError(
-            f"{folder} holds a {config.model_type!r} model; text encoders are read from a folder, "
-            "anything else through export_torch() with example inputs"
+            f"{folder} holds a {config.model_type!r} model; text encoders are read from a folder, and causal language "
+            f"models for the task {' or '.join(_GENERATION)}, anything else through export_torch() with example inputs"
         )
 
 

@@ -182,6 +182,72 @@ def test_decoders_are_sent_to_export_torch(tmp_path: Path, architecture: str) ->
         export_huggingface(tmp_path)
 
 
+# Causal language models
+
+
+def causal(folder: Path, architecture: str = "LlamaForCausalLM", **options: object) -> torch.nn.Module:
+    return save(folder, architecture, tie_word_embeddings=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "heads"),
+    [("LlamaForCausalLM", {"num_key_value_heads": 2}, 2), ("GPT2LMHeadModel", {}, 4)],
+)
+def test_a_language_model_with_its_past_decodes_as_torch_does(
+    tmp_path: Path, architecture: str, options: dict[str, int], heads: int
+) -> None:
+    model = causal(tmp_path, architecture, **options)
+    result = export_huggingface(tmp_path, task="text-generation-with-past")
+    cache = [f"{index}.{part}" for index in range(2) for part in ("key", "value")]
+    assert names(result) == (
+        ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in cache)],
+        ["logits", *(f"present.{part}" for part in cache)],
+    )
+    assert [shapes["input_ids"] for shapes in result.shapes] == [(2, 8), (1, 11), (3, 1)]
+    assert [shapes["past_key_values.1.value"][2] for shapes in result.shapes] == [5, 0, 9]
+
+    from sparse_onnx.model.model_io import save_model
+    from sparse_onnx.running.runtime import open_session
+
+    path = save_model(result.model, tmp_path / "out")
+    session = open_session(path, threads=1, library=False)
+    tokens = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (1, 9))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    past = {f"past_key_values.{part}": np.zeros((1, heads, 0, 8), np.float32) for part in cache}
+    parts = []
+    for first, last in ((0, 5), (5, 6), (6, 9)):  # a prefill, one token, and three at once
+        given = {
+            "input_ids": tokens[:, first:last],
+            "attention_mask": np.ones((1, last), np.int64),
+            "position_ids": np.arange(first, last)[None],
+        }
+        logits, *present = session.run(None, {**given, **past})
+        parts.append(logits)
+        past = dict(zip(past, present, strict=True))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
+
+
+def test_a_language_model_without_its_past(tmp_path: Path) -> None:
+    model = causal(tmp_path, num_key_value_heads=2)
+    result = export_huggingface(tmp_path, task="text-generation")
+    assert names(result) == (["input_ids", "attention_mask", "position_ids"], ["logits"])
+    weights = result.model.graph.initializers
+    name = "model.layers.1.mlp.gate_proj.weight"  # as in the checkpoint
+    np.testing.assert_array_equal(
+        weights[name].const_value.numpy(), model.get_parameter(name).detach().numpy().T
+    )
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "T5ForConditionalGeneration"])
+def test_what_generates_no_text_by_itself_is_refused_for_it(tmp_path: Path, architecture: str) -> None:
+    config = getattr(transformers, architecture).config_class()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="causal language models for the task text-generation"):
+        export_huggingface(tmp_path, task="text-generation-with-past")
+
+
 def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}

@@ -8,6 +8,8 @@ import onnx.parser
 import pytest
 
 from sparse_onnx.analysis import inspection
+from sparse_onnx.model import model_io
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 
 
 def rows_by_name(document):
@@ -101,6 +103,44 @@ def test_how_weights_are_encoded_is_said(run_cli, tmp_path):
     }
     assert {name: rows[name]["reason"] for name in reasons} == reasons
     assert document["untouched"] == [], "with enough zeros all of them can be sparse"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("storage", ["unpack", "dequantize"])
+def test_scales_and_zero_points_belong_to_their_integers(run_cli, tmp_path, storage, symmetric):
+    """A matrix of scales is no weight of its own; one that a layer reads is."""
+    rng = np.random.default_rng(0)
+    path = save(
+        tmp_path,
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[4, 64] x) => (float[4, 32] y) {
+        a = MatMul(x, w) y = Mul(a, factors) }""",
+        w=rng.standard_normal((64, 32)).astype(np.float32),
+        factors=rng.standard_normal((4, 32)).astype(np.float32),
+    )
+    model = model_io.load_model(path)
+    QuantizeWeights(method="rtn", group_size=16, symmetric=symmetric, storage=storage)(model)
+    path = model_io.save_model(model, tmp_path / "out")
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert {row["name"]: (row["shape"], row["state"]) for row in document["weights"]} == {
+        "w": ([64, 32], "quantized"),
+        "factors": ([4, 32], "stays"),
+    }
+    assert not document["not_counted"]
+    assert document["total"]["weights"] == 64 * 32 + 4 * 32
+
+
+def test_scales_of_matmul_nbits_belong_to_their_integers(run_cli, tmp_path):
+    path = save(
+        tmp_path,
+        """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[4, 64] x) => (float[4, 32] y) {
+        y = com.microsoft.MatMulNBits<K = 64, N = 32, bits = 4, block_size = 32>(x, q, s, z) }""",
+        q=np.full((32, 2, 16), 0x88, np.uint8),
+        s=np.ones((32, 2), np.float32),
+        z=np.full((32, 1), 0x88, np.uint8),
+    )
+    document = run_cli("inspect", path, "--format", "json").json()
+    assert [row["name"] for row in document["weights"]] == ["q"]
+    assert not document["not_counted"]
 
 
 def test_no_shares_where_shapes_are_not_known(run_cli, tmp_path):

@@ -21,8 +21,10 @@ from sparse_onnx.analysis.sparsity_metrics import Metrics, measure
 from sparse_onnx.model import model_io
 from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.check import MIN_OPSET
+from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.embedded import EmbeddedTensor
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
+from sparse_onnx.model.integer_operators import integer_operator
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.opset_conversion import CONVERTED_FROM
 from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
@@ -283,10 +285,10 @@ def _quantized(weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def _plain(model: ir.Model, known: Collection[str]) -> Iterator[dict[str, Any]]:
-    """One row for each float initializer of rank 2 or more that is not among ``known``."""
+    """One row for each float initializer of rank 2 or more that is not among ``known``, and no scale of integers."""
     for value in initializers(model):
-        tensor = value.const_value
-        if value.name in known:
+        tensor, uses = value.const_value, value.uses()
+        if value.name in known or (uses and all(_scales(use.node, use.idx) for use in uses)):
             continue
         if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
@@ -311,12 +313,23 @@ def _plain(model: ir.Model, known: Collection[str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def _scales(node: ir.Node, index: int) -> bool:
+    """Whether input ``index`` of ``node`` says what stored integers stand for: it belongs to them, and is no weight."""
+    if node.op_type == "MatMulNBits":
+        return index > 1
+    integers = integer_operator(node)
+    if integers is not None:
+        return index in (integers.scale, integers.zero_point)
+    return index > 0 and decodes(node, 0)
+
+
 def _not_counted(model: ir.Model, known: Collection[str]) -> list[dict[str, Any]]:
-    """One row for each constant of rank 2 or more that is no float tensor, and not among ``known``."""
+    """One row for each constant of rank 2 or more that is no float tensor, not among ``known``, and no zero point of
+    these."""
     rows = []
     for value in initializers(model):
-        tensor = value.const_value
-        if value.name in known:
+        tensor, uses = value.const_value, value.uses()
+        if value.name in known or (uses and all(_scales(use.node, use.idx) for use in uses)):
             continue
         if tensor is None or tensor.dtype in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
