@@ -19,7 +19,6 @@ import onnx_ir as ir
 
 from sparse_onnx.analysis.sparsity_metrics import Metrics, measure
 from sparse_onnx.model import model_io
-from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.check import MIN_OPSET
 from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.embedded import EmbeddedTensor
@@ -293,8 +292,6 @@ def _plain(model: ir.Model, known: Collection[str]) -> Iterator[dict[str, Any]]:
         if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or not tensor.size:
             continue
         users = list(dict.fromkeys(use.node for use in value.uses()))
-        if users and all(user.domain == UNPACK_DOMAIN for user in users):
-            continue  # scales of a weight that has a row
         zeros, nan, inf = count_values(tensor)
         yield {
             "name": value.name or "?",
