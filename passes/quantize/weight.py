@@ -33,6 +33,8 @@ from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
+from sparse_onnx.passes.calibration.unseen import with_unseen_tokens
+from sparse_onnx.passes.patterns.tokens import find_tokens
 from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
 from sparse_onnx.passes.solvers import (
     QUANTIZERS,
@@ -68,6 +70,9 @@ class QuantizeWeights(Pass):
             for ``gptq``, ``asymmetric`` for ``auto``. Not for methods without data.
         bias_correction: Whether biases take up the shift of the mean; None: as ``auto`` does. Not without data.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
+        unseen_tokens: The share of the batches that is run once more with half of the tokens drawn from the whole
+            vocabulary, see :mod:`~sparse_onnx.passes.calibration.unseen`. Measured with ``auto`` on the first layers of
+            a language model in 3 bits, at .5: text of another kind loses a quarter less, like text half as much again.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
 
@@ -83,14 +88,20 @@ class QuantizeWeights(Pass):
     calibration: Order | None = None
     bias_correction: bool | None = None
     dampening_frac: float = 0.01
+    unseen_tokens: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = DEFAULT_IGNORE
 
     def check(self) -> None:
         _ = self.grid("float32"), self.selection
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
-        if not self.needs_calibration and (self.calibration is not None or self.bias_correction):
-            raise UsageError(f"{self.method} uses no data: give no calibration and no bias_correction")
+        require(0 <= self.unseen_tokens <= 1, "unseen_tokens", self.unseen_tokens, "in [0, 1]")
+        if not self.needs_calibration and (
+            self.calibration is not None or self.bias_correction or self.unseen_tokens
+        ):
+            raise UsageError(
+                f"{self.method} uses no data: give no calibration, no bias_correction and no unseen_tokens"
+            )
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # that of most passes is the same for all options
@@ -117,7 +128,9 @@ class QuantizeWeights(Pass):
         """Plain rounding, which makes files of the same size."""
         if not self.needs_calibration:
             return self
-        return dataclasses.replace(self, method="rtn", calibration=None, bias_correction=None)
+        return dataclasses.replace(
+            self, method="rtn", calibration=None, bias_correction=None, unseen_tokens=0.0
+        )
 
     def grid(self, scale_type: ScaleType) -> GridOptions:
         return GridOptions(self.bits, self.group_size, self.symmetric, scale_type)
@@ -215,8 +228,12 @@ class _Job:
             key = f"{model_digest(self.model)} {data.samples.digest()} {options!r}"
             self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
         how = data.options or CalibrationOptions()
+        tokens = find_tokens(self.model) if options.unseen_tokens else None
+        samples = data.samples
+        if tokens is not None:
+            samples = with_unseen_tokens(samples, tokens, options.unseen_tokens, how.mask)
         calibrator = Calibrator(
-            self.model, self.weights, data.samples, how, work=data.work, progress=self.context.progress
+            self.model, self.weights, samples, how, work=data.work, progress=self.context.progress
         )
         self.declined += [
             (name, f"rounded without data, by hqq: {reason}") for name, reason in calibrator.declined
