@@ -77,7 +77,9 @@ class QuantizeWeights(Pass):
             for ``gptq``, ``asymmetric`` for ``auto``. Not for methods without data.
         bias_correction: Whether biases take up the shift of the mean; None: as ``auto`` does. Not without data.
         unseen_tokens: The share of the batches that is run once more with half of the tokens drawn from the whole
-            vocabulary, see :mod:`sparse_onnx.passes.calibration.unseen`; None: half with ``auto``, otherwise none.
+            vocabulary, see :mod:`~sparse_onnx.passes.calibration.unseen`; None: half with ``auto``, otherwise none.
+            Measured at .5: a sentence encoder in 4 bits loses a third less on text of another kind, as much on like
+            text; the first layers of a language model in 3 bits lose a quarter less, and half as much again.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """

@@ -184,8 +184,8 @@ def test_dequantize_falls_back_and_says_so(model):
         ({"method": "gptq", "dampening_frac": -1.0}, "dampening_frac must be 0 or more"),
         ({"calibration": "oneshot"}, "hqq uses no data: give no calibration"),
         ({"method": "rtn", "bias_correction": True}, "rtn uses no data"),
-        ({"method": "hqq", "unseen_tokens": 0.5}, "hqq uses no data: give no .* and no unseen_tokens"),
-        ({"method": "auto", "unseen_tokens": 1.5}, "unseen_tokens must be in"),
+        ({"method": "hqq", "unseen_tokens": 0.5}, "hqq uses no data"),
+        ({"method": "auto", "unseen_tokens": 1.5}, r"unseen_tokens must be in \[0, 1\]"),
         ({"targets": ("re:[",)}, "is not a regular expression"),
     ],
 )
@@ -284,6 +284,56 @@ def test_pruned_zeros_stay_zero(wide, tmp_path, method):
     for name, matrix in before.items():
         assert (after[name][matrix == 0] == 0).all()
     assert all(layer.zeros_after >= layer.zeros_before > 0 for layer in result.layers)
+
+
+@pytest.fixture
+def reader(from_text):
+    """A table of 200 tokens and a linear [48, 24] on their rows; text that has 60 of them, each sample some of its own,
+    and text of the others."""
+    rng = np.random.default_rng(11)
+    model = from_text(
+        """<ir_version: 9, opset_import: ["" : 17]> g (int64[B, S] ids) => (float[B, S, 24] Y)
+           { E = Gather(T, ids) Y = MatMul(E, W) }""",
+        T=rng.standard_normal((200, 48)).astype(np.float32),
+        W=rng.standard_normal((48, 24)).astype(np.float32) / 7,
+    )
+    text = [{"ids": rng.integers(0, 60, (4, 12))} for _ in range(8)]
+    return model, text, {"ids": np.arange(60, 200)[None]}
+
+
+def read(reader, tmp_path, run, **options):
+    """The loss on tokens that were not in the text, and the bytes of the integers."""
+    model, text, others = reader
+    copy = model.clone()
+    data = CalibrationData(Samples.of(text, "text"), tmp_path)
+    QuantizeWeights(bits=3, group_size=16, **options)(copy, PassContext(calibration=data))
+    expected, found = (run(each, others)["Y"].astype(np.float64) for each in (model, copy))
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected), matrices(copy)["W"].tobytes()
+
+
+@pytest.mark.parametrize("method", ["gptq", "auto"])
+def test_tokens_that_the_text_lacks_are_drawn(reader, tmp_path, run, method):
+    drawn, _ = read(reader, tmp_path, run, method=method, unseen_tokens=1.0)
+    text_alone, _ = read(reader, tmp_path, run, method=method, unseen_tokens=0.0)
+    assert drawn < 0.95 * text_alone
+
+
+@pytest.mark.parametrize("method", ["gptq", "auto"])
+def test_none_are_drawn_unless_asked_for(reader, tmp_path, run, method):
+    default, none, all_batches = (
+        read(reader, tmp_path, run, method=method, **given)[1]
+        for given in ({}, {"unseen_tokens": 0.0}, {"unseen_tokens": 1.0})
+    )
+    assert default == none != all_batches
+
+
+def test_without_tokens_nothing_is_drawn(wide, tmp_path):
+    model, x = wide
+    copies = [model.clone(), model.clone()]
+    for copy, share in zip(copies, (0.0, 1.0), strict=True):
+        with_data(copy, x[:4], tmp_path, method="auto", unseen_tokens=share)
+    one, other = map(matrices, copies)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_an_interrupted_run_goes_on(wide, tmp_path, monkeypatch):
