@@ -318,13 +318,13 @@ def test_tokens_that_the_text_lacks_are_drawn(reader, tmp_path, run, method):
     assert drawn < 0.95 * text_alone
 
 
-@pytest.mark.parametrize("method", ["gptq", "auto"])
-def test_none_are_drawn_unless_asked_for(reader, tmp_path, run, method):
-    default, none, all_batches = (
+@pytest.mark.parametrize(("method", "share"), [("gptq", 0.0), ("auto", 0.5)])
+def test_what_is_drawn_where_nothing_is_said(reader, tmp_path, run, method, share):
+    default, same, all_batches = (
         read(reader, tmp_path, run, method=method, **given)[1]
-        for given in ({}, {"unseen_tokens": 0.0}, {"unseen_tokens": 1.0})
+        for given in ({}, {"unseen_tokens": share}, {"unseen_tokens": 1.0})
     )
-    assert default == none != all_batches
+    assert default == same != all_batches
 
 
 def test_without_tokens_nothing_is_drawn(wide, tmp_path):
