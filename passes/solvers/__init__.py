@@ -3,7 +3,7 @@
 :data:`SOLVERS` lists the methods; each is a frozen dataclass of its options with ``solve(W, statistics, structure,
 sparsity, scope)``. Scores that can be ranked over a whole model are in ``scores``; ``refit`` and ``aimed_target`` go
 with any of them. :data:`QUANTIZERS` lists the methods that round a layer to integers of few bits, with ``solve(W,
-statistics)``; ``joint`` does both.
+statistics)``: zeros of W stay zeros, so the two go one behind the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from sparse_onnx.passes.solvers.gram import relative_error
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
 from sparse_onnx.passes.solvers.hqq import HqqQuantizer
 from sparse_onnx.passes.solvers.iht import IhtSolver
-from sparse_onnx.passes.solvers.joint import joint
 from sparse_onnx.passes.solvers.lasso import LassoSolver
 from sparse_onnx.passes.solvers.omp import OmpSolver
 from sparse_onnx.passes.solvers.quantizer import DampedQuantizer, WeightQuantizer
@@ -68,7 +67,6 @@ __all__ = [
     "WeightQuantizer",
     "aimed_target",
     "centred_gram",
-    "joint",
     "magnitude_score",
     "obd_score",
     "random_score",
