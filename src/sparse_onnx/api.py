@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into, plan
 from sparse_onnx.compilation.dumps import check_dumps
-from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Quantize, Run, Target
+from sparse_onnx.compilation.groups import FLOAT32, Calibration, Goal, Prune, Quantize, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe
 from sparse_onnx.compilation.recipe_flags import override, settings_of
 from sparse_onnx.compilation.recipe_reader import load_recipe
@@ -23,6 +23,7 @@ from sparse_onnx.data.inputs import plain_values
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
 from sparse_onnx.options import documented, keywords
+from sparse_onnx.passes.base import Stage
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.report.environment import describe_call
 from sparse_onnx.search.limits import Limits
@@ -137,6 +138,12 @@ def optimize(
             raise UsageError("a search measures: leave --dry-run and --no-benchmark out, or give a sparsity")
         if dump_after:
             raise UsageError("a search compiles many times: leave --dump-after out, or give a sparsity")
+        if resolved.target.precision != FLOAT32 or any(
+            m.stage is Stage.QUANTIZE for m in resolved.modifiers()
+        ):
+            raise UsageError(
+                "a search chooses zeros, not bits: leave --bits and --precision out, or give a sparsity"
+            )
         if len(patterns) > 1:
             raise UsageError("a search chooses the pattern: give --mask-structure in place of --set")
         from sparse_onnx.search.run import search_recipe

@@ -141,3 +141,9 @@ def test_bits_alone_round_no_activation(source, tmp_path, integers_win, options)
     assert {row["decision"] for row in result.report["layers"]} == {"dense"}
     assert "rounded_activations" not in result.report["verification"]
     assert result.report["summary"]["bytes_after"] < result.report["summary"]["bytes_before"]
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"precision": "int8"}])
+def test_a_search_takes_no_bits(source, tmp_path, options):
+    with pytest.raises(UsageError, match="a search chooses zeros, not bits"):
+        sparse_onnx.optimize(source, tmp_path / "out", method="magnitude", target_speedup=2.0, **options)

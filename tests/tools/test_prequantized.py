@@ -407,3 +407,33 @@ def test_hostile_sizes_end_in_one_message(attributes, reason, run_cli, tmp_path)
         ran = run_cli(*command, "--threads", "1")
         assert ran.code == 2
         assert "Error: ONNX Runtime" in ran.err
+
+
+def test_analyze_of_weights_in_few_bits(run_cli, tmp_path):
+    """Kernels on floats could take them, but what zeros would bring is told of floats only."""
+    width = 64
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        g (float[8, {width}] X) => (float[8, {width}] Y) {{ h = MatMul(X, A) Y = MatMul(h, B) }}"""
+    )
+    for name in "AB":
+        weight = np.random.default_rng(ord(name)).standard_normal((width, width)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    onnx.save(proto, tmp_path / "in.onnx")
+    options = ("--threads", "1")
+    assert (
+        run_cli(
+            "optimize",
+            tmp_path / "in.onnx",
+            "-o",
+            tmp_path / "out",
+            "--bits",
+            "4",
+            "--no-benchmark",
+            *options,
+        ).code
+        == 5
+    )
+    ran = run_cli("analyze", tmp_path / "out" / "model.onnx", *options)
+    assert ran.code == 0
+    assert "2 weights are quantized already (2 in 4 bits)" in ran.out

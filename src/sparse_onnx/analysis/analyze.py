@@ -29,13 +29,14 @@ from sparse_onnx.data.inputs import InputSpec, Value, plain_values
 from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
+from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.opset_conversion import converted_from
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
 from sparse_onnx.model.quantized_weights import QuantizedWeight, describe, quantized_weights
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, find_weights
 from sparse_onnx.model.work import NodeWork, Untouched, Work, untouched
 from sparse_onnx.options import require
-from sparse_onnx.passes.base import PassContext, Pipeline
+from sparse_onnx.passes.base import Declined, PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.forms import Form
@@ -387,11 +388,11 @@ class _Job:
                 Pipeline(PREPARATION_PASSES)(cleaned, context)
                 fused = cleaned.clone()
                 changed = Pipeline(FUSION_PASSES)(fused, context).modified or bool(fixed)
-                candidates, declined = find_candidates(fused)
+                candidates, declined = _candidates(fused)
                 _, left = choose_weights(fused, self.selection, MaskStructure())
                 self.reasons = {candidate.weight.name: "" for candidate in candidates} | dict(left)
             with self.clock("run dense"):
-                known = find_candidates(cleaned)[0]
+                known = _candidates(cleaned)[0]
                 values, dense_ms = self.run_dense(cleaned, known)
             kinds = self.kinds(candidates, values)
             self.say(f"note: this takes about {format_duration(self.seconds(kinds, dense_ms, wanted))}")
@@ -651,6 +652,12 @@ class _Job:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return model_io.save_model(lowered, folder)
+
+
+def _candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:
+    """Those whose weights are floats: what zeros would bring in others is not told yet."""
+    candidates, declined = find_candidates(model)
+    return [found for found in candidates if isinstance(found.weight.encoding, Dense)], declined
 
 
 _Kinds = dict[str, tuple[Candidate, Layer, list[tuple[int, ...]]]]
