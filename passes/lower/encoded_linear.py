@@ -138,9 +138,10 @@ class LowerEncoded(Lowering):
         weight = candidate.weight
         grid = read_grid(weight)
         assert isinstance(grid, IntegerGrid)
-        stem = names.stem(weight.name, [f".{key}" for key in self.arrays(grid)])
+        arrays = self.arrays(grid)
+        stem = names.stem(weight.name, [f".{key}" for key in arrays])
         stored = {}
-        for key, array in self.arrays(grid).items():
+        for key, array in arrays.items():
             tensor = context.store(np.ascontiguousarray(array), f"{stem}.{key}")
             stored[key] = add_initializer(graph, f"{stem}.{key}", tensor)
         weight.release()

@@ -97,7 +97,7 @@ class LowerMatMulNBits(LowerEncoded):
 
 def _block_size(grid: IntegerGrid) -> int | None:
     """The inputs that share a scale in the operator, a power of 2; None: there is no such number."""
-    if grid.group_size >= len(grid.integers):
+    if grid.group_size >= grid.inputs:
         return _LARGEST
     power = grid.group_size & -grid.group_size
     return min(power, _LARGEST) if power >= _SMALLEST else None

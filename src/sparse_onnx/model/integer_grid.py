@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,15 +19,21 @@ __all__ = ["IntegerGrid", "read_grid"]
 class IntegerGrid:
     """W [K, N] = (``integers`` - ``zero_point``) · ``scale``, of 2, 3, 4 or 8 ``bits``.
 
-    ``integers`` [K, N] are uint8, zero is never negative; ``scale`` [groups, N] float32 and ``zero_point`` [groups, N]
-    uint8 hold for ``group_size`` inputs each, the last group for the rest.
+    ``scale`` [groups, N] float32 and ``zero_point`` [groups, N] uint8 hold for ``group_size`` inputs each, the last
+    group for the rest. ``read`` gives the integers, uint8 [K, N]: a grid is known without them.
     """
 
     bits: int
-    integers: np.ndarray
+    inputs: int
+    read: Callable[[], np.ndarray]
     scale: np.ndarray
     zero_point: np.ndarray
     group_size: int
+
+    @functools.cached_property
+    def integers(self) -> np.ndarray:
+        """uint8 [K, N]; zero is never negative."""
+        return self.read()
 
     @property
     def symmetric(self) -> bool:
@@ -37,12 +45,18 @@ def read_grid(weight: Weight) -> IntegerGrid | str:
     """The integers of ``weight``, or the reason why there are none."""
     encoding, stored = weight.encoding, weight.tensor.numpy()
     if isinstance(encoding, Packed):
-        integers = weight.in_order(unpack(stored, encoding.bits, encoding.inputs))
         scale = encoding.scale.numpy()[:, 0].astype(np.float32)
         middle = np.full(scale.shape, 1 << encoding.bits - 1, np.uint8)
         zeros = encoding.zero_point
         zero_point = middle if zeros is None else unpack(zeros.numpy(), encoding.bits, len(scale))
-        return IntegerGrid(encoding.bits, integers, scale, zero_point, encoding.group_size)
+        return IntegerGrid(
+            encoding.bits,
+            encoding.inputs,
+            lambda: weight.in_order(unpack(stored, encoding.bits, encoding.inputs)),
+            scale,
+            zero_point,
+            encoding.group_size,
+        )
     if not isinstance(encoding, Affine) or encoding.rounded:
         return f"is stored as {encoding}"
     bits = encoding.dtype.bitwidth
@@ -53,11 +67,11 @@ def read_grid(weight: Weight) -> IntegerGrid | str:
     size = _group_size(weight, encoding, stored.shape)
     if size is None:
         return "has scales that are not of groups of inputs"
-    whole = [np.broadcast_to(array, stored.shape) for array in (stored, scale, zero_point)]
-    integers, scale, zero_point = (weight.in_order(np.ascontiguousarray(array)) for array in whole)
+    scale, zero_point = (weight.in_order(np.broadcast_to(part, stored.shape)) for part in (scale, zero_point))
     return IntegerGrid(
         bits,
-        (integers.astype(np.int16) + shift).astype(np.uint8),
+        weight.shape[0],
+        lambda: (weight.in_order(stored).astype(np.int16) + shift).astype(np.uint8),
         np.ascontiguousarray(scale[::size], np.float32),
         (zero_point[::size].astype(np.int16) + shift).astype(np.uint8),
         size,
@@ -71,7 +85,7 @@ def _group_size(weight: Weight, encoding: Affine, shape: tuple[int, ...]) -> int
         return K
     count = np.arange(encoding.scale.size).reshape(encoding.scale.shape.numpy())
     index = np.broadcast_to(spread(count, shape, encoding.axis, encoding.block_size), shape)
-    which = weight.in_order(np.ascontiguousarray(index))  # of the scales each element of W has
+    which = weight.in_order(index)  # of the scales each element of W has
     changes = np.flatnonzero((which[1:] != which[:-1]).any(axis=1)) + 1
     size = int(changes[0]) if len(changes) else K
     return size if np.array_equal(changes, np.arange(size, K, size)) else None

@@ -17,7 +17,7 @@ def grid(bits, K, N, group_size, *, symmetric=True):
         zero_point = RNG.integers(0, 1 << bits, (groups, N)).astype(np.uint8)
     integers = RNG.integers(0, 1 << bits, (K, N)).astype(np.uint8)
     scale = RNG.uniform(0.5, 2, (groups, N)).astype(np.float32)
-    return IntegerGrid(bits, integers, scale, zero_point, group_size)
+    return IntegerGrid(bits, K, lambda: integers, scale, zero_point, group_size)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
