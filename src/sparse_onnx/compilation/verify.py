@@ -24,7 +24,7 @@ from sparse_onnx.running.runtime import LEVELS, of_our_making, open_runner
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import judge
-from sparse_onnx.verification.likeness import PROFILE_FILE, UNLIKE, describe, profile_of, unlikeness
+from sparse_onnx.verification.likeness import PROFILE_FILE, profile_of, unlikeness, warn_of
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
 
 __all__ = ["Verified", "verify"]
@@ -144,8 +144,7 @@ def _unlikeness(job: Job, source: Source, inputs: Inputs) -> float | None:
     known = profile(inputs.calibration.samples)
     known.save(job.folder / PROFILE_FILE)
     found = None if inputs.held_out is None else unlikeness(known, profile(inputs.held_out, like=known))
-    if found is not None and found >= UNLIKE:
-        job.say(f"warning: {describe(found, 'the data that the result is measured on')}")
+    warn_of(found, "the data that the result is measured on", job.say)
     return found
 
 

@@ -25,7 +25,7 @@ from sparse_onnx.passes.calibration.captures import find_captures
 from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.progress import is_lasting
 
-__all__ = ["PROFILE_FILE", "UNLIKE", "Profile", "describe", "profile_of", "unlikeness"]
+__all__ = ["PROFILE_FILE", "UNLIKE", "Profile", "profile_of", "unlikeness", "warn_of"]
 
 PROFILE_FILE = "calibration.npz"
 """Beside a compiled model: the :class:`Profile` of its calibration data."""
@@ -135,12 +135,13 @@ def unlikeness(known: Profile, seen: Profile) -> float | None:
     return float(np.mean(energies) / max(known.within, 1.0)) if energies else None
 
 
-def describe(found: float, what: str) -> str:
-    """That ``what`` (some data) is unlike the calibration data."""
-    return (
-        f"{what} looks unlike the calibration data ({found:.2f}; alike is 1.0, unlike from {UNLIKE:g} on): what was "
-        "pruned for that data loses more here; calibrate on some of this kind, too"
-    )
+def warn_of(found: float | None, what: str, progress: Callable[[str], None]) -> None:
+    """Tell that ``what`` (some data) is unlike the calibration data, if ``found`` says so."""
+    if found is not None and found >= UNLIKE:
+        progress(
+            f"warning: {what} looks unlike the calibration data ({found:.2f}; alike is 1.0, unlike from {UNLIKE:g} "
+            "on): what was pruned for that data loses more here; calibrate on some of this kind, too"
+        )
 
 
 def _energy(A: np.ndarray, B: np.ndarray) -> float:

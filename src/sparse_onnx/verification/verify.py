@@ -46,7 +46,7 @@ from sparse_onnx.verification.comparison import Difference, compare
 from sparse_onnx.verification.compiler_error import CompilerError, judge
 from sparse_onnx.verification.dense_reference import dense_reference
 from sparse_onnx.verification.layer_trace import LayerTrace, trace_layers
-from sparse_onnx.verification.likeness import PROFILE_FILE, UNLIKE, Profile, describe, profile_of, unlikeness
+from sparse_onnx.verification.likeness import PROFILE_FILE, Profile, profile_of, unlikeness, warn_of
 from sparse_onnx.verification.metrics import Measure, MetricResult, open_metric
 from sparse_onnx.verification.predictions import confirm, find_heads, make_probe
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
@@ -403,8 +403,7 @@ def _unlikeness(
     options = CalibrationOptions(threads=bench.threads)
     profile = profile_of(model, samples, options, work=bench.work, like=known, progress=bench.progress)
     found = unlikeness(known, profile)
-    if found is not None and found >= UNLIKE:
-        bench.progress(f"warning: {describe(found, samples.source)}")
+    warn_of(found, samples.source, bench.progress)
     return found
 
 
