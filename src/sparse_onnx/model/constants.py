@@ -7,7 +7,14 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import input_at
 
-__all__ = ["constant_array", "constant_integers", "constant_number", "constant_tensor", "is_constant"]
+__all__ = [
+    "constant_array",
+    "constant_integers",
+    "constant_number",
+    "constant_tensor",
+    "is_constant",
+    "tensor_shape",
+]
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -15,6 +22,11 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.is_graph_input():
         return None
     return ir.convenience.get_const_tensor(value)
+
+
+def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The sizes of a tensor, which are always known."""
+    return tuple(int(size) for size in tensor.shape.numpy())
 
 
 def is_constant(value: ir.Value | None) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.bit_packing import STORED_BITS, UNPACK_DOMAIN, packed_shape, unpack_name
-from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.constants import constant_tensor, tensor_shape
 from sparse_onnx.model.encodings import Affine, Encoding, Packed, Palette
 from sparse_onnx.model.graph import is_standard, producer
 from sparse_onnx.model.nbits import PackedBlocks
@@ -150,7 +150,7 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
     tensor = value.const_value
     if tensor is None:
         raise _UnreadableError("has no value")
-    shape = _shape(tensor)
+    shape = tensor_shape(tensor)
     node = _only_node(value)
     encoding: Encoding
     if is_standard(node, "QuantizeLinear"):
@@ -259,9 +259,9 @@ def _grid(dtype: ir.DataType, node: ir.Node, shape: Shape) -> _Grid:
         if zero_point.dtype != dtype:
             raise _UnreadableError(f"has dtype {dtype.name} and a zero point of {zero_point.dtype.name}")
         one = axis is None and zero_point.size == 1 and len(zero_point.shape) <= 1
-        if not one and _shape(zero_point) != _shape(scale):
+        if not one and tensor_shape(zero_point) != tensor_shape(scale):
             raise _UnreadableError(
-                f"has scales of shape {_shape(scale)} and zero points of shape {_shape(zero_point)}"
+                f"has scales of shape {tensor_shape(scale)} and zero points of shape {tensor_shape(zero_point)}"
             )
     return _Grid(scale, zero_point, axis, block_size)
 
@@ -279,7 +279,7 @@ def _parameter(node: ir.Node, index: int, what: str) -> ir.TensorProtocol | None
 
 def _axis(scale: ir.TensorProtocol, axis: int, block_size: int, shape: Shape) -> int | None:
     """The axis of ``shape`` along which scales differ; None: there is one scale."""
-    scales, rank = _shape(scale), len(shape)
+    scales, rank = tensor_shape(scale), len(shape)
     one = scale.size == 1 and len(scales) <= 1
     if one and block_size == 0:
         return None
@@ -336,7 +336,7 @@ def _by_hand(dtype: ir.DataType, cast: ir.Node, shape: Shape) -> tuple[Affine, i
 
 def _broadcast_axis(tensor: ir.TensorProtocol, shape: Shape) -> int | None:
     """The axis of ``shape`` along which the elements of ``tensor`` differ; None: there is one."""
-    sizes = _shape(tensor)
+    sizes = tensor_shape(tensor)
     long = [index for index, size in enumerate(sizes) if size != 1]
     axis = len(shape) - len(sizes) + long[0] if long else 0
     fits = len(sizes) <= len(shape) and (not long or (len(long) == 1 and sizes[long[0]] == shape[axis]))
@@ -350,7 +350,7 @@ def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
     scale, zero_point = _parameter(node, 1, "scale"), _parameter(node, 2, "zero point")
     names = {unpack_name(bits, zero_point is not None): bits for bits in STORED_BITS}
     bits = names.get(node.op_type)
-    shape, grid = _shape(tensor), node.attributes.get_ints("grid", ())
+    shape, grid = tensor_shape(tensor), node.attributes.get_ints("grid", ())
     inputs, rows = (tuple(node.attributes.get_ints(name, ())) for name in ("channels", "rows"))
     result = _dtype(node, "to")
     known = (
@@ -364,14 +364,17 @@ def _packed(tensor: ir.TensorProtocol, node: ir.Node) -> Packed:
     fits = (
         -(-inputs[0] // size) == groups
         and rows == (groups * size,)
-        and _shape(scale) == (groups, 1, N)
+        and tensor_shape(scale) == (groups, 1, N)
         and (tensor.dtype, shape) == (ir.DataType.UINT8, packed_shape(groups * size, N, bits))
     )
     if fits and zero_point is not None:
-        fits = (zero_point.dtype, _shape(zero_point)) == (ir.DataType.UINT8, packed_shape(groups, N, bits))
+        fits = (zero_point.dtype, tensor_shape(zero_point)) == (
+            ir.DataType.UINT8,
+            packed_shape(groups, N, bits),
+        )
     if not fits:
         raise _UnreadableError(
-            f"has bytes of shape {shape} and scales of shape {_shape(scale)}, which do not fit"
+            f"has bytes of shape {shape} and scales of shape {tensor_shape(scale)}, which do not fit"
         )
     return Packed(bits, inputs[0], size, scale, zero_point, result)
 
@@ -435,7 +438,3 @@ def _dtype(node: ir.Node, attribute: str) -> ir.DataType:
     """The type that an attribute names; UNDEFINED if it does not."""
     number = node.attributes.get_int(attribute, 0)
     return ir.DataType(number) if number in set(ir.DataType) else ir.DataType.UNDEFINED
-
-
-def _shape(tensor: ir.TensorProtocol) -> Shape:
-    return tuple(int(size) for size in tensor.shape.numpy())

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_array, constant_tensor
+from sparse_onnx.model.constants import constant_array, constant_tensor, tensor_shape
 from sparse_onnx.model.encodings import Affine
 from sparse_onnx.model.graph import STANDARD_DOMAINS, input_at, is_read_once, is_standard, producer
 from sparse_onnx.model.nbits import PackedBlocks, read_packed_blocks
@@ -134,7 +134,7 @@ def read_integers(value: ir.Value) -> Affine | PackedBlocks | str:
 
 def _plain(node: ir.Node, operator: IntegerOperator, tensor: ir.TensorProtocol) -> Affine | str:
     """The integers of a tensor that is not packed."""
-    shape = _shape(tensor)
+    shape = tensor_shape(tensor)
     if tensor.dtype not in _INTEGERS:
         return f"has dtype {tensor.dtype.name}, not INT8 or UINT8"
     if len(shape) < 2:
@@ -149,7 +149,7 @@ def _plain(node: ir.Node, operator: IntegerOperator, tensor: ir.TensorProtocol) 
         if zero_point.dtype != tensor.dtype:
             return f"has dtype {tensor.dtype.name} and a zero point of {zero_point.dtype.name}"
         if not _fits(zero_point, shape[axis]):
-            return f"has zero points of shape {_shape(zero_point)} for {shape[axis]} outputs"
+            return f"has zero points of shape {tensor_shape(zero_point)} for {shape[axis]} outputs"
     scale: ir.TensorProtocol | None
     if operator.scale is None:
         scale = _scale_behind(node, operator, shape[axis], len(shape))
@@ -158,7 +158,7 @@ def _plain(node: ir.Node, operator: IntegerOperator, tensor: ir.TensorProtocol) 
         if scale is None:
             return "has a scale that is no constant"
         if scale.dtype not in _FLOATS or not _fits(scale, shape[axis]):
-            return f"has scales {scale.dtype.name} of shape {_shape(scale)} for {shape[axis]} outputs"
+            return f"has scales {scale.dtype.name} of shape {tensor_shape(scale)} for {shape[axis]} outputs"
     kind = Affine if scale is not None else Unscaled
     scale = scale or _ONE
     alike = scale.size == 1 and (zero_point is None or zero_point.size == 1)
@@ -251,7 +251,7 @@ def _factor(value: ir.Value | None, operator: IntegerOperator, outputs: int, ran
     tensor = constant_tensor(value)
     if tensor is None or tensor.dtype not in _FLOATS:
         return None
-    shape = _shape(tensor)
+    shape = tensor_shape(tensor)
     place = rank - 1 if operator.layer == "Conv" else 1  # of the outputs, from the end
     each = len(shape) >= place and shape[len(shape) - place] == outputs == tensor.size
     if tensor.size != 1 and not each:
@@ -261,12 +261,8 @@ def _factor(value: ir.Value | None, operator: IntegerOperator, outputs: int, ran
 
 def _fits(tensor: ir.TensorProtocol, outputs: int) -> bool:
     """Whether there is one number for all outputs, or one for each."""
-    return tensor.size == 1 or (tensor.size == outputs and _shape(tensor)[-1] == outputs)
+    return tensor.size == 1 or (tensor.size == outputs and tensor_shape(tensor)[-1] == outputs)
 
 
 def _input(node: ir.Node, index: int | None) -> ir.Value | None:
     return None if index is None else input_at(node, index)
-
-
-def _shape(tensor: ir.TensorProtocol) -> Shape:
-    return tuple(int(size) for size in tensor.shape.numpy())

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model.constants import constant_tensor
+from sparse_onnx.model.constants import constant_tensor, tensor_shape
 from sparse_onnx.model.encodings import dequantize, quantize, restore
 from sparse_onnx.model.graph import input_at
 from sparse_onnx.model.model_io import release_mapping
@@ -161,28 +161,25 @@ def read_packed_blocks(node: ir.Node, tensor: ir.TensorProtocol) -> PackedBlocks
         return f"has K = {K} and N = {N}"
     blocks = -(-K // block_size)
     expected = (N, blocks, block_size * bits // 8)
-    if tensor.dtype != ir.DataType.UINT8 or _shape(tensor) != expected:
+    if tensor.dtype != ir.DataType.UINT8 or tensor_shape(tensor) != expected:
         return (
-            f"has {tensor.dtype.name} of shape {_shape(tensor)}, where K = {K}, N = {N}, {bits} bits and block_size "
-            f"{block_size} need UINT8 of {expected}"
+            f"has {tensor.dtype.name} of shape {tensor_shape(tensor)}, where K = {K}, N = {N}, {bits} bits and "
+            f"block_size {block_size} need UINT8 of {expected}"
         )
     if input_at(node, _ORDER) is not None:
         return "has its inputs in another order, given by g_idx"
     scale = constant_tensor(input_at(node, 2))
     if scale is None:
         return "has a scale that is no constant"
-    if scale.dtype not in _SCALES or _shape(scale) not in ((N * blocks,), (N, blocks)):
-        return f"has scales {scale.dtype.name} of shape {_shape(scale)}, not ({N * blocks},)"
+    if scale.dtype not in _SCALES or tensor_shape(scale) not in ((N * blocks,), (N, blocks)):
+        return f"has scales {scale.dtype.name} of shape {tensor_shape(scale)}, not ({N * blocks},)"
     zero_point = None
     if (value := input_at(node, _ZERO_POINTS)) is not None:
         zero_point = constant_tensor(value)
         if zero_point is None:
             return "has a zero point that is no constant"
         each = -(-blocks * bits // 8)
-        if zero_point.dtype != ir.DataType.UINT8 or _shape(zero_point) not in ((N * each,), (N, each)):
-            return f"has zero points {zero_point.dtype.name} of shape {_shape(zero_point)}, not UINT8 of ({N * each},)"
+        if zero_point.dtype != ir.DataType.UINT8 or tensor_shape(zero_point) not in ((N * each,), (N, each)):
+            found = f"{zero_point.dtype.name} of shape {tensor_shape(zero_point)}"
+            return f"has zero points {found}, not UINT8 of ({N * each},)"
     return PackedBlocks(bits, block_size, K, N, scale, zero_point)
-
-
-def _shape(tensor: ir.TensorProtocol) -> Shape:
-    return tuple(int(size) for size in tensor.shape.numpy())

@@ -21,7 +21,7 @@ from sparse_onnx.errors import ModelFileError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.axis_lengths import axis_lengths
 from sparse_onnx.model.check import subgraphs as subgraphs_in_file
-from sparse_onnx.model.constants import constant_number, constant_tensor
+from sparse_onnx.model.constants import constant_number, constant_tensor, tensor_shape
 from sparse_onnx.model.dimensions import Dim, forget_unknown, read_dim
 from sparse_onnx.model.graph import STANDARD_DOMAINS, all_graphs, producer, subgraphs
 from sparse_onnx.model.shape_inference import inferred
@@ -156,7 +156,7 @@ class Shapes:
         if value is None:
             return None
         if (tensor := constant_tensor(value)) is not None:
-            return tuple(int(size) for size in tensor.shape.numpy())
+            return tensor_shape(tensor)
         noted = None if value.shape is None else tuple(map(read_dim, value.shape))
         if noted is not None and self._inputs is None and all(map(_is_size, noted)):
             return noted  # needs no inference

@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.errors import SparseOnnxError, UsageError
+from sparse_onnx.model.constants import tensor_shape
 from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
 from sparse_onnx.model.encodings import DENSE, Affine, Dense, Encoding, Packed, Palette
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
@@ -84,7 +85,7 @@ class Weight:
             return self.moves[-1].after
         if isinstance(self.encoding, (Packed, PackedBlocks)):
             return self.encoding.dims
-        return tuple(int(size) for size in self.tensor.shape.numpy())
+        return tensor_shape(self.tensor)
 
     @property
     def size(self) -> int:
@@ -284,10 +285,10 @@ def _read(value: ir.Value, is_layer: IsLayer) -> Decoded | str:
             return encoding
         if isinstance(encoding, PackedBlocks):
             return Decoded(value, encoding.dims, encoding)
-        return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), encoding)
+        return Decoded(value, tensor_shape(tensor), encoding)
     if tensor is None or tensor.dtype not in _FLOATS:
         return f"has dtype {tensor.dtype if tensor is not None else 'unknown'}, not float"
-    return Decoded(value, tuple(int(size) for size in tensor.shape.numpy()), DENSE)
+    return Decoded(value, tensor_shape(tensor), DENSE)
 
 
 def _weight(value: ir.Value, is_layer: IsLayer, *, depthwise: bool, encoded: bool) -> Weight | str:
