@@ -6,7 +6,6 @@ amount of weights, one session at a time; the values between them pass through n
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from sparse_onnx.errors import RunError, UsageError, VerificationError
 from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
+from sparse_onnx.running.heap import give_back_memory, large_blocks_apart
 from sparse_onnx.running.outputs import tensor_outputs
 from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.workbench import Workbench
@@ -39,7 +39,6 @@ __all__ = [
     "LEVELS",
     "Runner",
     "at_best_level",
-    "give_back_memory",
     "of_our_making",
     "open_runner",
     "open_session",
@@ -103,7 +102,7 @@ def open_session(
             "optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED_BYTES)
         )
     try:
-        with sparse_ops.native_path(path) as native:
+        with sparse_ops.native_path(path) as native, large_blocks_apart():
             return ort.InferenceSession(native, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's exceptions have no common base but Exception
         raise RunError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
@@ -406,11 +405,3 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
         path = scratch / f"segment{index}" / "model.onnx"
         segments.append(_Segment(path, tuple(needed), tuple(made), part))
     return segments
-
-
-def give_back_memory() -> None:
-    """Return to the system what was freed, where the C library keeps it otherwise: glibc does with a session's weights,
-    and the next session's come on top."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))

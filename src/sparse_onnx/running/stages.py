@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sparse_onnx.document import StageRow
 from sparse_onnx.progress import is_lasting
+from sparse_onnx.running.heap import give_back_memory
 from sparse_onnx.running.host import peak_rss_bytes
-from sparse_onnx.running.runtime import give_back_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
