@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Anchor, Sums, fit
@@ -73,16 +74,14 @@ def test_times_and_bytes_add_up():
     assert found.speedup == pytest.approx(35 / 25)
     assert found.low < found.speedup < found.high
     assert found.nbytes == pytest.approx(1000 + 4 * 64 * 128 + 2 * CHUNKED_CSC.expected_nbytes(64, 128, 0.7))
-    assert model.layer_milliseconds("a", (0.7, "unstructured")) == pytest.approx(5)
-    assert model.layer_milliseconds("b", (0.7, "unstructured")) == pytest.approx(10)
-    assert model.layer_bytes("b", (0.9, "unstructured")) == pytest.approx(
-        CHUNKED_CSC.expected_nbytes(64, 128, 0.9)
-    )
+    assert model.layer_milliseconds("a", Choice(0.7)) == pytest.approx(5)
+    assert model.layer_milliseconds("b", Choice(0.7)) == pytest.approx(10)
+    assert model.layer_bytes("b", Choice(0.9)) == pytest.approx(CHUNKED_CSC.expected_nbytes(64, 128, 0.9))
 
 
 def test_plans_may_differ_by_layer_and_pattern():
     model = forecast(layer("a", FAST), layer("b", FAST), layer("c", FAST))
-    found = model.outlook({"a": (0.9, "unstructured"), "b": (0.5, "2:4")})
+    found = model.outlook({"a": Choice(0.9), "b": Choice(0.5, "2:4")})
     assert found.milliseconds == pytest.approx(5 + 2 + 7 + 10)
     assert found.forms == {"a": "sparse", "b": "sparse"}
 
@@ -93,7 +92,7 @@ def test_nothing_changes_without_zeros():
     assert (found.speedup, found.low, found.high, found.forms) == (1, 1, 1, {})
     assert (found.nbytes, found.smaller) == (model.dense_bytes, 1), "the file is written as it was"
     # Few zeros prune the layer but leave it dense.
-    assert model.outlook({"a": (0.2, "unstructured")}).forms == {}
+    assert model.outlook({"a": Choice(0.2)}).forms == {}
 
 
 def test_zeros_that_are_there_count():
@@ -102,13 +101,13 @@ def test_zeros_that_are_there_count():
     assert found.forms == {"a": "sparse"}
     assert found.milliseconds == pytest.approx(5 + 5 + 10)
     assert found.nbytes == 1000 + 123 + 4 * 64 * 128
-    assert model.outlook({"a": (0.5, "unstructured")}).milliseconds == pytest.approx(found.milliseconds)
+    assert model.outlook({"a": Choice(0.5)}).milliseconds == pytest.approx(found.milliseconds)
 
 
 def test_layers_that_pruning_leaves_alone_are_in_no_uniform_plan():
     model = forecast(layer("a", FAST), layer("b", FAST, reason="listed in ignore"), layer("c", SLOW))
-    assert model.uniform(0.7) == {"a": (0.7, "unstructured"), "c": (0.7, "unstructured")}
-    assert model.uniform(None, "2:4") == {"a": (0.5, "2:4")}  # c cannot have the pattern
+    assert model.uniform(0.7) == {"a": Choice(0.7), "c": Choice(0.7)}
+    assert model.uniform(None, "2:4") == {"a": Choice(0.5, "2:4")}  # c cannot have the pattern
 
 
 def test_companions_follow_the_layers_of_their_kind():
@@ -117,17 +116,17 @@ def test_companions_follow_the_layers_of_their_kind():
     model = forecast(layer("a", FAST), beside)
     assert model.outlook(model.uniform(0.9)).forms == {"a": "sparse", "d": "sparse"}
     assert model.outlook({}).forms == {}
-    assert model.outlook({"d": (0.9, "unstructured")}).forms == {}
+    assert model.outlook({"d": Choice(0.9)}).forms == {}
     other = forecast(layer("a", FAST), beside, layer("e", FAST, kind="convolution"))
-    assert other.outlook({"e": (0.9, "unstructured")}).forms == {"e": "sparse"}
+    assert other.outlook({"e": Choice(0.9)}).forms == {"e": "sparse"}
 
 
 def test_a_companion_that_is_pruned_is_a_layer_like_others():
     narrow = layer("n", {PLAIN: curve(0.9, 0.8, 0.4, sparsities=(0.0, 0.5, 0.9))}, companion=True)
     model = forecast(narrow, layer("a", FAST))
-    assert model.outlook({"n": (0.5, "unstructured")}).forms == {"n": "sparse"}
+    assert model.outlook({"n": Choice(0.5)}).forms == {"n": "sparse"}
     assert model.outlook({}).forms == {}
-    found = model.outlook({"a": (0.9, "unstructured")})
+    found = model.outlook({"a": Choice(0.9)})
     assert found.forms == {"n": "sparse", "a": "sparse"}  # with the zeros that it has
 
 
@@ -145,11 +144,11 @@ BOTH = FAST | {("halved", "unstructured"): curve(0.6, 0.6, 0.6)}
 
 def test_of_several_forms_the_fastest_is_taken():
     model = forecast(layer("a", BOTH, forms=FORMS))
-    few, many = (model.outlook({"a": (share, "unstructured")}) for share in (0.5, 0.9))
+    few, many = (model.outlook({"a": Choice(share)}) for share in (0.5, 0.9))
     assert (few.forms, many.forms) == ({"a": "halved"}, {"a": "sparse"})
     assert few.milliseconds == pytest.approx(5 + 6)
     assert few.nbytes == 1000 + 2 * 64 * 128
-    assert model.outlook({"a": (0.5, "2:4")}).forms == {"a": "sparse"}  # the other has no such curve
+    assert model.outlook({"a": Choice(0.5, "2:4")}).forms == {"a": "sparse"}  # the other has no such curve
     (own,) = model.layers
     alone = [own.form_break_even(form, "unstructured", 1.02) for form in FORMS]
     assert alone == [pytest.approx(0.5 - (1 / 1.02 - 0.8) / 1.5), 0.5]
@@ -169,10 +168,10 @@ def test_companions_get_the_forms_around_them():
         packed_bytes={"sparse": 1, "halved": 2},
     )
     model = forecast(layer("a", FAST, forms=FORMS), beside)
-    assert model.outlook({"a": (0.9, "unstructured")}).forms == {"a": "sparse", "d": "sparse"}
+    assert model.outlook({"a": Choice(0.9)}).forms == {"a": "sparse", "d": "sparse"}
     assert model.outlook({}).forms == {}
     other = forecast(layer("a", BOTH, forms=FORMS), beside)
-    assert other.outlook({"a": (0.5, "unstructured")}).forms == {"a": "halved", "d": "halved"}
+    assert other.outlook({"a": Choice(0.5)}).forms == {"a": "halved", "d": "halved"}
 
 
 def test_the_least_gainful_half_is_given_up_while_the_whole_is_slower():
@@ -215,11 +214,11 @@ def test_errors_add_up_in_squares():
     model = forecast(layer("a", FAST, loss=loss(0.3)), layer("b", FAST, loss=loss(0.4)))
     found = model.outlook(model.uniform(0.5)).error
     assert found == pytest.approx(2 / 3 * 0.05, rel=2e-3)
-    assert model.error({"a": (0.7, "unstructured")}) == pytest.approx(2 / 3 * 0.3 * 0.3, rel=5e-3)
-    assert model.error({"a": (0.5, "2:4")}) == pytest.approx(2 / 3 * 0.06, rel=2e-3)
+    assert model.error({"a": Choice(0.7)}) == pytest.approx(2 / 3 * 0.3 * 0.3, rel=5e-3)
+    assert model.error({"a": Choice(0.5, "2:4")}) == pytest.approx(2 / 3 * 0.06, rel=2e-3)
     assert model.error({}) == 0
     huge = forecast(layer("a", FAST, loss=loss(1e3)))
-    assert huge.error({"a": (0.9, "unstructured")}) == pytest.approx(1, rel=1e-3)
+    assert huge.error({"a": Choice(0.9)}) == pytest.approx(1, rel=1e-3)
 
 
 def test_no_error_is_made_up():
@@ -234,10 +233,10 @@ def test_no_error_is_made_up():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"z": (0.5, "unstructured")}, "unknown layer"),
-        ({"a": (1.0, "unstructured")}, "below 1"),
-        ({"a": (0.7, "2:4")}, "implies sparsity 0.5"),
-        ({"a": (0.5, "block:4x1")}, "valid: 2:4, unstructured"),
+        ({"z": Choice(0.5)}, "unknown layer"),
+        ({"a": Choice(1.0)}, "below 1"),
+        ({"a": Choice(0.7, "2:4")}, "implies sparsity 0.5"),
+        ({"a": Choice(0.5, "block:4x1")}, "valid: 2:4, unstructured"),
     ],
 )
 def test_bad_plans_say_what_is_wrong(plan, message):

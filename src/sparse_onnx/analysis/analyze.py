@@ -21,6 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sparse_onnx import sparse_ops
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast, Outlook, Plan
 from sparse_onnx.analysis.sensitivity import measure_losses
 from sparse_onnx.analysis.time_model import ROUGH, Anchor, Sums, TimeModel, fit, make_anchor, scatter
@@ -235,14 +236,18 @@ class Analysis:
         """The curves, to decide by on another machine, see :mod:`sparse_onnx.timing.table`."""
         return TimingTable(self.environment, self.kinds)
 
-    def speedup(self, plan: Plan) -> float:
-        """Dense / optimized time with the (share of zeros, pattern) that ``plan`` gives layers by the name of their
-        weight. Raises UsageError for what was not measured."""
-        return self.forecast.outlook(plan).speedup
+    def speedup(self, plan: Mapping[str, Choice | tuple[float, str]]) -> float:
+        """Dense / optimized time with what ``plan`` makes of layers, by the name of their weight: a :class:`Choice`, or
+        (share of zeros, pattern) alone. Raises UsageError for what was not measured."""
+        return self.forecast.outlook(_choices(plan)).speedup
 
-    def size(self, plan: Plan) -> float:
+    def size(self, plan: Mapping[str, Choice | tuple[float, str]]) -> float:
         """Bytes of the optimized model's files with ``plan``, see :meth:`speedup`."""
-        return self.forecast.outlook(plan).nbytes
+        return self.forecast.outlook(_choices(plan)).nbytes
+
+
+def _choices(plan: Mapping[str, Choice | tuple[float, str]]) -> Plan:
+    return {name: Choice(*choice) for name, choice in plan.items()}
 
 
 def _curve_row(layer: LayerForecast, form: Form, structure: str, min_speedup: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Sums, TimeModel
 from sparse_onnx.errors import UsageError
@@ -25,9 +26,6 @@ from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve
 
 __all__ = ["Choice", "Forecast", "LayerForecast", "Outlook", "Plan"]
-
-Choice = tuple[float, str]
-"""(share of zeros in [0, 1), pattern as :class:`sparse_onnx.passes.solvers.masks.MaskStructure` writes it)."""
 
 Plan = Mapping[str, Choice]
 
@@ -113,18 +111,16 @@ class LayerForecast:
 
     def time(self, form: str, choice: Choice) -> float:
         """Of that form with these zeros, dense = 1."""
-        sparsity, structure = choice
-        return self.curves[form, structure].time(sparsity)
+        return self.curves[form, choice.structure].time(choice.sparsity)
 
     def best_form(self, choice: Choice, min_speedup: float, among: Collection[str] | None = None) -> str:
         """The fastest form with these zeros, of those ``among`` them if given; dense unless another is ``min_speedup``
         times as fast."""
-        sparsity, structure = choice
         names = [
             form.name
             for form in self.forms
-            if (form.name, structure) in self.curves
-            and (self.companion or not form.refusal(sparsity))
+            if (form.name, choice.structure) in self.curves
+            and (self.companion or not form.refusal(choice.sparsity))
             and (among is None or form.name in among)
         ]
         best = min(names, key=lambda name: self.time(name, choice), default=DENSE)
@@ -134,11 +130,10 @@ class LayerForecast:
         """Expected size in that form."""
         if form == DENSE:
             return self.nbytes
-        sparsity, structure = choice
-        if sparsity <= self.sparsity:
+        if choice.sparsity <= self.sparsity:
             return self.packed_bytes[form]
         (chosen,) = (own for own in self.forms if own.name == form)
-        return chosen.expected_nbytes(self.shape, sparsity, structure, self.outputs)
+        return chosen.expected_nbytes(self.shape, choice.sparsity, choice.structure, self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +199,7 @@ class Forecast:
         self._check(structure)
         share = resolve_sparsity(sparsity, MaskStructure.parse(structure))
         return {
-            layer.name: (share, structure)
+            layer.name: Choice(share, structure)
             for layer in self.layers
             if not layer.reason and structure in layer.patterns
         }
@@ -258,13 +253,13 @@ class Forecast:
         if all(layer.loss is None for layer in self.layers):
             return None
         total = 0.0
-        for name, (sparsity, structure) in self._choices(plan).items():
+        for name, choice in self._choices(plan).items():
             layer = self.by_name[name]
-            if sparsity <= layer.sparsity:
+            if choice.sparsity <= layer.sparsity:
                 continue
-            if layer.loss is None or structure not in layer.loss.errors:
+            if layer.loss is None or choice.structure not in layer.loss.errors:
                 return None
-            total += layer.loss.error(sparsity, structure) ** 2
+            total += layer.loss.error(choice) ** 2
         expected = _LEFT * math.sqrt(total)
         return expected / math.hypot(1, expected)
 
@@ -274,7 +269,9 @@ class Forecast:
         choices = self._choices(plan)
         forms = {layer.name: layer.best_form(choices[layer.name], self.min_speedup) for layer in self.layers}
         companions = [
-            layer.name for layer in self.layers if layer.companion and choices[layer.name][0] < MIN_SPARSITY
+            layer.name
+            for layer in self.layers
+            if layer.companion and choices[layer.name].sparsity < MIN_SPARSITY
         ]
         around: dict[str, set[str]] = collections.defaultdict(set)
         for layer in self.layers:
@@ -311,12 +308,11 @@ class Forecast:
             raise UsageError(unknown("layer", name, self.by_name))
         layer = self.by_name[name]
         if asked is not None:
-            sparsity, structure = asked
-            self._check(structure)
-            resolve_sparsity(sparsity, MaskStructure.parse(structure))
-            if structure in layer.patterns and sparsity > layer.sparsity and not layer.reason:
+            self._check(asked.structure)
+            resolve_sparsity(asked.sparsity, MaskStructure.parse(asked.structure))
+            if asked.structure in layer.patterns and asked.sparsity > layer.sparsity and not layer.reason:
                 return asked
-        return layer.sparsity, UNSTRUCTURED
+        return Choice(layer.sparsity)
 
     def _gain(self, name: str, form: str, choice: Choice) -> float:
         layer = self.by_name[name]
@@ -329,7 +325,7 @@ class Forecast:
         return Sums(
             total - sum(layer.dense_ms for layer in lowered),
             sum(layer.dense_ms * layer.time(forms[layer.name], choices[layer.name]) for layer in lowered),
-            sum(layer.dense_ms * choices[layer.name][0] for layer in lowered) / total if total else 0.0,
+            sum(layer.dense_ms * choices[layer.name].sparsity for layer in lowered) / total if total else 0.0,
         )
 
     def _milliseconds(self, choices: Mapping[str, Choice], forms: Mapping[str, str]) -> float:
@@ -340,9 +336,9 @@ class Forecast:
         curves (layers measured together err together)."""
         by_key: dict[int, float] = collections.defaultdict(float)
         for name, form in forms.items():
-            layer, (sparsity, structure) = self.by_name[name], choices[name]
-            if structure not in self.anchored:
-                low, high = layer.curves[form, structure].spread(sparsity)
+            layer, choice = self.by_name[name], choices[name]
+            if choice.structure not in self.anchored:
+                low, high = layer.curves[form, choice.structure].spread(choice.sparsity)
                 by_key[layer.key] += self.times.sparse_factor * layer.dense_ms * (high - low) / 2
         other = math.hypot(_OTHER_PATTERN, *(spread / ms for spread in by_key.values())) if by_key else 0.0
         return math.hypot(self.times.error, self.times.error_beyond(self.sums(choices, forms)), other)

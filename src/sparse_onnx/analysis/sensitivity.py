@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.data.inputs import Feeds, InputSpec, input_specs, sample_count
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.model.weights import Weight
@@ -49,11 +50,11 @@ class Loss:
     sparsities: Mapping[str, tuple[float, ...]]
     errors: Mapping[str, tuple[float, ...]]
 
-    def error(self, sparsity: float, structure: str) -> float:
+    def error(self, choice: Choice) -> float:
         """Relative error of the model's outputs where only this layer has these zeros."""
-        known, errors = self.sparsities[structure], self.errors[structure]
+        known, errors = self.sparsities[choice.structure], self.errors[choice.structure]
         # No error without zeros.
-        return self.gain * float(np.interp(sparsity, (0.0, *known), (0.0, *errors)))
+        return self.gain * float(np.interp(choice.sparsity, (0.0, *known), (0.0, *errors)))
 
 
 def measure_losses(
