@@ -241,12 +241,10 @@ class Forecast:
         share = resolve_sparsity(sparsity, MaskStructure.parse(structure))
         activations = FLOAT_BITS if bits == FLOAT_BITS else ROUNDED_BITS
         asked = Choice(share, structure, bits, activations)
-        choices = {layer.name: self._choice(layer.name, asked) for layer in self.layers}
         return {
-            name: choice
-            for name, choice in choices.items()
-            if choice.bits != FLOAT_BITS
-            or (structure in self.by_name[name].patterns and not self.by_name[name].reason)
+            layer.name: asked if bits in layer.encoded else Choice(share, structure)
+            for layer in self.layers
+            if not layer.reason and (structure in layer.patterns or bits in layer.encoded)
         }
 
     def precisions(self, name: str) -> tuple[tuple[int, int], ...]:

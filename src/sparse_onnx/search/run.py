@@ -309,6 +309,7 @@ class _Job:
             analysis = analyze(
                 self.path,
                 mask_structures=self.structures,
+                bits=(),
                 targets=selection.targets,
                 ignore=selection.ignore,
                 input_shapes=self.targets[0],
