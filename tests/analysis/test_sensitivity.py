@@ -6,6 +6,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.sensitivity import Loss, measure_losses
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.model.weights import find_weights
@@ -93,5 +94,5 @@ def test_patterns_cost_more(losses):
 
 def test_errors_are_read_off_lines_that_begin_at_nothing():
     loss = Loss(2.0, {"unstructured": (0.5, 0.9)}, {"unstructured": (0.1, 0.5)})
-    found = [loss.error(share, "unstructured") for share in (0.0, 0.25, 0.5, 0.7, 0.95)]
+    found = [loss.error(Choice(share)) for share in (0.0, 0.25, 0.5, 0.7, 0.95)]
     assert found == pytest.approx([0, 0.1, 0.2, 0.6, 1.0])

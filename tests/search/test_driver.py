@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.errors import UsageError, VerificationError
 from sparse_onnx.search.driver import Compiled, Search
 from sparse_onnx.search.limits import Limits
@@ -17,7 +18,7 @@ _SHARES = [round(0.02 * i, 2) for i in range(48)]
 
 
 def _family(name, scale=1.0):
-    plans = tuple({name: (share, "unstructured")} for share in _SHARES)
+    plans = tuple({name: Choice(share)} for share in _SHARES)
     forecasts = tuple(Expected(1 / (1 - 0.8 * s), 1000 * (1 - s), scale * s**4) for s in _SHARES)
     return Family(name, plans, forecasts)
 
@@ -29,7 +30,8 @@ class _Model:
         self.drop, self.faster, self.compiled = drop, faster, []
 
     def compile(self, plan, folder, _threads):
-        ((name, (share, _)),) = plan.items()
+        ((name, choice),) = plan.items()
+        share = choice.sparsity
         self.compiled.append((name, share))
         drop = self.drop(name, share)
         folder.mkdir()

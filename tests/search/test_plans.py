@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.time_model import TimeModel
 from sparse_onnx.compilation.recipe import Recipe, RecipeStage
@@ -60,7 +61,9 @@ def forecast():
 
 
 def _loss(**scales):
-    return lambda name, choice: scales[name] * choice[0] ** 2 if choice[1] == "unstructured" else None
+    return lambda name, choice: (
+        scales[name] * choice.sparsity**2 if choice.structure == "unstructured" else None
+    )
 
 
 def _allocated(forecast, names, loss, goals):
@@ -73,7 +76,7 @@ def test_a_family_goes_from_dense_to_sparsest_with_rising_speed_and_loss(forecas
     family = make(forecast, ["large", "small"], _loss(large=1.0, small=1.0), goals)
     assert family.plans[0] == {}
     assert family.expected[0].speedup == 1
-    assert set(family.plans[-1].values()) == {(0.95, "unstructured")}
+    assert set(family.plans[-1].values()) == {Choice(0.95)}
     for first, second in itertools.pairwise(family.expected):
         assert first.speedup < second.speedup
         assert first.loss < second.loss
@@ -84,7 +87,7 @@ def test_the_layer_that_loses_less_becomes_sparser_first(forecast):
     family = _allocated(forecast, ["large", "small"], _loss(large=100.0, small=0.001), Goals(speedup=2))
     assert list(family.plans[1]) == ["small"]
     last = next(plan for plan in family.plans if "large" in plan)
-    assert last["small"] == (0.95, "unstructured")
+    assert last["small"] == Choice(0.95)
 
 
 @pytest.mark.parametrize("make", [_allocated, uniform])
@@ -123,16 +126,16 @@ def test_patterns_compete(forecast):
     plain = _loss(large=1.0, small=1.0)
 
     def loss(name, choice):
-        return 1e-6 if choice == (0.5, "2:4") and name == "large" else plain(name, choice)
+        return 1e-6 if choice == Choice(0.5, "2:4") and name == "large" else plain(name, choice)
 
     plans = _allocated(forecast, ["large", "small"], loss, Goals(speedup=1.5)).plans
-    assert any(plan.get("large") == (0.5, "2:4") for plan in plans)
+    assert any(plan.get("large") == Choice(0.5, "2:4") for plan in plans)
     assert all(plan.get("small", (0, ""))[1] != "2:4" for plan in plans)
 
 
 def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_pattern():
     template = pass_by_name("prune.alps")(sparsity=0.5, dampening_frac=0.05)
-    plan = {"a": (0.5, "unstructured"), "b": (0.5, "2:4"), "c": (0.8, "unstructured")}
+    plan = {"a": Choice(0.5), "b": Choice(0.5, "2:4"), "c": Choice(0.8)}
     first, second = modifiers(plan, template, {"a": 100, "b": 100, "c": 300})
     assert (first.mask_structure, first.targets) == ("unstructured", ("a", "c"))
     assert first.sparsities == {"a": 0.5, "c": 0.8}
@@ -143,7 +146,11 @@ def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_pattern():
 
 def test_a_plan_by_magnitude_is_one_pass_for_each_share():
     template = pass_by_name("prune.magnitude")(sparsity=0.5)
-    plan = {"a": (0.5, "unstructured"), "b": (0.8, "unstructured"), "c": (0.5, "unstructured")}
+    plan = {
+        "a": Choice(0.5),
+        "b": Choice(0.8),
+        "c": Choice(0.5),
+    }
     first, second = modifiers(plan, template, dict.fromkeys("abc", 10))
     assert (first.targets, first.sparsity) == (("a", "c"), 0.5)
     assert (second.targets, second.sparsity) == (("b",), 0.8)

@@ -24,7 +24,8 @@ def measured_losses(losses: Mapping[str, Loss]) -> LossOf:
 
     def loss(name: str, choice: Choice) -> float | None:
         known = losses.get(name)
-        return None if known is None or choice[1] not in known.errors else known.error(*choice) ** 2
+        error = None if known is None else known.error(choice)
+        return None if error is None else error**2
 
     return loss
 
@@ -52,7 +53,7 @@ def weight_losses(
         progress(f"loss of layers: {index + 1}/{len(weights)}")
 
     def loss(name: str, choice: Choice) -> float | None:
-        table = tables.get((name, choice[1]))
-        return None if table is None else float(np.interp(choice[0], *table))
+        table = tables.get((name, choice.structure))
+        return None if table is None else float(np.interp(choice.sparsity, *table))
 
     return loss

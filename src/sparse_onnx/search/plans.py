@@ -17,7 +17,6 @@ from sparse_onnx.passes.base import Pass, Stage
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.search.frontier import Option, frontier
 from sparse_onnx.search.strategy import Expected, Goals
-from sparse_onnx.timing.curves import UNSTRUCTURED
 
 __all__ = ["SPARSITIES", "Family", "LossOf", "allocated", "modifiers", "uniform", "with_pruning"]
 
@@ -78,9 +77,9 @@ def _choices(structures: Iterable[str]) -> Iterable[Choice]:
     for structure in structures:
         parsed = MaskStructure.parse(structure)
         if parsed.kind == "n:m":
-            yield resolve_sparsity(None, parsed), structure
+            yield Choice(resolve_sparsity(None, parsed), structure)
         else:
-            yield from ((sparsity, structure) for sparsity in SPARSITIES)
+            yield from (Choice(sparsity, structure) for sparsity in SPARSITIES)
 
 
 def uniform(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goals) -> Family:
@@ -88,7 +87,7 @@ def uniform(forecast: Forecast, names: Iterable[str], loss: LossOf, goals: Goals
     names = list(names)
     plans: list[Plan] = [{}]
     for sparsity in _UNIFORM:
-        choice = (sparsity, UNSTRUCTURED)
+        choice = Choice(sparsity)
         plans.append(
             {
                 name: choice
@@ -126,8 +125,8 @@ def modifiers(plan: Plan, template: Pass, sizes: Mapping[str, int]) -> tuple[Pas
     ``sizes`` are the elements of the weights. Each pattern is asked of the template on its own.
     """
     passes: list[Pass] = []
-    for structure in dict.fromkeys(pattern for _, pattern in plan.values()):
-        shares = {name: share for name, (share, pattern) in plan.items() if pattern == structure}
+    for structure in dict.fromkeys(choice.structure for choice in plan.values()):
+        shares = {name: choice.sparsity for name, choice in plan.items() if choice.structure == structure}
         passes += template.with_shares(shares, structure, sizes)
     return tuple(passes)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sparse_onnx.analysis.analyze import Analysis, analyze
-from sparse_onnx.analysis.forecast import Plan
+from sparse_onnx.analysis.forecast import Choice, Plan
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into
 from sparse_onnx.compilation.goals import gates, goal_document
 from sparse_onnx.compilation.groups import Goal
@@ -309,6 +309,7 @@ class _Job:
             analysis = analyze(
                 self.path,
                 mask_structures=self.structures,
+                bits=(),
                 targets=selection.targets,
                 ignore=selection.ignore,
                 input_shapes=self.targets[0],
@@ -352,7 +353,9 @@ class _Job:
             families = [
                 Family(
                     family["name"],
-                    tuple({name: tuple(choice) for name, choice in plan.items()} for plan in family["plans"]),
+                    tuple(
+                        {name: Choice(*choice) for name, choice in plan.items()} for plan in family["plans"]
+                    ),
                     tuple(Expected(**expected) for expected in family["expected"]),
                 )
                 for family in document["families"]
