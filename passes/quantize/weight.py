@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -47,7 +47,7 @@ from sparse_onnx.passes.solvers import (
     refit,
     relative_error,
 )
-from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType, side_by_side
 from sparse_onnx.progress import done_of
 
 __all__ = ["QuantizeWeights"]
@@ -282,7 +282,7 @@ class _Job:
             self.declined.append((weight.name, str(error)))
             weight.release()
             return
-        quantized = _side_by_side(parts)
+        quantized = side_by_side(parts)
         after = quantized.matrix()
         errors, bias = [], None
         width = W.shape[1] // max(len(layer.inputs), 1)
@@ -351,7 +351,7 @@ class _Job:
             own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
             parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
-            whole = _side_by_side(parts)
+            whole = side_by_side(parts)
             for word, array in (
                 ("integers", whole.integers),
                 ("scale", whole.scale),
@@ -446,18 +446,6 @@ def stored_bytes(weight: Weight) -> int:
 def _quantizer(method: str, grid: GridOptions, damping: float) -> WeightQuantizer:
     kind = QUANTIZERS[method]
     return kind(grid=grid, damping=damping) if issubclass(kind, DampedQuantizer) else kind(grid=grid)
-
-
-def _side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The outputs of all parts, which have the same inputs and options."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedMatrix(
-        np.concatenate([part.integers for part in parts], axis=1),
-        np.concatenate([part.scale for part in parts], axis=1),
-        np.concatenate([part.zero_point for part in parts], axis=1),
-        parts[0].options,
-    )
 
 
 def _grid_words(grid: GridOptions) -> str:
