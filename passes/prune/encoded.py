@@ -27,6 +27,8 @@ def reason_against_zeros(weight: Weight) -> str | None:
     encoding = weight.encoding
     if isinstance(encoding, Dense):
         return None
+    if weight.is_looked_up:
+        return "is tied to a table of embeddings, which would lose the same elements"
     if isinstance(encoding, Palette):
         values = np.asarray(encoding.codebook.numpy(), np.float32)
         encoding.release()

@@ -27,6 +27,7 @@ __all__ = [
     "has_integer_dot_products",
     "layers_by_input",
     "quantized_weight",
+    "reason_against_integers",
     "resolved_bits",
 ]
 
@@ -61,7 +62,7 @@ def chosen_layers(
         raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
     chosen = []
     for weight in found:
-        reason = selection.reason_against(weight) or _reason_against(model, weight)
+        reason = selection.reason_against(weight) or reason_against_integers(model, weight)
         if reason is None:
             chosen.append(weight)
         else:
@@ -69,7 +70,8 @@ def chosen_layers(
     return chosen, declined
 
 
-def _reason_against(model: ir.Model, weight: Weight) -> str | None:
+def reason_against_integers(model: ir.Model, weight: Weight) -> str | None:
+    """Why activations of the layers of ``weight`` cannot be scaled or rounded together, or None."""
     if weight.tensor.dtype != ir.DataType.FLOAT:
         return f"has dtype {weight.tensor.dtype}, not float32"
     if len({id(node.inputs[0]) for node in weight.nodes}) > 1:

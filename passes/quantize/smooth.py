@@ -1,39 +1,23 @@
 """``quant.smooth``: loud inputs of linears become quieter where they are made; the model stays the same.
 
-For linears that alone read X, whose weights are W [K, N], and s [K] > 0::
-
-    X W = (X / s)(s W)
-
-s W replaces W, and 1 / s goes into constants in front, by what makes X:
-
-    Y = Norm(.., gamma, beta)                gamma / s and beta / s: layer and RMS normalization
-    X = h, X = Relu(h), X = Mul(gate, h)     h a linear U with bias b, read by nothing else: U's columns / s and b / s
-    X = attention's result                   the same of the linear that makes the values, each channel with its own
-
-In exact arithmetic nothing changes. What rounds activations with few ranges afterwards loses less: s is that of
-:mod:`~sparse_onnx.passes.solvers.smoothing`. Where X has other users the s would reach them, and it stays;
-``quant.static`` puts a Mul there.
+Their inputs are divided by scales s [K] in what makes them, see :mod:`~sparse_onnx.passes.quantize.scales`. In exact
+arithmetic nothing changes. What rounds activations with few ranges afterwards loses less: s is that of
+:mod:`~sparse_onnx.passes.solvers.smoothing`. Where an input cannot have scales ``quant.static`` puts a Mul there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.constants import constant_array
-from sparse_onnx.model.graph import drop_if_unused, input_at, is_read_once, is_read_outside, producer
-from sparse_onnx.model.shapes import Shapes
-from sparse_onnx.model.weights import DEFAULT_IGNORE, LINEARS, Selection, Weight, find_weights
+from sparse_onnx.model.weights import DEFAULT_IGNORE, LINEARS, Selection
 from sparse_onnx.passes.base import Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.calibration import Calibrator
-from sparse_onnx.passes.patterns.attention import is_attention, match_attention
-from sparse_onnx.passes.patterns.match import is_bias, is_scaled, other_operand
-from sparse_onnx.passes.patterns.normalization import Normalization, match_normalization
-from sparse_onnx.passes.quantize.layers import Builder, chosen_layers, layers_by_input
+from sparse_onnx.passes.quantize.layers import Builder, chosen_layers
+from sparse_onnx.passes.quantize.scales import scaled_inputs
 from sparse_onnx.passes.solvers.smoothing import rounding_errors, smoothing_scale
 
 __all__ = ["Smooth"]
@@ -63,139 +47,32 @@ class Smooth(Pass):
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         weights, left = chosen_layers(model, self.selection, LINEARS)
         declined = [self.declined(place, reason) for place, reason in left]
-        sources = _Sources(model)
-        found = []
-        for value, group in layers_by_input(weights):
-            source = sources.of(value, group)
-            if isinstance(source, str):
-                declined += [self.declined(weight.name, source) for weight in group]
-            else:
-                found.append((value, group, source))
+        found, without = scaled_inputs(model, weights)
+        declined += [self.declined(place, reason) for place, reason in without]
         if not found:
             return PassResult(model, False, {"weights": 0, "inputs": 0}, tuple(declined))
         data = context.calibration_for(self.name)
-        readers = [weight for _, group, _ in found for weight in group]
+        readers = [weight for place in found for weight in place.weights]
         calibrator = Calibrator(
             model, readers, data.samples, data.options, work=data.work, progress=context.progress
         )
         ranges = calibrator.ranges()
         builder = Builder.of(model, context)
         statistics: dict[str, int | float] = {"weights": 0, "inputs": 0}
-        for value, group, source in found:
-            W = np.concatenate([weight.matrix() for weight in group], axis=1)
-            channels = ranges[value.name or ""].channels
+        for place in found:
+            W, channels = place.matrix(), ranges[place.value.name or ""].channels
             scale = smoothing_scale(W, channels)
             before = sum(rounding_errors(W, channels, np.ones(len(W))))
             after = sum(rounding_errors(W, channels, scale.astype(np.float64)))
             if not after < _WORTH * before:
-                declined += [self.declined(weight.name, "its input is smooth already") for weight in group]
+                declined += [
+                    self.declined(weight.name, "its input is smooth already") for weight in place.weights
+                ]
                 continue
-            for weight in group:
-                _multiply(builder, weight, scale[:, None])
-            source.divide(builder, scale)
-            statistics["weights"] += len(group)
+            place.divide(builder, scale)
+            statistics["weights"] += len(place.weights)
             statistics["inputs"] += 1
             context.progress(
-                f"{value.name}: smoothed, rounding would lose {np.sqrt(after / before):.0%} of before"
+                f"{place.value.name}: smoothed, rounding would lose {np.sqrt(after / before):.0%} of before"
             )
         return PassResult(model, statistics["weights"] > 0, statistics, tuple(declined))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What makes a value: constants [K], each an input of a node, and the linear whose output channels they are, if
-    any. All of them get 1 / s."""
-
-    constants: tuple[tuple[ir.Node, int], ...]
-    weight: Weight | None = None
-
-    def divide(self, builder: Builder, scale: np.ndarray) -> None:
-        """Divide all of it by ``scale`` [K]."""
-        if self.weight is not None:
-            _multiply(builder, self.weight, 1 / scale)
-        for node, index in self.constants:
-            old = node.inputs[index]
-            array = constant_array(old)
-            assert old is not None
-            assert array is not None
-            new = builder.constant(f"{old.name}.smoothed", (array / scale).astype(np.float32))
-            node.replace_input_with(index, new)
-            drop_if_unused(old)
-
-
-def _multiply(builder: Builder, weight: Weight, factor: np.ndarray) -> None:
-    changed = weight.stored((weight.matrix() * factor).astype(np.float32))
-    weight.release()
-    weight.value.const_value = builder.context.store(changed, weight.name)
-
-
-class _Sources:
-    """What makes the values of ``model``: normalizations, attentions, and linears that one node has."""
-
-    def __init__(self, model: ir.Model) -> None:
-        shapes = Shapes(model)
-        self._norms: dict[int, Normalization] = {}
-        self._values: dict[int, ir.Value] = {}  # of attentions, by the id of their result
-        for node in model.graph:
-            norm = match_normalization(node, shapes)
-            if isinstance(norm, Normalization):
-                self._norms[id(norm.output)] = norm
-            if not is_attention(node):
-                continue
-            attention = match_attention(node, shapes)
-            if not isinstance(attention, str) and not attention.split and attention.split_to is None:
-                self._values[id(attention.output)] = attention.v
-        weights, _ = find_weights(model, LINEARS)
-        self._linears = {id(weight.nodes[0]): weight for weight in weights if len(weight.nodes) == 1}
-
-    def of(self, value: ir.Value, group: Sequence[Weight]) -> _Source | str:
-        """What makes ``value``, or why nothing there can take 1 / s."""
-        if is_read_outside(value, [node for weight in group for node in weight.nodes]):
-            return "its input has other users"
-        norm = self._norms.get(id(value))
-        if norm is not None:
-            return _Source(tuple(_uses(norm, constant) for constant in (norm.gamma, norm.beta) if constant))
-        h = self._values.get(id(value), value)
-        if (relu := producer(h, "Relu")) is not None and relu.inputs[0] is not None:
-            h = relu.inputs[0]
-        elif (product := producer(h, "Mul")) is not None:
-            factors = [self._linear(factor) for factor in product.inputs]
-            return next(
-                (factor for factor in factors if factor is not None), "no linear is a factor of its input"
-            )
-        source = self._linear(h)
-        return "nothing in front of it can take the scale" if source is None else source
-
-    def _linear(self, h: ir.Value | None) -> _Source | None:
-        """The linear, with its bias, whose result h is, if nothing else reads that."""
-        if h is None or not is_read_once(h):
-            return None
-        node, constants = producer(h), []
-        add = producer(h, "Add")
-        if add is not None:
-            for operand in add.inputs:
-                bias = other_operand(add, operand) if operand is not None else None
-                product = producer(operand, *LINEARS)
-                if product is not None and operand is not None and is_read_once(operand):
-                    weight = self._linears.get(id(product))
-                    if weight is not None and is_bias(bias, weight.shape[1]):
-                        node = product
-                        constants.append((add, list(add.inputs).index(bias)))
-                        break
-        weight = None if node is None else self._linears.get(id(node))
-        if node is None or weight is None or weight.tensor.dtype != ir.DataType.FLOAT:
-            return None
-        own = input_at(node, 2)
-        if node.op_type == "Gemm" and (
-            is_scaled(node) or (own is not None and not is_bias(own, weight.shape[1]))
-        ):
-            return None
-        if own is not None:
-            constants.append((node, 2))
-        return _Source(tuple(constants), weight)
-
-
-def _uses(norm: Normalization, constant: ir.Value) -> tuple[ir.Node, int]:
-    return next(
-        (node, index) for node in norm.nodes for index, value in enumerate(node.inputs) if value is constant
-    )

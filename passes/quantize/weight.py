@@ -8,8 +8,10 @@ q stored in ``bits`` bits, s as float16 or float32; see :mod:`sparse_onnx.passes
 is z and stays exactly zero.
 
 ``method`` says how q, s and z are found: ``rtn`` rounds to nearest, ``hqq`` searches scales; both need no data.
-``gptq`` and ``auto`` are given the second moments of each layer's input on calibration data, ``auto`` also what the
-layer's output should be to make up for what was lost before, and lets biases take up the shift of the mean.
+``awq`` makes weights of loud inputs larger, so that they are rounded more finely, where what makes the inputs can make
+them smaller (:mod:`~sparse_onnx.passes.quantize.scales`), and searches the range of every group. ``gptq`` and ``auto``
+are given the second moments of each layer's input on calibration data, ``auto`` also what the layer's output should be
+to make up for what was lost before, and lets biases take up the shift of the mean.
 
 Behind pruning in the same compilation ``auto`` solves zeros and integers as one problem: pruning has chosen the mask,
 and here what it keeps is fitted anew and rounded, aimed at the weights and outputs of the model *before pruning*. What
@@ -21,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -38,23 +40,25 @@ from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.unseen import UNSEEN_SHARE, add_unseen_tokens
+from sparse_onnx.passes.quantize.awq import scale_inputs
 from sparse_onnx.passes.quantize.encode import Storage, reason_against_dequantize, write_quantized
 from sparse_onnx.passes.solvers import (
     QUANTIZERS,
     DampedQuantizer,
     InputStatistics,
+    RtnQuantizer,
     WeightQuantizer,
     refit,
     relative_error,
 )
-from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType, side_by_side
 from sparse_onnx.progress import done_of
 
 __all__ = ["QuantizeWeights"]
 
-Method = Literal["rtn", "hqq", "gptq", "auto"]
+Method = Literal["rtn", "hqq", "awq", "gptq", "auto"]
 
-_ORDERS: Mapping[str, Order] = {"gptq": "sequential", "auto": "asymmetric"}
+_ORDERS: Mapping[str, Order] = {"awq": "oneshot", "gptq": "sequential", "auto": "asymmetric"}
 _WITHOUT_DATA = ("rtn", "hqq")
 
 _LEAST_DAMPING = 1e-6
@@ -73,8 +77,9 @@ class QuantizeWeights(Pass):
         symmetric: Zero points are 0; otherwise every group has its own.
         scale_type: How scales are stored; None: float16, and with ``dequantize`` the type of the weights.
         storage: ``unpack``, ``dequantize`` or ``float``, see :mod:`~sparse_onnx.passes.quantize.encode`.
-        calibration: What layers are solved for, see :mod:`~sparse_onnx.passes.calibration.turns`; None: ``sequential``
-            for ``gptq``, ``asymmetric`` for ``auto``. Not for methods without data.
+        calibration: What layers are solved for, see :mod:`~sparse_onnx.passes.calibration.turns`; None: ``oneshot`` for
+            ``awq``, which cannot be ``asymmetric``, ``sequential`` for ``gptq``, ``asymmetric`` for ``auto``. Not for
+            methods without data.
         bias_correction: Whether biases take up the shift of the mean; None: as ``auto`` does. Not without data.
         unseen_tokens: The share of the batches that is run once more with half of the tokens drawn from the whole
             vocabulary, see :mod:`~sparse_onnx.passes.calibration.unseen`; None: half with ``auto``, otherwise none.
@@ -109,6 +114,8 @@ class QuantizeWeights(Pass):
             raise UsageError(
                 f"{self.method} uses no data: give no calibration, no bias_correction and no unseen_tokens"
             )
+        if self.method == "awq" and self.order == "asymmetric":
+            raise UsageError("awq scales weights, which asymmetric calibration cannot aim at: give another")
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]  # that of most passes is the same for all options
@@ -238,20 +245,31 @@ class _Job:
     def _calibrated(self) -> None:
         options = self.options
         data = self.context.calibration_for(options.name)
+        how = data.options or CalibrationOptions()
+        samples = add_unseen_tokens(
+            self.model, data.samples, options.share_of_unseen, how.mask, self.context.progress
+        )
+        if options.method == "awq":
+            self.declined += scale_inputs(
+                self.model,
+                self.weights,
+                options.grid_for,
+                lambda some: Calibrator(
+                    self.model, some, samples, how, work=data.work, progress=self.context.progress
+                ),
+                self.context,
+            )
         if data.checkpoint is not None:
             models = [model_digest(model) for model in (self.model, self.context.dense) if model is not None]
             key = f"{' '.join(models)} {data.samples.digest()} {options!r}"
             self._checkpoint = Checkpoint(data.checkpoint, hashlib.sha256(key.encode()).hexdigest())
-        how = data.options or CalibrationOptions()
         dense = self.context.dense
         if dense is not None:
             self._dense = {weight.name: weight for weight in find_weights(dense)[0]}
         calibrator = Calibrator(
             self.model,
             self.weights,
-            add_unseen_tokens(
-                self.model, data.samples, options.share_of_unseen, how.mask, self.context.progress
-            ),
+            samples,
             how,
             work=data.work,
             progress=self.context.progress,
@@ -282,7 +300,7 @@ class _Job:
             self.declined.append((weight.name, str(error)))
             weight.release()
             return
-        quantized = _side_by_side(parts)
+        quantized = side_by_side(parts)
         after = quantized.matrix()
         errors, bias = [], None
         width = W.shape[1] // max(len(layer.inputs), 1)
@@ -351,7 +369,7 @@ class _Job:
             own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
             parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
-            whole = _side_by_side(parts)
+            whole = side_by_side(parts)
             for word, array in (
                 ("integers", whole.integers),
                 ("scale", whole.scale),
@@ -444,20 +462,10 @@ def stored_bytes(weight: Weight) -> int:
 
 
 def _quantizer(method: str, grid: GridOptions, damping: float) -> WeightQuantizer:
+    if method == "awq":
+        return RtnQuantizer(grid=grid, clip=True)
     kind = QUANTIZERS[method]
     return kind(grid=grid, damping=damping) if issubclass(kind, DampedQuantizer) else kind(grid=grid)
-
-
-def _side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The outputs of all parts, which have the same inputs and options."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedMatrix(
-        np.concatenate([part.integers for part in parts], axis=1),
-        np.concatenate([part.scale for part in parts], axis=1),
-        np.concatenate([part.zero_point for part in parts], axis=1),
-        parts[0].options,
-    )
 
 
 def _grid_words(grid: GridOptions) -> str:

@@ -11,6 +11,7 @@ for the scale that the model really has.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,15 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import check_types, require
 
-__all__ = ["Grid", "GridOptions", "QuantizedMatrix", "fitted_grid", "round_to_grid", "stored_scale"]
+__all__ = [
+    "Grid",
+    "GridOptions",
+    "QuantizedMatrix",
+    "fitted_grid",
+    "round_to_grid",
+    "side_by_side",
+    "stored_scale",
+]
 
 ScaleType = Literal["float32", "float16"]
 
@@ -206,3 +215,15 @@ def round_to_grid(W: np.ndarray, grid: Grid) -> QuantizedMatrix:
     """The nearest point of ``grid`` for every element of W [K, N], halves to even; 0 is met exactly."""
     scale, low, high = grid.levels(len(W))
     return grid.at(np.clip(np.rint(W / scale), low, high))
+
+
+def side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """The outputs of all ``parts``, which have the same inputs and options."""
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedMatrix(
+        np.concatenate([part.integers for part in parts], axis=1),
+        np.concatenate([part.scale for part in parts], axis=1),
+        np.concatenate([part.zero_point for part in parts], axis=1),
+        parts[0].options,
+    )

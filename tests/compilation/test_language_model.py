@@ -75,3 +75,22 @@ def test_few_bits_alone_and_with_zeros(exported, tmp_path, options, zeros, least
     step = text(3, 1, past=9, seed=5)  # one token behind nine in the cache
     expected, found = (session.run(["logits"], step)[0].ravel() for session in (before, after))
     assert expected @ found >= least * np.linalg.norm(expected) * np.linalg.norm(found)
+
+
+def test_a_tied_head_becomes_integers_with_its_table(exported, tmp_path):
+    """Rounded once; the head then is a weight of 8 bits as others are."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "version: 1\ntarget: {precision: int8}\nstages:\n  - name: bits\n    modifiers:\n"
+        "      - quant.embedding: {}\n      - quant.weight: {method: rtn, bits: 8, group_size: 0}\n"
+    )
+    result = sparse_onnx.optimize(exported, tmp_path / "out", recipe=recipe, benchmark=False, threads=1)
+    rows = {row["name"]: row for row in result.report["quantized"]}
+    assert len(rows) == 7 * LAYERS + 1
+    (table,) = (row for name, row in rows.items() if "embed_tokens" in name)
+    assert (table["bits"], table["elements"], table["bytes"]) == (8, TOKENS * 64, TOKENS * (64 + 2))
+    step = text(3, 1, past=9, seed=5)
+    before = open_session(exported, threads=1, library=False)
+    after = open_session(tmp_path / "out" / "model.onnx", threads=1, library=False)
+    expected, found = (session.run(["logits"], step)[0].ravel() for session in (before, after))
+    assert expected @ found >= 0.98 * np.linalg.norm(expected) * np.linalg.norm(found)

@@ -10,15 +10,16 @@ only move its elements::
     integers ── Cast ── Sub(zero point) ── Mul(scale)             │
     bytes ───── Unpack(scale, zero point)                         ┘
 
-The Sub and the Mul behind a Cast may be missing. Scales, zero points and codebooks must be constant, and nothing else
-may read what lies between the stored tensor and the layers: a change would reach it, too.
+Packed bytes may also be looked up: columns of a weight that is tied to a table of embeddings. The Sub and the Mul
+behind a Cast may be missing. Scales, zero points and codebooks must be constant, and nothing else may read what lies
+between the stored tensor and the layers: a change would reach it, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +30,7 @@ from sparse_onnx.model.encodings import Affine, Encoding, Packed, Palette
 from sparse_onnx.model.graph import is_standard, producer
 from sparse_onnx.model.nbits import PackedBlocks
 
-__all__ = ["Decoded", "IsLayer", "Move", "decodes", "follow", "results"]
+__all__ = ["Decoded", "IsLayer", "Move", "decodes", "follow", "is_lookup", "results"]
 
 Shape = tuple[int, ...]
 IsLayer = Callable[[ir.Node, int], bool]
@@ -151,7 +152,7 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
     if tensor is None:
         raise _UnreadableError("has no value")
     shape = tensor_shape(tensor)
-    node = _only_node(value)
+    node = _only_node(value, [use.node for use in value.uses() if not is_lookup(use.node, use.idx)])
     encoding: Encoding
     if is_standard(node, "QuantizeLinear"):
         rounding, node = node, _only_node(node.outputs[0])
@@ -191,9 +192,20 @@ def _follow(value: ir.Value, is_layer: IsLayer) -> Decoded:
     return Decoded(operand, moves[-1].after if moves else shape, encoding, tuple(moves))
 
 
-def _only_node(value: ir.Value) -> ir.Node:
-    """The node that reads ``value``, which nothing else does."""
-    nodes = [use.node for use in value.uses()]
+def is_lookup(node: ir.Node, index: int) -> bool:
+    """Whether ``node`` takes columns of packed integers, its input ``index``, by ids that differ from run to run."""
+    packed = node.inputs[index]
+    return (
+        is_standard(node, "Gather")
+        and index == 0
+        and node.attributes.get_int("axis", 0) == 2
+        and any(use.node.domain == UNPACK_DOMAIN for use in packed.uses())  # type: ignore[union-attr]
+    )
+
+
+def _only_node(value: ir.Value, readers: Sequence[ir.Node] | None = None) -> ir.Node:
+    """The node that reads ``value``, which nothing else does; of ``readers``, if they are given."""
+    nodes = [use.node for use in value.uses()] if readers is None else readers
     if value.is_graph_output():
         raise _UnreadableError(_GIVEN_OUT)
     if len(nodes) != 1:

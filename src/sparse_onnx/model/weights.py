@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.errors import SparseOnnxError, UsageError
 from sparse_onnx.model.constants import tensor_shape
-from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, results
+from sparse_onnx.model.decoding import Decoded, IsLayer, Move, follow, is_lookup, results
 from sparse_onnx.model.encodings import DENSE, Affine, Dense, Encoding, Packed, Palette
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
@@ -86,6 +86,11 @@ class Weight:
         if isinstance(self.encoding, (Packed, PackedBlocks)):
             return self.encoding.dims
         return tensor_shape(self.tensor)
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether its outputs are also rows of a table of embeddings: a change would reach these, too."""
+        return any(is_lookup(use.node, use.idx) for use in self.value.uses())
 
     @property
     def size(self) -> int:

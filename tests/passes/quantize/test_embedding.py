@@ -8,6 +8,12 @@ import pytest
 
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model import model_io
+from sparse_onnx.model.bit_packing import unpack
+from sparse_onnx.model.weights import find_weights
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
+from sparse_onnx.passes.lower.lowering import Packer
+from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.quantize.embedding import QuantizeEmbeddings
 
 RNG = np.random.default_rng(4)
@@ -91,23 +97,115 @@ def test_half_precision(from_text, run):
     np.testing.assert_allclose(found, TABLE[IDS], atol=0.03)
 
 
-# -- what is left alone ------------------------------------------------------------------------------
+# -- a head that is tied to the table ----------------------------------------------------------------
 
 TIED = "E = Gather(T, I) H = Transpose<perm = [1, 0]>(T) Y = MatMul(E, H)"
+BY_GEMM = "E = Gather(T, I) S = Shape(I) F = Reshape(E, R) Y = Gemm<transB = 1>(F, T)"
+FLAT = np.array([-1, D], np.int64)
+
+
+def tied(from_text, body=TIED, opset=17, table=TABLE, **tensors):
+    if body is TIED:
+        return build(from_text, body, table, opset, f"float[B, S, {V}] Y")
+    return build(from_text, body, table, opset, f"float[N, {V}] Y", R=FLAT, **tensors)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 23])
+@pytest.mark.parametrize("body", [TIED, BY_GEMM])
+@pytest.mark.parametrize(
+    ("bits", "group", "bound"), [(8, 0, 0.02), (8, 16, 0.02), (4, 0, 0.25), (4, 16, 0.2)]
+)
+def test_a_tied_head_has_the_rows_of_the_table(from_text, run, body, bits, group, bound, opset):
+    """Rows and head are those of the integers that are stored, once; against float64."""
+    model = tied(from_text, body, opset)
+    result = QuantizeEmbeddings(bits=bits, group_size=group)(model)
+    packed, scale = (model.graph.initializers[name].const_value.numpy() for name in ("T", "T.scale"))
+    groups = D // (group or D)
+    assert packed.shape == (1, D * bits // 8, V)
+    integers = unpack(packed, bits, D).astype(np.float64) - 2 ** (bits - 1)  # [D, V]
+    rounded = (integers * np.repeat(scale[:, 0].astype(np.float64), D // groups, axis=0)).T
+    np.testing.assert_allclose(rounded, TABLE, atol=np.abs(TABLE).max() * bound)
+    expected = (rounded[IDS] @ rounded.T).reshape(run(model, {"I": IDS})["Y"].shape)
+    np.testing.assert_allclose(run(model, {"I": IDS})["Y"], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(run(model, {"I": IDS - V})["Y"], run(model, {"I": IDS})["Y"])
+    (layer,) = result.layers
+    assert (layer.bits, layer.group_size, layer.nbytes) == (bits, group, V * (D * bits // 8 + 2 * groups))
+    assert not result.declined
+
+
+def test_a_tied_table_is_stored_once(from_text, tmp_path):
+    model = tied(from_text)
+    QuantizeEmbeddings()(model)
+    model_io.save_model(model, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.glob("model.onnx*"))
+    assert V * D < size < V * D + V * 2 + 12000 < 2 * V * D
+
+
+def test_no_ids_and_one(from_text, run):
+    model = tied(from_text)
+    QuantizeEmbeddings()(model)
+    assert run(model, {"I": np.zeros((2, 0), np.int64)})["Y"].shape == (2, 0, V)
+    assert run(model, {"I": np.full((1, 1), 5)})["Y"].shape == (1, 1, V)
+
+
+def test_a_tied_head_is_a_weight_for_forms_of_few_bits(from_text, run):
+    """What is made of the head does not reach the rows that are looked up."""
+    model = tied(from_text)
+    QuantizeEmbeddings()(model)
+    expected = run(model, {"I": IDS})["Y"]
+    (weight,), _ = find_weights(model, encoded=True)
+    assert (weight.name, weight.shape, weight.is_looked_up) == ("T", (D, V), True)
+    (candidate,), declined = LowerDynamicInt8.find_candidates(model)
+    assert not declined
+    LowerDynamicInt8().put(model, [candidate], Packer(PassContext()), PassContext())
+    assert "MatMulInteger" in [node.op_type for node in model.graph]
+    np.testing.assert_allclose(run(model, {"I": IDS})["Y"], expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_a_tied_head_is_not_pruned(from_text):
+    """Its zeros would be those of the table."""
+    model = tied(from_text)
+    QuantizeEmbeddings()(model)
+    result = Magnitude(sparsity=0.5)(model)
+    assert not result.modified
+    assert [place.place for place in result.declined] == ["T"]
+    assert "tied to a table of embeddings" in result.declined[0].reason
+
+
+def test_half_precision_of_a_tied_table(from_text, run):
+    model = from_text(
+        f'<ir_version: 8, opset_import: ["" : 17]> g (int64[B, S] I) => (float16[B, S, 600] Y) {{ {TIED} }}',
+        T=TABLE.astype(np.float16),
+    )
+    expected = run(model, {"I": IDS})["Y"].astype(np.float32)
+    QuantizeEmbeddings()(model)
+    found = run(model, {"I": IDS})["Y"]
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+# -- what is left alone ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("body", "options", "reason"),
     [
-        (TIED, {}, "is also read by Transpose: what is tied to it would be rounded as well"),
-        ("E = Gather(T, I) Y = Gemm<transB = 1>(Z, T)", {}, "is also read by Gemm"),
+        (
+            "E = Gather(T, I) Y = MatMul(Z, T)",
+            {},
+            "is also read by MatMul: what is tied to it would be rounded",
+        ),
+        ("E = Gather(T, I) Y = Gemm(Z, T)", {}, "is also read by Gemm"),
+        ("E = Gather(T, I) H = Transpose<perm = [1, 0]>(T) Y = Mul(H, Q)", {}, "is also read by Transpose"),
+        ("E = Gather(T, I) Y = Transpose<perm = [1, 0]>(T)", {}, "is also read by Transpose"),
         (BODY, {"ignore": ("T",)}, "listed in ignore"),
         (BODY, {"bits": 4, "group_size": 64}, "rows of 32 are no multiple of the group size 64"),
     ],
 )
 def test_a_table_that_is_left_alone(from_text, body, options, reason):
-    y = "float[B, S, 8] Y" if body is BODY else "float[A, C, 600] Y" if body is TIED else "float[A, C] Y"
-    extra = {"Z": RNG.standard_normal((2, D)).astype(np.float32)} if "Z" in body else {}
+    y = "float[B, S, 8] Y" if body is BODY else "float[A, C] Y"
+    extra = {name: np.ones((2, V), np.float32) for name in "Z" if name in body}
+    extra |= {"Q": np.float32(2)} if "Q" in body else {}
     model = build(from_text, body, y=y, **extra)
     result = QuantizeEmbeddings(**options)(model)
     assert not result.modified
