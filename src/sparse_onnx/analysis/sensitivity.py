@@ -45,8 +45,7 @@ _LEFT = 2 / 3
 """Of the error of layers that are pruned by themselves: what is left where each makes up for those before it."""
 
 _ENCODED = (0.5,)
-"""Zeros with which bits are solved for as well. From there on they add next to nothing: the integers make good some of
-what pruning lost."""
+"""Zeros with which bits are solved for as well: what they add falls slowly with more of them."""
 
 _SAMPLES = 8
 _CHANNELS, _TOGETHER = 64, 8
