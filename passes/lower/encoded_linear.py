@@ -32,15 +32,23 @@ __all__ = ["EncodedForm", "LowerEncoded"]
 
 @dataclasses.dataclass(frozen=True)
 class EncodedForm(Form):
-    """Integers of ``bits`` bits, zeros among them."""
+    """Integers of ``bits`` bits, zeros among them. ``block`` inputs share a float32 scale and, with ``zero_points``, a
+    zero point; 0: all inputs of an output do."""
 
     bits: int = 8
+    block: int = 0
+    zero_points: bool = False
 
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
     ) -> float:
         """Without scales."""
         return shape[0] * shape[1] * self.bits / 8
+
+    def scale_nbytes(self, shape: tuple[int, int]) -> float:
+        inputs, outputs = shape
+        blocks = -(-inputs // self.block) if self.block else 1
+        return blocks * outputs * (4 + self.bits / 8 * self.zero_points)
 
 
 class _Nodes:

@@ -19,12 +19,15 @@ from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 if TYPE_CHECKING:
     from sparse_onnx.passes.lower.lowering import Lowering
 
-__all__ = ["DENSE", "SPARSE", "TABLE_SPARSITY", "Form", "SparseForm", "sparse_form"]
+__all__ = ["DENSE", "FLOAT_BITS", "SPARSE", "TABLE_SPARSITY", "Form", "SparseForm", "sparse_form"]
 
 DENSE = "dense"
 """The form that a layer has before any lowering: a float32 weight for the operators of the runtime."""
 
 SPARSE = "sparse"
+
+FLOAT_BITS = 32
+"""Of a weight, or of activations, that are floats."""
 
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
@@ -43,6 +46,9 @@ class Form(abc.ABC):
         sure_from: The share of zeros from which on it was faster than dense on every machine measured, so that it needs
             no timing; None: no share tells.
         stored: How its weights lie.
+        bits: Of the weights that it is for; those of a form for floats are decoded.
+        activations: Bits that it rounds all of its input to with one scale, when it runs; one that rounds parts of it
+            with a scale each, or nothing, has those of floats.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Form(abc.ABC):
     least_zeros: float = 0.0
     sure_from: float | None = None
     stored: StoredFormat = SPARSE_FORMAT
+    bits: int = FLOAT_BITS
+    activations: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
         require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")
@@ -66,6 +74,10 @@ class Form(abc.ABC):
     ) -> float:
         """What a weight [K, N] with this share and pattern of zeros would take; ``outputs`` is what its operator asks
         of their order."""
+
+    def scale_nbytes(self, shape: tuple[int, int]) -> float:
+        """What scales and zero points of a weight [K, N] take beside that."""
+        return 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,9 +46,17 @@ class LowerMatMulNBits(LowerEncoded):
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
         if grid.bits not in _BITS:
             return f"has {grid.bits} bits; MatMulNBits is fast with 4 and 8"
-        if _block_size(grid) is None:
+        block = _block_size(grid)
+        if block is None:
             return f"has groups of {grid.group_size}, which cannot be cut into blocks of 16 or more"
-        return EncodedForm(f"int{grid.bits}-nbits", cls, exact=False, bits=grid.bits)
+        return EncodedForm(
+            f"int{grid.bits}-nbits",
+            cls,
+            exact=False,
+            bits=grid.bits,
+            block=block,
+            zero_points=not grid.symmetric,
+        )
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:

@@ -31,6 +31,7 @@ __all__ = [
     "explicit",
     "hill_exponent",
     "outlier_share",
+    "pruned_columns",
     "water_fill",
 ]
 
@@ -188,23 +189,37 @@ def error_curve(W: np.ndarray, statistics: InputStatistics, sparsities: np.ndarr
     most 64 channels spread over the layer; all sparsities are solved for at once, side by side, so that the Gram
     is inverted once. Each channel has the zeros that a ranking of |w| · sqrt(G_ii) in the layer gives it.
     """
-    columns = np.unique(np.linspace(0, W.shape[1] - 1, _CHANNELS).round().astype(int))
-    part = W[:, columns] * (statistics.diagonal > 0)[:, None]
-    score = wanda_score(part, statistics.diagonal)
-    pruned = np.concatenate([smallest(score, round(share * score.size)) for share in sparsities], axis=1)
-    side_by_side = np.tile(part, (1, len(sparsities))).astype(np.float32)
-    loss, energy = np.zeros(side_by_side.shape[1]), np.zeros(len(columns))
+    part, changes = pruned_columns(W, statistics, sparsities)
+    change = np.concatenate(changes, axis=1)
+    loss, energy = np.zeros(change.shape[1]), np.zeros(part.shape[1])
     start = 0
     for gram in statistics.gram if isinstance(statistics.gram, tuple) else (statistics.gram,):
         rows = slice(start, start := start + len(gram))
-        change = _change(side_by_side[rows], gram, pruned[rows])
-        loss += _energy(change, gram)
+        loss += _energy(change[rows], gram)
         energy += _energy(part[rows], gram)
     loud = energy > 0
     if not loud.any():
         return np.zeros(len(sparsities))
     relative = loss.reshape(len(sparsities), -1)[:, loud] / energy[loud]
     return np.asarray(np.clip(relative.mean(axis=1), 0, 1))
+
+
+def pruned_columns(
+    W: np.ndarray, statistics: InputStatistics, sparsities: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The channels of W [K, N] that :func:`error_curve` looks at, [K, C] float32, inputs without power being 0, and
+    what each of ``sparsities`` takes from them, [K, C] float32 each."""
+    columns = np.unique(np.linspace(0, W.shape[1] - 1, _CHANNELS).round().astype(int))
+    part = W[:, columns] * (statistics.diagonal > 0)[:, None]
+    score = wanda_score(part, statistics.diagonal)
+    pruned = np.concatenate([smallest(score, round(share * score.size)) for share in sparsities], axis=1)
+    side_by_side = np.tile(part, (1, len(sparsities))).astype(np.float32)
+    change = np.empty_like(side_by_side)
+    start = 0
+    for gram in statistics.gram if isinstance(statistics.gram, tuple) else (statistics.gram,):
+        rows = slice(start, start := start + len(gram))
+        change[rows] = _change(side_by_side[rows], gram, pruned[rows])
+    return part, np.split(change, len(sparsities), axis=1)
 
 
 def _change(W: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Know before pruning: how fast and small a model would become on this machine, and which layers that comes from.
+"""Know before pruning and quantizing: how fast and small a model would become here, and which layers that comes from.
 
 The model is cleaned and fused as ``optimize`` would do it, but its weights stay. Then three things are measured: where
-the dense model's time goes (:mod:`sparse_onnx.timing.profile`), how fast every layer is with zeros that it does not
-have yet (:mod:`sparse_onnx.timing.curves`), and, as a whole, a few models compiled for the occasion, the *anchors*,
-which turn sums over layers into times of models (:mod:`.time_model`). Any plan can be asked about afterwards
+the dense model's time goes (:mod:`sparse_onnx.timing.profile`), how fast every layer is with zeros and bits that it
+does not have yet (:mod:`sparse_onnx.timing.curves`), and, as a whole, a few models compiled for the occasion, the
+*anchors*, which turn sums over layers into times of models (:mod:`.time_model`). Any plan can be asked about afterwards
 (:mod:`.forecast`).
 """
 
@@ -30,6 +30,7 @@ from sparse_onnx.data.inputs import InputSpec, Value, plain_values
 from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
+from sparse_onnx.model.bit_packing import STORED_BITS
 from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.opset_conversion import converted_from
 from sparse_onnx.model.probe import shapes_in, with_shape_outputs
@@ -40,13 +41,17 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.base import Declined, PassContext, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.passes.lower.candidates import find_candidates
-from sparse_onnx.passes.lower.forms import Form
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm
+from sparse_onnx.passes.lower.forms import FLOAT_BITS, Form
 from sparse_onnx.passes.lower.layers import lower_layers
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.patterns.layer import Layer, layer_kind
 from sparse_onnx.passes.presets import FUSION_PASSES, PREPARATION_PASSES
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.quantize.by_bits import UsualGrid, usual_grid
+from sparse_onnx.passes.quantize.layers import resolved_bits
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.progress import Progress, format_duration
 from sparse_onnx.report.environment import environment
@@ -74,6 +79,9 @@ __all__ = ["Analysis", "analyze"]
 
 SCHEMA_VERSION = 1
 
+BITS = (8, 4)
+"""Of weights, that are looked at by default."""
+
 SHOWN = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros in a table of predictions."""
 
@@ -84,6 +92,9 @@ DISTURBED = (
     "other programs took processors, so predictions are rough: run again when the machine is idle, or with fewer "
     "--threads"
 )
+
+_BYTE = 8
+_LEAST_SHARE = 0.2
 
 _MOST_WHOLE_STARTS, _WHOLE_ROUNDS, _WHOLE_SECONDS = 5, 9, 5.0
 _POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
@@ -99,7 +110,8 @@ class Analysis:
         input_shapes: What was timed for.
         forecast: Layers, their curves, and the time of the whole.
         profile: Where the dense model's time goes; None for a model too large for one session.
-        anchors: The models that were timed as a whole, by their share of zeros (None: not pruned).
+        anchors: The models of floats that were timed as a whole, by their share of zeros (None: not pruned).
+        encoded_anchors: Those with weights of few bits, by their bits.
         declined: (place, reason) of what no kernel can take.
         untouched: Operators with matrix-like work that are no layer, see :func:`sparse_onnx.model.work.untouched`.
         seconds: What the analysis took, by step.
@@ -120,13 +132,17 @@ class Analysis:
     kinds: tuple[tuple[Mapping[str, Any], LayerCurves], ...] = dataclasses.field(repr=False)
     quiet: bool = True
     quantized: tuple[QuantizedWeight, ...] = ()
+    encoded_anchors: tuple[tuple[int, Anchor], ...] = ()
 
-    def predict(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> Outlook:
-        """With the same share of zeros, in [0, 1), in all layers that may be pruned; N:M implies it.
+    def predict(
+        self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED, bits: int = FLOAT_BITS
+    ) -> Outlook:
+        """With the same share of zeros, in [0, 1), in all layers that may be pruned; N:M implies it. With the same
+        ``bits`` in all weights that can have them.
 
-        Raises UsageError for a pattern that was not measured, and a share of zeros at odds with it.
+        Raises UsageError for a pattern or bits that were not measured, and a share of zeros at odds with the pattern.
         """
-        return self.forecast.outlook(self.forecast.uniform(sparsity, mask_structure))
+        return self.forecast.outlook(self.forecast.uniform(sparsity, mask_structure, bits))
 
     def sentence(self, sparsity: float | None = None, mask_structure: str = UNSTRUCTURED) -> str:
         """The answer in words, see :meth:`predict`."""
@@ -270,6 +286,9 @@ def analyze(
     *,
     mask_structures: Sequence[str] = STRUCTURES,
     sparsities: Sequence[float] = SPARSITIES,
+    bits: Sequence[int] = BITS,
+    group_size: int | None = None,
+    encoded_structures: Sequence[str] = (UNSTRUCTURED,),
     targets: Sequence[str] = (),
     ignore: Sequence[str] = DEFAULT_IGNORE,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -285,13 +304,17 @@ def analyze(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Analysis:
-    """Measure what zeros would be worth in ``model`` on this machine; nothing is pruned for good, nothing written.
+    """Measure what zeros and bits would be worth in ``model`` on this machine; nothing is changed for good, nothing
+    written.
 
     Args:
         model: An ``.onnx`` file or a Hugging Face model folder.
         mask_structures: The patterns to measure.
         sparsities: The shares of zeros to measure at, each in (0, 1).
-        targets, ignore: The layers that pruning may touch, see :class:`sparse_onnx.model.weights.Selection`.
+        bits: Of weights, to measure with: any of 8, 4, 3 and 2; none: only zeros are looked at.
+        group_size: Inputs that share a scale, 16 to 256, 0: all; None: as ``optimize`` has it for these bits.
+        encoded_structures: The patterns to measure forms of few bits with, where these depend on zeros.
+        targets, ignore: The layers that may be touched, see :class:`sparse_onnx.model.weights.Selection`.
         input_shapes: Shapes to time for, by input name.
         input_values, fixed_inputs: Values for inputs that steer the graph, as ``optimize`` takes them.
         threads: Intra-op threads to time for; None: all cores of this process.
@@ -308,6 +331,9 @@ def analyze(
     """
     for share in sparsities:
         require(0 < share < 1, "sparsities", share, "above 0 and below 1")
+    for count in bits:
+        require(count in STORED_BITS, "bits", count, "8, 4, 3 or 2")
+    grids = {count: _grid(count, group_size) for count in dict.fromkeys(bits)}
     require(len(sparsities) > 0, "sparsities", sparsities, "at least one share of zeros")
     require(threads is None or threads > 0, "threads", threads, "1 or more")
     require(min_speedup > 0, "min_speedup", min_speedup, "above 0")
@@ -320,6 +346,8 @@ def analyze(
             Path(model),
             structures,
             tuple(sorted(sparsities)),
+            grids,
+            tuple(encoded_structures),
             selection,
             min_speedup,
             Workbench(threads or available_cores(), Path(work), progress=progress or (lambda _line: None)),
@@ -349,11 +377,14 @@ class _Job:
         source: Path,
         structures: tuple[str, ...],
         sparsities: tuple[float, ...],
+        grids: Mapping[int, UsualGrid],
+        encoded_structures: tuple[str, ...],
         selection: Selection,
         min_speedup: float,
         bench: Workbench,
     ) -> None:
         self.source, self.structures, self.sparsities = source, structures, sparsities
+        self.grids, self.encoded_structures = grids, encoded_structures
         self.selection, self.min_speedup = selection, min_speedup
         self.clock = StageClock(bench.progress)
         self.say = self.clock.say
@@ -407,7 +438,7 @@ class _Job:
                 curves = self.measure(fused, kinds)
             forecast = self.forecast(candidates, values, curves, profile)
             with self.clock("time whole models"):
-                forecast, anchors = self.fit(original, fused, forecast, wanted, changed, context)
+                forecast, anchors, few = self.fit(original, fused, forecast, wanted, changed, context)
             if samples is not None:
                 with self.clock("losses"):
                     forecast = self.with_losses(cleaned, forecast, samples)
@@ -434,6 +465,7 @@ class _Job:
             tuple((layer_kind(kinds[kind][1], kinds[kind][2]), found) for kind, found in curves.items()),
             not self.disturbed,
             tuple(quantized_weights(fused)),
+            tuple(few),
         )
 
     def run_dense(
@@ -499,6 +531,8 @@ class _Job:
                 sparsities=self.sparsities,
                 structures=self.structures,
                 prunable=not self.reasons[candidate.weight.name],
+                grids=tuple(self.grids.values()),
+                encoded_structures=self.encoded_structures,
                 threads=self.bench.threads,
                 work=self.bench.work,
             )
@@ -538,13 +572,14 @@ class _Job:
                     sparsity=candidate.sparsity,
                     reason=self.reasons[weight.name],
                     companion=candidate.companion,
-                    forms=candidate.allowed_forms(),
+                    forms=(*candidate.allowed_forms(), *measured.encoded),
                     outputs=candidate.layers[0].stored_outputs,
                     packed_bytes=_packed_bytes(candidate),
                     key=places[kinds[0]],
                     dense_ms=measured.dense_ms,
                     share=None if profile is None else profile.share(weight.name),
                     curves=measured.curves,
+                    encoded=self.encoded_bytes(candidate),
                     others=candidate.names[1:],
                 )
             )
@@ -554,8 +589,27 @@ class _Job:
         sums = sum(layer.dense_ms for layer in layers)
         times = TimeModel(0.0, 1.0, 1.0, (0.0,), (1.0,), 0.0)
         return Forecast(
-            tuple(layers), self.structures, times, sums, self.nbytes, max(0, rest), self.min_speedup, ()
+            tuple(layers),
+            self.structures,
+            times,
+            sums,
+            self.nbytes,
+            max(0, rest),
+            self.min_speedup,
+            (),
+            tuple(self.grids),
         )
+
+    def encoded_bytes(self, candidate: Candidate) -> dict[int, int]:
+        """What its weights take by the bits that they can have."""
+        if self.reasons[candidate.weight.name]:
+            return {}
+        shapes = [part.weight.shape for part in candidate.parts]
+        return {
+            bits: sum(grid.nbytes(shape) for shape in shapes)
+            for bits, grid in self.grids.items()
+            if grid.group_size <= min(inputs for inputs, _ in shapes)
+        }
 
     def fit(
         self,
@@ -565,45 +619,53 @@ class _Job:
         wanted: Sequence[float],
         changed: bool,
         context: PassContext,
-    ) -> tuple[Forecast, list[tuple[float | None, Anchor]]]:
-        """Compile and time models as a whole. ``changed`` says whether ``fused`` differs from the original without any
-        zeros."""
-        plans: list[tuple[float | None, Plan]] = [(share, forecast.uniform(share)) for share in wanted]
-        plans = [(share, plan) for share, plan in plans if forecast.decide(plan)[1]]
+    ) -> tuple[Forecast, list[tuple[float | None, Anchor]], list[tuple[int, Anchor]]]:
+        """Compile and time models as a whole: those of floats, and with ``wanted`` ones one for each number of bits.
+        ``changed`` says whether ``fused`` differs from the original without any zeros."""
+        few = [(bits, forecast.uniform(0.0, bits=bits)) for bits in self.grids if wanted]
+        plans: list[tuple[float | None, int, Plan]] = [
+            *((share, FLOAT_BITS, forecast.uniform(share)) for share in wanted),
+            *((None, bits, plan) for bits, plan in few),
+        ]
+        plans = [(share, bits, plan) for share, bits, plan in plans if _is_timed(forecast, bits, plan)]
         if changed:
-            plans.insert(0, (None, {}))
-        timed: list[tuple[float | None, Sums, list[Ratio]]] = []
+            plans.insert(0, (None, FLOAT_BITS, {}))
+        timed: list[tuple[float | None, int, Sums, list[Ratio]]] = []
         rest = forecast.rest_bytes
         told = Progress(self.say, "models", len(plans), interval=0)
         with open_runner(original, self.bench, self.path, library=False) as dense:
             whole = dense.whole
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
-        for share, plan in plans if whole else ():
+        for share, bits, plan in plans if whole else ():
             choices, forms = forecast.decide(plan)
-            path = self.compile(fused, share, forms, context)
+            path = self.compile(fused, share, bits, forms, context)
             found = self.time_whole(original, fused, path)
-            timed.append((share, forecast.sums(choices, forms), found))
+            timed.append((share, bits, forecast.sums(choices, forms), found))
+            told.step()
+            if bits != FLOAT_BITS:
+                continue
             kept = sum(forecast.layer_bytes(layer.name, choices[layer.name]) for layer in forecast.layers)
             rest = sum(file.stat().st_size for file in path.parent.iterdir()) - kept
-            told.step()
-        self.disturbed |= any(not ratio.quiet for _, _, found in timed for ratio in found)
-        dense_ms = statistics.median([ratio.first_ms for _, _, found in timed for ratio in found] or first)
-        speedups = [[ratio.median for ratio in found] for _, _, found in timed]
+        self.disturbed |= any(not ratio.quiet for *_, found in timed for ratio in found)
+        dense_ms = statistics.median([ratio.first_ms for *_, found in timed for ratio in found] or first)
+        speedups = [[ratio.median for ratio in found] for *_, found in timed]
         noise = scatter(speedups)
-        anchors = [
-            (share, make_anchor(sums, dense_ms, medians, noise))
-            for (share, sums, _), medians in zip(timed, speedups, strict=True)
+        made = [
+            (share, bits, make_anchor(sums, dense_ms, medians, noise))
+            for (share, bits, sums, _), medians in zip(timed, speedups, strict=True)
         ]
+        anchors = [(share, anchor) for share, bits, anchor in made if bits == FLOAT_BITS]
+        encoded = [(bits, anchor) for _, bits, anchor in made if bits != FLOAT_BITS]
         if not changed or not whole:
             anchors.insert(0, (None, Anchor(forecast.sums(*forecast.decide({})), dense_ms, 0.0)))
         fitted = dataclasses.replace(
             forecast,
-            times=fit([anchor for _, anchor in anchors], noise),
+            times=fit([anchor for _, anchor in (*anchors, *encoded)], noise),
             dense_ms=dense_ms,
             rest_bytes=rest,
-            anchored=(UNSTRUCTURED,) if timed else (),
+            anchored=(UNSTRUCTURED,) if any(bits == FLOAT_BITS for _, bits, _ in made) else (),
         )
-        return fitted, anchors
+        return fitted, anchors, encoded
 
     def time_whole(self, original: ir.Model, fused: ir.Model, path: Path) -> list[Ratio]:
         """The original against the model at ``path``, made of ``fused``, in new sessions several times; more often if
@@ -622,7 +684,7 @@ class _Job:
         return quiet if len(quiet) >= FEWEST_STARTS else found
 
     def with_losses(self, model: ir.Model, forecast: Forecast, samples: Samples) -> Forecast:
-        """With what zeros in each layer that may be pruned do to the outputs."""
+        """With what zeros and bits in each layer that may be changed do to the outputs."""
         wanted = {layer.name for layer in forecast.layers if not layer.reason}
         found = measure_losses(
             model,
@@ -631,6 +693,13 @@ class _Job:
             CalibrationOptions(threads=self.bench.threads),
             sparsities=self.sparsities,
             structures=self.structures,
+            grids=self.grids,
+            blocks={
+                form.bits: form.block
+                for layer in forecast.layers
+                for form in layer.forms
+                if isinstance(form, EncodedForm) and form.block
+            },
             work=self.bench.work,
             progress=self.say,
         )
@@ -638,14 +707,19 @@ class _Job:
         return dataclasses.replace(forecast, layers=tuple(layers))
 
     def compile(
-        self, fused: ir.Model, share: float | None, forms: Mapping[str, str], context: PassContext
+        self, fused: ir.Model, share: float | None, bits: int, forms: Mapping[str, str], context: PassContext
     ) -> Path:
-        """Write ``fused`` with this share of zeros in all its layers and the chosen ones in their ``forms``."""
+        """Write ``fused`` with this share of zeros and these bits in all its layers and the chosen ones in their
+        ``forms``."""
         pruned = fused.clone()
         if share is not None:
             Magnitude(sparsity=share, targets=self.selection.targets, ignore=self.selection.ignore)(
                 pruned, context
             )
+        if bits != FLOAT_BITS:
+            grid = self.grids[bits]._asdict()
+            targets, ignore = self.selection.targets, self.selection.ignore
+            QuantizeWeights(method="rtn", **grid, targets=targets, ignore=ignore)(pruned, context)
         chosen = [
             (candidate, form)
             for candidate in find_candidates(pruned)[0]
@@ -657,6 +731,21 @@ class _Job:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return model_io.save_model(lowered, folder)
+
+
+def _grid(bits: int, group_size: int | None) -> UsualGrid:
+    """That of weights that take so many bits in a file: in a byte as many as products of integers are exact with."""
+    return usual_grid(resolved_bits(None) if bits == _BYTE else bits, group_size)
+
+
+def _is_timed(forecast: Forecast, bits: int, plan: Plan) -> bool:
+    """Whether a model with ``plan`` tells the times of layers in forms for so many bits: it has some, with as much of the
+    dense time as shows in that of the whole where they have few."""
+    forms = forecast.decide(plan)[1]
+    layers = [forecast.by_name[name] for name, form in forms.items()]
+    own = sum(layer.dense_ms for layer in layers if layer.form(forms[layer.name]).bits == bits)
+    least = 0.0 if bits == FLOAT_BITS else _LEAST_SHARE * sum(layer.dense_ms for layer in forecast.layers)
+    return own > least
 
 
 def _candidates(model: ir.Model) -> tuple[list[Candidate], list[Declined]]:

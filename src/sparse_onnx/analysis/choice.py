@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sparse_onnx.passes.lower.forms import FLOAT_BITS
 from sparse_onnx.timing.curves import UNSTRUCTURED
 
-__all__ = ["FLOAT_BITS", "Choice"]
+__all__ = ["ROUNDED_BITS", "Choice"]
 
-FLOAT_BITS = 32
+ROUNDED_BITS = 8
+"""Of activations that operators round."""
 
 
 class Choice(NamedTuple):
@@ -18,8 +20,9 @@ class Choice(NamedTuple):
         sparsity: Its share of zeros, in [0, 1).
         structure: Their pattern, as :class:`sparse_onnx.passes.solvers.masks.MaskStructure` writes it.
         bits: Of its weight: 32 is float32; 8, 4, 3 or 2.
-        activations: Bits that its operator rounds activations to when it runs: 8 for products of integers, 32
-            otherwise.
+        activations: Bits that its operator may round all of its input to with one scale, when it runs: 8 for ONNX
+            Runtime's dynamic int8. Operators that round blocks of inputs (MatMulNBits) need no such leave: what they
+            lose belongs to the bits of the weight.
     """
 
     sparsity: float = 0.0

@@ -1,10 +1,10 @@
-"""What zeros in each layer do to the outputs of the whole model, on real inputs.
+"""What zeros and bits in each layer do to the outputs of the whole model, on real inputs.
 
 Every layer is pruned alone, by Wanda, in one session of the whole model that takes the weights as inputs: the relative
 error of the model's outputs against that of the layer's own output is its *gain*. The layer's own error with other
 zeros is much cheaper, from the second moments of its input: with SparseGPT as the method, on some of its outputs, and
 for other patterns than unstructured in proportion to what Wanda loses with them. Their product is what the layer does
-to the whole.
+to the whole. What weights of few bits and rounded inputs add to it is measured by :mod:`.rounding`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.analysis.choice import Choice
+from sparse_onnx.analysis.rounding import RoundedInputs, added_by_bits, rounded_inputs
 from sparse_onnx.data.inputs import Feeds, InputSpec, input_specs, sample_count
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.calibration import Calibrator, Options
 from sparse_onnx.passes.calibration.skeleton import PartSession
+from sparse_onnx.passes.lower.forms import FLOAT_BITS
 from sparse_onnx.passes.prune.allocation import error_curve
+from sparse_onnx.passes.quantize.by_bits import UsualGrid
 from sparse_onnx.passes.solvers import InputStatistics, wanda_score
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity, structure_reason
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.outputs import tensor_outputs
+from sparse_onnx.timing.curves import UNSTRUCTURED
 from sparse_onnx.verification.comparison import compare
 
 __all__ = ["Loss", "measure_losses"]
 
 _PROBE = 0.7
 """Zeros with which the gain is measured: enough for an error well above rounding, where it still grows linearly."""
+
+_ENCODED = (0.5,)
+"""Zeros with which bits are solved for as well. From there on they add next to nothing: the integers make good some of
+what pruning lost."""
 
 _SAMPLES = 8
 _CHANNELS, _TOGETHER = 64, 8
@@ -44,17 +52,36 @@ _CHANNELS, _TOGETHER = 64, 8
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """Of one layer: ``errors`` by pattern, the relative errors of its own output at ``sparsities`` (N:M has one), and
-    ``gain``, the relative error of the model's worst output for a unit of it."""
+    ``gain``, the relative error of the model's worst output for a unit of it. In squares come on top: by bits
+    ``encoded``, what they add with each of the shares ``encoded_sparsities`` of zeros, rounding of blocks of inputs
+    included, and ``rounded``, what rounding the whole input with one scale does."""
 
     gain: float
     sparsities: Mapping[str, tuple[float, ...]]
     errors: Mapping[str, tuple[float, ...]]
+    encoded_sparsities: tuple[float, ...] = ()
+    encoded: Mapping[int, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    rounded: float | None = None
 
-    def error(self, choice: Choice) -> float:
-        """Relative error of the model's outputs where only this layer has these zeros."""
+    def error(self, choice: Choice) -> float | None:
+        """Relative error of the model's outputs where only this layer has these zeros and bits; None where that was not
+        measured."""
+        if choice.structure not in self.errors:
+            return None
         known, errors = self.sparsities[choice.structure], self.errors[choice.structure]
         # No error without zeros.
-        return self.gain * float(np.interp(choice.sparsity, (0.0, *known), (0.0, *errors)))
+        parts = [float(np.interp(choice.sparsity, (0.0, *known), (0.0, *errors)))]
+        if choice.bits != FLOAT_BITS:
+            if choice.bits not in self.encoded:
+                return None
+            parts.append(
+                float(np.interp(choice.sparsity, self.encoded_sparsities, self.encoded[choice.bits]))
+            )
+        if choice.activations != FLOAT_BITS:
+            if self.rounded is None:
+                return None
+            parts.append(self.rounded)
+        return self.gain * math.hypot(*parts)
 
 
 def measure_losses(
@@ -65,10 +92,13 @@ def measure_losses(
     *,
     sparsities: Sequence[float],
     structures: Sequence[str],
+    grids: Mapping[int, UsualGrid] | None = None,
+    blocks: Mapping[int, int] | None = None,
     work: Path,
     progress: Callable[[str], None],
 ) -> dict[str, Loss]:
-    """The loss of every weight of ``model`` that has statistics, by name.
+    """The loss of every weight of ``model`` that has statistics, by name; by bits also with weights on ``grids`` and,
+    where operators for these round blocks of inputs, their size in ``blocks``.
 
     Raises UsageError if ORT refuses the model or the samples do not fit it.
     """
@@ -77,8 +107,13 @@ def measure_losses(
     batches = _first(samples, input_specs(model))
     known = [weight for weight in weights if weight.name in statistics]
     told = Progress(progress, "losses of layers", len(known))
+    grids, blocks = grids or {}, blocks or {}
+    threads = options.threads or available_cores()
+    inputs: dict[str, RoundedInputs] = {}
+    if grids:
+        inputs = rounded_inputs(model, known, batches, sorted(set(blocks.values())), threads=threads)
     losses = {}
-    with _Swapped(model, known, batches[0], options.threads or available_cores()) as whole:
+    with _Swapped(model, known, batches[0], threads) as whole:
         reference = [whole.run(feeds, {}) for feeds in batches]
         for weight in known:
             groups = statistics[weight.name]
@@ -89,7 +124,8 @@ def measure_losses(
                 reference, [whole.run(feeds, {weight.name: weight.stored(probe)}) for feeds in batches]
             )
             gain = found.relative_error / own if own and math.isfinite(found.relative_error) else 0.0
-            losses[weight.name] = _loss(W, groups[0], len(groups), gain, sparsities, structures)
+            loss = _loss(W, groups[0], len(groups), gain, sparsities, structures)
+            losses[weight.name] = _with_bits(loss, W, groups, grids, inputs.get(weight.name), blocks)
             del W, probe
             weight.release()
             told.step()
@@ -208,6 +244,31 @@ def _loss(
             found.append(min(1.0, worse * float(np.interp(share, shares, solved))))
         known[str(structure)], errors[str(structure)] = points, tuple(found)
     return Loss(gain, known, errors)
+
+
+def _with_bits(
+    loss: Loss,
+    W: np.ndarray,
+    groups: Sequence[InputStatistics],
+    grids: Mapping[int, UsualGrid],
+    inputs: RoundedInputs | None,
+    blocks: Mapping[int, int],
+) -> Loss:
+    """``loss`` with what rounding adds, judged by the first group."""
+    if not grids:
+        return loss
+    shares = [share for share in _ENCODED if share <= max(loss.sparsities[UNSTRUCTURED])]
+    added = added_by_bits(W[:, : W.shape[1] // len(groups)], groups[0], grids, shares)
+    for bits, errors in added.items():
+        if inputs is not None and bits in blocks:
+            own = inputs.blocks[blocks[bits]]
+            added[bits] = tuple(math.hypot(error, own) for error in errors)
+    return dataclasses.replace(
+        loss,
+        encoded_sparsities=(0.0, *shares),
+        encoded=added,
+        rounded=None if inputs is None else inputs.whole,
+    )
 
 
 def _some_columns(count: int) -> np.ndarray:

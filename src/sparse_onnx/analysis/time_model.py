@@ -1,6 +1,7 @@
 """The time of a whole model from the times of its layers alone.
 
     T = rest + dense_factor · Σ dense times of the layers left dense + sparse_factor · Σ sparse times of the others
+        + Σ over bits of factor[bits] · Σ times of the layers in forms of so few bits
 
 Alone a layer is slower than inside a model: its input is cold, a runtime's own layout has to be made and undone, and
 the call itself costs (which makes the rest smaller, even negative). What lies between the layers is fused, or not,
@@ -15,6 +16,10 @@ of the anchors' errors is corrected in proportion, between them by their share o
 scatter does not explain. An anchor's own time is no better known than its repetitions allow. And a prediction is
 compared with another timing, which scatters as well: the expected error holds that, too.
 
+A model with weights of few bits is another one: what rounds activations is shared by the layers that read them, and
+other operators fall away. The three numbers are those of models in floats. The factor of so many bits is then what the
+anchor with these has left.
+
 What a call costs alone is no constant, so a rest below zero says too much about sums that are smaller than those of all
 anchors: the line would reach zero. There the time lies between the line and proportion to the sum, and is as unsure.
 """
@@ -24,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,12 +50,18 @@ predicted that well."""
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Over the layers of a model, each timed alone: those left dense, and the others. ``zeros`` is the mean share of
-    zeros, by dense time; a layer left dense counts as having none."""
+    """Over the layers of a model, each timed alone: those left dense, those in other forms of floats, and by bits those
+    in forms of few. ``zeros`` is the mean share of zeros, by dense time; a layer left dense counts as having none, and
+    so does one of few bits."""
 
     dense_ms: float
     sparse_ms: float
     zeros: float
+    encoded_ms: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total_ms(self) -> float:
+        return self.dense_ms + self.sparse_ms + sum(self.encoded_ms.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Anchor:
 class TimeModel:
     """See the module's docstring. ``zeros`` (rising) and ``corrections`` have an entry an anchor; ``error`` is the
     relative error to expect of :meth:`milliseconds` against one timing of the model, ``least_ms`` the least sum of an
-    anchor's layers."""
+    anchor's layers. ``encoded`` has the factors of few bits that an anchor has."""
 
     rest_ms: float
     dense_factor: float
@@ -75,6 +86,11 @@ class TimeModel:
     corrections: tuple[float, ...]
     error: float
     least_ms: float = 0.0
+    encoded: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def factor(self, bits: int) -> float:
+        """From the time of a layer alone, not left dense, to what it adds to the whole."""
+        return self.encoded.get(bits, self.sparse_factor)
 
     def milliseconds(self, sums: Sums) -> float:
         """Time of a whole model."""
@@ -86,10 +102,11 @@ class TimeModel:
         return math.sqrt(max(line / proportional, proportional / line)) - 1
 
     def _ends(self, sums: Sums) -> tuple[float, float]:
-        """The time by the line and by proportion, which are the same up to the least anchor."""
+        """The time by the line and by proportion, which are the same up to the least anchor, and with few bits, whose
+        anchors lie on the line."""
         line = self._corrected(sums)
         total = sums.dense_ms + sums.sparse_ms
-        if self.rest_ms >= 0 or not 0 < total < self.least_ms:
+        if self.rest_ms >= 0 or sums.encoded_ms or not 0 < total < self.least_ms:
             return line, line
         scale = self.least_ms / total
         least = Sums(sums.dense_ms * scale, sums.sparse_ms * scale, sums.zeros)
@@ -100,7 +117,8 @@ class TimeModel:
 
     def _fitted(self, sums: Sums) -> float:
         whole = self.rest_ms + self.dense_factor * sums.dense_ms + self.sparse_factor * sums.sparse_ms
-        return max(whole, _LEAST * (sums.dense_ms + sums.sparse_ms))
+        whole += sum(self.factor(bits) * ms for bits, ms in sums.encoded_ms.items())
+        return max(whole, _LEAST * sums.total_ms)
 
 
 def scatter(repeated: Sequence[Sequence[float]]) -> float:
@@ -120,8 +138,23 @@ def make_anchor(sums: Sums, dense_ms: float, speedups: Sequence[float], noise: f
 
 
 def fit(anchors: Sequence[Anchor], noise: float = 0.0) -> TimeModel:
-    """The model that fits ``anchors``, at least one; ``noise`` is the relative standard deviation of a measurement that
-    a prediction will be compared with."""
+    """The model that fits ``anchors``, at least one in floats; ``noise`` is the relative standard deviation of a
+    measurement that a prediction will be compared with."""
+    few_bits = [anchor for anchor in anchors if anchor.sums.encoded_ms]
+    floats = _fit_floats([anchor for anchor in anchors if not anchor.sums.encoded_ms], noise)
+    encoded = {bits: _left_for(anchor, floats) for anchor in few_bits for bits in anchor.sums.encoded_ms}
+    return dataclasses.replace(floats, encoded=encoded)
+
+
+def _left_for(anchor: Anchor, floats: TimeModel) -> float:
+    """The factor of the few bits of ``anchor``, with which its time is met."""
+    sums = anchor.sums
+    known = floats.rest_ms + floats.dense_factor * sums.dense_ms + floats.sparse_factor * sums.sparse_ms
+    scale = float(np.interp(sums.zeros, floats.zeros, floats.corrections))
+    return max(_LEAST, (anchor.whole_ms / scale - known) / sum(sums.encoded_ms.values()))
+
+
+def _fit_floats(anchors: Sequence[Anchor], noise: float) -> TimeModel:
     anchors = sorted(anchors, key=lambda anchor: anchor.sums.zeros)
     count = len(anchors)
     spread = math.sqrt(sum(anchor.spread**2 for anchor in anchors) / count)
@@ -147,5 +180,5 @@ def fit(anchors: Sequence[Anchor], noise: float = 0.0) -> TimeModel:
         tuple(anchor.sums.zeros for anchor in anchors),
         tuple(1 + share * (value - 1) for value in fitted),
         max(ROUGH if count < 3 else _FINE, expected),
-        min(anchor.sums.dense_ms + anchor.sums.sparse_ms for anchor in anchors),
+        min(anchor.sums.total_ms for anchor in anchors),
     )

@@ -16,6 +16,7 @@ from sparse_onnx.compilation.recipe import SECTIONS, Recipe, RecipeStage
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import at, build, frozen, keywords, option_names, unknown
 from sparse_onnx.passes.base import Pass, Stage
+from sparse_onnx.passes.quantize.by_bits import usual_grid
 from sparse_onnx.passes.quantize.layers import resolved_bits
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.registry import PASSES, pass_by_name
@@ -34,11 +35,6 @@ _FLAGS_OF_STAGE: Mapping[Stage, Collection[str]] = {
     Stage.QUANTIZE: keywords(Quantize).keys(),
 }
 """The flags that modifiers take, where they have an option of the name. A modifier of another stage takes none."""
-
-_FEW_BITS, _GROUP = 4, 64
-"""Up to so many bits, so many inputs share a scale and have a zero point: with 4 bits that takes a quarter of a bit a
-weight and loses a tenth less than symmetric grids. With more, a scale for each output does, and integer kernels
-take no other."""
 
 
 @dataclasses.dataclass
@@ -126,9 +122,7 @@ def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
     data = given.get("calibration_data", recipe.calibration.data)
     options = {
         "method": "hqq" if data is None else "auto",
-        "bits": bits,
-        "group_size": _GROUP if bits <= _FEW_BITS else 0,
-        "symmetric": bits > _FEW_BITS,
+        **usual_grid(bits)._asdict(),
     }
     return _Draft(QuantizeWeights, options | _taken(QuantizeWeights, given))
 

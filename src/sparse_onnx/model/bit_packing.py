@@ -22,6 +22,8 @@ loads the model. No kernel belongs to it.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -31,6 +33,7 @@ __all__ = [
     "UNPACK_DOMAIN",
     "UNPACK_VERSION",
     "pack",
+    "packed_bytes",
     "packed_shape",
     "stored_bits",
     "unpack",
@@ -91,6 +94,18 @@ def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int, int]:
     """The shape of the bytes of so many integers [rows, columns]."""
     per_byte = 8 if bits == 3 else 8 // bits
     return 3 if bits == 3 else 1, -(-rows // per_byte), columns
+
+
+def packed_bytes(
+    inputs: int, outputs: int, bits: int, group_size: int, *, zeros: bool, scale_bytes: int
+) -> int:
+    """What a weight [inputs, outputs] takes in the file: its integers, a scale of ``scale_bytes`` for every
+    ``group_size`` inputs (0: all) of an output and, with ``zeros``, a zero point."""
+    span = min(group_size, inputs) or inputs
+    groups = -(-inputs // span)
+    integers = math.prod(packed_shape(groups * span, outputs, bits))
+    zero_points = math.prod(packed_shape(groups, outputs, bits)) if zeros else 0
+    return integers + zero_points + groups * outputs * scale_bytes
 
 
 def unpack_name(bits: int, zeros: bool) -> str:

@@ -24,7 +24,8 @@ def measured_losses(losses: Mapping[str, Loss]) -> LossOf:
 
     def loss(name: str, choice: Choice) -> float | None:
         known = losses.get(name)
-        return None if known is None or choice.structure not in known.errors else known.error(choice) ** 2
+        error = None if known is None else known.error(choice)
+        return None if error is None else error**2
 
     return loss
 

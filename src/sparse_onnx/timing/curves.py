@@ -4,6 +4,9 @@ A layer is cut out of the dense model, pruned by magnitude to every sparsity and
 form with the real kernels, and all of these are timed in turn with the dense layer, at the shape that it has in the
 model. Layers that differ in nothing that matters to a kernel are measured once.
 
+Forms of few bits are timed with weights that are rounded to nearest: once, where they have no use for zeros; else as
+often as those of floats, rounded behind pruning.
+
 Between the measured sparsities the time *relative to dense* is read off straight lines. It cannot rise with the
 sparsity, so where noise says it does, neighbours are averaged first (isotonic regression). Below the first point the
 first line is continued, beyond the last one nothing more is gained.
@@ -19,12 +22,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.bit_packing import stored_bits
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lower.forms import Form
+from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.lower.forms import FLOAT_BITS, Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.patterns.layer import Layer
 from sparse_onnx.passes.prune.magnitude import Magnitude
+from sparse_onnx.passes.quantize.by_bits import UsualGrid
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.solvers.masks import MaskStructure, structure_reason
 from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.timing.layers import cut_layer, time_together
@@ -38,6 +45,7 @@ __all__ = [
     "LayerCurves",
     "combine",
     "count_points",
+    "curve_of",
     "measure_curves",
 ]
 
@@ -112,12 +120,21 @@ def _read_off(sparsities: Sequence[float], times: Sequence[float], at: float) ->
 
 @dataclasses.dataclass(frozen=True)
 class LayerCurves:
-    """One kind of layer: its dense time alone in milliseconds, and a curve for each (form, pattern) that it takes."""
+    """One kind of layer: its dense time alone in milliseconds, and a curve for each (form, pattern) that it takes; of a
+    form that has no use for zeros one for all patterns, see :func:`curve_of`."""
 
     dense_ms: float
     curves: Mapping[tuple[str, str], Curve]
     quiet: bool = dataclasses.field(default=True, compare=False)
     """Whether no other program was in the way."""
+    encoded: tuple[Form, ...] = dataclasses.field(default=(), compare=False)
+    """Its forms of few bits."""
+
+
+def curve_of(curves: Mapping[tuple[str, str], Curve], form: Form, structure: str) -> Curve | None:
+    """Of ``form`` with zeros in that pattern, where that was measured; few bits without use for zeros were once."""
+    once = form.bits != FLOAT_BITS and not form.least_zeros
+    return curves.get((form.name, UNSTRUCTURED if once else structure))
 
 
 def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
@@ -125,6 +142,8 @@ def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
     total = sum(use.dense_ms for use in uses)
     curves = {}
     for key, first in uses[0].curves.items():
+        if any(key not in use.curves for use in uses):
+            continue
         sides = [
             tuple(
                 sum(use.dense_ms * getattr(use.curves[key], side)[point] for use in uses) / total
@@ -133,7 +152,8 @@ def combine(uses: Sequence[LayerCurves]) -> LayerCurves:
             for side in ("times", "low", "high")
         ]
         curves[key] = Curve(first.sparsities, *sides)
-    return LayerCurves(total, curves)
+    named = {name for name, _ in curves}
+    return LayerCurves(total, curves, encoded=tuple(form for form in uses[0].encoded if form.name in named))
 
 
 def count_points(weight: Weight, sparsities: Sequence[float], structures: Sequence[str]) -> int:
@@ -150,11 +170,14 @@ def measure_curves(
     sparsities: Sequence[float],
     structures: Sequence[str],
     prunable: bool = True,
+    grids: Sequence[UsualGrid] = (),
+    encoded_structures: Sequence[str] = (UNSTRUCTURED,),
     threads: int,
     work: Path,
 ) -> LayerCurves:
-    """Time one layer of ``model`` in all forms that keep its numbers; see the module's docstring. Scratch files go to
-    ``work``.
+    """Time one layer of ``model`` in all forms that keep its numbers, and in those of weights on ``grids``; see the
+    module's docstring. Scratch files go to ``work``. Of forms of few bits that depend on zeros only
+    ``encoded_structures`` are measured.
 
     What can be lowered with the zeros that it has, has a point with these: a companion, and a layer that is not
     ``prunable``, which has no other.
@@ -165,13 +188,26 @@ def measure_curves(
     models: dict[tuple[str, str, float], ir.Model] = {}
     for form in as_it_is:
         _add(models, form, (UNSTRUCTURED, candidate.sparsity), dense, weight)
+    encoded: dict[UsualGrid, list[Form]] = {}
+    for grid in grids if prunable else ():
+        rounded = _on_grid(dense, candidate.names, grid)
+        encoded[grid] = _forms_of(rounded, weight, grid)
+        for form in encoded[grid]:
+            if not form.least_zeros:
+                _add(models, form, (UNSTRUCTURED, 0.0), rounded, weight)
     if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
             pruned = dense.clone()
             options = {"sparsity": sparsity, "mask_structure": structure}
             done = Magnitude(**options, targets=candidate.names, ignore=())(pruned)  # type: ignore[arg-type]
+            share = float(done.statistics["sparsity"])
             for form in forms:
-                _add(models, form, (structure, float(done.statistics["sparsity"])), pruned, weight)
+                _add(models, form, (structure, share), pruned, weight)
+            for grid, own in encoded.items() if structure in encoded_structures else ():
+                for form in own:
+                    if form.least_zeros:
+                        rounded = _on_grid(pruned, candidate.names, grid)
+                        _add(models, form, (structure, share), rounded, weight)
     measured: list[list[Ratio]] = [[] for _ in models]
     dense_ms: list[float] = []
     quiet = 0
@@ -207,7 +243,26 @@ def measure_curves(
             tuple(found.low for _, found in points),
             tuple(found.high for _, found in points),
         )
-    return LayerCurves(statistics.median(dense_ms), curves, quiet >= _STARTS)
+    return LayerCurves(
+        statistics.median(dense_ms),
+        curves,
+        quiet >= _STARTS,
+        tuple(form for own in encoded.values() for form in own),
+    )
+
+
+def _on_grid(model: ir.Model, names: Sequence[str], grid: UsualGrid) -> ir.Model:
+    """A copy of ``model`` with these weights on the grid, as far as it fits them."""
+    rounded = model.clone()
+    QuantizeWeights(method="rtn", **grid._asdict(), targets=tuple(names), ignore=())(rounded)
+    return rounded
+
+
+def _forms_of(model: ir.Model, weight: Weight, grid: UsualGrid) -> list[Form]:
+    """The forms that are for the bits of ``grid`` and that the weight of that name has in ``model``."""
+    bits = stored_bits(grid.bits)
+    found = (candidate for candidate in find_candidates(model)[0] if candidate.weight.name == weight.name)
+    return [form for candidate in found for form in candidate.forms if form.bits == bits < FLOAT_BITS]
 
 
 def _add(
