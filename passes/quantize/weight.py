@@ -69,8 +69,9 @@ class QuantizeWeights(Pass):
     Attributes:
         method: How integers are found.
         bits: Of an integer, 2 to 8. 5 to 7 take 8 in the file.
-        bits_of: Those of single weights, by name, in place of ``bits``. With more than 4 a weight has a symmetric scale
-            for each output, which products of integers ask for; otherwise groups and zero points as the others have.
+        bits_of: Those of single weights, by name, in place of ``bits``. Where ``bits`` are 4 at most, a weight with
+            more has a symmetric scale for each output, which products of integers ask for; otherwise groups and zero
+            points are as the others have them.
         group_size: Inputs that share a scale, 16 to 256, or 0: all inputs of an output. A weight with fewer inputs is
             left alone. Where the inputs are no multiple, the last group is shorter.
         symmetric: Zero points are 0; otherwise every group has its own.
@@ -166,9 +167,19 @@ class QuantizeWeights(Pass):
         own = self.bits_of.get(weight.name)
         if own is None:
             return grid
-        if own > _FEW_BITS:
+        if self.bits <= _FEW_BITS < own:
             return dataclasses.replace(grid, bits=own, group_size=0, symmetric=True)
         return dataclasses.replace(grid, bits=own)
+
+    def reason_against(self, weight: Weight) -> str | None:
+        """Why a weight of floats is left alone; None if it is not."""
+        reason = self.selection.reason_against(weight)
+        K, group_size = weight.shape[0], self.grid_for(weight).group_size
+        if reason is None and group_size > K:
+            reason = f"its {K} inputs are fewer than a group of {group_size}"
+        if reason is None and not weight.is_finite():
+            reason = "holds NaN or Inf"
+        return reason
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         chosen, left = self._choose(model)
@@ -194,12 +205,7 @@ class QuantizeWeights(Pass):
             raise UsageError(f"bits_of: {name!r} is no weight of a layer")
         chosen, reasons = [], list(left)
         for weight in found:
-            reason = self.selection.reason_against(weight)
-            K, group_size = weight.shape[0], self.grid_for(weight).group_size
-            if reason is None and group_size > K:
-                reason = f"its {K} inputs are fewer than a group of {group_size}"
-            if reason is None and not weight.is_finite():
-                reason = "holds NaN or Inf"
+            reason = self.reason_against(weight)
             if reason is None:
                 chosen.append(weight)
             else:

@@ -9,10 +9,12 @@ from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.time_model import TimeModel
 from sparse_onnx.compilation.recipe import Recipe, RecipeStage
+from sparse_onnx.passes.base import Stage
 from sparse_onnx.passes.lower.forms import sparse_form
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.registry import pass_by_name
-from sparse_onnx.search.plans import allocated, modifiers, uniform, with_pruning
+from sparse_onnx.search.plans import allocated, choices_of, uniform
+from sparse_onnx.search.recipes import modifiers, with_passes
 from sparse_onnx.search.strategy import Goals
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.curves import Curve
@@ -67,7 +69,7 @@ def _loss(**scales):
 
 
 def _allocated(forecast, names, loss, goals):
-    return allocated(forecast, names, ["unstructured", "2:4"], loss, goals)
+    return allocated(forecast, dict.fromkeys(names, choices_of(["unstructured", "2:4"])), loss, goals)
 
 
 @pytest.mark.parametrize("make", [_allocated, uniform])
@@ -170,11 +172,11 @@ def test_pruning_comes_before_what_has_to_follow_it():
         )
     )
     recipe = Recipe((RecipeStage("all", (ffn, quant)),))
-    stages = with_pruning(recipe, (prune,)).stages
+    stages = with_passes(recipe, Stage.PRUNE, (prune,)).stages
     assert stages == (
         RecipeStage("all", (ffn,)),
         RecipeStage("prune", (prune,)),
         RecipeStage("all", (quant,)),
     )
-    assert with_pruning(recipe, ()).stages == (stages[0], stages[2])
-    assert with_pruning(Recipe(), (prune,)).stages == (stages[1],)
+    assert with_passes(recipe, Stage.PRUNE, ()).stages == (stages[0], stages[2])
+    assert with_passes(Recipe(), Stage.PRUNE, (prune,)).stages == (stages[1],)

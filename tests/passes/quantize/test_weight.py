@@ -154,9 +154,14 @@ def test_a_scale_that_float16_does_not_have(model):
 def test_weights_with_bits_of_their_own(model):
     """More than 4 bits: a symmetric scale an output, whatever groups and zero points the others have."""
     step = QuantizeWeights(method="rtn", bits=4, group_size=16, symmetric=False).with_bits({"U": 3, "W": 8})
+    grouped = QuantizeWeights(method="rtn", bits=8, group_size=16).with_bits({"U": 7})(model.clone())
+    assert [(layer.bits, layer.group_size) for layer in grouped.layers] == [(7, 16)]
     result = step(model)
     assert step.targets == ("U", "W")
-    assert {layer.name: (layer.bits, layer.group_size) for layer in result.layers} == {"U": (3, 16), "W": (8, 0)}
+    assert {layer.name: (layer.bits, layer.group_size) for layer in result.layers} == {
+        "U": (3, 16),
+        "W": (8, 0),
+    }
     np.testing.assert_allclose(matrices(model)["W"], nearest(W, 8), atol=1e-3 * np.abs(W).max())
     assert step.stand_in() == step
 
