@@ -1,4 +1,4 @@
-"""``sparse-onnx analyze``: what zeros would be worth in a model, before any pruning."""
+"""``sparse-onnx analyze``: what zeros and few bits would be worth in a model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Target
+from sparse_onnx.compilation.groups import FLOAT32, INT4, INT8, Calibration, Goal, Prune, Quantize, Target
+from sparse_onnx.options import require
 from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
 from sparse_onnx.tools.options import option, options
 from sparse_onnx.units import format_bytes, format_ms, format_share
@@ -21,13 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "summary"]
 
+_BITS = {FLOAT32: (), INT8: (8,), INT4: (4,)}
+
 _LAYERS, _REASONS, _WIDTH = 5, 2, 28
 
 
-@click.command(short_help="Predict speed, size and error before any pruning.")
+@click.command(short_help="Predict speed, size and error before anything is changed.")
 @click.argument("model", type=click.Path(path_type=Path))
 @option(Prune, "sparsity", "Share of zeros that the answer is for, in [0, 1).  [default: 0.7]")
 @option(Prune, "mask_structure", "Its pattern: N:M, or block:RxC.", default="unstructured")
+@option(
+    Target,
+    "precision",
+    "Look at weights of 8 bits (int8), of 4 (int4), or of none (float32).  [default: both]",
+)
+@option(Quantize, "group_size")
 @option(Prune, "targets")
 @option(Prune, "ignore", "Layers to leave alone: as --targets; repeatable.")
 @option(
@@ -59,6 +68,7 @@ def command(
     model: Path,
     sparsity: float | None,
     mask_structure: str,
+    precision: str | None,
     targets: tuple[str, ...] | None,
     ignore: tuple[str, ...] | None,
     input_shapes: Mapping[str, tuple[int, ...]] | None,
@@ -68,8 +78,8 @@ def command(
     **given: Any,
 ) -> int:
     """Tell how fast and small MODEL (an .onnx file or a Hugging Face folder) would become on this machine with zeros
-    that it does not have yet, and with --calibration-data how large the error would be. Nothing is changed."""
-    from sparse_onnx.analysis.analyze import analyze
+    and bits that it does not have yet, and with --calibration-data how large the error would be. Nothing is changed."""
+    from sparse_onnx.analysis.analyze import BITS, analyze
     from sparse_onnx.model.weights import DEFAULT_IGNORE
     from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
     from sparse_onnx.timing.curves import STRUCTURES
@@ -78,10 +88,13 @@ def command(
     structure = MaskStructure.parse(mask_structure)
     share = 0.7 if sparsity is None and structure.kind != "n:m" else sparsity
     resolve_sparsity(share, structure)  # fails now rather than after a minute
+    if precision is not None:
+        require(precision in _BITS, "precision", precision, ", ".join(_BITS))
     with progress(quiet) as say:
         analysis = analyze(
             model,
             mask_structures=(*STRUCTURES, str(structure)),
+            bits=BITS if precision is None else _BITS[precision],
             targets=targets or (),
             ignore=ignore or DEFAULT_IGNORE,
             input_shapes=input_shapes,
@@ -90,22 +103,29 @@ def command(
         )
     if save_table is not None:
         write_table(analysis.table(), save_table)
-    document = {"answer": analysis.sentence(share, str(structure)), **analysis.to_dict()}
+    document = {
+        "answer": analysis.sentence(share, str(structure)),
+        "bits_answers": analysis.bits_sentences(),
+        **analysis.to_dict(),
+    }
     return show(summary(analysis, share, str(structure)), document, output_format)
 
 
 def summary(analysis: Analysis, sparsity: float | None, structure: str) -> str:
-    """The answer, a table of patterns, the layers with most of the time, and what stays as it is: some 25 lines."""
+    """The answers, a table of patterns and bits, the layers with most of the time, and what stays as it is: some 25
+    lines."""
     from sparse_onnx.analysis.analyze import DISTURBED
 
     answer = analysis.sentence(sparsity, structure)
-    parts = [answer[0].upper() + answer[1:] + ".", _patterns(analysis, sparsity), _layers(analysis)]
+    answers = [answer[0].upper() + answer[1:], *analysis.bits_sentences()]
+    parts = ["\n".join(f"{line}." for line in answers), _patterns(analysis, sparsity), _layers(analysis)]
     rough = "" if analysis.quiet else f"{DISTURBED[0].upper()}{DISTURBED[1:]}."
     return "\n\n".join([*parts, *filter(None, [_reasons(analysis), rough])])
 
 
 def _patterns(analysis: Analysis, asked: float | None) -> str:
-    """Unstructured at several shares of zeros, N:M, and blocks at the share that was asked for."""
+    """Unstructured at several shares of zeros, N:M, blocks at the share that was asked for, and few bits."""
+    from sparse_onnx.passes.lower.forms import FLOAT_BITS
     from sparse_onnx.timing.curves import UNSTRUCTURED
 
     forecast = analysis.forecast
@@ -113,13 +133,15 @@ def _patterns(analysis: Analysis, asked: float | None) -> str:
     blocks = [s for s in forecast.structures if s != UNSTRUCTURED and (None, s) not in cases]
     cases += [(0.7 if asked is None else asked, block) for block in blocks]
     rows = []
-    for share, structure in cases:
-        found = analysis.predict(share, structure)
-        zeros = forecast.uniform(share, structure)
+    shown = [(share, structure, FLOAT_BITS) for share, structure in cases]
+    shown += [case for case in analysis.bits_cases() if not case[0]]  # the answers tell of both together
+    for share, structure, bits in shown:
+        found = analysis.predict(share, structure, bits)
+        zeros = forecast.uniform(share, structure, bits)
         rows.append(
             [
-                structure,
-                format_share(next(iter(zeros.values()))[0] if zeros else share),
+                structure if bits == FLOAT_BITS else f"int{bits}",
+                format_share(next(iter(zeros.values())).sparsity if zeros else share),
                 format_ms(found.milliseconds),
                 f"{found.speedup:.2f}x ({found.low:.2f}-{found.high:.2f})",
                 f"{found.smaller:.2f}x ({format_bytes(found.nbytes)})",
@@ -127,7 +149,7 @@ def _patterns(analysis: Analysis, asked: float | None) -> str:
                 *([] if found.error is None else [f"{found.error:.2f}"]),
             ]
         )
-    header = ["pattern", "zeros", "time", "faster", "smaller", "layers sparse"]
+    header = ["pattern", "zeros", "time", "faster", "smaller", "layers faster"]
     if len(rows[0]) > len(header):
         header.append("error")
     dense = f"dense: {format_ms(forecast.dense_ms)}, {format_bytes(forecast.dense_bytes)}"

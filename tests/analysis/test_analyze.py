@@ -42,6 +42,7 @@ OPTIONS = {
     "threads": 1,
     "sparsities": (0.5, 0.9),
     "mask_structures": ("unstructured", "2:4", "block:8x1"),
+    "bits": (),
 }
 
 

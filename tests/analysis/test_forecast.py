@@ -9,7 +9,10 @@ from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.sensitivity import Loss
 from sparse_onnx.analysis.time_model import Anchor, Sums, fit
 from sparse_onnx.errors import UsageError
+from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm
 from sparse_onnx.passes.lower.forms import Form, sparse_form
+from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.sparse_ops.formats.base import ONE_RUN
 from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC
@@ -250,3 +253,128 @@ def test_uniform_plans_are_checked():
         model.uniform(None)
     with pytest.raises(UsageError, match="was measured"):
         model.uniform(0.5, "block:8x1")
+
+
+DYNAMIC = EncodedForm("int8-dynamic", LowerDynamicInt8, exact=False, bits=8, activations=8)
+BLOCKS8 = EncodedForm("int8-nbits", LowerMatMulNBits, exact=False, bits=8, block=16)
+BLOCKS4 = EncodedForm("int4-nbits", LowerMatMulNBits, exact=False, bits=4, block=16, zero_points=True)
+
+
+def encoded_layer(name, times, **changes):
+    """A layer that can have 8, 4 and 3 bits; ``times`` of its forms for these, by their names."""
+    few = {(form, "unstructured"): curve(time, sparsities=(0.0,)) for form, time in times.items()}
+    forms = tuple(form for form in (DYNAMIC, BLOCKS8, BLOCKS4) if form.name in times)
+    return layer(
+        name,
+        FAST | few,
+        **{"forms": (sparse_form(LowerSparseMatMul), *forms), "encoded": {8: 8448, 4: 4600, 3: 3500}}
+        | changes,
+    )
+
+
+ALL = {"int8-dynamic": 0.4, "int8-nbits": 0.6, "int4-nbits": 0.3}
+
+
+def few_bits(*layers, **changes):
+    return forecast(*layers, **{"bits": (8, 4, 3)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("choice", "form", "time", "nbytes"),
+    [
+        (Choice(), "dense", 1, 4 * 64 * 128),
+        (Choice(bits=8, activations=8), "int8-dynamic", 0.4, 64 * 128 + 4 * 128),
+        (Choice(bits=8), "int8-nbits", 0.6, 64 * 128 + 4 * 4 * 128),  # may not round all of the input
+        (Choice(bits=4), "int4-nbits", 0.3, 64 * 64 + 4 * 128 * 4.5),
+        (Choice(bits=4, activations=8), "int4-nbits", 0.3, 64 * 64 + 4 * 128 * 4.5),
+        (
+            Choice(bits=3, activations=8),
+            "dense",
+            1,
+            3500,
+        ),  # no form is for 3 bits: unpacked when it is loaded
+        (Choice(0.5, bits=8, activations=8), "int8-dynamic", 0.4, 64 * 128 + 4 * 128),
+        (Choice(0.5, "2:4", bits=8, activations=8), "int8-dynamic", 0.4, 64 * 128 + 4 * 128),
+    ],
+)
+def test_bits_have_their_forms_times_and_bytes(choice, form, time, nbytes):
+    model = few_bits(encoded_layer("a", ALL))
+    assert model.outlook({"a": choice}).forms == ({} if form == "dense" else {"a": form})
+    assert model.layer_milliseconds("a", choice) == pytest.approx(10 * time)
+    assert model.layer_bytes("a", choice) == pytest.approx(nbytes)
+    assert model.outlook({"a": choice}).nbytes == pytest.approx(
+        model.dense_bytes if choice == Choice() else 1000 + nbytes
+    )
+
+
+def test_a_sparse_form_of_floats_takes_few_bits_only_where_that_is_no_larger():
+    model = few_bits(encoded_layer("a", {"int8-nbits": 0.9}))
+    for bits, share, form in ((8, 0.9, "sparse"), (8, 0.5, "int8-nbits"), (4, 0.8, "dense")):
+        found = model.outlook({"a": Choice(share, bits=bits)})
+        assert found.forms == ({} if form == "dense" else {"a": form})
+    assert CHUNKED_CSC.expected_nbytes(64, 128, 0.9) < 8448 < CHUNKED_CSC.expected_nbytes(64, 128, 0.5)
+
+
+def test_a_form_of_few_bits_may_have_a_curve_over_zeros():
+    sparse8 = EncodedForm("sparse8", LowerDynamicInt8, exact=False, bits=8, least_zeros=0.3)
+    curves = FAST | {("sparse8", "unstructured"): curve(0.3, 0.2, 0.1)}
+    both = layer("a", curves, forms=(sparse_form(LowerSparseMatMul), sparse8), encoded={8: 8448})
+    model = few_bits(both)
+    assert model.layer_milliseconds("a", Choice(0.7, bits=8)) == pytest.approx(2)
+    assert model.outlook({"a": Choice(0.2, bits=8)}).forms == {}, "too few zeros"
+    assert model.outlook({"a": Choice(0.5, "2:4", bits=8)}).forms == {}, "not measured with that pattern"
+    assert model.outlook({"a": Choice(0.7)}).forms == {"a": "sparse"}, "floats have no such form"
+
+
+def test_the_same_bits_everywhere_are_for_those_that_can_have_them():
+    narrow = layer("b", FAST)
+    ignored = encoded_layer("c", ALL, reason="listed in ignore", encoded={})
+    model = few_bits(encoded_layer("a", ALL), narrow, ignored)
+    assert model.uniform(0.0, bits=8)["a"] == Choice(bits=8, activations=8)
+    assert model.uniform(0.5, bits=4) == {"a": Choice(0.5, bits=4, activations=8), "b": Choice(0.5)}
+    assert model.outlook(model.uniform(0.0, bits=8)).forms == {"a": "int8-dynamic"}
+    assert model.precisions("a") == ((32, 32), (8, 32), (8, 8), (4, 32), (3, 32))
+    assert model.precisions("b") == ((32, 32),)
+
+
+def test_bits_of_an_anchor_have_its_factor():
+    layers = [encoded_layer(name, ALL) for name in "ab"]
+    dense = Anchor(Sums(20.0, 0.0, 0.0), 25.0, 0.0)
+    eight = Anchor(Sums(0.0, 0.0, 0.0, {8: 8.0}), 5 + 2 * 8.0, 0.0)  # twice as slow as alone
+    model = few_bits(*layers, times=fit([dense, eight]))
+    assert model.outlook(model.uniform(0.0, bits=8)).milliseconds == pytest.approx(eight.whole_ms, rel=1e-6)
+    half = model.outlook({"a": Choice(bits=8, activations=8)}).milliseconds
+    assert half == pytest.approx((dense.whole_ms + eight.whole_ms) / 2, rel=1e-6)
+    plain = few_bits(*layers, times=fit([dense]))
+    assert plain.outlook(plain.uniform(0.7)) == model.outlook(model.uniform(0.7)), "floats are as before"
+    four = model.outlook(model.uniform(0.0, bits=4))
+    assert four.milliseconds == pytest.approx(5 + 2 * 3, rel=0.01)
+    assert four.high / four.speedup > 1.05, "no anchor has these bits"
+
+
+def test_errors_of_bits_and_of_rounded_activations():
+    loss = Loss(0.5, {"unstructured": (0.5,)}, {"unstructured": (0.3,)}, (0.0, 0.5), {8: (0.02, 0.0)}, 0.04)
+    model = few_bits(encoded_layer("a", ALL, loss=loss))
+    weights = 2 / 3 * 0.5 * 0.02  # what rounds activations is not taken back
+    assert model.error({"a": Choice(bits=8)}) == pytest.approx(weights, rel=1e-3)
+    assert model.error({"a": Choice(bits=8, activations=8)}) == pytest.approx(
+        (weights**2 + 0.02**2) ** 0.5, rel=1e-3
+    )
+    assert model.error({"a": Choice(0.5, bits=8)}) == pytest.approx(2 / 3 * 0.15, rel=0.01)
+    assert model.error({"a": Choice(bits=4)}) is None, "not measured"
+    # A layer that stays dense keeps its bits, with the zeros that they were found for, and rounds nothing.
+    slow = few_bits(encoded_layer("a", {}, loss=loss), min_speedup=1e6)
+    found = slow.outlook({"a": Choice(0.5, bits=8, activations=8)})
+    assert (found.forms, found.error) == ({}, pytest.approx(2 / 3 * 0.15, rel=0.01))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"a": Choice(bits=2)}, "bits must be one that was measured"),
+        ({"a": Choice(bits=7)}, r"8, 4, 3, 32\), not 7"),
+    ],
+)
+def test_bits_that_were_not_measured(plan, message):
+    with pytest.raises(UsageError, match=message):
+        few_bits(encoded_layer("a", ALL)).outlook(plan)

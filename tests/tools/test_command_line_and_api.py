@@ -18,11 +18,16 @@ CALLING = {"progress", "command"}
 
 COMMAND_ALONE = {
     "optimize": {"no_timing_cache"},  # timing_cache=False
-    "analyze": {"sparsity", "mask_structure", "save_table"},  # Analysis.sentence() and Analysis.table()
+    "analyze": {
+        "sparsity",
+        "mask_structure",
+        "precision",
+        "save_table",
+    },  # Analysis.sentence(), bits, .table()
 }
 FUNCTION_ALONE = {
     "optimize": {"sparsities"},  # a mapping: from a recipe on the command line
-    "analyze": {"sparsities", "mask_structures"},  # what to measure; a command line asks for one
+    "analyze": {"sparsities", "mask_structures", "bits", "encoded_structures"},  # what to measure
 }
 WITHOUT_FUNCTION = {"bench", "doctor", "demo", "export", "inspect", "report"}
 """Commands that a program has other means for: sessions, exporter, inspection, report.json."""

@@ -9,6 +9,7 @@ does not have yet (:mod:`sparse_onnx.timing.curves`), and, as a whole, a few mod
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -84,6 +85,9 @@ BITS = (8, 4)
 
 SHOWN = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros in a table of predictions."""
+
+ALONG = 0.5
+"""The share of zeros that is shown along with few bits."""
 
 ANCHORS = (0.5, 0.7, 0.8, 0.9)
 """Shares of zeros at which models are compiled and timed as a whole."""
@@ -162,6 +166,22 @@ class Analysis:
             return f"{text}; for the error to expect, give --calibration-data"
         return f"{text}; expected relative error {found.error:.2g} (method auto, calibrated)"
 
+    def bits_sentences(self) -> list[str]:
+        """What few bits would bring, a line for each number of them; none for a model without layers."""
+        return [self._bits_sentence(bits) for bits in self.forecast.bits if self.forecast.layers]
+
+    def _bits_sentence(self, bits: int) -> str:
+        if not any(bits in layer.encoded for layer in self.forecast.layers):
+            return f"int{bits}: no weight of this model can have {bits} bits"
+        alone, zeros = self.predict(0.0, bits=bits), self.predict(ALONG, bits=bits)
+        speed = f"{alone.speedup:.2f}x faster ({alone.low:.2f} to {alone.high:.2f})"
+        parts = [speed if alone.forms else "no layer faster", f"{alone.smaller:.2f}x smaller"]
+        others = [f"with {100 * ALONG:.0f} % zeros {zeros.speedup:.2f}x", f"{zeros.smaller:.2f}x"]
+        if alone.error is not None and zeros.error is not None:
+            parts.append(f"expected error {alone.error:.2g}")
+            others.append(f"{zeros.error:.2g}")
+        return f"int{bits}: {', '.join(parts)}; {', '.join(others)}"
+
     @property
     def quantized_text(self) -> str:
         """What is quantized already, in a line; empty if nothing is."""
@@ -182,6 +202,14 @@ class Analysis:
             "dense_bytes": forecast.dense_bytes,
             "min_speedup": forecast.min_speedup,
             "predictions": [self._prediction(*case) for case in self.cases()],
+            "precisions": [
+                {
+                    "bits": bits,
+                    **self._prediction(share, structure, bits),
+                    "forms": self._forms(share, structure, bits),
+                }
+                for share, structure, bits in self.bits_cases()
+            ],
             "layers": [self._layer(layer) for layer in forecast.layers],
             "curves": [
                 _curve_row(layer, form, structure, forecast.min_speedup)
@@ -190,7 +218,13 @@ class Analysis:
                 for structure in layer.patterns_of(form)
             ],
             "time_model": dataclasses.asdict(forecast.times),
-            "anchors": [{"sparsity": share, **dataclasses.asdict(anchor)} for share, anchor in self.anchors],
+            "anchors": [
+                *({"sparsity": share, **dataclasses.asdict(anchor)} for share, anchor in self.anchors),
+                *(
+                    {"sparsity": None, "bits": bits, **dataclasses.asdict(anchor)}
+                    for bits, anchor in self.encoded_anchors
+                ),
+            ],
             "profile": None
             if self.profile is None
             else {
@@ -213,8 +247,22 @@ class Analysis:
             found += [(None, structure)] if fixed else [(share, structure) for share in SHOWN]
         return found
 
-    def _prediction(self, sparsity: float | None, structure: str) -> dict[str, Any]:
-        found = self.predict(sparsity, structure)
+    def bits_cases(self) -> list[tuple[float, str, int]]:
+        """The same with few bits, alone and along with zeros: (share of zeros, pattern, bits)."""
+        able = {bits for layer in self.forecast.layers for bits in layer.encoded}
+        return [
+            (share, UNSTRUCTURED, bits)
+            for bits in self.forecast.bits
+            for share in (0.0, ALONG)
+            if bits in able
+        ]
+
+    def _forms(self, sparsity: float, structure: str, bits: int) -> dict[str, int]:
+        """How many layers get which form."""
+        return dict(collections.Counter(self.predict(sparsity, structure, bits).forms.values()))
+
+    def _prediction(self, sparsity: float | None, structure: str, bits: int = FLOAT_BITS) -> dict[str, Any]:
+        found = self.predict(sparsity, structure, bits)
         return {
             "mask_structure": structure,
             "sparsity": resolve_sparsity(sparsity, MaskStructure.parse(structure)),
@@ -245,6 +293,7 @@ class Analysis:
             "dense_ms": layer.dense_ms,
             "share": layer.share,
             "break_even": {structure: layer.break_even(structure, limit) for structure in layer.patterns},
+            "encoded_bytes": {str(bits): nbytes for bits, nbytes in layer.encoded.items()},
             "loss": None if layer.loss is None else dataclasses.asdict(layer.loss),
         }
 
@@ -739,8 +788,8 @@ def _grid(bits: int, group_size: int | None) -> UsualGrid:
 
 
 def _is_timed(forecast: Forecast, bits: int, plan: Plan) -> bool:
-    """Whether a model with ``plan`` tells the times of layers in forms for so many bits: it has some, with as much of the
-    dense time as shows in that of the whole where they have few."""
+    """Whether a model with ``plan`` tells the times of layers in forms for so many bits: it has some, and if these are
+    few, enough of the dense time to show in that of the whole."""
     forms = forecast.decide(plan)[1]
     layers = [forecast.by_name[name] for name, form in forms.items()]
     own = sum(layer.dense_ms for layer in layers if layer.form(forms[layer.name]).bits == bits)

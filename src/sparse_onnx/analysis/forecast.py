@@ -241,12 +241,10 @@ class Forecast:
         share = resolve_sparsity(sparsity, MaskStructure.parse(structure))
         activations = FLOAT_BITS if bits == FLOAT_BITS else ROUNDED_BITS
         asked = Choice(share, structure, bits, activations)
-        choices = {layer.name: self._choice(layer.name, asked) for layer in self.layers}
         return {
-            name: choice
-            for name, choice in choices.items()
-            if choice.bits != FLOAT_BITS
-            or (structure in self.by_name[name].patterns and not self.by_name[name].reason)
+            layer.name: asked if bits in layer.encoded else Choice(share, structure)
+            for layer in self.layers
+            if not layer.reason and (structure in layer.patterns or bits in layer.encoded)
         }
 
     def precisions(self, name: str) -> tuple[tuple[int, int], ...]:
@@ -318,12 +316,13 @@ class Forecast:
         ``auto`` with calibration data; None where the loss of a layer in it is not known, and without such data.
 
         The errors E of the layers alone, those of SparseGPT, add up in squares, as those of independent causes do.
-        ``auto`` solves each layer behind the pruned ones and takes a third of that back. And least squares lose no more
-        than everything: E / √(1 + E²). Both were checked on a sentence encoder at 50 to 80 %, within 5 %.
+        ``auto`` solves each layer behind the pruned ones and takes a third of that back; what rounded activations do
+        comes when the model runs, and stays. And least squares lose no more than everything: E / √(1 + E²). Checked on
+        a sentence encoder at 50 to 80 %, and with 8 bits, within 5 %.
         """
         if all(layer.loss is None for layer in self.layers):
             return None
-        total = 0.0
+        total = rounded = 0.0
         for name, choice in self._choices(plan).items():
             layer = self.by_name[name]
             if choice.sparsity <= layer.sparsity:
@@ -333,10 +332,14 @@ class Forecast:
                     bits=choice.bits, activations=choice.activations
                 )  # zeros that are there cost nothing
             lost = None if layer.loss is None else layer.loss.error(choice)
-            if lost is None:
+            by_weights = (
+                None if layer.loss is None else layer.loss.error(choice._replace(activations=FLOAT_BITS))
+            )
+            if lost is None or by_weights is None:
                 return None
-            total += lost**2
-        expected = _LEFT * math.sqrt(total)
+            total += by_weights**2
+            rounded += lost**2 - by_weights**2
+        expected = math.hypot(_LEFT * math.sqrt(total), math.sqrt(rounded))
         return expected / math.hypot(1, expected)
 
     def decide(self, plan: Plan) -> tuple[dict[str, Choice], dict[str, str]]:
