@@ -11,7 +11,6 @@ from sparse_onnx.report.view.words import (
     DENSE,
     NOTABLE_LOSS,
     accuracy_words,
-    bits_words,
     capital,
     form_words,
     loss_of,
@@ -62,7 +61,6 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         )
     else:
         sentence = f"Nothing in {name} is faster in sparse form, so the dense model was written; {outputs}."
-    sentence = " ".join(filter(None, (sentence, bits_words(report))))
     missed = [gate["text"] for gate in goal["gates"] if gate["met"] is False]
     if goal["met"] is False:
         why = f"{capital('; '.join(missed))}."

@@ -11,7 +11,6 @@ __all__ = [
     "NOTABLE_LOSS",
     "Row",
     "accuracy_words",
-    "bits_words",
     "capital",
     "form_words",
     "loss_of",
@@ -80,19 +79,6 @@ def form_words(layers: Sequence[Row], verb: str) -> str:
     (form, first), *others = counts.items()
     more = "".join(f", {count} {other}" for other, count in others)
     return f"{first} of {len(layers)} {'layer' if len(layers) == 1 else 'layers'} {verb} {form}{more}"
-
-
-def bits_words(report: Mapping[str, Any]) -> str:
-    """In how many bits weights and tables are stored, such as "Of 36 weights 30 are stored in 8 bits and 2 in 4 bits.";
-    empty where all are floats."""
-    few = [row for row in report.get("quantized", ()) if row["bits"] is not None]
-    if not few:
-        return ""
-    names = {row["name"] for row in (*report["layers"], *few)}
-    counts = sorted(Counter(row["bits"] for row in few).items(), reverse=True)
-    (bits, count), *others = counts
-    more = "".join(f" and {number} in {own} bits" for own, number in others)
-    return f"Of {len(names)} weights {count} {'is' if count == 1 else 'are'} stored in {bits} bits{more}."
 
 
 def capital(text: str) -> str:
