@@ -151,3 +151,35 @@ def test_the_interval_holds_another_timing(noise):
     assert np.mean(inside) > 0.9
     # No wider than it has to be.
     assert statistics.median(errors) < 0.055 + 3.5 * noise
+
+
+EIGHT = Anchor(Sums(2, 0, 0, {8: 6.0}), 4 + 0.85 * 2 + 1.5 * 6, 0.01)
+
+
+def test_few_bits_have_the_factor_that_their_anchor_leaves_and_floats_stay_as_they_are():
+    plain, both = fit(EXACT), fit([EIGHT, *EXACT])
+    assert both.encoded == {8: pytest.approx(1.5, abs=0.01)}
+    assert both.milliseconds(EIGHT.sums) == pytest.approx(EIGHT.whole_ms)
+    for sums in (Sums(20, 0, 0), Sums(0, 8, 0.7), Sums(0, 1, 0.99)):
+        assert both.milliseconds(sums) == plain.milliseconds(sums)
+        assert both.error_beyond(sums) == plain.error_beyond(sums)
+    assert both.error == plain.error
+    assert (both.factor(8), both.factor(4)) == (both.encoded[8], both.sparse_factor)
+    assert plain.milliseconds(Sums(0, 0, 0, {4: 6.0})) == pytest.approx(4 + 0.9 * 6, rel=0.01)
+
+
+def test_few_bits_lie_on_the_line_where_the_rest_is_below_zero():
+    """Floats meet proportion there; the line of few bits ends at their anchor."""
+    floats = [
+        Anchor(Sums(dense, 0, zeros), dense - 3, 0.01) for dense, zeros in ((20, 0), (15, 0.5), (10, 0.8))
+    ]
+    small = Anchor(Sums(0, 0, 0, {4: 2.0}), 1.0, 0.01)
+    found = fit([*floats, small])
+    assert found.rest_ms < 0
+    assert found.milliseconds(small.sums) == pytest.approx(1.0)
+    assert found.error_beyond(small.sums) == 0
+
+
+def test_an_anchor_faster_than_all_the_rest_costs_something_still():
+    found = fit([*EXACT, Anchor(Sums(0, 0, 0, {8: 6.0}), 1.0, 0.01)])
+    assert found.encoded[8] == 0.05

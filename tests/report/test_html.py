@@ -171,6 +171,50 @@ def test_lost_accuracy_is_no_good_news(report: Report, cosine: float | None, kin
     assert "2.50× faster" in text
 
 
+def rounded(op_type: str, bits: int, nbytes: int) -> dict[str, Any]:
+    """A row of what this run stored in few bits: 1000 elements."""
+    return {
+        "name": "w",
+        "module": "",
+        "op_type": op_type,
+        "elements": 1000,
+        "bits": bits,
+        "group_size": 64,
+        "encoding": "",
+        "bytes": nbytes,
+        "sparsity": 0.0,
+        "rounded": True,
+        "pruned": False,
+        "output_error": None,
+        "output_error_held_out": None,
+    }
+
+
+def test_the_verdict_says_what_is_in_few_bits(report: Report) -> None:
+    report["quantized"] = [rounded("MatMul", 8, 1100), rounded("Gemm", 8, 1100), rounded("", 4, 800)]
+    kind, text = verdict_of(report)
+    assert kind == "good"
+    assert ", with 2 weights in 8 bits, 1 table in 4 bits, is now 2.50× faster" in text
+    assert "Weights in few bits 8.0 bits a weight 3.0 kB, as float32 12.0 kB" in text_of(report)
+
+
+def test_what_had_few_bits_before_is_no_merit_of_this_run(report: Report) -> None:
+    report["quantized"] = [{**rounded("MatMul", 8, 1100), "rounded": False}]
+    assert "bits" not in verdict_of(report)[1]
+    report["quantized"] = [rounded("MatMul", 8, 1100)]
+    report["summary"]["written"] = "original"
+    assert "bits" not in verdict_of(report)[1]
+
+
+def test_the_loss_from_rounded_activations_has_its_row(report: Report) -> None:
+    assert "rounding them" not in text_of(report)
+    checks = report["verification"]
+    checks["rounded_activations"] = {**checks["against_original"], "relative_error": 0.0123}
+    assert "Result against itself with activations in floats the loss from rounding them 1.2%" in text_of(
+        report
+    )
+
+
 METRIC = {
     "name": "accuracy",
     "before": 0.9,

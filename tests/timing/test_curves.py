@@ -1,5 +1,6 @@
 """Curves of layers: what is read off between measured points, and what is measured. Times themselves are not judged."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,7 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.passes.lower.candidates import find_candidates
-from sparse_onnx.timing.curves import Curve, LayerCurves, combine, count_points, measure_curves
+from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
+from sparse_onnx.passes.quantize.by_bits import usual_grid
+from sparse_onnx.timing.curves import Curve, LayerCurves, combine, count_points, curve_of, measure_curves
 
 SHARES = (0.5, 0.7, 0.9)
 
@@ -141,3 +144,85 @@ def test_what_is_not_pruned_is_measured_as_it_is(tmp_path, zeros, points):
     found = measured(tmp_path, model(zeros), ("unstructured", "2:4"), prunable=False)
     assert {name: each.sparsities for name, each in found.curves.items()} == points
     assert found.dense_ms > 0
+
+
+LINEAR = """<ir_version: 9, opset_import: ["" : 20]>
+g (float[batch, 64] X) => (float[batch, 24] Y) { Y = MatMul(X, W) }"""
+
+
+def linear():
+    proto = onnx.parser.parse_model(LINEAR)
+    weight = np.random.default_rng(0).standard_normal((64, 24)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "W"))
+    return ir.from_proto(proto)
+
+
+def with_grids(tmp_path, bits, **options):
+    source = linear()
+    (candidate,) = find_candidates(source)[0]
+    return measure_curves(
+        source,
+        candidate,
+        candidate.layers[0],
+        [(4, 64)],
+        sparsities=(0.5, 0.9),
+        structures=("unstructured", "2:4"),
+        grids=[usual_grid(count) for count in bits],
+        threads=1,
+        work=tmp_path,
+        **options,
+    )
+
+
+def test_forms_of_few_bits_are_measured_once(tmp_path):
+    found = with_grids(tmp_path, (8, 4, 3))
+    few = {name: each.sparsities for (name, _), each in found.curves.items() if name != "sparse"}
+    assert few == {"int8-nbits": (0.0,), "int8-dynamic": (0.0,), "int4-nbits": (0.0,)}, (
+        "no form is for 3 bits"
+    )
+    assert {(form.name, form.bits, form.activations) for form in found.encoded} == {
+        ("int8-nbits", 8, 32), ("int8-dynamic", 8, 8), ("int4-nbits", 4, 32),
+    }  # fmt: skip
+    for form in found.encoded:
+        for structure in ("unstructured", "2:4"):
+            assert curve_of(found.curves, form, structure) is found.curves[form.name, "unstructured"]
+
+
+def test_a_form_of_few_bits_that_needs_zeros_is_measured_over_them(tmp_path, monkeypatch):
+    found = LowerMatMulNBits.form_of
+
+    def needs_zeros(weight, grid):
+        form = found(weight, grid)
+        return form if isinstance(form, str) else dataclasses.replace(form, least_zeros=0.3)
+
+    monkeypatch.setattr(LowerMatMulNBits, "form_of", needs_zeros)
+    curves = with_grids(tmp_path, (4,), encoded_structures=("unstructured",)).curves
+    assert curves["int4-nbits", "unstructured"].sparsities == (0.5, pytest.approx(0.9, abs=0.01))
+    assert ("int4-nbits", "2:4") not in curves
+    curves = with_grids(tmp_path, (4,), encoded_structures=("unstructured", "2:4")).curves
+    assert curves["int4-nbits", "2:4"].sparsities == (0.5,)
+
+
+@pytest.mark.parametrize("options", [{"prunable": False}, {"grids": [usual_grid(4, 128)]}])
+def test_what_is_left_alone_or_too_narrow_has_no_bits(tmp_path, options):
+    source = linear()
+    (candidate,) = find_candidates(source)[0]
+    found = measure_curves(
+        source,
+        candidate,
+        candidate.layers[0],
+        [(4, 64)],
+        **{"sparsities": (0.5,), "structures": ("unstructured",), "grids": [usual_grid(8)], "threads": 1}
+        | options,
+        work=tmp_path,
+    )
+    assert found.encoded == ()
+    assert all(name == "sparse" for name, _ in found.curves)
+
+
+def test_forms_that_not_all_uses_of_a_weight_have_are_left_out():
+    once = Curve((0.0,), (0.5,), (0.5,), (0.5,))
+    first = LayerCurves(3.0, {PLAIN: curve((0.8, 0.6, 0.2)), ("int8-dynamic", "unstructured"): once})
+    both = combine([first, LayerCurves(1.0, {PLAIN: curve((0.4, 0.2, 0.2))})])
+    assert set(both.curves) == {PLAIN}
+    assert set(combine([first]).curves) == set(first.curves)

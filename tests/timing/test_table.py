@@ -12,6 +12,7 @@ from sparse_onnx.errors import HostError, UsageError
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.patterns.layer import layer_kind
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.timing.choose import decide_by_table
 from sparse_onnx.timing.curves import Curve, LayerCurves
 from sparse_onnx.timing.table import TimingTable, read_table, write_table
@@ -152,3 +153,30 @@ def test_files_that_are_none(tmp_path):
         read_table(tmp_path / "text.json")
     with pytest.raises(HostError):
         write_table(TimingTable({}, ()), tmp_path / "no" / "folder.json")
+
+
+def test_curves_of_few_bits_come_back_and_decide(candidates, tmp_path):
+    once = Curve((0.0,), (0.25,), (0.2,), (0.3,))
+    written = table(candidates[0], {PLAIN: CURVE, ("int4-nbits", "unstructured"): once})
+    write_table(written, tmp_path / "table.json")
+    read = read_table(tmp_path / "table.json")
+    assert read == written
+    few = ir.from_proto(onnx.parser.parse_model(MODEL.replace("32]", "64]")))
+    for name, n in (("A", 32), ("B", 16)):
+        weight = np.random.default_rng(0).standard_normal((64 if name == "A" else 32, n)).astype(np.float32)
+        value = next(v for node in few.graph for v in node.inputs if v.name == name)
+        value.const_value = ir.tensor(weight, name=name)
+        few.graph.register_initializer(value)
+    QuantizeWeights(bits=4, method="rtn", group_size=32)(few)
+    first = find_candidates(few)[0][0]
+    kind = layer_kind(first.layers[0], [(8, 64)])
+    known = TimingTable(read.environment, ((kind, read.kinds[0][1]),))
+    shapes = [{"X": (8, 64), "r": (8, 32)}]
+    (allowed, _) = decide_by_table(find_candidates(few)[0], known, shapes, allowed={"int4-nbits"})
+    assert (allowed.form, allowed.times["int4-nbits"]) == ("int4-nbits", pytest.approx(0.5))
+    (kept, _) = decide_by_table(find_candidates(few)[0], known, shapes)
+    assert kept.form == "dense", "it rounds activations, which nobody allowed"
+    pruned = first.weight.value
+    pruned.metadata_props[STRUCTURE_KEY] = "2:4"
+    (again, _) = decide_by_table(find_candidates(few)[0], known, shapes, allowed={"int4-nbits"})
+    assert again.form == "int4-nbits", "whose times do not depend on the pattern"

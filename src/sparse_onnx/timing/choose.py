@@ -32,7 +32,7 @@ from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.patterns.layer import Layer, layer_kind
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing.cache import TimingCache, environment_key
-from sparse_onnx.timing.curves import UNSTRUCTURED, LayerCurves
+from sparse_onnx.timing.curves import UNSTRUCTURED, LayerCurves, curve_of
 from sparse_onnx.timing.forms import Comparison, fastest, pairs, sum_of, time_forms
 from sparse_onnx.timing.layers import cut_layer
 from sparse_onnx.timing.rounds import Ratio, repeat
@@ -185,25 +185,26 @@ def expected_times(
         known.append([curves for curves in found if curves is not None])
         if len(known[-1]) < len(found):
             return None
-    names = [
-        form.name
+    timed = [
+        form
         for form in forms
-        if all((form.name, structure) in each.curves for uses in known for each in uses)
+        if all(curve_of(each.curves, form, structure) is not None for uses in known for each in uses)
     ]
-    if not known or not names:
+    if not known or not timed:
         return None
     return [
-        sum_of([_expected(curves, names, sparsity, structure) for curves in uses], [1.0] * len(uses))
+        sum_of([_expected(curves, timed, sparsity, structure) for curves in uses], [1.0] * len(uses))
         for uses in known
     ]
 
 
-def _expected(curves: LayerCurves, names: Sequence[str], sparsity: float, structure: str) -> Comparison:
+def _expected(curves: LayerCurves, forms: Sequence[Form], sparsity: float, structure: str) -> Comparison:
     """Of one layer; two forms lie at opposite ends of their intervals at once."""
     times, ends = {DENSE: 1.0}, {DENSE: (1.0, 1.0)}
-    for name in names:
-        curve = curves.curves[name, structure]
-        times[name], ends[name] = curve.time(sparsity), curve.spread(sparsity)
+    for form in forms:
+        curve = curve_of(curves.curves, form, structure)
+        assert curve is not None
+        times[form.name], ends[form.name] = curve.time(sparsity), curve.spread(sparsity)
     return {
         (a, b): Ratio(
             curves.dense_ms * times[a],
@@ -213,7 +214,7 @@ def _expected(curves: LayerCurves, names: Sequence[str], sparsity: float, struct
             ends[a][1] / ends[b][0],
             quiet=curves.quiet,
         )
-        for a, b in pairs(names)
+        for a, b in pairs([form.name for form in forms])
     }
 
 

@@ -24,6 +24,10 @@ def checks(verification: Mapping[str, Any]) -> list[Row]:
         "against_original": ("Result against the original", "the loss from compression"),
         "against_pruned_dense": ("Result against the pruned dense model", "the compiler alone"),
         "without_library": ("The same on standard operators only", "the compiler alone"),
+        "rounded_activations": (
+            "Result against itself with activations in floats",
+            "the loss from rounding them",
+        ),
     }
     return [
         {"name": name, "meaning": meaning, **verification[key]}

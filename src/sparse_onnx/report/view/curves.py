@@ -59,15 +59,16 @@ def curve_panels(curves: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]
 
 
 def _with_series(curves: Sequence[Row]) -> list[Row]:
-    """Each with the name of its line: the pattern, with the form before it where there are several."""
+    """Each with the name of its line: the pattern, with the form before it where there are several; the form alone of
+    what was measured without zeros only, which has no use for them."""
     several = len({curve["form"] for curve in curves}) > 1
-    return [
-        {
-            **curve,
-            "series": f"{curve['form']}, {curve['mask_structure']}" if several else curve["mask_structure"],
-        }
-        for curve in curves
-    ]
+
+    def series(curve: Row) -> str:
+        if [point["sparsity"] for point in curve["points"]] == [0.0]:
+            return str(curve["form"])
+        return f"{curve['form']}, {curve['mask_structure']}" if several else str(curve["mask_structure"])
+
+    return [{**curve, "series": series(curve)} for curve in curves]
 
 
 def _curves_answer(curves: Sequence[Row]) -> str:

@@ -12,6 +12,8 @@ from sparse_onnx.units import format_bytes, format_error, format_ms, format_numb
 
 __all__ = ["facts"]
 
+_FLOAT_BYTES = 4
+
 
 def _fact(label: str, value: str, note: str = "") -> dict[str, str]:
     unbroken = note.replace("e-", "e\N{NON-BREAKING HYPHEN}")  # a number stays on its line
@@ -38,9 +40,21 @@ def facts(report: Mapping[str, Any]) -> list[dict[str, str]]:
         after, before = ("-" if metric[key] is None else f"{metric[key]:.4g}" for key in ("after", "before"))
         found.append(_fact(capital(metric["name"]), after, f"was {before}, on {metric['samples']} samples"))
     found += _prediction_facts(predictions(report))
+    found += _bits_facts(report.get("quantized", []))
     share = f"{format_share(summary['sparse_flops_fraction'])} of all work runs sparse"
     found.append(_fact("Zeros in layers", format_share(summary["sparsity"]), share))
     return found
+
+
+def _bits_facts(quantized: Sequence[Row]) -> list[dict[str, str]]:
+    """What this run rounded takes, and took as floats."""
+    rounded = [row for row in quantized if row["rounded"] and row["bits"] is not None]
+    if not rounded or any(row["bytes"] is None for row in rounded):
+        return []
+    after = sum(row["bytes"] for row in rounded)
+    before = sum(_FLOAT_BYTES * row["elements"] for row in rounded)
+    per = f"{8 * after / sum(row['elements'] for row in rounded):.1f} bits a weight"
+    return [_fact("Weights in few bits", per, f"{format_bytes(after)}, as float32 {format_bytes(before)}")]
 
 
 def _prediction_facts(predictions: Sequence[Row]) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from sparse_onnx.report.view.words import (
     DENSE,
     NOTABLE_LOSS,
     accuracy_words,
+    bits_words,
     capital,
     form_words,
     loss_of,
@@ -48,6 +49,9 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     rounded = only_rounded(report["verification"])
     outputs = "its outputs are the original's but for rounding" if rounded else accuracy_words(summary)
     written = summary.get("written", "compiled" if lowered else "original")
+    bits = bits_words(report.get("quantized", []))
+    if bits and written == "compiled":
+        name = f"{name}, with {bits},"
     timed = summary["speedup"] is not None
     if written == "compiled" and not timed and not lowered:
         sentence = f"{name} is now {size_words(summary)}, its speed not measured; {outputs}."

@@ -11,6 +11,7 @@ __all__ = [
     "NOTABLE_LOSS",
     "Row",
     "accuracy_words",
+    "bits_words",
     "capital",
     "form_words",
     "loss_of",
@@ -71,6 +72,19 @@ def loss_of(summary: Mapping[str, Any]) -> float | None:
         values = [summary["metric"][key] for key in ("before", "after", "drop")]
         return None if None in values else float(values[-1])
     return None if summary["cosine"] is None else round(1 - float(summary["cosine"]), 9)
+
+
+def bits_words(quantized: Sequence[Row]) -> str:
+    """What this run stored in few bits, such as "36 weights in 4 bits, 1 table in 8 bits"; empty if nothing."""
+    counts = Counter(
+        (row["bits"], "weight" if row["op_type"] else "table")
+        for row in quantized
+        if row["rounded"] and row["bits"] is not None
+    )
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{count} {what if count == 1 else f'{what}s'} in {bits} bits" for (bits, what), count in ordered
+    )
 
 
 def form_words(layers: Sequence[Row], verb: str) -> str:
