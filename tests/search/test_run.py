@@ -156,34 +156,32 @@ def _bits(report):
 
 
 def test_bits_alone_are_searched_for(model, data, tmp_path):
-    """Without a method nothing is pruned."""
+    """Without a method nothing is pruned. The head, which is left alone, is a third of the file."""
     result = _optimize(
         model,
         tmp_path / "out",
         method=None,
         precision="int8",
         calibration_data=data,
-        target_size=0.45,
+        target_size=0.55,
         max_drop=0.02,
-        search_trials=3,
+        search_trials=2,
     )
     report = result.report
     check_report(report)
-    assert result.exit_code in (0, 5), report["goal"]
-    assert report["summary"]["bytes_after"] <= 0.45 * report["summary"]["bytes_before"]
+    assert result.exit_code == _faster(result), report["goal"]
+    assert report["summary"]["bytes_after"] <= 0.55 * report["summary"]["bytes_before"]
     assert 0 <= 1 - report["summary"]["cosine"] <= 0.02
-    assert set(_bits(report).values()) == {8}
-    assert "lm_head" not in _bits(report), "left alone"
+    assert _bits(report) == {"W0": 8, "W1": 8}
     assert not any(row["sparsity"] > 0.1 for row in report["layers"])
     (chosen,) = (point for point in report["search"]["pareto"] if point["chosen"])
-    assert 8 < chosen["bits"] < 32, "lm_head counts, which keeps its floats"
+    assert chosen["bits"] == 8
     modifiers = [
         name for stage in report["recipe"]["stages"] for entry in stage["modifiers"] for name in entry
     ]
     assert modifiers == ["quant.weight"]
     assert report["recipe"]["target"]["precision"] == "int8"
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "stored in 8 bits" in page
+    assert "2 weights in 8 bits" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     X = np.load(data)["X"][:4]
     before, after = (
         sparse_onnx.InferenceSession(path).run(None, {"X": X})[0]
@@ -193,16 +191,17 @@ def test_bits_alone_are_searched_for(model, data, tmp_path):
 
 
 def test_zeros_and_bits_are_searched_for_together(model, tmp_path):
-    """Without data, by plain rounding and magnitude; the smallest that may be lost that much."""
+    """Without data, by magnitude and scales that are searched."""
     result = _optimize(
-        model, tmp_path / "out", precision="auto", target_size=0.34, max_drop=0.5, search_trials=4
+        model, tmp_path / "out", precision="auto", target_size=0.48, max_drop=0.02, search_trials=3
     )
     report = result.report
     check_report(report)
-    assert report["summary"]["bytes_after"] <= 0.45 * report["summary"]["bytes_before"]
-    assert min(point["bits"] for point in report["search"]["pareto"]) < 32
+    assert result.exit_code == _faster(result), report["goal"]
+    assert report["summary"]["bytes_after"] <= 0.48 * report["summary"]["bytes_before"]
+    assert 4 in _bits(report).values()
     again = sparse_onnx.optimize(
-        model, tmp_path / "again", recipe=tmp_path / "out" / "recipe.yaml", timing_cache=False
+        model, tmp_path / "again", recipe=tmp_path / "out" / "recipe.yaml", benchmark=False
     )
     assert "search" not in again.report, "what was found is a recipe, and not searched for again"
     assert _bits(again.report) == _bits(report)

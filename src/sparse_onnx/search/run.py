@@ -52,7 +52,7 @@ from sparse_onnx.search.strategy import Goals
 from sparse_onnx.search.tables import Table, measure_tables
 from sparse_onnx.search.workers import choose_workers
 from sparse_onnx.timing import rounds
-from sparse_onnx.timing.curves import UNSTRUCTURED
+from sparse_onnx.timing.curves import SPARSITIES, UNSTRUCTURED
 from sparse_onnx.timing.models import time_models
 from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.timing.table import TimingTable
@@ -71,6 +71,9 @@ _BITS = {
     AUTO: frozenset({8, 4, _SMALLEST}),
 }
 """Of weights, by what the recipe allows."""
+
+_NO_ZEROS = (0.5,)
+"""Where nothing is pruned: one share of zeros, so that what they would bring is not measured at all of them."""
 
 _STATE = ("search.json", "best", *FILES)
 
@@ -334,6 +337,7 @@ class _Job:
             analysis = analyze(
                 self.path,
                 mask_structures=self.structures,
+                sparsities=SPARSITIES if self.structures else _NO_ZEROS,
                 bits=sorted(self.bits, reverse=True),
                 group_size=self.templates.group_size,
                 encoded_structures=self.structures,
