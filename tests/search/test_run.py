@@ -151,11 +151,17 @@ def test_a_choice_of_patterns(model, tmp_path):
 # -- bits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def timed_once(monkeypatch):
+    """Where a size is asked for the speed is near 1, and would be measured until that is sure."""
+    monkeypatch.setattr(run, "settle", lambda measure, _overall, **_options: list(measure()))
+
+
 def _bits(report):
     return {row["name"]: row["bits"] for row in report["quantized"]}
 
 
-def test_bits_alone_are_searched_for(model, data, tmp_path):
+def test_bits_alone_are_searched_for(model, data, tmp_path, timed_once):
     """Without a method nothing is pruned. The head, which is left alone, is a third of the file."""
     result = _optimize(
         model,
@@ -190,7 +196,7 @@ def test_bits_alone_are_searched_for(model, data, tmp_path):
     assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)
 
 
-def test_zeros_and_bits_are_searched_for_together(model, tmp_path):
+def test_zeros_and_bits_are_searched_for_together(model, tmp_path, timed_once):
     """Without data, by magnitude and scales that are searched."""
     result = _optimize(
         model, tmp_path / "out", precision="auto", target_size=0.48, max_drop=0.02, search_trials=3
@@ -207,7 +213,7 @@ def test_zeros_and_bits_are_searched_for_together(model, tmp_path):
     assert _bits(again.report) == _bits(report)
 
 
-def test_what_dense_meets_already_stays_dense(model, tmp_path):
+def test_what_dense_meets_already_stays_dense(model, tmp_path, timed_once):
     result = _optimize(
         model, tmp_path / "out", method=None, precision="auto", target_size=1.0, max_drop=0.1, search_trials=4
     )
@@ -218,7 +224,7 @@ def test_what_dense_meets_already_stays_dense(model, tmp_path):
     assert not result.report.get("quantized")
 
 
-def test_an_interrupted_search_for_bits_goes_on(model, data, tmp_path, monkeypatch):
+def test_an_interrupted_search_for_bits_goes_on(model, data, tmp_path, monkeypatch, timed_once):
     original = Search._add
 
     def stop(self, trial, folder, report):
