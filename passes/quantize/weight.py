@@ -60,6 +60,7 @@ Method = Literal["rtn", "hqq", "awq", "gptq", "auto"]
 
 _ORDERS: Mapping[str, Order] = {"awq": "oneshot", "gptq": "sequential", "auto": "asymmetric"}
 _WITHOUT_DATA = ("rtn", "hqq")
+_FEW_BITS = 4
 
 _LEAST_DAMPING = 1e-6
 _REFIT = 1e-3  # of the right-hand side: a start for integers, which move more than what is left
@@ -72,6 +73,9 @@ class QuantizeWeights(Pass):
     Attributes:
         method: How integers are found.
         bits: Of an integer, 2 to 8. 5 to 7 take 8 in the file.
+        bits_of: Those of single weights, by name, in place of ``bits``. Where ``bits`` are 4 at most, a weight with
+            more has a symmetric scale for each output, which products of integers ask for; otherwise groups and zero
+            points are as the others have them.
         group_size: Inputs that share a scale, 16 to 256, or 0: all inputs of an output. A weight with fewer inputs is
             left alone. Where the inputs are no multiple, the last group is shorter.
         symmetric: Zero points are 0; otherwise every group has its own.
@@ -94,6 +98,7 @@ class QuantizeWeights(Pass):
 
     method: Method = "hqq"
     bits: int = 4
+    bits_of: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     group_size: int = 64
     symmetric: bool = True
     scale_type: ScaleType | None = None
@@ -107,6 +112,8 @@ class QuantizeWeights(Pass):
 
     def check(self) -> None:
         _ = self.grid("float32"), self.selection
+        for name, bits in self.bits_of.items():
+            require(2 <= bits <= 8, f"bits_of[{name!r}]", bits, "2 to 8")
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
         unseen = self.unseen_tokens
         require(unseen is None or 0 <= unseen <= 1, "unseen_tokens", unseen, "in [0, 1]")
@@ -152,15 +159,34 @@ class QuantizeWeights(Pass):
             self, method="rtn", calibration=None, bias_correction=None, unseen_tokens=None
         )
 
+    def with_bits(self, bits: Mapping[str, int]) -> QuantizeWeights:
+        """The pass with these options that gives each weight, by name, its own ``bits``, all solved together, and
+        leaves all others alone."""
+        return dataclasses.replace(self, targets=tuple(bits), bits_of=dict(bits))
+
     def grid(self, scale_type: ScaleType) -> GridOptions:
         return GridOptions(self.bits, self.group_size, self.symmetric, scale_type)
 
     def grid_for(self, weight: Weight) -> GridOptions:
         """The grid of one weight."""
-        if self.scale_type is not None:
-            return self.grid(self.scale_type)
         half = self.storage == "unpack" or weight.tensor.dtype == ir.DataType.FLOAT16
-        return self.grid("float16" if half else "float32")
+        grid = self.grid(self.scale_type or ("float16" if half else "float32"))
+        own = self.bits_of.get(weight.name)
+        if own is None:
+            return grid
+        if self.bits <= _FEW_BITS < own:
+            return dataclasses.replace(grid, bits=own, group_size=0, symmetric=True)
+        return dataclasses.replace(grid, bits=own)
+
+    def reason_against(self, weight: Weight) -> str | None:
+        """Why a weight of floats is left alone; None if it is not."""
+        reason = self.selection.reason_against(weight)
+        K, group_size = weight.shape[0], self.grid_for(weight).group_size
+        if reason is None and group_size > K:
+            reason = f"its {K} inputs are fewer than a group of {group_size}"
+        if reason is None and not weight.is_finite():
+            reason = "holds NaN or Inf"
+        return reason
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         chosen, left = self._choose(model)
@@ -182,14 +208,11 @@ class QuantizeWeights(Pass):
         found, left = find_weights(model)
         for entry in self.selection.unmatched(found):
             raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
+        for name in self.bits_of.keys() - {weight.name for weight in found}:
+            raise UsageError(f"bits_of: {name!r} is no weight of a layer")
         chosen, reasons = [], list(left)
         for weight in found:
-            reason = self.selection.reason_against(weight)
-            K = weight.shape[0]
-            if reason is None and self.group_size > K:
-                reason = f"its {K} inputs are fewer than a group of {self.group_size}"
-            if reason is None and not weight.is_finite():
-                reason = "holds NaN or Inf"
+            reason = self.reason_against(weight)
             if reason is None:
                 chosen.append(weight)
             else:

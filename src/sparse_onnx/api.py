@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into, plan
 from sparse_onnx.compilation.dumps import check_dumps
-from sparse_onnx.compilation.groups import FLOAT32, Calibration, Goal, Prune, Quantize, Run, Target
+from sparse_onnx.compilation.groups import AUTO, FLOAT32, Calibration, Goal, Prune, Quantize, Run, Target
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe
 from sparse_onnx.compilation.recipe_flags import override, settings_of
 from sparse_onnx.compilation.recipe_reader import load_recipe
@@ -112,19 +112,41 @@ def optimize(
     given = dict(locals())
     asked = command or describe_call(optimize, given)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
-    asked_goals = (max_drop, target_speedup, target_size)
-    known_goals = (resolved.goal.max_drop, resolved.goal.target_speedup, resolved.goal.target_size)
     patterns = [mask_structure, *settings_of(settings or {}, "mask_structure")]
     shares = [sparsity, sparsities, *settings_of(settings or {}, "sparsity", "sparsities")]
     fixed = any(share is not None for share in shares) or any(map(_implies_zeros, patterns))
-    searching = (
-        method is not None and not fixed and any(goal is not None for goal in (*asked_goals, *known_goals))
+    bits_are_fixed = (
+        bits is not None
+        or bool(settings_of(settings or {}, "bits", "bits_of"))
+        or _has_stage(resolved, Stage.QUANTIZE)
     )
+    arithmetic = precision or resolved.target.precision
+    zeros_wanted = method is not None and not fixed
+    bits_wanted = (
+        arithmetic != FLOAT32
+        and not (bits_are_fixed or fixed)
+        and (zeros_wanted or not _has_stage(resolved, Stage.PRUNE))
+        # Without measuring, int8 and int4 are for all layers.
+        and (zeros_wanted or arithmetic == AUTO or (benchmark and not dry_run))
+    )
+    goals = (max_drop, target_speedup, target_size)
+    has_goal = resolved.goal.is_given or any(goal is not None for goal in goals)
+    searching = has_goal and (zeros_wanted or bits_wanted)
+    if arithmetic == AUTO and not (searching and bits_wanted):
+        raise UsageError(
+            "precision auto needs a goal to choose by: give --target-speedup, --target-size or --max-drop"
+            if not has_goal
+            else "precision auto chooses zeros and bits itself: leave those that are given out, or say which precision"
+        )
     flags = {
         keyword: _plain(keyword, given[keyword]) for keyword in keywords(Prune, Quantize, *SECTIONS.values())
     }
     if searching:
-        flags |= {"sparsity": PLACEHOLDER, "mask_structure": None}
+        if method is None and mask_structure is not None:
+            raise UsageError(
+                "mask_structure is for zeros, and no method makes any: give one, or leave it out"
+            )
+        flags |= {"sparsity": PLACEHOLDER if zeros_wanted else None, "mask_structure": None}
     resolved = override(resolved, settings=settings, **flags)
     if resolved.goal.metric is not None:
         check_metric_name(resolved.goal.metric)
@@ -138,11 +160,9 @@ def optimize(
             raise UsageError("a search measures: leave --dry-run and --no-benchmark out, or give a sparsity")
         if dump_after:
             raise UsageError("a search compiles many times: leave --dump-after out, or give a sparsity")
-        if resolved.target.precision != FLOAT32 or any(
-            m.stage is Stage.QUANTIZE for m in resolved.modifiers()
-        ):
+        if bits_are_fixed:
             raise UsageError(
-                "a search chooses zeros, not bits: leave --bits and --precision out, or give a sparsity"
+                "a search chooses bits itself: give --precision int8, int4 or auto in place of bits, or give a sparsity"
             )
         if len(patterns) > 1:
             raise UsageError("a search chooses the pattern: give --mask-structure in place of --set")
@@ -159,7 +179,9 @@ def optimize(
             progress=say,
         )
     if limits:
-        raise UsageError(f"{next(iter(limits))} is for a search: give a method and goals, and no sparsity")
+        raise UsageError(
+            f"{next(iter(limits))} is for a search: give a method or a precision, goals, and no sparsity"
+        )
     if resolved.goal.target_speedup is not None and not benchmark:
         raise UsageError(
             "target_speedup needs timing: leave --no-benchmark (benchmark=False) out, or the goal"
@@ -202,6 +224,10 @@ def _plain(keyword: str, value: Any) -> Any:
     if keyword == "calibration_data" and isinstance(value, list | tuple):
         return tuple(str(source) for source in value)
     return str(value) if isinstance(value, Path) else value
+
+
+def _has_stage(recipe: Recipe, stage: Stage) -> bool:
+    return any(modifier.stage is stage for modifier in recipe.modifiers())
 
 
 def _implies_zeros(mask_structure: object) -> bool:

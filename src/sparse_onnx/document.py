@@ -444,6 +444,11 @@ class ParetoPoint(TypedDict):
     drop: Annotated[Number, "What is lost, in the search's metric; null: no finite number."]
     bytes: Annotated[CountOrNone, "Size; null if not known."]
     sparsity: Annotated[Share, "Share of zeros in the weights of 'layers'."]
+    bits: NotRequired[
+        Annotated[
+            Positive, "Of a weight in the mean, without scales; left out where bits were not searched for."
+        ]
+    ]
     chosen: Annotated[bool, "Whether this one was written."]
 
 

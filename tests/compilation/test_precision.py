@@ -66,7 +66,7 @@ def test_a_recipe_that_quantizes_is_left_so_but_for_its_options():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"precision": "int2"}, "precision must be float32, int8, int4, not 'int2'"),
+        ({"precision": "int2"}, "precision must be float32, int8, int4, auto, not 'int2'"),
         ({"bits": 1}, "bits must be"),
         ({"bits": 9}, "bits must be"),
         ({"bits": 4, "group_size": 8}, "group_size must be"),
@@ -143,7 +143,57 @@ def test_bits_alone_round_no_activation(source, tmp_path, integers_win, options)
     assert result.report["summary"]["bytes_after"] < result.report["summary"]["bytes_before"]
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"precision": "int8"}])
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}])
 def test_a_search_takes_no_bits(source, tmp_path, options):
-    with pytest.raises(UsageError, match="a search chooses zeros, not bits"):
-        sparse_onnx.optimize(source, tmp_path / "out", method="magnitude", target_speedup=2.0, **options)
+    with pytest.raises(UsageError, match="a search chooses bits itself: give --precision int8, int4 or auto"):
+        sparse_onnx.optimize(
+            source, tmp_path / "out", method="magnitude", target_speedup=2.0, bits=4, **options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "precision auto needs a goal to choose by: give --target-speedup, --target-size or --max-drop"),
+        ({"method": "magnitude"}, "precision auto needs a goal"),
+        ({"method": "magnitude", "sparsity": 0.5, "max_drop": 0.1}, "auto chooses zeros and bits itself"),
+        ({"mask_structure": "2:4", "max_drop": 0.1}, "auto chooses zeros and bits itself"),
+        (
+            {"mask_structure": "1:4,2:4", "max_drop": 0.1},
+            "mask_structure is for zeros, and no method makes any",
+        ),
+        ({"bits": 4, "max_drop": 0.1}, "auto chooses zeros and bits itself"),
+        ({"dry_run": True, "max_drop": 0.1}, "a search measures"),
+        ({"benchmark": False, "max_drop": 0.1}, "a search measures"),
+    ],
+)
+def test_what_auto_cannot_do(source, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        sparse_onnx.optimize(source, tmp_path / "out", precision="auto", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_timing_one_precision_is_for_all_layers(source, tmp_path):
+    """As ever: what cannot be measured is not searched for."""
+    result = sparse_onnx.optimize(
+        source, tmp_path / "out", precision="int8", max_drop=0.5, benchmark=False, input_shapes={"X": (8, K)}
+    )
+    assert "search" not in result.report
+    assert [row["bits"] for row in result.report["quantized"]] == [8, 8]
+
+
+def test_layers_whose_inputs_stay_floats(source, tmp_path, integers_win):
+    text = "version: 1\nstages: []\ntarget: {precision: int8, float_inputs: [A]}"
+    result = sparse_onnx.optimize(
+        source,
+        tmp_path / "out",
+        recipe=parse_recipe(text),
+        input_shapes={"X": (8, K)},
+        threads=1,
+        timing_cache=False,
+    )
+    forms = {row["name"]: row["decision"] for row in result.report["layers"]}
+    assert forms == {"A": "int8-nbits", "B": "int8-dynamic"}
+    wrong = parse_recipe(text.replace("[A]", "[C]"))
+    with pytest.raises(UsageError, match=r"target\.float_inputs: 'C' matches no weight"):
+        sparse_onnx.optimize(source, tmp_path / "other", recipe=wrong, input_shapes={"X": (8, K)}, threads=1)

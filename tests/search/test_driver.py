@@ -1,5 +1,6 @@
 """The loop of a search: on models that are formulas, with trials that fail, limits, and interruptions."""
 
+import dataclasses
 import json
 import math
 
@@ -172,3 +173,74 @@ def test_outputs_that_are_not_finite_lose_against_all_others(tmp_path):
     assert search.best.measured.drop <= 0.05
     again = _search(_Model(_drop), Goals(drop=0.05), tmp_path)
     assert again.trials == search.trials
+
+
+# -- several families ----------------------------------------------------------------------------------------------
+
+
+def test_families_that_meet_are_tried_once(tmp_path):
+    """Of two families whose first plan is the same one only that of the first is made."""
+    model = _Model(_drop)
+    family = _family("better")
+    search = Search(
+        [family, dataclasses.replace(family, name="same")],
+        Goals(speedup=2.0, drop=0.2),
+        compile_plan=model.compile,
+        time_alone=model.time,
+        workers=choose_workers(1),
+        limits=Limits(),
+        folder=tmp_path,
+        key="k",
+        progress=[].append,
+    )
+    search.run()
+    assert len(model.compiled) == len(search.trials) == 1
+
+
+def test_where_the_best_family_misses_the_goals_the_next_one_is_tried(tmp_path):
+    """The better one ends at a share that is too slow."""
+    model = _Model(lambda name, share: share**4 * (1 if name == "better" else 1.2))
+    short = dataclasses.replace(
+        _family("better"), plans=_family("better").plans[:20], expected=_family("better").expected[:20]
+    )
+    search = Search(
+        [short, _family("worse")],
+        Goals(speedup=1.7, drop=0.4),
+        compile_plan=model.compile,
+        time_alone=model.time,
+        workers=choose_workers(1),
+        limits=Limits(),
+        folder=tmp_path,
+        key="k",
+        progress=[].append,
+    )
+    search.run()
+    assert search.best.family == "worse"
+    assert search.best.measured.outcome.misses(Goals(speedup=1.7, drop=0.4)) == (0.0, 0.0)
+
+
+def test_where_only_the_size_is_asked_for_the_family_that_loses_least_for_its_bytes_leads(tmp_path):
+    """However fast: bits that no operator uses save bytes alone."""
+    model = _Model(_drop)
+
+    def time(folder):
+        name, _ = json.loads((folder / "model.onnx").read_text())
+        speed = 0.5 if name == "better" else 3.0
+        timing = Ratio(10.0, 10 / speed, speed, 0.98 * speed, 1.02 * speed)
+        return timing, [timing]
+
+    search = _search(model, Goals(nbytes=600.0, drop=0.01), tmp_path, limits=Limits(trials=3))
+    search._time_alone = time
+    search.run()
+    assert [name for name, _ in model.compiled] == ["better", "worse", "better"]
+
+
+def test_the_bits_of_a_trial_are_kept(tmp_path):
+    model = _Model(_drop)
+    lines = []
+    search = _search(model, Goals(speedup=2.0), tmp_path, lines=lines)
+    search._compile = lambda *given: dataclasses.replace(model.compile(*given), bits=7.5)
+    search.run()
+    assert any("zeros, 7.5 bits: 2" in line for line in lines)
+    again = _search(_Model(_drop), Goals(speedup=2.0), tmp_path)
+    assert {trial.bits for trial in again.trials} == {7.5}

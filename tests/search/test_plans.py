@@ -1,4 +1,4 @@
-"""Families of plans and the passes that they become, on a forecast whose curves are straight lines."""
+"""Families of plans, on a forecast whose curves are straight lines."""
 
 import dataclasses
 import itertools
@@ -8,12 +8,14 @@ import pytest
 from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.analysis.forecast import Forecast, LayerForecast
 from sparse_onnx.analysis.time_model import TimeModel
-from sparse_onnx.compilation.recipe import Recipe, RecipeStage
+from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm
 from sparse_onnx.passes.lower.forms import sparse_form
+from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
-from sparse_onnx.passes.registry import pass_by_name
-from sparse_onnx.search.plans import allocated, modifiers, uniform, with_pruning
+from sparse_onnx.search.plans import allocated, choices_of, families, uniform
 from sparse_onnx.search.strategy import Goals
+from sparse_onnx.search.tables import Table
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.curves import Curve
 
@@ -67,7 +69,7 @@ def _loss(**scales):
 
 
 def _allocated(forecast, names, loss, goals):
-    return allocated(forecast, names, ["unstructured", "2:4"], loss, goals)
+    return allocated(forecast, dict.fromkeys(names, choices_of(["unstructured", "2:4"])), loss, goals)
 
 
 @pytest.mark.parametrize("make", [_allocated, uniform])
@@ -133,48 +135,114 @@ def test_patterns_compete(forecast):
     assert all(plan.get("small", (0, ""))[1] != "2:4" for plan in plans)
 
 
-def test_a_plan_of_a_one_shot_method_is_one_pass_for_each_pattern():
-    template = pass_by_name("prune.alps")(sparsity=0.5, dampening_frac=0.05)
-    plan = {"a": Choice(0.5), "b": Choice(0.5, "2:4"), "c": Choice(0.8)}
-    first, second = modifiers(plan, template, {"a": 100, "b": 100, "c": 300})
-    assert (first.mask_structure, first.targets) == ("unstructured", ("a", "c"))
-    assert first.sparsities == {"a": 0.5, "c": 0.8}
-    assert first.sparsity == pytest.approx(0.725)
-    assert (second.mask_structure, second.targets, second.sparsity) == ("2:4", ("b",), None)
-    assert first.dampening_frac == second.dampening_frac == 0.05
+# -- bits ----------------------------------------------------------------------------------------------------------
+
+_ROUNDED, _STORED, _FOUR, _THREE = (
+    Choice(bits=bits, activations=activations) for bits, activations in ((8, 8), (8, 32), (4, 32), (3, 32))
+)
+_FORMS = (
+    sparse_form(LowerSparseMatMul),
+    EncodedForm("int8-dynamic", LowerDynamicInt8, exact=False, activations=8),
+    EncodedForm("int4-nbits", LowerMatMulNBits, exact=False, bits=4),
+)
+_COSTS = {_ROUNDED: 1e-3, _STORED: 1e-5, _FOUR: 1e-2, _THREE: 5e-2}
 
 
-def test_a_plan_by_magnitude_is_one_pass_for_each_share():
-    template = pass_by_name("prune.magnitude")(sparsity=0.5)
-    plan = {
-        "a": Choice(0.5),
-        "b": Choice(0.8),
-        "c": Choice(0.5),
-    }
-    first, second = modifiers(plan, template, dict.fromkeys("abc", 10))
-    assert (first.targets, first.sparsity) == (("a", "c"), 0.5)
-    assert (second.targets, second.sparsity) == (("b",), 0.8)
-
-
-def test_no_layer_is_no_pass():
-    assert modifiers({}, pass_by_name("prune.magnitude")(sparsity=0.5), {}) == ()
-
-
-def test_pruning_comes_before_what_has_to_follow_it():
-    ffn, quant, prune = (
-        pass_by_name(name)(**options)
-        for name, options in (
-            ("prune.ffn", {"sparsity": 0.25}),
-            ("quant.weight", {}),
-            ("prune.magnitude", {"sparsity": 0.5}),
+def _with_bits(forecast, dynamic=0.4, nbits=0.6):
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            forms=_FORMS,
+            curves={
+                **layer.curves,
+                ("int8-dynamic", "unstructured"): Curve((0.0,), (dynamic,), (dynamic,), (dynamic,)),
+                ("int4-nbits", "unstructured"): Curve((0.0,), (nbits,), (nbits,), (nbits,)),
+            },
+            encoded={bits: layer.nbytes * bits // 32 for bits in (8, 4, 3)},
         )
+        for layer in forecast.layers
     )
-    recipe = Recipe((RecipeStage("all", (ffn, quant)),))
-    stages = with_pruning(recipe, (prune,)).stages
-    assert stages == (
-        RecipeStage("all", (ffn,)),
-        RecipeStage("prune", (prune,)),
-        RecipeStage("all", (quant,)),
+    return dataclasses.replace(forecast, layers=layers, bits=(8, 4, 3))
+
+
+def _few(*choices):
+    return {name: list(choices) for name in ("large", "small")}
+
+
+def _bit_loss(**scales):
+    return lambda name, choice: (
+        scales.get(name, 1.0) * (_COSTS.get(choice._replace(sparsity=0.0), 0.0) + choice.sparsity**2)
     )
-    assert with_pruning(recipe, ()).stages == (stages[0], stages[2])
-    assert with_pruning(Recipe(), (prune,)).stages == (stages[1],)
+
+
+def test_bits_go_from_dense_to_all_layers(forecast):
+    family = allocated(
+        _with_bits(forecast), _few(_ROUNDED, _STORED), _bit_loss(large=100.0), Goals(speedup=2), name="int8"
+    )
+    assert family.name == "int8"
+    assert family.plans == ({}, {"small": _ROUNDED}, {"small": _ROUNDED, "large": _ROUNDED})
+    assert family.expected[-1].speedup == pytest.approx(15 / (3 + 0.4 * 12))
+    assert family.expected[-1].loss == pytest.approx(101e-3)
+
+
+def test_rounded_inputs_are_left_where_only_the_size_counts(forecast):
+    family = allocated(_with_bits(forecast), _few(_ROUNDED, _STORED), _bit_loss(), Goals(nbytes=1000))
+    assert set(family.plans[-1].values()) == {_STORED}
+    assert family.expected[-1].nbytes == 256**2 + 64**2
+
+
+def test_a_layer_that_cannot_bear_rounded_inputs_gets_another_form(forecast):
+    def loss(name, choice):
+        return 10.0 if (name, choice) == ("large", _ROUNDED) else _COSTS[choice]
+
+    plans = allocated(_with_bits(forecast), _few(_ROUNDED, _FOUR), loss, Goals(speedup=1.5)).plans
+    assert {"small": _ROUNDED, "large": _FOUR} in plans
+
+
+def test_zeros_and_bits_compete(forecast):
+    options = dict.fromkeys(("large", "small"), choices_of(["unstructured"], [(8, 8)]))
+    plans = allocated(_with_bits(forecast), options, _bit_loss(), Goals(speedup=2)).plans
+    assert {choice for plan in plans for choice in plan.values()} >= {_ROUNDED, Choice(0.95)}
+    # Zeros beside bits lose and save no time: no form of few bits has a use for them here.
+    assert not any(choice.sparsity and choice.bits < 32 for plan in plans for choice in plan.values())
+
+
+def test_bits_that_are_slower_here_are_in_no_plan_for_speed(forecast):
+    slow = _with_bits(forecast, dynamic=1.5, nbits=1.2)
+    found = families(slow, _few(_ROUNDED, _STORED, _FOUR), _bit_loss(), Goals(speedup=2, drop=0.1))
+    assert [(family.name, family.plans) for family in found] == [("allocated", ({},))]
+
+
+def test_families_of_all_kinds_none_twice(forecast):
+    options = dict.fromkeys(("large", "small"), choices_of(["unstructured"], [(8, 8), (8, 32), (4, 32)]))
+    model = _with_bits(forecast)
+    found = families(model, options, _bit_loss(), Goals(speedup=2))
+    assert [family.name for family in found] == ["allocated", "int8", "int4", "uniform"]
+    bits = [{choice.bits for plan in family.plans for choice in plan.values()} for family in found]
+    assert bits[1:] == [{8}, {4}, {32}]
+    alone = families(model, _few(_ROUNDED), _bit_loss(), Goals(speedup=2))
+    assert [family.name for family in alone] == ["allocated"], "int8 has the same plans"
+    zeros = families(
+        model, dict.fromkeys(options, choices_of(["unstructured"])), _bit_loss(), Goals(speedup=2)
+    )
+    assert [family.name for family in zeros] == ["allocated", "uniform"]
+    patterns = families(model, dict.fromkeys(options, choices_of(["2:4"])), _bit_loss(), Goals(speedup=2))
+    assert [family.name for family in patterns] == ["allocated"]
+
+
+def test_tables_are_rounded_where_size_counts(forecast):
+    model = _with_bits(dataclasses.replace(forecast, dense_bytes=10**6, rest_bytes=700_000.0))
+    tables = {"words": Table(64, {8: 300_000, 4: 350_000}, {8: 1e-6, 4: 0.5})}
+    small = allocated(model, _few(_STORED), _bit_loss(), Goals(nbytes=1e5), tables)
+    assert small.plans[1] == {"words": Choice(bits=8)}, "the most bytes for the least loss come first"
+    assert small.expected[1].nbytes == 10**6 - 300_000
+    assert small.plans[-1]["words"] == Choice(bits=4)
+    assert small.expected[-1].loss == pytest.approx(0.5 + 2e-5)
+    fast = allocated(model, _few(_ROUNDED), _bit_loss(), Goals(speedup=2), tables)
+    assert not any("words" in plan for plan in fast.plans)
+
+
+def test_what_a_weight_may_become():
+    assert choices_of(["2:4"], [(8, 32)]) == [Choice(0.5, "2:4"), Choice(bits=8), Choice(0.5, "2:4", 8)]
+    assert choices_of([], [(4, 32)]) == [Choice(bits=4)]
+    assert choices_of([]) == []

@@ -148,6 +148,119 @@ def test_a_choice_of_patterns(model, tmp_path):
     assert patterns
 
 
+# -- bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed_once(monkeypatch):
+    """Where a size is asked for the speed is near 1, and would be measured until that is sure."""
+    monkeypatch.setattr(run, "settle", lambda measure, _overall, **_options: list(measure()))
+
+
+def _bits(report):
+    return {row["name"]: row["bits"] for row in report["quantized"]}
+
+
+def test_bits_alone_are_searched_for(model, data, tmp_path, timed_once):
+    """Without a method nothing is pruned. The head, which is left alone, is a third of the file."""
+    result = _optimize(
+        model,
+        tmp_path / "out",
+        method=None,
+        precision="int8",
+        calibration_data=data,
+        target_size=0.55,
+        max_drop=0.02,
+        search_trials=2,
+    )
+    report = result.report
+    check_report(report)
+    assert result.exit_code == _faster(result), report["goal"]
+    assert report["summary"]["bytes_after"] <= 0.55 * report["summary"]["bytes_before"]
+    assert 0 <= 1 - report["summary"]["cosine"] <= 0.02
+    assert _bits(report) == {"W0": 8, "W1": 8}
+    assert not any(row["sparsity"] > 0.1 for row in report["layers"])
+    (chosen,) = (point for point in report["search"]["pareto"] if point["chosen"])
+    assert chosen["bits"] == 8
+    modifiers = [
+        name for stage in report["recipe"]["stages"] for entry in stage["modifiers"] for name in entry
+    ]
+    assert modifiers == ["quant.weight"]
+    assert report["recipe"]["target"]["precision"] == "int8"
+    assert "2 weights in 8 bits" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    X = np.load(data)["X"][:4]
+    before, after = (
+        sparse_onnx.InferenceSession(path).run(None, {"X": X})[0]
+        for path in (model, tmp_path / "out" / "model.onnx")
+    )
+    assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)
+
+
+def test_zeros_and_bits_are_searched_for_together(model, tmp_path, timed_once):
+    """Without data, by magnitude and scales that are searched."""
+    result = _optimize(
+        model, tmp_path / "out", precision="auto", target_size=0.48, max_drop=0.02, search_trials=3
+    )
+    report = result.report
+    check_report(report)
+    assert result.exit_code == _faster(result), report["goal"]
+    assert report["summary"]["bytes_after"] <= 0.48 * report["summary"]["bytes_before"]
+    assert 4 in _bits(report).values()
+    again = sparse_onnx.optimize(
+        model, tmp_path / "again", recipe=tmp_path / "out" / "recipe.yaml", benchmark=False
+    )
+    assert "search" not in again.report, "what was found is a recipe, and not searched for again"
+    assert _bits(again.report) == _bits(report)
+
+
+def test_what_dense_meets_already_stays_dense(model, tmp_path, timed_once):
+    result = _optimize(
+        model, tmp_path / "out", method=None, precision="auto", target_size=1.0, max_drop=0.1, search_trials=4
+    )
+    assert result.exit_code == 5, "not faster"
+    assert result.report["goal"]["met"]
+    assert result.report["search"]["evaluated"] == 1
+    assert result.report["summary"]["written"] == "original"
+    assert not result.report.get("quantized")
+
+
+def test_an_interrupted_search_for_bits_goes_on(model, data, tmp_path, monkeypatch, timed_once):
+    original = Search._add
+
+    def stop(self, trial, folder, report):
+        original(self, trial, folder, report)
+        raise KeyboardInterrupt
+
+    options = {
+        "method": None,
+        "precision": "int4",
+        "calibration_data": data,
+        "target_size": 0.4,
+        "search_trials": 2,
+        "checkpoint": tmp_path / "kept",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _optimize(model, tmp_path / "out", **options)
+    monkeypatch.setattr(run, "analyze", lambda *_args, **_options: pytest.fail("planned again"))
+    result = _optimize(model, tmp_path / "out", **options)
+    assert set(_bits(result.report).values()) == {4}
+    assert {point["bits"] < 32 for point in result.report["search"]["pareto"]} == {True}
+
+
+def test_a_model_in_which_nothing_can_have_few_bits(model, tmp_path):
+    with pytest.raises(UsageError, match="no layer of the model can be changed"):
+        _optimize(
+            model,
+            tmp_path / "out",
+            method=None,
+            precision="auto",
+            target_size=0.5,
+            settings={"quant.weight.ignore": ["re:.*"]},
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

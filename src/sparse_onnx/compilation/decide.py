@@ -9,8 +9,11 @@ import onnx_ir as ir
 
 from sparse_onnx.compilation.groups import FLOAT32
 from sparse_onnx.compilation.job import Job
+from sparse_onnx.errors import UsageError
+from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import Declined, PassContext, Pipeline
 from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.passes.lower.forms import FLOAT_BITS
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.presets import FUSION_PASSES
 from sparse_onnx.running.runtime import of_our_making
@@ -43,19 +46,42 @@ def decide(
     """By the times of every layer here in all its forms, or by a timing table; ``shapes`` are those of the layers'
     inputs at every target."""
     weights, allowed = job.recipe.target.weights, _allowed(job, fused)
+    candidates = _with_float_inputs(fused, job.recipe.target.float_inputs)
     with job.clock("decide"), of_our_making():
         if job.benchmark:
             return choose.decide(
-                fused.model, fused.candidates, shapes, packer, bench, weights=weights, allowed=allowed
+                fused.model, candidates, shapes, packer, bench, weights=weights, allowed=allowed
             )
         return choose.decide_by_table(
-            fused.candidates,
+            candidates,
             job.table,
             shapes,
             weights=weights,
             min_speedup=bench.min_speedup,
             allowed=allowed,
         )
+
+
+def _with_float_inputs(fused: Fused, entries: tuple[str, ...]) -> list[Candidate]:
+    """The candidates, those that ``entries`` choose without forms that round all of an input with one scale.
+
+    Raises UsageError for an entry that chooses nothing.
+    """
+    if not entries:
+        return list(fused.candidates)
+    chosen = Selection(entries, ())
+    for entry in chosen.unmatched(find_weights(fused.model, encoded=True)[0]):
+        raise UsageError(
+            f"target.float_inputs: {entry!r} matches no weight, node, module or op type of a layer"
+        )
+    return [
+        dataclasses.replace(
+            candidate, forms=tuple(form for form in candidate.forms if form.activations == FLOAT_BITS)
+        )
+        if chosen.reason_against(candidate.weight) is None
+        else candidate
+        for candidate in fused.candidates
+    ]
 
 
 def _allowed(job: Job, fused: Fused) -> set[str]:

@@ -15,6 +15,7 @@ from sparse_onnx.units import parse_size
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 
 __all__ = [
+    "AUTO",
     "FLOAT32",
     "INT4",
     "INT8",
@@ -28,8 +29,8 @@ __all__ = [
     "Target",
 ]
 
-FLOAT32, INT8, INT4 = "float32", "int8", "int4"
-PRECISIONS = (FLOAT32, INT8, INT4)
+FLOAT32, INT8, INT4, AUTO = "float32", "int8", "int4", "auto"
+PRECISIONS = (FLOAT32, INT8, INT4, AUTO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +145,18 @@ class Target(Section):
     precision: str = option(
         FLOAT32,
         "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, or 7 where products of bytes "
-        "saturate; activations in 8 where an operator rounds them). The fastest is kept.",
+        "saturate; activations in 8 where an operator rounds them). The fastest is kept. With goals and no --bits, the "
+        "layers that get them are searched for; auto: and how many, with a --method zeros as well.",
         about="What layers may compute in: ``float32``; ``int8`` or ``int4``: weights in 8 or 4 bits, those of all "
         "linears unless the recipe quantizes them itself, and activations in 8 where an operator rounds them. On "
-        "processors without VNNI ``int8`` takes 7 bits: their products of bytes saturate.",
+        "processors without VNNI ``int8`` takes 7 bits: their products of bytes saturate. With goals and no ``bits`` "
+        "a search finds which layers get them, see :mod:`sparse_onnx.search`; ``auto``: float32, 8, 4 or 3 bits for "
+        "every layer.",
     )
+
+    float_inputs: tuple[str, ...] = ()
+    """Layers by name, op type or ``re:REGEX`` that get no form that rounds all of its input with one scale, as ONNX
+    Runtime's dynamic int8 does."""
 
     @property
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -266,6 +274,11 @@ class Goal(Section):
     )
     labels: str | None = option(None, "The array of that data with the labels.")
     metric_output: str | None = option(None, "The output that the metric is of.")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is to be reached that a search could choose by."""
+        return any(goal is not None for goal in (self.max_drop, self.target_speedup, self.target_size))
 
     def check(self) -> None:
         require(self.max_drop is None or self.max_drop >= 0, "max_drop", self.max_drop, "0 or more")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sparse_onnx.compilation.groups import INT4, INT8, Prune, Quantize
+from sparse_onnx.compilation.groups import AUTO, INT4, INT8, Prune, Quantize
 from sparse_onnx.compilation.recipe import SECTIONS, Recipe, RecipeStage
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import at, build, frozen, keywords, option_names, unknown
@@ -113,7 +113,7 @@ def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
         return None
     precision = given.get("precision", recipe.target.precision)
     bits = given.get("bits")
-    if bits is None and precision == INT4:
+    if bits is None and precision in (INT4, AUTO):
         bits = 4
     if bits is None and precision == INT8:
         bits = resolved_bits(None)

@@ -1,10 +1,10 @@
 """Search for the zeros that meet a goal: try a plan, measure it, choose the next; the best so far is always there.
 
-A trial is a whole compilation: pruned with the method asked for, lowered, verified, its drop measured, in as many
-processes as there are. Its speed is measured after that, alone on the machine. The first trials compare the families
-of plans (:mod:`.plans`) where they are expected to be as fast; the search goes on with the one that loses less, until
-nothing more is to be learned, or time or trials are used up. After every trial all that is known goes to a file, from
-which an interrupted search goes on.
+A trial is a whole compilation: pruned and quantized with the methods asked for, lowered, verified, its drop measured,
+in as many processes as there are. Its speed is measured after that, alone on the machine. The first trials compare the
+families of plans (:mod:`.plans`) where they are expected to be as fast; the search goes on with the one that loses
+least, until nothing more is to be learned of it, then with the next one as long as the goals are not met, or until time
+or trials are used up. After every trial all that is known goes to a file, from which an interrupted search goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sparse_onnx.analysis.forecast import Plan
 from sparse_onnx.document import Report
 from sparse_onnx.errors import SparseOnnxError, VerificationError
 from sparse_onnx.model.storage import write_whole
+from sparse_onnx.passes.lower.forms import FLOAT_BITS
 from sparse_onnx.progress import format_duration
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.plans import Family
@@ -32,19 +33,20 @@ from sparse_onnx.timing.rounds import Ratio
 
 __all__ = ["Compiled", "Measured", "Search", "Trial"]
 
-_VERSION = 2
+_VERSION = 3
 _STATE, _BEST = "search.json", "best"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A compiled plan: bytes of its files, the drop of the metric (infinite: outputs that are not finite), the share of
-    zeros in the weights that kernels could take, and its report."""
+    zeros in the weights that kernels could take, its report, and the bits of a weight in the mean."""
 
     nbytes: int
     drop: float
     sparsity: float
     report: Report
+    bits: float = FLOAT_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,15 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Plan number ``index`` of a family; ``sparsity`` is the share of zeros in the weights that could have some.
-    ``error`` says why nothing was measured."""
+    """Plan number ``index`` of a family; ``sparsity`` is the share of zeros in the weights that could have some,
+    ``bits`` are those of one in the mean. ``error`` says why nothing was measured."""
 
     family: str
     index: int
     sparsity: float
     measured: Measured | None
     error: str = ""
+    bits: float = FLOAT_BITS
 
 
 class Search:
@@ -142,36 +145,57 @@ class Search:
             longest = max(longest, time.perf_counter() - start - spent)
 
     def _next(self) -> list[tuple[str, int]]:
-        """The plans of the next round: of every family where nothing is known yet, then of the better one."""
+        """The plans of the next round: of every family where nothing is known yet, then of the best one of which there
+        is more to be learned; of others than the best one only where nothing meets the goals."""
         if not self.trials:
-            return [
-                (name, next_points(family.expected, {}, self._goals)[0])
-                for name, family in self._families.items()
-            ]
-        name = self._leader()
-        tried = {
-            trial.index: trial.measured.outcome if trial.measured else Outcome(1e-9, math.inf, math.inf)
-            for trial in self.trials
-            if trial.family == name
-        }
-        expected = self._families[name].expected
-        points = next_points(expected, tried, self._goals, max(1, self._workers.jobs))
-        return [(name, index) for index in points]
+            return self._first()
+        for place, name in enumerate(self._ranked()):
+            tried = {
+                index: trial.measured.outcome if trial.measured else Outcome(1e-9, math.inf, math.inf)
+                for trial in self.trials
+                for index, plan in enumerate(self._families[name].plans)
+                if plan == self._families[trial.family].plans[trial.index]
+            }
+            expected = self._families[name].expected
+            points = next_points(expected, tried, self._goals, max(1, self._workers.jobs))
+            if points or (place == 0 and self._is_met()):
+                return [(name, index) for index in points]
+        return []
 
-    def _leader(self) -> str:
-        """The family whose first trial loses least; the trials were chosen for equal speed or loss."""
+    def _first(self) -> list[tuple[str, int]]:
+        chosen: list[tuple[str, int]] = []
+        plans: list[Plan] = []
+        for name, family in self._families.items():
+            index = next_points(family.expected, {}, self._goals)[0]
+            if family.plans[index] not in plans:  # families meet at their ends
+                plans.append(family.plans[index])
+                chosen.append((name, index))
+        return chosen
+
+    def _is_met(self) -> bool:
+        known = None if self._best is None else self._best.measured
+        return known is not None and known.outcome.misses(self._goals) == (0.0, 0.0)
+
+    def _ranked(self) -> list[str]:
+        """The families, the one whose first trial loses least before the others; the trials were chosen for equal speed
+        or loss."""
         first: dict[str, Trial] = {}
         for trial in self.trials:
             first.setdefault(trial.family, trial)
 
-        def rank(trial: Trial) -> tuple[float, float]:
-            if trial.measured is None:
+        def rank(name: str) -> tuple[float, float]:
+            measured = first[name].measured if name in first else None
+            if measured is None:
                 return math.inf, 0.0
-            # What it loses for the time it saves: trials are seldom exactly as fast as forecast.
-            gain = 1 - 1 / max(trial.measured.speed.median, 1 + 1e-9)
-            return trial.measured.drop / max(gain, 1e-9), -gain
+            # What it loses for what it saves: trials are seldom exactly as fast or small as forecast.
+            gain = 0.0
+            if self._goals.speedup is not None or self._goals.nbytes is None:
+                gain += 1 - 1 / max(measured.speed.median, 1 + 1e-9)
+            if self._goals.nbytes is not None:
+                gain += 1 - measured.nbytes / self._families[name].expected[0].nbytes
+            return measured.drop / max(gain, 1e-9), -gain
 
-        return min(first.values(), key=rank).family
+        return sorted(self._families, key=rank)
 
     def _round(self, chosen: Sequence[tuple[str, int]]) -> None:
         folders = [self._folder / f"trial-{name}-{index}" for name, index in chosen]
@@ -191,7 +215,8 @@ class Search:
                 continue
             speed, targets = self._time_alone(folder)
             measured = Measured(speed, tuple(targets), result.nbytes, result.drop)
-            self._add(Trial(name, index, result.sparsity, measured), folder, result.report)
+            trial = Trial(name, index, result.sparsity, measured, bits=result.bits)
+            self._add(trial, folder, result.report)
 
     def _add(self, trial: Trial, folder: Path, report: Report | None) -> None:
         """Keep the folder and the report of the best, delete the others."""
@@ -201,10 +226,10 @@ class Search:
             self._say(f"note: {what} failed: {trial.error}")
         else:
             speed = trial.measured.speed
-            self._say(
-                f"note: {what}, {trial.sparsity:.0%} zeros: {speed.median:.2f}x ({speed.low:.2f}-{speed.high:.2f}), "
-                f"drop {trial.measured.drop:.4f}"
-            )
+            bits = f", {trial.bits:.3g} bits" if trial.bits < FLOAT_BITS else ""
+            times = f"{speed.median:.2f}x ({speed.low:.2f}-{speed.high:.2f})"
+            drop = trial.measured.drop
+            self._say(f"note: {what}, {trial.sparsity:.0%} zeros{bits}: {times}, drop {drop:.4f}")
             rivals = [rival for rival in (self._best, trial) if rival is not None]
             outcomes = [rival.measured.outcome for rival in rivals if rival.measured is not None]
             if rivals[best(outcomes, self._goals)] is trial:
@@ -250,4 +275,4 @@ def _trial(entry: Mapping[str, Any]) -> Trial:
     if measured is not None:
         targets = tuple(Ratio(**timing) for timing in measured["targets"])
         measured = Measured(Ratio(**measured["speed"]), targets, measured["nbytes"], measured["drop"])
-    return Trial(entry["family"], entry["index"], entry["sparsity"], measured, entry["error"])
+    return Trial(entry["family"], entry["index"], entry["sparsity"], measured, entry["error"], entry["bits"])

@@ -1,4 +1,4 @@
-"""``optimize`` with goals in place of a share of zeros: from a model to the folder that is shipped."""
+"""``optimize`` with goals in place of zeros or bits: from a model to the folder that is shipped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sparse_onnx.analysis.analyze import Analysis, analyze
-from sparse_onnx.analysis.forecast import Choice, Plan
+from sparse_onnx.analysis.choice import Choice
+from sparse_onnx.analysis.forecast import Forecast, Plan
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into
 from sparse_onnx.compilation.goals import gates, goal_document
-from sparse_onnx.compilation.groups import Goal
+from sparse_onnx.compilation.groups import AUTO, FLOAT32, INT4, INT8, Goal
 from sparse_onnx.compilation.recipe import Recipe, RecipeStage, recipe_document
 from sparse_onnx.compilation.report_rows import target_rows, times, write_report
 from sparse_onnx.compilation.whole_model import exit_code, settle
@@ -26,12 +27,12 @@ from sparse_onnx.document import CurveRow, LayerRow, ParetoPoint, Report, Search
 from sparse_onnx.errors import GoalNotMetError, HostError, UsageError
 from sparse_onnx.exporter.source import source_file
 from sparse_onnx.model import model_io
-from sparse_onnx.model.storage import write_whole
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.base import Pass, PassContext, Pipeline, Stage
+from sparse_onnx.passes.base import PassContext, Pipeline, Stage
 from sparse_onnx.passes.calibration.digest import model_digest
 from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.passes.prune.pruning import choose_weights
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import is_lasting
 from sparse_onnx.running.fix_inputs import fix_inputs
@@ -44,21 +45,37 @@ from sparse_onnx.search.driver import Compiled, Search, Trial
 from sparse_onnx.search.frontier import pareto
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.search.losses import measured_losses, weight_losses
-from sparse_onnx.search.plans import Family, LossOf, allocated, modifiers, uniform, with_pruning
-from sparse_onnx.search.strategy import Expected, Goals
+from sparse_onnx.search.planned import FILES, Planned
+from sparse_onnx.search.plans import LossOf, families
+from sparse_onnx.search.recipes import Templates, mean_bits, recipe_of
+from sparse_onnx.search.strategy import Goals
+from sparse_onnx.search.tables import Table, measure_tables
 from sparse_onnx.search.workers import choose_workers
 from sparse_onnx.timing import rounds
-from sparse_onnx.timing.curves import UNSTRUCTURED
+from sparse_onnx.timing.curves import SPARSITIES, UNSTRUCTURED
 from sparse_onnx.timing.models import time_models
 from sparse_onnx.timing.rounds import Ratio
-from sparse_onnx.timing.table import TimingTable, read_table, write_table
+from sparse_onnx.timing.table import TimingTable
 from sparse_onnx.units import parse_size
 from sparse_onnx.verification.metrics import MetricResult
 
 __all__ = ["optimize_to_goals", "search_recipe"]
 
-_PLANS, _TABLE = "plans.json", "timings.json"
-_STATE = ("search.json", _PLANS, _TABLE, "best")
+_SMALLEST = 3
+"""Bits that are tried only for their size: no operator is faster with them."""
+
+_BITS = {
+    FLOAT32: frozenset[int](),
+    INT8: frozenset({8}),
+    INT4: frozenset({4}),
+    AUTO: frozenset({8, 4, _SMALLEST}),
+}
+"""Of weights, by what the recipe allows."""
+
+_NO_ZEROS = (0.5,)
+"""Where nothing is pruned: one share of zeros, so that what they would bring is not measured at all of them."""
+
+_STATE = ("search.json", "best", *FILES)
 
 
 def search_recipe(
@@ -72,14 +89,17 @@ def search_recipe(
     command: str,
     progress: Callable[[str], None],
 ) -> OptimizeResult:
-    """Search for the zeros of ``recipe``'s one pruning method, whose own share of them does not count, in one of the
-    patterns ``mask_structure`` (with commas). The others as for :func:`sparse_onnx.api.optimize`."""
+    """Search for what ``recipe``'s one pruning method and its quantizer are to make, whose own share of zeros and bits
+    do not count: zeros in one of the patterns ``mask_structure`` (with commas), bits that its precision allows. The
+    others as for :func:`sparse_onnx.api.optimize`."""
     pruning = [modifier for modifier in recipe.modifiers() if modifier.stage is Stage.PRUNE]
-    template = pruning[0]
-    if len(pruning) != 1 or not template.takes_shares:
-        raise UsageError(f"{template.name} has no share of zeros to search for: give another method")
+    if pruning and (len(pruning) != 1 or not pruning[0].takes_shares):
+        raise UsageError(f"{pruning[0].name} has no share of zeros to search for: give another method")
+    quantizing = [modifier for modifier in recipe.modifiers() if isinstance(modifier, QuantizeWeights)]
+    templates = Templates(pruning[0] if pruning else None, quantizing[0] if quantizing else None)
+    searched = (templates.zeros, templates.bits)
     stages = (
-        RecipeStage(stage.name, tuple(modifier for modifier in stage.modifiers if modifier is not template))
+        RecipeStage(stage.name, tuple(modifier for modifier in stage.modifiers if modifier not in searched))
         for stage in recipe.stages
     )
     patterns = [MaskStructure.parse(text.strip()) for text in (mask_structure or UNSTRUCTURED).split(",")]
@@ -87,8 +107,8 @@ def search_recipe(
         source,
         output,
         dataclasses.replace(recipe, stages=tuple(stage for stage in stages if stage.modifiers)),
-        template,
-        structures=list(dict.fromkeys(map(str, patterns))),
+        templates,
+        structures=list(dict.fromkeys(map(str, patterns))) if pruning else [],
         limits=limits,
         overwrite=overwrite,
         command=command,
@@ -100,7 +120,7 @@ def optimize_to_goals(
     source: Path,
     output: Path,
     recipe: Recipe,
-    template: Pass,
+    templates: Templates,
     *,
     structures: Sequence[str],
     limits: Limits,
@@ -108,15 +128,15 @@ def optimize_to_goals(
     command: str,
     progress: Callable[[str], None],
 ) -> OptimizeResult:
-    """Search for the zeros that meet the goals of ``recipe``, and write the best result.
+    """Search for the zeros and bits that meet the goals of ``recipe``, and write the best result.
 
     Args:
         source: An ``.onnx`` file or a Hugging Face model folder.
         output: The folder to write.
-        recipe: All but the pruning that is searched for. Its ``calibration.checkpoint`` is where the search keeps what
-            it knows, to go on after an interruption.
-        template: A pruning method with its options; its own share of zeros does not count.
-        structures: The patterns to choose from.
+        recipe: All but the pruning and quantizing that are searched for; its precision says which bits there are. Its
+            ``calibration.checkpoint`` is where the search keeps what it knows, to go on after an interruption.
+        templates: The passes that make zeros and integers.
+        structures: The patterns of zeros to choose from.
         limits: When to stop, and where trials run.
         overwrite, command, progress: As for :func:`sparse_onnx.api.optimize`.
 
@@ -126,7 +146,7 @@ def optimize_to_goals(
     with model_io.OutputFolder(output, overwrite=overwrite, sources=[source]) as folder:
         work = folder / ".work"
         work.mkdir()
-        job = _Job(source, recipe, template, tuple(structures), work, command, progress)
+        job = _Job(source, recipe, templates, tuple(structures), work, command, progress)
         try:
             search = job.search(limits)
             search.run()
@@ -150,15 +170,15 @@ class _Compile:
 
     source: Path
     recipe: Recipe
-    template: Pass
+    templates: Templates
     sizes: Mapping[str, int]
+    rows: Mapping[str, int]
     table: TimingTable
     command: str
     progress: Callable[[str], None] | None = None
 
     def __call__(self, plan: Plan, folder: Path, threads: int) -> Compiled:
-        passes = modifiers(plan, self.template, self.sizes)
-        recipe = with_pruning(self.recipe, passes)
+        recipe = recipe_of(plan, self.recipe, self.templates, self.sizes, self.rows)
         folder.mkdir()
         _, report = compile_into(
             folder,
@@ -175,7 +195,8 @@ class _Compile:
         drop = 1 - _number(summary["cosine"]) if metric is None else _number(metric["drop"])
         drop = drop if math.isfinite(drop) else math.inf
         assert summary["bytes_after"] is not None
-        return Compiled(summary["bytes_after"], drop, summary["sparsity"], report)
+        bits = mean_bits(plan, self.sizes)
+        return Compiled(summary["bytes_after"], drop, summary["sparsity"], report, bits)
 
     def _say(self, line: str) -> None:
         if self.progress is not None and not is_lasting(line):  # the notes of a trial are those of all
@@ -186,10 +207,6 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-_Planned = tuple[list[Family], TimingTable, dict[str, int], list[CurveRow]]
-"""Families, timings to decide by, elements of the weights, and the curves of the layers as a report has them."""
-
-
 class _Job:
     """One search: the state that its steps share."""
 
@@ -197,13 +214,13 @@ class _Job:
         self,
         source: Path,
         recipe: Recipe,
-        template: Pass,
+        templates: Templates,
         structures: tuple[str, ...],
         work: Path,
         command: str,
         say: Callable[[str], None],
     ) -> None:
-        self.source, self.recipe, self.template, self.structures = source, recipe, template, structures
+        self.source, self.recipe, self.templates, self.structures = source, recipe, templates, structures
         self.work, self.command, self.say = work, command, say
         self.threads = recipe.target.threads or available_cores()
         self.state = self._state_folder()
@@ -214,11 +231,13 @@ class _Job:
         goal = recipe.goal
         size = None if goal.target_size is None else float(parse_size(goal.target_size, self.nbytes))
         self.goals = Goals(goal.target_speedup, size, goal.max_drop)
+        precision = FLOAT32 if templates.bits is None else recipe.target.precision
+        self.bits = _BITS[precision] - (frozenset() if size is not None else {_SMALLEST})
         target = recipe.target
         specs = inputs.input_specs(self.model, target.input_values, target.fixed_inputs)
         fix_inputs(self.model, specs)
-        first = self._first_batch(specs)
-        self.choices = [choose_inputs(self.model, specs, given, first) for given in target.all_shapes]
+        self.first = self._first_batch(specs)
+        self.choices = [choose_inputs(self.model, specs, given, self.first) for given in target.all_shapes]
         for line in dict.fromkeys(line for choice in self.choices for line in choice.notes("for another")):
             say(f"note: {line}")
         self.targets = [choice.shapes for choice in self.choices]
@@ -258,7 +277,8 @@ class _Job:
     def search(self, limits: Limits) -> Search:
         """Plan; or take over the plans of an interrupted search for the same."""
         key = self.key()
-        families, table, sizes, self.curves = self.kept_plans(key) or self.plan(key)
+        planned = Planned.load(self.state, key) or self.plan(key)
+        self.curves = planned.curves
         trial = dataclasses.replace(
             self.recipe,
             goal=dataclasses.replace(self.recipe.goal, max_drop=None, target_speedup=None, target_size=None),
@@ -266,14 +286,15 @@ class _Job:
         )
         here = limits.jobs == 1 and limits.ray is None
         return Search(
-            families,
+            planned.families,
             self.goals,
             compile_plan=_Compile(
                 self.path.absolute(),
                 trial,
-                self.template,
-                sizes,
-                table,
+                self.templates,
+                planned.sizes,
+                planned.rows,
+                planned.table,
                 self.command,
                 self.say if here else None,
             ),
@@ -290,26 +311,36 @@ class _Job:
         kept = Goal(keep_pruned=self.recipe.goal.keep_pruned)
         document = recipe_document(dataclasses.replace(self.recipe, goal=kept))
         document["calibration"]["checkpoint"] = None
-        parts = (document, dataclasses.asdict(self.goals), repr(self.template), self.structures, self.threads)
+        parts = (
+            document,
+            dataclasses.asdict(self.goals),
+            repr(self.templates),
+            self.structures,
+            self.threads,
+        )
         text = json.dumps([model_digest(self.model), *map(str, parts)])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan(self, key: str) -> _Planned:
+    def plan(self, key: str) -> Planned:
         """Measure layers and whole models, and make the families of plans of it; both are kept."""
         calibration = self.recipe.calibration
-        selection = self.template.selection
         with model_io.Spool(self.work) as spool, explaining_guesses(self.choices):
             Pipeline(PREPARATION_PASSES)(self.model, PassContext(spool.put))
+            selection = self.templates.selection
             weights, left = choose_weights(self.model, selection, MaskStructure())
             if not weights:
                 why = "; ".join(f"{place} {reason}" for place, reason in left[:5])
                 raise UsageError(
-                    f"no layer of the model can be pruned: {why or 'it has no linear, convolution, LSTM or GRU'}"
+                    f"no layer of the model can be {'pruned' if self.templates.bits is None else 'changed'}: "
+                    f"{why or 'it has no linear, convolution, LSTM or GRU'}"
                 )
             analysis = analyze(
                 self.path,
                 mask_structures=self.structures,
-                bits=(),
+                sparsities=SPARSITIES if self.structures else _NO_ZEROS,
+                bits=sorted(self.bits, reverse=True),
+                group_size=self.templates.group_size,
+                encoded_structures=self.structures,
                 targets=selection.targets,
                 ignore=selection.ignore,
                 input_shapes=self.targets[0],
@@ -323,46 +354,49 @@ class _Job:
                 seed=calibration.seed,
                 progress=self.say,
             )
+            forecast = analysis.forecast
+            options = self.options(forecast, weights)
             loss = self.losses(analysis, weights)
-        forecast = analysis.forecast
-        sizes = {weight.name: math.prod(weight.shape) for weight in weights}
-        names = [layer.name for layer in forecast.layers if layer.name in sizes and not layer.reason]
-        families = [allocated(forecast, names, self.structures, loss, self.goals)]
-        if UNSTRUCTURED in self.structures:
-            families.append(uniform(forecast, names, loss, self.goals))
-        table = analysis.table()
-        write_table(table, self.state / _TABLE)
-        curves: list[CurveRow] = analysis.to_dict()["curves"]
-        kept = [dataclasses.asdict(family) for family in families]
-        document = {"key": key, "sizes": sizes, "families": kept, "curves": curves}
-        with write_whole(self.state / _PLANS) as file:
-            file.write(json.dumps(document).encode())
-        return families, table, sizes, curves
+            tables = self.tables()
+        found = families(forecast, options, loss, self.goals, tables)
+        planned = Planned(
+            tuple(found),
+            analysis.table(),
+            {weight.name: math.prod(weight.shape) for weight in weights},
+            {name: table.length for name, table in tables.items()},
+            tuple(analysis.to_dict()["curves"]),
+        )
+        planned.save(self.state, key)
+        return planned
+
+    def options(self, forecast: Forecast, weights: Sequence[Weight]) -> dict[str, list[Choice]]:
+        """What every layer may become, by the name of its weight."""
+        known = {weight.name: weight for weight in weights}
+        return {
+            layer.name: self.templates.choices(
+                known[layer.name],
+                self.structures,
+                [(bits, activations) for bits, activations in layer.precisions if bits in self.bits],
+            )
+            for layer in forecast.layers
+            if layer.name in known and not layer.reason
+        }
+
+    def tables(self) -> dict[str, Table]:
+        """Those of embeddings, where size counts and bits are searched for."""
+        if self.goals.nbytes is None or self.templates.bits is None:
+            return {}
+        bench = Workbench(
+            self.threads, self.work, session_budget(model_io.weight_bytes(self.model)), self.say
+        )
+        return measure_tables(self.model, self.bits - {_SMALLEST}, self.first or self.feeds[:1], bench)
 
     def losses(self, analysis: Analysis, weights: Sequence[Weight]) -> LossOf:
         """Measured on real inputs where there are some."""
         known = {layer.name: layer.loss for layer in analysis.forecast.layers if layer.loss is not None}
-        return measured_losses(known) if known else weight_losses(weights, self.structures, self.say)
-
-    def kept_plans(self, key: str) -> _Planned | None:
-        """What an interrupted search for the same had planned; None if there is nothing that can be read."""
-        try:
-            document = json.loads((self.state / _PLANS).read_text(encoding="utf-8"))
-            if document["key"] != key:
-                return None
-            families = [
-                Family(
-                    family["name"],
-                    tuple(
-                        {name: Choice(*choice) for name, choice in plan.items()} for plan in family["plans"]
-                    ),
-                    tuple(Expected(**expected) for expected in family["expected"]),
-                )
-                for family in document["families"]
-            ]
-            return families, read_table(self.state / _TABLE), document["sizes"], document["curves"]
-        except (OSError, ValueError, KeyError, TypeError, UsageError):
-            return None
+        if known:
+            return measured_losses(known)
+        return weight_losses(weights, self.structures, self.say, self.templates.bits, self.bits)
 
     def time_alone(self, folder: Path) -> tuple[Ratio, list[Ratio]]:
         """The original against the model in ``folder`` at every target."""
@@ -436,7 +470,10 @@ class _Job:
             },
             "met": met,
             "evaluated": len(search.trials),
-            "pareto": [_point(trial, trial == search.best) for trial in front],
+            "pareto": [
+                _point(trial, trial == search.best, with_bits=self.templates.bits is not None)
+                for trial in front
+            ],
         }
 
 
@@ -451,10 +488,10 @@ def _speed(trial: Trial) -> float:
     return trial.measured.speed.median
 
 
-def _point(trial: Trial, chosen: bool) -> ParetoPoint:
+def _point(trial: Trial, chosen: bool, *, with_bits: bool) -> ParetoPoint:
     measured = trial.measured
     assert measured is not None
-    return {
+    point: ParetoPoint = {
         "speedup": measured.speed.median,
         "speedup_low": measured.speed.low,
         "speedup_high": measured.speed.high,
@@ -463,3 +500,4 @@ def _point(trial: Trial, chosen: bool) -> ParetoPoint:
         "sparsity": trial.sparsity,
         "chosen": chosen,
     }
+    return {**point, "bits": trial.bits} if with_bits else point

@@ -151,6 +151,31 @@ def test_a_scale_that_float16_does_not_have(model):
     assert not rounding(bits=4, scale_type="float32")(model).declined[1:]
 
 
+def test_weights_with_bits_of_their_own(model):
+    """More than 4 bits: a symmetric scale an output, whatever groups and zero points the others have."""
+    step = QuantizeWeights(method="rtn", bits=4, group_size=16, symmetric=False).with_bits({"U": 3, "W": 8})
+    grouped = QuantizeWeights(method="rtn", bits=8, group_size=16).with_bits({"U": 7})(model.clone())
+    assert [(layer.bits, layer.group_size) for layer in grouped.layers] == [(7, 16)]
+    result = step(model)
+    assert step.targets == ("U", "W")
+    assert {layer.name: (layer.bits, layer.group_size) for layer in result.layers} == {
+        "U": (3, 16),
+        "W": (8, 0),
+    }
+    np.testing.assert_allclose(matrices(model)["W"], nearest(W, 8), atol=1e-3 * np.abs(W).max())
+    assert step.stand_in() == step
+
+
+def test_what_has_no_bits_of_its_own_has_those_of_all(model):
+    step = rounding(bits=4, bits_of={"W": 8})
+    assert {layer.name: layer.bits for layer in step(model.clone()).layers} == {"U": 4, "W": 8}
+    alone = rounding(bits=4).with_bits({"U": 2})(model)
+    assert {layer.name: layer.bits for layer in alone.layers} == {"U": 2}
+    assert [(place.place, place.reason) for place in alone.declined] == [("W", "not among targets")]
+    with pytest.raises(UsageError, match="bits_of: 'V' is no weight of a layer"):
+        rounding(bits_of={"V": 8})(model)
+
+
 def test_what_is_quantized_already(model):
     rounding(bits=4)(model)
     result = rounding(bits=8)(model)
@@ -176,6 +201,7 @@ def test_dequantize_falls_back_and_says_so(model):
         ({"bits": 1}, r"quant\.weight: bits must be 2 to 8, not 1"),
         ({"bits": 9}, "bits must be 2 to 8, not 9"),
         ({"bits": 8.0}, "bits must be an integer"),
+        ({"bits_of": {"U": 9}}, r"bits_of\['U'\] must be 2 to 8, not 9"),
         ({"group_size": 8}, "group_size must be 16 to 256, or 0"),
         ({"group_size": 512}, "group_size must be 16 to 256, or 0"),
         ({"method": "best"}, "method must be"),
@@ -334,6 +360,16 @@ def test_without_tokens_nothing_is_drawn(wide, tmp_path):
         with_data(copy, x[:4], tmp_path, method="auto", unseen_tokens=share)
     one, other = map(matrices, copies)
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_weights_of_several_bits_are_solved_together(wide, tmp_path, run):
+    """What one loses the ones behind it make up for, in whatever bits."""
+    model, x = wide
+    together, apart = model.clone(), model.clone()
+    options = {"method": "auto", "unseen_tokens": 0.0}
+    with_data(together, x[:8], tmp_path, **options, bits_of={"W": 8})
+    with_data(apart, x[:8], tmp_path, **options, targets=("U",))
+    assert loss(together, model, x[8], run) < loss(apart, model, x[8], run)
 
 
 def test_an_interrupted_run_goes_on(wide, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_onnx.report.charts import bars
@@ -29,14 +29,19 @@ _MEASURES = (
 """What the error of a layer is taken from: the first that is known. Key, what it is a share of, what it means."""
 
 
-def layer_row(row: Row) -> Row:
-    """A row of the report with what the sections say of it: title, dimensions, and the times of charts."""
+FLOAT_BITS = 32
+
+
+def layer_row(row: Row, bits: Mapping[str, int | None]) -> Row:
+    """A row of the report with what the sections say of it: title, dimensions, and the times of charts. ``bits`` are
+    those of weights that are stored in few, by name."""
     low, high = row["speedup_low"], row["speedup_high"]
     title = row["module"] or row["name"]
     return {
         **row,
         "title": title,
         "subtitle": "" if row["name"] in (title, f"{title}.weight") else row["name"],
+        "bits": bits.get(row["name"]) or FLOAT_BITS,
         "dimensions": " × ".join(str(size) for size in row["shape"]),
         "size": math.prod(row["shape"]),
         "speedup": "-" if low is None or high is None else f"{low:.2f}–{high:.2f}×",
@@ -52,8 +57,9 @@ def columns(layers: Sequence[Row]) -> dict[str, bool]:
     }
     timed = any(row["times"] for row in layers)
     changed = any(row["relative_error"] != 0 for row in layers)
+    bits = any(row["bits"] < FLOAT_BITS for row in layers)
     patterns = len({row["mask_structure"] for row in layers}) > 1
-    return {**shown, "times": timed, "relative_error": changed, "mask_structure": patterns}
+    return {**shown, "times": timed, "relative_error": changed, "mask_structure": patterns, "bits": bits}
 
 
 def forms_of(layers: Sequence[Row]) -> list[str]:

@@ -27,7 +27,8 @@ __all__ = ["report_view"]
 
 def report_view(report: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template of a report shows, but for what it takes from ``report`` itself."""
-    layers = [layer_row(row) for row in report["layers"]]
+    bits = {row["name"]: row["bits"] for row in report.get("quantized", ())}
+    layers = [layer_row(row, bits) for row in report["layers"]]
     return {
         "verdict": verdict(report),
         "facts": facts(report),

@@ -22,6 +22,7 @@ def search_chart(search: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "evaluated": search["evaluated"],
         "metric": search["metric"],
         "rows": points,
+        "with_bits": any("bits" in point for point in points),
         "with_bytes": any(point["bytes"] is not None for point in points),
     }
     if not known:
