@@ -24,9 +24,10 @@ __all__ = ["PartSession", "extract"]
 
 
 def extract(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """The nodes of the main graph that compute ``outputs`` from ``inputs``, as a model that shares the tensors."""
+    """The nodes of the main graph that compute ``outputs`` from ``inputs``, initializers perhaps among them, as a model
+    that shares the tensors."""
     graph = model.graph
-    values = {value.name: value for value in graph.inputs}
+    values = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
     values |= {value.name: value for node in graph for value in node.outputs}
     nodes: set[int] = set()
     initializers: dict[int, ir.Value] = {}
@@ -61,7 +62,8 @@ def extract(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> i
 
 
 class PartSession:
-    """A session that computes ``outputs`` of ``model`` from ``inputs`` (values of its main graph, by name).
+    """A session that computes ``outputs`` of ``model`` from ``inputs`` (values of its main graph, by name;
+    initializers among them come from outside, then).
 
     ``example`` holds the inputs of one batch, from which values without a type get theirs. ``library`` registers the
     sparse kernels. Graph optimizations of ORT are limited to the basic ones: others fuse values away.

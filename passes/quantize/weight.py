@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.calibration.alone import errors_alone
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
@@ -62,6 +64,7 @@ _ORDERS: Mapping[str, Order] = {"awq": "oneshot", "gptq": "sequential", "auto": 
 _WITHOUT_DATA = ("rtn", "hqq")
 _FEW_BITS = 4
 
+_KEPT_BITS = 8
 _LEAST_DAMPING = 1e-6
 _REFIT = 1e-3  # of the right-hand side: a start for integers, which move more than what is left
 
@@ -90,6 +93,8 @@ class QuantizeWeights(Pass):
             Measured at .5: a sentence encoder in 4 bits loses a third less on text of another kind, as much on like
             text; the first layers of a language model in 3 bits lose a quarter less, and half as much again.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
+        keep: The share of the layers that get 8 bits and a scale for each output all the same: those that move the
+            model's outputs most if they alone are rounded to nearest. Only with data, and fewer than 8 bits.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
 
@@ -107,6 +112,7 @@ class QuantizeWeights(Pass):
     bias_correction: bool | None = None
     unseen_tokens: float | None = None
     dampening_frac: float = 0.01
+    keep: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = DEFAULT_IGNORE
 
@@ -115,6 +121,11 @@ class QuantizeWeights(Pass):
         for name, bits in self.bits_of.items():
             require(2 <= bits <= 8, f"bits_of[{name!r}]", bits, "2 to 8")
         require(self.dampening_frac >= 0, "dampening_frac", self.dampening_frac, "0 or more")
+        require(0 <= self.keep < 1, "keep", self.keep, "in [0, 1)")
+        if self.keep and (not self.needs_calibration or self.bits >= _KEPT_BITS):
+            raise UsageError(
+                f"keep leaves layers in {_KEPT_BITS} bits by what data shows: give fewer, and another method"
+            )
         unseen = self.unseen_tokens
         require(unseen is None or 0 <= unseen <= 1, "unseen_tokens", unseen, "in [0, 1]")
         if not self.needs_calibration and (self.calibration is not None or self.bias_correction or unseen):
@@ -156,7 +167,7 @@ class QuantizeWeights(Pass):
         if not self.needs_calibration:
             return self
         return dataclasses.replace(
-            self, method="rtn", calibration=None, bias_correction=None, unseen_tokens=None
+            self, method="rtn", calibration=None, bias_correction=None, unseen_tokens=None, keep=0.0
         )
 
     def with_bits(self, bits: Mapping[str, int]) -> QuantizeWeights:
@@ -190,9 +201,17 @@ class QuantizeWeights(Pass):
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         chosen, left = self._choose(model)
-        job = _Job(self, model, context, chosen)
+        kept = self._kept(model, context, chosen) if self.keep else {}
+        job = _Job(self, model, context, chosen, kept)
         if chosen:
             job.run()
+        left += [
+            (
+                name,
+                f"in {_KEPT_BITS} bits, not {self.bits}: rounded alone it moves the outputs by {error:.1%}",
+            )
+            for name, error in kept.items()
+        ]
         declined = [self.declined(place, reason) for place, reason in (*left, *job.declined)]
         statistics: dict[str, int | float] = {
             "weights": len(chosen),
@@ -202,6 +221,21 @@ class QuantizeWeights(Pass):
             "biases": job.biases,
         }
         return PassResult(model, bool(job.changes), statistics, tuple(declined), tuple(job.changes))
+
+    def _kept(self, model: ir.Model, context: PassContext, weights: Sequence[Weight]) -> dict[str, float]:
+        """The weights that stay in more bits, and how far the outputs move where each alone does not, worst first."""
+
+        def rounded(weight: Weight) -> np.ndarray:
+            solver = RtnQuantizer(grid=self.grid_for(weight), clip=True)
+            return solver.solve(np.ascontiguousarray(weight.matrix(), np.float32)).matrix()
+
+        data = context.calibration_for(self.name)
+        threads = (data.options or CalibrationOptions()).threads
+        errors = errors_alone(
+            model, weights, data.samples, rounded, threads=threads, progress=context.progress
+        )
+        worst = sorted(errors, key=lambda name: -errors[name])[: math.ceil(self.keep * len(weights))]
+        return {name: errors[name] for name in worst}
 
     def _choose(self, model: ir.Model) -> tuple[list[Weight], list[tuple[str, str]]]:
         """The weights to quantize, and (place, reason) of all others."""
@@ -245,8 +279,14 @@ class _Job:
     written when all are solved."""
 
     def __init__(
-        self, options: QuantizeWeights, model: ir.Model, context: PassContext, weights: list[Weight]
+        self,
+        options: QuantizeWeights,
+        model: ir.Model,
+        context: PassContext,
+        weights: list[Weight],
+        kept: Collection[str],
     ) -> None:
+        self._kept_bits = kept
         self.options, self.model, self.context, self.weights = options, model, context, weights
         self.declined: list[tuple[str, str]] = []
         self.changes: list[LayerChange] = []
@@ -317,6 +357,8 @@ class _Job:
         self.context.progress(f"solving {weight.name} ({done})")
         W = np.ascontiguousarray(weight.matrix(), np.float32)
         grid, aim = options.grid_for(weight), self._aim(layer, W)
+        if weight.name in self._kept_bits:
+            grid = dataclasses.replace(grid, bits=_KEPT_BITS, group_size=0, symmetric=True)
         try:
             parts = self._parts(layer, W, aim, grid)
         except UsageError as error:  # a scale that is too large for its type

@@ -212,6 +212,9 @@ def test_dequantize_falls_back_and_says_so(model):
         ({"method": "rtn", "bias_correction": True}, "rtn uses no data"),
         ({"method": "hqq", "unseen_tokens": 0.5}, "hqq uses no data"),
         ({"method": "auto", "unseen_tokens": 1.5}, r"unseen_tokens must be in \[0, 1\]"),
+        ({"method": "auto", "keep": 1.0}, r"keep must be in \[0, 1\)"),
+        ({"method": "hqq", "keep": 0.1}, "keep leaves layers in 8 bits by what data shows"),
+        ({"method": "gptq", "bits": 8, "keep": 0.1}, "give fewer, and another method"),
         ({"targets": ("re:[",)}, "is not a regular expression"),
     ],
 )
@@ -276,6 +279,25 @@ def test_data_makes_the_outputs_better_on_other_data(wide, tmp_path, run):
         assert result.statistics["biases"] == (2 if method == "auto" else 0)
     assert losses["auto"] < losses["gptq"] < losses["rtn"]
     assert losses["auto"] < 0.7 * losses["rtn"]
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "auto"])
+def test_the_layer_that_matters_most_keeps_eight_bits(wide, tmp_path, run, method):
+    """W does: what U gives it is small beside its bias, which rounding leaves alone."""
+    model, x = wide
+    U = model.graph.initializers["U"]
+    U.const_value = ir.tensor(U.const_value.numpy() / 50, name="U")
+    plain, kept = model.clone(), model.clone()
+    with_data(plain, x[:8], tmp_path, method=method)
+    result = with_data(kept, x[:8], tmp_path, method=method, keep=0.3)
+    assert {layer.name: (layer.bits, layer.group_size) for layer in result.layers} == {
+        "U": (3, 32),
+        "W": (8, 0),
+    }
+    (place,) = [place for place in result.declined if "8 bits" in place.reason]
+    assert place.place == "W"
+    assert "in 8 bits, not 3: rounded alone it moves the outputs by" in place.reason
+    assert loss(kept, model, x[8], run) < 0.5 * loss(plain, model, x[8], run)
 
 
 @pytest.mark.parametrize("calibration", ["oneshot", "sequential", "asymmetric"])
