@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ from sparse_onnx.passes.solvers import (
 )
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
 from sparse_onnx.progress import done_of
+from sparse_onnx.running.host import available_cores
 
 __all__ = ["QuantizeWeights"]
 
@@ -225,6 +226,8 @@ class _Job:
         self._solved: list[_Solved] = []
         self._checkpoint: Checkpoint | None = None
         self._dense: Mapping[str, Weight] = {}
+        given = context.calibration.options if context.calibration is not None else None
+        self._threads = (given.threads if given is not None else None) or available_cores()
 
     def run(self) -> None:
         if self.options.needs_calibration:
@@ -282,7 +285,7 @@ class _Job:
             self.declined.append((weight.name, str(error)))
             weight.release()
             return
-        quantized = _side_by_side(parts)
+        quantized = QuantizedMatrix.side_by_side(parts)
         after = quantized.matrix()
         errors, bias = [], None
         width = W.shape[1] // max(len(layer.inputs), 1)
@@ -340,7 +343,7 @@ class _Job:
         name = layer.weight.name
         if not layer.inputs:
             method = self.options.method if not self.options.needs_calibration else "hqq"
-            return [_quantizer(method, grid, 0.0).solve(W)]
+            return [_quantizer(method, grid, 0.0, self._threads).solve(W)]
         kept = self._kept(name, W.shape, grid)
         if kept is not None:
             return [kept]
@@ -351,7 +354,7 @@ class _Job:
             own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
             parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
-            whole = _side_by_side(parts)
+            whole = QuantizedMatrix.side_by_side(parts)
             for word, array in (
                 ("integers", whole.integers),
                 ("scale", whole.scale),
@@ -385,7 +388,7 @@ class _Job:
     ) -> QuantizedMatrix:
         biased = self._is_biased(layer)
         problem = layer_problem(aim, statistics, self.options.dampening_frac, layer.aim, part, biased=biased)
-        solver = _quantizer(self.options.method, grid, problem.damping)
+        solver = _quantizer(self.options.method, grid, problem.damping, self._threads)
         statistics, target, kept = problem.statistics, problem.target, W != 0
         if target is not None and not kept.all():
             damping = max(problem.damping, _LEAST_DAMPING)
@@ -443,21 +446,11 @@ def stored_bytes(weight: Weight) -> int:
     return sum(int(value.const_value.nbytes) for value in inputs if value.const_value is not None)
 
 
-def _quantizer(method: str, grid: GridOptions, damping: float) -> WeightQuantizer:
+def _quantizer(method: str, grid: GridOptions, damping: float, threads: int) -> WeightQuantizer:
     kind = QUANTIZERS[method]
-    return kind(grid=grid, damping=damping) if issubclass(kind, DampedQuantizer) else kind(grid=grid)
-
-
-def _side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The outputs of all parts, which have the same inputs and options."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedMatrix(
-        np.concatenate([part.integers for part in parts], axis=1),
-        np.concatenate([part.scale for part in parts], axis=1),
-        np.concatenate([part.zero_point for part in parts], axis=1),
-        parts[0].options,
-    )
+    if issubclass(kind, DampedQuantizer):
+        return kind(grid=grid, damping=damping, threads=threads)
+    return kind(grid=grid)
 
 
 def _grid_words(grid: GridOptions) -> str:

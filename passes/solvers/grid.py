@@ -11,6 +11,7 @@ for the scale that the model really has.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -149,6 +150,18 @@ class QuantizedMatrix:
             raise UsageError("scale must be float32, positive and finite")
         if options.symmetric and self.zero_point.any():
             raise UsageError("zero_point must be 0 where the grid is symmetric")
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+        """The outputs of all ``parts``, which have the same inputs and options."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.integers for part in parts], axis=1),
+            np.concatenate([part.scale for part in parts], axis=1),
+            np.concatenate([part.zero_point for part in parts], axis=1),
+            parts[0].options,
+        )
 
     @property
     def grid(self) -> Grid:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import check_types, require
 from sparse_onnx.passes.solvers.grid import Grid, GridOptions, QuantizedMatrix
+from sparse_onnx.passes.solvers.parallel import cuts, together
 from sparse_onnx.passes.solvers.solver import check_layer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
@@ -37,6 +40,12 @@ class Rounding:
         if self.gram is None:
             return np.ones(len(self.target))
         return InputStatistics(self.gram).diagonal
+
+    def of(self, outputs: slice) -> Rounding:
+        """The same problem for some output channels."""
+        target, start = (np.ascontiguousarray(each[:, outputs]) for each in (self.target, self.start))
+        kept = None if self.kept is None else np.ascontiguousarray(self.kept[:, outputs])
+        return Rounding(target, start, kept, self.gram)
 
     @property
     def blocks(self) -> list[tuple[slice, np.ndarray]]:
@@ -82,7 +91,7 @@ class WeightQuantizer(abc.ABC):
         dense). Where a bias will take up the shift of the mean, give the statistics of :func:`centred_gram`, as for
         pruning. ``statistics`` may be left out where ``needs`` is "nothing". Inputs that calibration never saw
         (G_ii = 0) are rounded to nearest. What a partial Gram leaves out counts as zero. Equal input gives equal
-        bytes, with as many BLAS threads.
+        bytes, with as many threads.
 
         Raises UsageError for values that are not finite, shapes that do not fit, missing statistics, and weights too
         large for the type of the scales.
@@ -109,12 +118,22 @@ class WeightQuantizer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DampedQuantizer(WeightQuantizer):
-    """A method that inverts the Gram: ``damping`` of its mean diagonal is added to the diagonal."""
+    """A method that inverts the Gram: ``damping`` of its mean diagonal is added to the diagonal. Output channels are
+    solved side by side on ``threads`` threads."""
 
     damping: float = 0.01
+    threads: int = 1
 
     def check(self) -> None:
         require(self.damping >= 0, "damping", self.damping, "0 or more")
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
+
+    def in_parts(self, problem: Rounding, solve: Callable[[Rounding], QuantizedMatrix]) -> QuantizedMatrix:
+        """What ``solve`` gives for the output channels of ``problem``, cut into parts."""
+        parts = [problem.of(some) for some in cuts(problem.start.shape[1], self.threads)]
+        return QuantizedMatrix.side_by_side(
+            together([functools.partial(solve, part) for part in parts], self.threads)
+        )
 
 
 def at_nearest(problem: Rounding, grid: Grid) -> QuantizedMatrix:
