@@ -57,6 +57,10 @@ def table(tmp_path):
         ),
         ("2:4/dynamic", (Auto(mask_structure="2:4"), Dynamic())),
         ("sparsegpt-joint,bits=3@0.5/", (SparseGPTJoint(bits=3, sparsity=0.5),)),
+        (
+            "/rtn,targets=['re:.*[.][0-5][.].*']",
+            (QuantizeWeights(method="rtn", targets=("re:.*[.][0-5][.].*",)),),
+        ),
         ("/hqq,bits=3", (QuantizeWeights(method="hqq", bits=3),)),
     ],
 )

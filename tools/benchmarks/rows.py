@@ -52,5 +52,7 @@ def _options(text: str) -> tuple[str, dict[str, Any]]:
     method, *given = text.split(",")
     options: dict[str, Any] = {}
     for part in given:
-        options |= yaml.safe_load(part.replace("=", ": ", 1))
+        name, _, value = part.partition("=")
+        parsed = yaml.safe_load(value)
+        options[name] = tuple(parsed) if isinstance(parsed, list) else parsed
     return method, options
