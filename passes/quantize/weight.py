@@ -450,7 +450,7 @@ def _quantizer(method: str, grid: GridOptions, damping: float, threads: int) -> 
     kind = QUANTIZERS[method]
     if issubclass(kind, DampedQuantizer):
         return kind(grid=grid, damping=damping, threads=threads)
-    return kind(grid=grid)
+    return kind(grid=grid, threads=threads)
 
 
 def _grid_words(grid: GridOptions) -> str:

@@ -21,9 +21,9 @@ T = TypeVar("T")
 _LEAST = 128  # output channels of a part: below, what all parts repeat costs more than a second thread gains
 
 
-def cuts(outputs: int, threads: int) -> list[slice]:
-    """Even parts of so many output channels, at most one a thread and none too small to be worth one."""
-    count = max(1, min(threads, outputs // _LEAST))
+def cuts(outputs: int, most: int) -> list[slice]:
+    """At most so many even parts of so many output channels, none too small to be worth a thread."""
+    count = max(1, min(most, outputs // _LEAST))
     ends = [outputs * index // count for index in range(count + 1)]
     return [slice(first, last) for first, last in itertools.pairwise(ends)]
 

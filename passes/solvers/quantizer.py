@@ -63,16 +63,19 @@ class Rounding:
 class WeightQuantizer(abc.ABC):
     """A method of weight quantization with its options: the fields, validated when built.
 
-    ``grid`` is what the integers may be. ``name`` is how :data:`~sparse_onnx.passes.solvers.QUANTIZERS`
-    calls the method, ``needs`` what it reads of the statistics: "nothing", "diagonal" or "gram".
+    ``grid`` is what the integers may be; outputs are solved side by side on ``threads``. ``name`` is how
+    :data:`~sparse_onnx.passes.solvers.QUANTIZERS` calls the method, ``needs`` what it reads of the statistics:
+    "nothing", "diagonal" or "gram".
     """
 
     name: ClassVar[str]
     needs: ClassVar[str] = "gram"
     grid: GridOptions = dataclasses.field(default_factory=GridOptions)
+    threads: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
         self.check()
 
     def check(self) -> None:  # noqa: B027 - a method without options has nothing to add
@@ -81,6 +84,18 @@ class WeightQuantizer(abc.ABC):
     @abc.abstractmethod
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
         """The integers for one layer; those outside ``problem.kept`` are zero points."""
+
+    def in_parts(
+        self,
+        problem: Rounding,
+        solve: Callable[[Rounding], QuantizedMatrix],
+        parts: int | None = None,
+    ) -> QuantizedMatrix:
+        """What ``solve`` gives for the outputs of ``problem``, cut into ``parts``; None: one for each thread."""
+        found = [problem.of(some) for some in cuts(problem.start.shape[1], parts or self.threads)]
+        return QuantizedMatrix.side_by_side(
+            together([functools.partial(solve, part) for part in found], self.threads)
+        )
 
     def solve(
         self, W: np.ndarray, statistics: InputStatistics | None = None, *, target: np.ndarray | None = None
@@ -118,22 +133,12 @@ class WeightQuantizer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DampedQuantizer(WeightQuantizer):
-    """A method that inverts the Gram: ``damping`` of its mean diagonal is added to the diagonal. Output channels are
-    solved side by side on ``threads`` threads."""
+    """A method that inverts the Gram: ``damping`` of its mean diagonal is added to the diagonal."""
 
     damping: float = 0.01
-    threads: int = 1
 
     def check(self) -> None:
         require(self.damping >= 0, "damping", self.damping, "0 or more")
-        require(self.threads >= 1, "threads", self.threads, "1 or more")
-
-    def in_parts(self, problem: Rounding, solve: Callable[[Rounding], QuantizedMatrix]) -> QuantizedMatrix:
-        """What ``solve`` gives for the output channels of ``problem``, cut into parts."""
-        parts = [problem.of(some) for some in cuts(problem.start.shape[1], self.threads)]
-        return QuantizedMatrix.side_by_side(
-            together([functools.partial(solve, part) for part in parts], self.threads)
-        )
 
 
 def at_nearest(problem: Rounding, grid: Grid) -> QuantizedMatrix:

@@ -55,7 +55,7 @@ def test_what_a_part_raises_is_raised_and_blas_has_its_threads_again():
 
 
 @pytest.mark.parametrize("grid", [GridOptions(4, 32, symmetric=False), GridOptions(3, 0)], ids=str)
-@pytest.mark.parametrize("name", ["auto", "gptq"])
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
 @pytest.mark.parametrize("pruned", [False, True])
 def test_several_threads_find_what_one_finds(layer, name, grid, pruned):
     W, statistics = layer(64, 300)
