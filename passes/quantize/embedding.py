@@ -55,7 +55,7 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.base import LayerChange, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.quantize.encode import write_quantized
 from sparse_onnx.passes.solvers.clipping import clipped_grid
-from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, round_to_grid, side_by_side
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, round_to_grid
 from sparse_onnx.progress import done_of
 
 __all__ = ["QuantizeEmbeddings"]
@@ -166,7 +166,7 @@ class QuantizeEmbeddings(Pass):
         tensor, name = value.const_value, value.name or "table"
         assert tensor is not None
         table = tensor.numpy()
-        quantized = side_by_side(
+        quantized = QuantizedMatrix.side_by_side(
             [
                 self._rounded(table[first : first + _ROWS_AT_ONCE])
                 for first in range(0, len(table), _ROWS_AT_ONCE)

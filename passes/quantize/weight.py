@@ -53,8 +53,9 @@ from sparse_onnx.passes.solvers import (
     refit,
     relative_error,
 )
-from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType, side_by_side
+from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
 from sparse_onnx.progress import done_of
+from sparse_onnx.running.host import available_cores
 
 __all__ = ["QuantizeWeights"]
 
@@ -295,6 +296,8 @@ class _Job:
         self._solved: list[_Solved] = []
         self._checkpoint: Checkpoint | None = None
         self._dense: Mapping[str, Weight] = {}
+        given = context.calibration.options if context.calibration is not None else None
+        self._threads = (given.threads if given is not None else None) or available_cores()
 
     def run(self) -> None:
         if self.options.needs_calibration:
@@ -365,7 +368,7 @@ class _Job:
             self.declined.append((weight.name, str(error)))
             weight.release()
             return
-        quantized = side_by_side(parts)
+        quantized = QuantizedMatrix.side_by_side(parts)
         after = quantized.matrix()
         errors, bias = [], None
         width = W.shape[1] // max(len(layer.inputs), 1)
@@ -423,7 +426,7 @@ class _Job:
         name = layer.weight.name
         if not layer.inputs:
             method = self.options.method if not self.options.needs_calibration else "hqq"
-            return [_quantizer(method, grid, 0.0).solve(W)]
+            return [_quantizer(method, grid, 0.0, self._threads).solve(W)]
         kept = self._kept(name, W.shape, grid)
         if kept is not None:
             return [kept]
@@ -434,7 +437,7 @@ class _Job:
             own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
             parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
-            whole = side_by_side(parts)
+            whole = QuantizedMatrix.side_by_side(parts)
             for word, array in (
                 ("integers", whole.integers),
                 ("scale", whole.scale),
@@ -468,7 +471,7 @@ class _Job:
     ) -> QuantizedMatrix:
         biased = self._is_biased(layer)
         problem = layer_problem(aim, statistics, self.options.dampening_frac, layer.aim, part, biased=biased)
-        solver = _quantizer(self.options.method, grid, problem.damping)
+        solver = _quantizer(self.options.method, grid, problem.damping, self._threads)
         statistics, target, kept = problem.statistics, problem.target, W != 0
         if target is not None and not kept.all():
             damping = max(problem.damping, _LEAST_DAMPING)
@@ -526,11 +529,13 @@ def stored_bytes(weight: Weight) -> int:
     return sum(int(value.const_value.nbytes) for value in inputs if value.const_value is not None)
 
 
-def _quantizer(method: str, grid: GridOptions, damping: float) -> WeightQuantizer:
+def _quantizer(method: str, grid: GridOptions, damping: float, threads: int) -> WeightQuantizer:
     if method == "awq":
-        return RtnQuantizer(grid=grid, clip=True)
+        return RtnQuantizer(grid=grid, clip=True, threads=threads)
     kind = QUANTIZERS[method]
-    return kind(grid=grid, damping=damping) if issubclass(kind, DampedQuantizer) else kind(grid=grid)
+    if issubclass(kind, DampedQuantizer):
+        return kind(grid=grid, damping=damping, threads=threads)
+    return kind(grid=grid, threads=threads)
 
 
 def _grid_words(grid: GridOptions) -> str:

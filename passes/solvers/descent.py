@@ -19,7 +19,7 @@ from sparse_onnx.passes.solvers.quantizer import Rounding
 __all__ = ["descend"]
 
 _COLUMNS = 768  # output channels at a time: independent of each other, and the residual stays in the cache
-_BLOCK = 32  # inputs whose moves reach the rest of their group together
+_BLOCK = 16  # inputs whose moves reach the rest of their group together
 _STILL = 2e-4  # share of the levels; where no more of them move in a sweep, it was the last
 
 
@@ -86,18 +86,16 @@ class _Part:
         for group, rows, _ in self.groups:
             scale[rows] = self.scale[group]
         values = self.levels * scale
-        pull = self.form @ (self.target - values)  # H(T − V): what is still wrong
+        wrong = self.target - values
         for _ in range(sweeps):
             moved = 0
             for group, rows, whole in self.groups:
-                own, change = pull[rows].copy(), values[rows].copy()
+                pull = self.form[rows] @ wrong  # of H(T − V), the rows of this group
                 if scales and whole:
-                    self._move_scale(group, rows, own)
+                    self._move_scale(group, rows, pull)
                     np.multiply(self.levels[rows], self.scale[group], out=values[rows])
-                moved += self._move_levels(group, rows, own, values[rows])
-                np.subtract(values[rows], change, out=change)
-                if change.any():
-                    pull -= self.form[:, rows] @ change
+                moved += self._move_levels(group, rows, pull, values[rows])
+                np.subtract(self.target[rows], values[rows], out=wrong[rows])
             if moved <= _STILL * self.levels.size:
                 break
 
@@ -120,21 +118,22 @@ class _Part:
         to come. Returns how many moved."""
         levels, low, high = self.levels[rows], self.low[rows], self.high[rows]
         form, scale = self.form[rows, rows], self.scale[group]
-        moved = 0
+        moved, point = 0, np.empty_like(scale)
         for first in range(0, len(levels), _BLOCK):
             last = min(first + _BLOCK, len(levels))
-            change = np.empty_like(levels[first:last])
+            before, change = levels[first:last].copy(), np.empty_like(levels[first:last])
             for i in range(first, last):
-                wanted = pull[i] / form[i, i]
+                wanted = levels[i]
+                np.divide(pull[i], form[i, i], out=wanted)
                 wanted += values[i]
                 wanted /= scale
                 np.rint(wanted, out=wanted)
-                np.clip(wanted, low[i], high[i], out=wanted)
-                moved += int(np.count_nonzero(wanted != levels[i]))
-                levels[i] = wanted
-                wanted *= scale
-                np.subtract(wanted, values[i], out=change[i - first])
-                values[i] = wanted
+                np.maximum(wanted, low[i], out=wanted)  # np.clip takes several times as long for one row
+                np.minimum(wanted, high[i], out=wanted)
+                np.multiply(wanted, scale, out=point)
+                np.subtract(point, values[i], out=change[i - first])
+                values[i] = point
                 pull[i + 1 : last] -= form[i + 1 : last, i, None] * change[i - first]
+            moved += int(np.count_nonzero(before != levels[first:last]))
             pull[last:] -= form[last:, first:last] @ change
         return moved

@@ -35,9 +35,14 @@ class GptqQuantizer(DampedQuantizer):
         require(self.block >= 1, "block", self.block, "1 or more")
 
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
-        W = problem.start
-        grid = clipped_grid(W, self.grid, problem.power) if self.clip else whole_grid(W, self.grid)
-        return with_feedback(problem, grid, feedbacks(problem, self.damping, self.ordered), self.block)
+        sweeps = feedbacks(problem, self.damping, self.ordered)
+
+        def solve(part: Rounding) -> QuantizedMatrix:
+            W = part.start
+            grid = clipped_grid(W, self.grid, part.power) if self.clip else whole_grid(W, self.grid)
+            return with_feedback(part, grid, sweeps, self.block)
+
+        return self.in_parts(problem, solve)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +102,8 @@ def fed_back(
             row = first + i
             level = levels[row]
             np.rint(part[i] / scale[row], out=level)
-            np.clip(level, low[row], high[row], out=level)
+            np.maximum(level, low[row], out=level)  # np.clip takes several times as long for one row
+            np.minimum(level, high[row], out=level)
             np.subtract(part[i], level * scale[row], out=errors[i])
             errors[i] /= U[i, i]
             part[i + 1 :] -= U[i, i + 1 :, None] * errors[i]

@@ -25,7 +25,6 @@ __all__ = [
     "QuantizedMatrix",
     "fitted_grid",
     "round_to_grid",
-    "side_by_side",
     "stored_scale",
 ]
 
@@ -159,6 +158,18 @@ class QuantizedMatrix:
         if options.symmetric and self.zero_point.any():
             raise UsageError("zero_point must be 0 where the grid is symmetric")
 
+    @classmethod
+    def side_by_side(cls, parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+        """The outputs of all ``parts``, which have the same inputs and options."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.integers for part in parts], axis=1),
+            np.concatenate([part.scale for part in parts], axis=1),
+            np.concatenate([part.zero_point for part in parts], axis=1),
+            parts[0].options,
+        )
+
     @property
     def grid(self) -> Grid:
         """Its scales and zero points."""
@@ -215,15 +226,3 @@ def round_to_grid(W: np.ndarray, grid: Grid) -> QuantizedMatrix:
     """The nearest point of ``grid`` for every element of W [K, N], halves to even; 0 is met exactly."""
     scale, low, high = grid.levels(len(W))
     return grid.at(np.clip(np.rint(W / scale), low, high))
-
-
-def side_by_side(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The outputs of all ``parts``, which have the same inputs and options."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedMatrix(
-        np.concatenate([part.integers for part in parts], axis=1),
-        np.concatenate([part.scale for part in parts], axis=1),
-        np.concatenate([part.zero_point for part in parts], axis=1),
-        parts[0].options,
-    )

@@ -44,6 +44,10 @@ class HqqQuantizer(WeightQuantizer):
         require(self.steps >= 0, "steps", self.steps, "0 or more")
 
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
+        # As many parts as may be: what they need for a step stays in the cache.
+        return self.in_parts(problem, self._solved, parts=problem.start.shape[1])
+
+    def _solved(self, problem: Rounding) -> QuantizedMatrix:
         W, options, strength = problem.start, self.grid, self.strength
         starts = options.starts(len(W))
         count = np.diff(starts, append=len(W))[:, None]

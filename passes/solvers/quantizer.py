@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from sparse_onnx.errors import UsageError
 from sparse_onnx.options import check_types, require
 from sparse_onnx.passes.solvers.grid import Grid, GridOptions, QuantizedMatrix
+from sparse_onnx.passes.solvers.parallel import cuts, together
 from sparse_onnx.passes.solvers.solver import check_layer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
@@ -38,6 +41,12 @@ class Rounding:
             return np.ones(len(self.target))
         return InputStatistics(self.gram).diagonal
 
+    def of(self, outputs: slice) -> Rounding:
+        """The same problem for some output channels."""
+        target, start = (np.ascontiguousarray(each[:, outputs]) for each in (self.target, self.start))
+        kept = None if self.kept is None else np.ascontiguousarray(self.kept[:, outputs])
+        return Rounding(target, start, kept, self.gram)
+
     @property
     def blocks(self) -> list[tuple[slice, np.ndarray]]:
         """The square blocks [b, b] of G with their inputs; none where only the diagonal is known."""
@@ -54,16 +63,19 @@ class Rounding:
 class WeightQuantizer(abc.ABC):
     """A method of weight quantization with its options: the fields, validated when built.
 
-    ``grid`` is what the integers may be. ``name`` is how :data:`~sparse_onnx.passes.solvers.QUANTIZERS`
-    calls the method, ``needs`` what it reads of the statistics: "nothing", "diagonal" or "gram".
+    ``grid`` is what the integers may be; outputs are solved side by side on ``threads``. ``name`` is how
+    :data:`~sparse_onnx.passes.solvers.QUANTIZERS` calls the method, ``needs`` what it reads of the statistics:
+    "nothing", "diagonal" or "gram".
     """
 
     name: ClassVar[str]
     needs: ClassVar[str] = "gram"
     grid: GridOptions = dataclasses.field(default_factory=GridOptions)
+    threads: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
         self.check()
 
     def check(self) -> None:  # noqa: B027 - a method without options has nothing to add
@@ -72,6 +84,18 @@ class WeightQuantizer(abc.ABC):
     @abc.abstractmethod
     def approximate(self, problem: Rounding) -> QuantizedMatrix:
         """The integers for one layer; those outside ``problem.kept`` are zero points."""
+
+    def in_parts(
+        self,
+        problem: Rounding,
+        solve: Callable[[Rounding], QuantizedMatrix],
+        parts: int | None = None,
+    ) -> QuantizedMatrix:
+        """What ``solve`` gives for the outputs of ``problem``, cut into ``parts``; None: one for each thread."""
+        found = [problem.of(some) for some in cuts(problem.start.shape[1], parts or self.threads)]
+        return QuantizedMatrix.side_by_side(
+            together([functools.partial(solve, part) for part in found], self.threads)
+        )
 
     def solve(
         self, W: np.ndarray, statistics: InputStatistics | None = None, *, target: np.ndarray | None = None
@@ -82,7 +106,7 @@ class WeightQuantizer(abc.ABC):
         dense). Where a bias will take up the shift of the mean, give the statistics of :func:`centred_gram`, as for
         pruning. ``statistics`` may be left out where ``needs`` is "nothing". Inputs that calibration never saw
         (G_ii = 0) are rounded to nearest. What a partial Gram leaves out counts as zero. Equal input gives equal
-        bytes, with as many BLAS threads.
+        bytes, with as many threads.
 
         Raises UsageError for values that are not finite, shapes that do not fit, missing statistics, and weights too
         large for the type of the scales.

@@ -15,25 +15,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import Any
 
-import yaml
-
-from sparse_onnx.passes.base import Pass
-from sparse_onnx.passes.registry import pass_by_name
 from sparse_onnx.tools.benchmarks.encoder_trial import HEADER, EncoderTrial, add_trial_options
+from sparse_onnx.tools.benchmarks.rows import pruning_from
 from sparse_onnx.tools.console import table
-
-__all__ = ["pass_from"]
-
-
-def pass_from(text: str, sparsity: str, **options: Any) -> Pass:
-    """The pass of a method with options, as the command line has them; ``options`` come on top."""
-    method, *given = text.split(",")
-    for part in given:
-        options |= yaml.safe_load(part.replace("=", ": ", 1))
-    options |= {"mask_structure": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
-    return pass_by_name(f"prune.{method}")(**options)
 
 
 def main() -> None:
@@ -49,7 +34,7 @@ def main() -> None:
     rows = [["method", "zeros", *HEADER]]
     for method in arguments.method:
         for sparsity in arguments.sparsity:
-            model, seconds = trial.after((pass_from(method, sparsity, ignore=("re:.*pooler.*",)),))
+            model, seconds = trial.after((pruning_from(method, sparsity, ignore=("re:.*pooler.*",)),))
             for kind, found in trial.judged(model).items():
                 of_method = results.setdefault(method, {}).setdefault(sparsity, {})
                 of_method[kind] = {**dataclasses.asdict(found), "seconds": seconds}

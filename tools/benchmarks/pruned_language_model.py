@@ -29,7 +29,7 @@ from sparse_onnx.passes.calibration import Options
 from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.running.runtime import open_runner
 from sparse_onnx.running.workbench import Workbench
-from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from
+from sparse_onnx.tools.benchmarks.rows import pruning_from
 from sparse_onnx.tools.console import table
 
 __all__ = ["calibration_samples", "cross_entropy", "perplexity_ratio", "window_losses"]
@@ -111,7 +111,7 @@ def main() -> None:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as work:
                 data = CalibrationData(samples, Path(work), Options(threads=arguments.threads))
-                Pipeline((pass_from(method, sparsity),))(model, PassContext(calibration=data))
+                Pipeline((pruning_from(method, sparsity),))(model, PassContext(calibration=data))
             seconds = time.perf_counter() - start
             losses = window_losses(model, held_out, arguments.threads)
             found = float(np.exp(losses.mean()))

@@ -22,16 +22,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import yaml
 
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import Pass
-from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.tools.benchmarks.encoder_trial import HEADER, EncoderTrial, add_trial_options
-from sparse_onnx.tools.benchmarks.pruned_encoder import pass_from
+from sparse_onnx.tools.benchmarks.rows import passes_from
 from sparse_onnx.tools.console import table
 
-__all__ = ["PEERS", "passes_from"]
+__all__ = ["PEERS"]
 
 _IGNORED = ("re:.*pooler.*",)
 
@@ -51,23 +49,6 @@ _OURS = (
 
 Peer = Callable[[Path, Path, Sequence[Mapping[str, np.ndarray]]], None]
 """Writes to its second argument what it makes of the model file that the first one is, by these batches."""
-
-
-def passes_from(text: str) -> tuple[Pass, ...]:
-    """The passes of ZEROS/WEIGHTS."""
-    zeros, slash, weights = text.partition("/")
-    if not slash or not (zeros or weights):
-        raise SystemExit(f"{text!r} is not ZEROS/WEIGHTS, such as 0.5/auto,bits=4 or /rtn,bits=8")
-    passes: list[Pass] = []
-    if zeros:
-        passes.append(pass_from("auto", zeros, ignore=_IGNORED))
-    if weights:
-        method, *given = weights.split(",")
-        options: dict[str, Any] = {"method": method, "ignore": _IGNORED}
-        for part in given:
-            options |= yaml.safe_load(part.replace("=", ": ", 1))
-        passes.append(QuantizeWeights(**options))
-    return tuple(passes)
 
 
 def _dynamic(source: Path, result: Path, _batches: Sequence[Mapping[str, np.ndarray]]) -> None:
@@ -125,7 +106,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=tuple(PEERS))
     add_trial_options(parser, judge=("topics", "quotations", "glosses"))
     arguments = parser.parse_args()
-    ours = {text: passes_from(text) for text in arguments.ours}
+    ours = {text: passes_from(text, _IGNORED) for text in arguments.ours}
     trial = EncoderTrial.of(arguments)
     results: dict[str, Any] = {}
     rows: list[list[str]] = []

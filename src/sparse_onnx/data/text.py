@@ -11,7 +11,7 @@ import numpy as np
 from sparse_onnx.data.inputs import Feeds, InputSpec, resolve_shapes
 from sparse_onnx.errors import DataError, HostError, UsageError
 
-__all__ = ["read_passages", "tokenize"]
+__all__ = ["complete", "read_passages", "tokenize"]
 
 
 def read_passages(path: Path, *, paragraphs: bool = False) -> Iterator[str]:
@@ -65,7 +65,7 @@ def tokenize(
             return_attention_mask=True,
         )
         feeds = {name: np.asarray(value) for name, value in encoded.items() if name in names}
-        yield _complete(feeds, specs, folder)
+        yield complete(feeds, specs, f"the tokenizer in {folder}")
 
 
 def _load(folder: Path) -> Any:
@@ -85,8 +85,9 @@ def _load(folder: Path) -> Any:
         raise UsageError(f"{folder}: no tokenizer can be loaded from it: {reason[:300]}") from error
 
 
-def _complete(feeds: Feeds, specs: Sequence[InputSpec], folder: Path) -> Feeds:
-    """``feeds`` with the inputs that follow from the others."""
+def complete(feeds: dict[str, np.ndarray], specs: Sequence[InputSpec], source: str) -> Feeds:
+    """``feeds``, which ``source`` gave, with the inputs that follow from input_ids: positions, zeros for token types,
+    empty caches. DataError if another one cannot be made."""
     shapes, _ = resolve_shapes(specs, {name: array.shape for name, array in feeds.items()})
     for spec in specs:
         if spec.name in feeds:
@@ -102,7 +103,5 @@ def _complete(feeds: Feeds, specs: Sequence[InputSpec], folder: Path) -> Feeds:
         elif "past" in spec.name and 0 in shapes[spec.name]:
             feeds[spec.name] = np.zeros(shapes[spec.name], spec.dtype)
         else:
-            raise DataError(
-                f"the tokenizer in {folder} gives no {spec.describe()}; give the inputs as an .npz"
-            )
+            raise DataError(f"{source} gives no {spec.describe()}; give the inputs as an .npz")
     return feeds
