@@ -34,7 +34,16 @@ import numpy as np
 
 from sparse_onnx.sparse_ops.formats.base import FormatError
 
-__all__ = ["LAYOUTS", "Layout", "PackedLevels", "decoder", "pack"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "PackedLevels",
+    "decoder",
+    "fits_half",
+    "kept_of",
+    "most_of_16",
+    "pack",
+]
 
 _BLOCK, _QUAD, _SPAN, _SIXTEEN = 16, 4, 64, 16
 _PIECE = _BLOCK * _QUAD
@@ -177,40 +186,48 @@ class PackedLevels:
         return matrix
 
 
-def pack(
-    levels: np.ndarray, scale: np.ndarray, group: int, layout: Layout, kept: int = 0
-) -> PackedLevels | str:
-    """``levels`` [K, N] of any integer type and ``scale`` [groups, N] in ``layout``, or the reason why they cannot be;
-    ``kept`` is that of ``n_of_16``.
+def fits_half(scale: np.ndarray) -> bool:
+    """Whether all of ``scale`` are finite float16 numbers above 0."""
+    with np.errstate(over="ignore"):
+        halves = scale.astype(np.float16)
+    return bool((halves == scale).all() and (np.isfinite(halves) & (halves > 0)).all())
 
-    Raises ValueError for shapes that do not fit each other, and a ``group`` that the layout does not have.
+
+def most_of_16(keep: np.ndarray) -> int:
+    """How many of 16 inputs an output keeps at most; ``keep`` is bool [K, N]."""
+    starts = np.arange(0, len(keep), _SIXTEEN)
+    return int(np.add.reduceat(keep, starts, axis=0, dtype=np.int16).max())
+
+
+def kept_of(K: int, N: int, size: int) -> int:
+    """``kept`` of a weight [K, N] with so many values in the layout ``n_of_16``."""
+    return size // (-(-N // _BLOCK) * -(-K // _SPAN) * _PIECE)
+
+
+def pack(levels: np.ndarray, scale: np.ndarray, group: int, layout: Layout) -> PackedLevels:
+    """``levels`` [K, N] of any integer type and ``scale`` float32 [groups, N] in ``layout``. In ``n_of_16`` as many are
+    kept as the output with the most of them has.
+
+    Raises ValueError for what the layout cannot hold: other groups, more bits, more than 15 of 16, scales that are no
+    float16.
     """
     (K, N), groups = levels.shape, -(-levels.shape[0] // group)
     if group not in layout.groups or scale.shape != (groups, N):
-        raise ValueError(
-            f"pack() takes scales of groups of {layout.groups}, not {list(scale.shape)} of {group}"
-        )
-    with np.errstate(over="ignore"):
-        halves = scale.astype(np.float16)
-    if not (halves.astype(np.float32) == scale).all() or not (np.isfinite(halves) & (halves > 0)).all():
-        return "has scales that are no float16"
+        raise ValueError(f"pack() takes groups of {layout.groups}, not scales {list(scale.shape)} of {group}")
+    if not fits_half(scale):
+        raise ValueError("pack() takes scales that are float16 numbers above 0")
     if levels.min() < -layout.middle or levels.max() >= layout.middle:
-        return f"has levels of more than {layout.bits} bits"
+        raise ValueError(f"pack() takes levels of {layout.bits} bits")
+    kept = 0 if layout.masks else max(1, most_of_16(levels != 0))
+    if kept == _SIXTEEN:
+        raise ValueError("pack() takes at most 15 of 16 inputs in this layout")
     blocks = -(-N // _BLOCK)
     scales = np.zeros((groups, blocks * _BLOCK), np.float16)
-    scales[:, :N] = halves
-    scales = np.ascontiguousarray(scales.reshape(groups, blocks, _BLOCK).transpose(1, 0, 2)).reshape(-1)
-    if not layout.masks and _most_of_16(levels) > kept:
-        return f"keeps up to {_most_of_16(levels)} of 16 inputs, more than {kept}"
+    scales[:, :N] = scale
+    by_block = np.ascontiguousarray(scales.reshape(groups, blocks, _BLOCK).transpose(1, 0, 2)).reshape(-1)
     step, put = (_QUAD, _pack_bitmap) if layout.masks else (_SPAN, _pack_positions)
     masks, values = zip(*(put(tile, layout, kept) for tile in _tiles(levels, step)), strict=True)
-    return PackedLevels(layout, K, N, group, kept, np.concatenate(masks), np.concatenate(values), scales)
-
-
-def _most_of_16(levels: np.ndarray) -> int:
-    """How many of 16 inputs an output keeps at most."""
-    starts = np.arange(0, len(levels), _SIXTEEN)
-    return int(np.add.reduceat(levels != 0, starts, axis=0, dtype=np.int16).max())
+    return PackedLevels(layout, K, N, group, kept, np.concatenate(masks), np.concatenate(values), by_block)
 
 
 def _tiles(levels: np.ndarray, step: int) -> Iterator[np.ndarray]:

@@ -173,12 +173,11 @@ def _packed_levels(
     levels = rng.integers(-layout.middle, layout.middle - 1, (K, N))
     levels += levels >= 0  # none is 0
     if layout.masks:
-        keep, kept = rng.random((K, N)) < density, 0
+        keep = rng.random((K, N)) < density
     else:
         keep = rng.random((-(-K // 16), 16, N)).argsort(axis=1).reshape(-1, N)[:K] < kept
     scale = rng.uniform(1e-6, 2, (-(-K // group), N)).astype(np.float16).astype(np.float32)
-    packed = pack(levels * keep, scale, group, layout, kept)
-    assert isinstance(packed, PackedLevels)
+    packed = pack(levels * keep, scale, group, layout)
     return packed, levels * keep
 
 
