@@ -12,6 +12,7 @@ from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
+from sparse_onnx.passes.lower.sparse_integers import LowerPositions, LowerSparseIntegers
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
 
@@ -23,6 +24,8 @@ LOWERINGS: tuple[type[Lowering], ...] = (
     LowerSparseRecurrent,
     LowerMatMulNBits,
     LowerDynamicInt8,
+    LowerSparseIntegers,
+    LowerPositions,
 )
 """Whose candidates the guard decides on."""
 

@@ -71,7 +71,7 @@ class LowerDynamicInt8(LowerEncoded):
         return y
 
     @classmethod
-    def exact_twin(cls, node: ir.Node) -> None:
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
         """The integers of X become X itself, with a scale of 1; those of W floats, exactly."""
         graph = node.graph
         if node.op_type != "MatMulInteger" or graph is None:

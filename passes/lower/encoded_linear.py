@@ -58,7 +58,7 @@ class _Nodes:
         self._place, self._names, self._lowering = node, names, lowering
 
     def __call__(
-        self, op_type: str, *inputs: ir.Value, outputs: int = 1, domain: str = "", **attributes: int
+        self, op_type: str, *inputs: ir.Value, outputs: int = 1, domain: str = "", **attributes: int | str
     ) -> list[ir.Value]:
         """The outputs of a new node."""
         name = self._names.new(f"{self._place.name or self._place.op_type}.{op_type}")
@@ -105,8 +105,8 @@ class LowerEncoded(Lowering):
 
     @classmethod
     @abc.abstractmethod
-    def exact_twin(cls, node: ir.Node) -> None:
-        """Change ``node``, if it makes :meth:`product` round activations, so that it does not."""
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
+        """Change ``node`` of ``model``, if it makes :meth:`product` round activations, so that it does not."""
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:

@@ -19,7 +19,16 @@ from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 if TYPE_CHECKING:
     from sparse_onnx.passes.lower.lowering import Lowering
 
-__all__ = ["DENSE", "FLOAT_BITS", "SPARSE", "TABLE_SPARSITY", "Form", "SparseForm", "sparse_form"]
+__all__ = [
+    "DENSE",
+    "FLOAT_BITS",
+    "SPARSE",
+    "SPARSE_FORMS",
+    "TABLE_SPARSITY",
+    "Form",
+    "SparseForm",
+    "sparse_form",
+]
 
 DENSE = "dense"
 """The form that a layer has before any lowering: a float32 weight for the operators of the runtime."""
@@ -28,6 +37,9 @@ SPARSE = "sparse"
 
 FLOAT_BITS = 32
 """Of a weight, or of activations, that are floats."""
+
+SPARSE_FORMS = (SPARSE, "int4-sparse", "int8-sparse", "int4-of-16")
+"""Those that neither store zeros nor multiply by them."""
 
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""

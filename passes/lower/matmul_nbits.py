@@ -98,7 +98,7 @@ class LowerMatMulNBits(LowerEncoded):
         return y
 
     @classmethod
-    def exact_twin(cls, node: ir.Node) -> None:
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOATS)
 

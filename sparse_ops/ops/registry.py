@@ -12,6 +12,7 @@ from sparse_onnx.sparse_ops.ops import (
     sparse_conv_depthwise,
     sparse_feed_forward,
     sparse_matmul,
+    sparse_matmul_nbits,
     sparse_matmul_split,
     sparse_recurrent,
 )
@@ -21,6 +22,7 @@ __all__ = ["OPERATORS", "OP_TYPES"]
 
 OPERATORS: tuple[Operator | SparseOperator, ...] = (
     sparse_matmul.OPERATOR,
+    sparse_matmul_nbits.OPERATOR,
     sparse_matmul_split.OPERATOR,
     sparse_feed_forward.OPERATOR,
     sparse_conv.OPERATOR,

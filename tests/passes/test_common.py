@@ -4,6 +4,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from sparse_onnx.data.gradient_file import WeightGradients, write_gradients
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import PassError
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Stage
 from sparse_onnx.passes.lower.candidates import LOWERINGS
@@ -66,6 +68,8 @@ class Case:
     """Passes of other stages that must."""
     lowered: tuple[type, ...] = ()
     """Lowerings that are applied first, whatever the zeros."""
+    structures: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The patterns of zeros that tensors were pruned to."""
 
     def text(self):
         head = f'<ir_version: 9, opset_import: ["" : {self.opset}, "local" : 1]>'
@@ -186,6 +190,18 @@ CASES = {
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
         prunable=("q",),
         changed=("lower.sparse-matmul", "lower.matmul-nbits", "lower.dynamic-int8"),
+    ),
+    "4 bits and zeros": Case(
+        "A = Concat<axis = 1>(X, X) W = DequantizeLinear(q, s) Y = MatMul(A, W)",
+        {"q": np.diag(range(-8, 8))[:, ::4].astype(ml_dtypes.int4), "s": np.float32(0.125)},
+        opset=21,
+        structures={"q": "1:16"},
+        changed=(
+            "lower.sparse-matmul",
+            "lower.matmul-nbits",
+            "lower.sparse-integers",
+            "lower.sparse-positions",
+        ),
     ),
     "quantized in blocks": Case(
         "D = DequantizeLinear<axis = 1, block_size = 3>(q, s) W = Transpose(D) Y = MatMul(X, W)",
@@ -364,6 +380,8 @@ def build(from_text):
 
     def build(case):
         model = from_text(CASES[case].text(), **CASES[case].tensors)
+        for name, structure in CASES[case].structures.items():
+            model.graph.initializers[name].metadata_props[STRUCTURE_KEY] = structure
         for lowering in CASES[case].lowered:
             lowering(min_sparsity=0.0)(model)
         for value in model.graph.initializers.values():

@@ -15,6 +15,7 @@ import pytest
 from sparse_onnx import sparse_ops
 from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.chunked_csc import PackedWeight
+from sparse_onnx.sparse_ops.formats.nbits import Layout, PackedLevels, pack
 from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 NODE = "encoder/layer.3/query"
@@ -155,6 +156,34 @@ def layer_model() -> Callable[..., onnx.ModelProto]:
 @pytest.fixture
 def open_session() -> Callable[..., onnxruntime.InferenceSession]:
     return _open_session
+
+
+def _packed_levels(
+    K: int,
+    N: int,
+    layout: Layout,
+    *,
+    group: int = 64,
+    kept: int = 5,
+    density: float = 0.5,
+    seed: int = 0,
+) -> tuple[PackedLevels, np.ndarray]:
+    """A random weight, and its levels, of which that share, or ``kept`` of 16, are not 0."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(-layout.middle, layout.middle - 1, (K, N))
+    levels += levels >= 0  # none is 0
+    if layout.masks:
+        keep = rng.random((K, N)) < density
+    else:
+        keep = rng.random((-(-K // 16), 16, N)).argsort(axis=1).reshape(-1, N)[:K] < kept
+    scale = rng.uniform(1e-6, 2, (-(-K // group), N)).astype(np.float16).astype(np.float32)
+    packed = pack(levels * keep, scale, group, layout)
+    return packed, levels * keep
+
+
+@pytest.fixture(scope="session")
+def packed_levels() -> Callable[..., tuple[PackedLevels, np.ndarray]]:
+    return _packed_levels
 
 
 @pytest.fixture

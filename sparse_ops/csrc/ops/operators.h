@@ -12,6 +12,7 @@ namespace sparse_ops {
 using Family = std::vector<const OrtCustomOp*>(const OrtApi& api);
 
 Family sparse_matmul_ops;
+Family sparse_matmul_nbits_ops;
 Family sparse_feed_forward_ops;
 Family sparse_conv_ops;
 Family sparse_conv_depthwise_ops;
@@ -19,8 +20,8 @@ Family sparse_recurrent_ops;
 Family attention_ops;
 Family skip_layer_norm_ops;
 
-constexpr Family* kFamilies[] = {sparse_matmul_ops,         sparse_feed_forward_ops, sparse_conv_ops,
-                                 sparse_conv_depthwise_ops, sparse_recurrent_ops,    attention_ops,
-                                 skip_layer_norm_ops};
+constexpr Family* kFamilies[] = {sparse_matmul_ops, sparse_matmul_nbits_ops,   sparse_feed_forward_ops,
+                                 sparse_conv_ops,   sparse_conv_depthwise_ops, sparse_recurrent_ops,
+                                 attention_ops,     skip_layer_norm_ops};
 
 }  // namespace sparse_ops

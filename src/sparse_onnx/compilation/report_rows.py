@@ -28,7 +28,7 @@ from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
 from sparse_onnx.passes.base import Declined, LayerChange
-from sparse_onnx.passes.lower.forms import DENSE, SPARSE
+from sparse_onnx.passes.lower.forms import DENSE, SPARSE_FORMS
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
 from sparse_onnx.timing.choose import Decision
@@ -63,7 +63,7 @@ def summary(
     outputs, None in a plan."""
     weights = sum(math.prod(row["shape"]) for row in layers)
     zeros = sum(row["sparsity"] * math.prod(row["shape"]) for row in layers)
-    lowered = {row["name"] for row in layers if row["decision"] == SPARSE}
+    lowered = {row["name"] for row in layers if row["decision"] in SPARSE_FORMS}
     whole = times(timing)
     return {
         "dense_ms": whole["dense_ms"],

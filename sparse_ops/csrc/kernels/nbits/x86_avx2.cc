@@ -1,0 +1,259 @@
+// Integers of 8 bits are multiplied as magnitudes with activations that take over the signs: two products fit
+// 16 bits, so nothing saturates. Inputs are picked by a shuffle within 16 of them; zeros are put back between
+// the integers of a bitmap eight at a time, by a shuffle from a table.
+
+#include "kernels/nbits/generic.h"
+#include "kernels/nbits/table.h"
+
+namespace sparse_ops::nbits {
+namespace {
+
+constexpr size_t kHalves = 2;       // vectors of a quad: eight outputs each
+constexpr size_t kPrefetch = 1024;  // bytes ahead
+
+// For each mask of eight bits, where among the integers that it keeps each of the eight comes from; 0x80: a
+// zero.
+struct Expansions {
+  alignas(64) uint8_t of[256][8];
+};
+constexpr Expansions make_expansions() {
+  Expansions all{};
+  for (unsigned mask = 0; mask < 256; ++mask) {
+    uint8_t next = 0;
+    for (unsigned i = 0; i < 8; ++i) all.of[mask][i] = mask >> i & 1 ? next++ : uint8_t{0x80};
+  }
+  return all;
+}
+constexpr Expansions kExpansions = make_expansions();
+
+inline __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+inline __m256i broadcast_quad(const int8_t* q) {
+  int32_t four;
+  __builtin_memcpy(&four, q, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+template <size_t kRows>
+struct Accumulators {
+  __m256i exact[kRows][kHalves];
+  __m256 sums[kRows][kHalves];
+
+  void start() {
+    for (size_t r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+    clear();
+  }
+  void clear() {
+#pragma GCC unroll 8
+    for (size_t r = 0; r < kRows; ++r) exact[r][0] = exact[r][1] = _mm256_setzero_si256();
+  }
+  // Of integers in -128..127 and inputs that are never -128.
+  void add_signed(size_t r, size_t half, __m256i magnitudes, __m256i integers, __m256i inputs) {
+    add_pairs(r, half, _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(inputs, integers)));
+  }
+  void add_pairs(size_t r, size_t half, __m256i pairs) {
+    exact[r][half] = _mm256_add_epi32(exact[r][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  // surplus(r): what the sums of a token hold too much; the scales are `factor` times the right ones
+  template <class Surplus>
+  void finish(const Rows& x, size_t groups, const char* scales, size_t g, float factor, Surplus surplus) {
+    alignas(32) float scale[kBlock];
+    for (size_t j = 0; j < kBlock; ++j) {
+      uint16_t half;
+      __builtin_memcpy(&half, scales + (g * kBlock + j) * sizeof half, sizeof half);
+      scale[j] = widened(half) * factor;
+    }
+#pragma GCC unroll 8
+    for (size_t r = 0; r < kRows; ++r) {
+      const __m256 own = _mm256_set1_ps(x.scales[r * groups + g]);
+      const __m256i less = _mm256_set1_epi32(surplus(r));
+#pragma GCC unroll 2
+      for (size_t h = 0; h < kHalves; ++h) {
+        sums[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(exact[r][h], less)),
+                                     _mm256_mul_ps(_mm256_load_ps(scale + 8 * h), own), sums[r][h]);
+      }
+    }
+    clear();
+  }
+  void store(const Weight& w, size_t block, float* y) const {
+    Sums<kRows> all;
+    for (size_t r = 0; r < kRows; ++r) {
+      for (size_t h = 0; h < kHalves; ++h) _mm256_storeu_ps(all[r] + 8 * h, sums[r][h]);
+    }
+    store_sums<kRows>(w, all, block, y);
+  }
+};
+
+// Half bytes become bytes.
+inline void spread_halves(const uint8_t* values, __m256i middle, uint8_t* to) {
+  const __m256i low = _mm256_set1_epi8(15), both = _mm256_xor_si256(load_bytes(values), middle);
+  const __m256i first = _mm256_and_si256(both, low),
+                second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+  const __m256i a = _mm256_unpacklo_epi8(first, second), b = _mm256_unpackhi_epi8(first, second);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(a, b, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// Eight outputs of a quad: the next integers, with zeros between them where the mask says so.
+inline __m256i expanded(const uint8_t* mask, const uint8_t*& next) {
+  __m128i parts[2];
+  for (size_t i = 0; i < 2; ++i) {
+    const unsigned a = mask[2 * i], b = mask[2 * i + 1];
+    const uint8_t* second = next + __builtin_popcount(a);
+    const __m128i one = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next));
+    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
+    const __m128i of_one = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpansions.of[a]));
+    const __m128i of_two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpansions.of[b]));
+    parts[i] = _mm_unpacklo_epi64(_mm_shuffle_epi8(one, of_one), _mm_shuffle_epi8(two, of_two));
+    next = second + __builtin_popcount(b);
+  }
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(parts[0]), parts[1], 1);
+}
+
+template <size_t kRows, bool kWide>
+void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+  constexpr size_t kAtOnce = 32, kQuadBytes = kBlock * kQuad;  // quads
+  const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
+  // Stored integers have the middle of their range added. Without it a zero is what a shuffle puts there.
+  const __m256i middle = _mm256_set1_epi8(static_cast<char>(kWide ? 128 : 8)),
+                halves = _mm256_set1_epi8(static_cast<char>(0x88));
+  alignas(64) uint8_t spread[(kAtOnce + 1) * kQuadBytes];
+  uint8_t last[kQuadBytes] = {};
+  for (size_t block = begin; block < end; ++block) {
+    Accumulators<kRows> sums;
+    sums.start();
+    const uint8_t* values = w.values + w.block_values[block];
+    const uint8_t* masks = w.masks + block * quads * 8;
+    const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
+    for (size_t g = 0, first = 0; g < groups; ++g, first += in_group) {
+      const size_t stop = in_group < quads - first ? first + in_group : quads;
+      for (size_t part = first; part < stop; part += kAtOnce) {
+        const size_t count = kAtOnce < stop - part ? kAtOnce : stop - part;
+        size_t starts[kAtOnce];
+        uint8_t* to = spread;
+        for (size_t i = 0; i < count; ++i) {
+          uint64_t mask;
+          __builtin_memcpy(&mask, masks + (part + i) * sizeof mask, sizeof mask);
+          const auto found = static_cast<size_t>(__builtin_popcountll(mask));
+          const size_t bytes = kWide ? found : (found + 1) / 2;
+          const uint8_t* from = values;
+          if (static_cast<size_t>(w.values_end - values) < kQuadBytes) {  // no byte behind the last is read
+            for (size_t j = 0; j < bytes; ++j) last[j] = values[j];
+            from = last;
+          }
+          __builtin_prefetch(values + kPrefetch);
+          if constexpr (kWide) {
+            for (size_t h = 0; h < kHalves; ++h) {
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h),
+                                  _mm256_xor_si256(load_bytes(from + 32 * h), middle));
+            }
+          } else {
+            spread_halves(from, halves, to);
+          }
+          values += bytes;
+          starts[i] = static_cast<size_t>(to - spread);
+          to += found;
+        }
+        for (size_t i = 0; i < count; ++i) {
+          const uint8_t* next = spread + starts[i];
+          const uint8_t* mask = masks + (part + i) * 8;
+          const int8_t* q = x.q + (part + i) * kQuad;
+#pragma GCC unroll 2
+          for (size_t h = 0; h < kHalves; ++h) {
+            const __m256i found = expanded(mask + 4 * h, next);
+            const __m256i magnitudes = kWide ? _mm256_abs_epi8(found) : _mm256_xor_si256(found, middle);
+#pragma GCC unroll 8
+            for (size_t r = 0; r < kRows; ++r) {
+              const __m256i inputs = broadcast_quad(q + r * x.stride);
+              if constexpr (kWide) {
+                sums.add_signed(r, h, magnitudes, found, inputs);
+              } else {
+                sums.add_pairs(r, h, _mm256_maddubs_epi16(magnitudes, inputs));
+              }
+            }
+          }
+        }
+      }
+      sums.finish(x, groups, scales, g, 1, [&](size_t r) { return kWide ? 0 : x.sums[r * groups + g] * 8; });
+    }
+    sums.store(w, block, y);
+  }
+}
+
+template <size_t kRows>
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+  const size_t groups = groups_of(w), n = w.kept;
+  const __m256i low = _mm256_set1_epi8(15);
+  // Of the four integers of an output: for each sixteen inputs that they may be of, 0 where one is, else
+  // 0x80.
+  uint32_t others[16][kSpan / 16];
+  for (size_t d = 0; d < n; ++d) {
+    for (size_t s = 0; s < kSpan / 16; ++s) {
+      others[d][s] = 0;
+      for (size_t i = 0; i < kQuad; ++i) others[d][s] |= ((d * kQuad + i) / n == s ? 0u : 0x80u) << 8 * i;
+    }
+  }
+  for (size_t block = begin; block < end; ++block) {
+    Accumulators<kRows> sums;
+    sums.start();
+    const uint8_t* values = w.values + w.block_values[block];
+    const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
+    for (size_t g = 0, k = 0; g < groups; ++g) {
+      const size_t stop = k + w.group < w.K ? k + w.group : w.K;
+      for (; k < stop; k += kSpan) {
+        for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
+          __builtin_prefetch(values + kPrefetch);
+          const size_t first = d * kQuad / n, final = (d * kQuad + kQuad - 1) / n;
+#pragma GCC unroll 2
+          for (size_t h = 0; h < kHalves; ++h) {
+            const __m256i both = load_bytes(values + 32 * h), place = _mm256_and_si256(both, low);
+            const __m256i integers = _mm256_andnot_si256(low, both);  // 16 times
+            const __m256i magnitudes = _mm256_abs_epi8(integers);
+#pragma GCC unroll 8
+            for (size_t r = 0; r < kRows; ++r) {
+              const int8_t* q = x.q + r * x.stride + k;
+              const auto sixteen = [&](size_t s) {
+                return _mm256_broadcastsi128_si256(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + 16 * s)));
+              };
+              __m256i inputs;
+              if (first == final) {
+                inputs = _mm256_shuffle_epi8(sixteen(first), place);
+              } else {
+                inputs = _mm256_setzero_si256();
+                for (size_t s = first; s <= final; ++s) {
+                  const __m256i own =
+                      _mm256_or_si256(place, _mm256_set1_epi32(static_cast<int32_t>(others[d][s])));
+                  inputs = _mm256_or_si256(inputs, _mm256_shuffle_epi8(sixteen(s), own));
+                }
+              }
+              sums.add_signed(r, h, magnitudes, integers, inputs);
+            }
+          }
+        }
+      }
+      sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t) { return 0; });
+    }
+    sums.store(w, block, y);
+  }
+}
+
+template <size_t kRows>
+struct Run {
+  static void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+    switch (w.layout) {
+      case Layout::bitmap4:
+        return run_bitmap<kRows, false>(w, x, begin, end, y);
+      case Layout::bitmap8:
+        return run_bitmap<kRows, true>(w, x, begin, end, y);
+      default:
+        return run_n_of_16<kRows>(w, x, begin, end, y);
+    }
+  }
+};
+
+}  // namespace
+
+constexpr Kernel avx2 = {agreed(row::avx2, 8, kMaxRows), round_row<8>, run_any<Run>};
+
+}  // namespace sparse_ops::nbits
