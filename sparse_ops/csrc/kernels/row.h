@@ -10,7 +10,7 @@
 namespace sparse_ops {
 
 // Of the numbers that a kernel multiplies or normalizes.
-enum ValueType : uint8_t { float32 };
+enum ValueType : uint8_t { float32, int8 };
 
 struct KernelRow {
   const char* name;
