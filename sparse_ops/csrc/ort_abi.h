@@ -24,7 +24,14 @@ struct OrtMemoryInfo;
 struct OrtCustomOp;
 
 enum OrtErrorCode : int { ORT_OK = 0, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_RUNTIME_EXCEPTION = 6 };
-enum OrtElementType : int { ORT_UNDEFINED = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_FLOAT16 = 10 };
+enum OrtElementType : int {
+  ORT_UNDEFINED = 0,
+  ORT_FLOAT = 1,
+  ORT_UINT8 = 2,
+  ORT_INT8 = 3,
+  ORT_INT32 = 6,
+  ORT_FLOAT16 = 10
+};
 enum OrtCharacteristic : int { ORT_REQUIRED = 0 };
 enum OrtMemType : int { ORT_MEM_DEFAULT = 0 };
 enum OrtLoggingLevel : int { ORT_LOG_INFO = 1 };

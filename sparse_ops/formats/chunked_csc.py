@@ -157,12 +157,18 @@ class PackedWeight(Packed):
         if (steps[np.diff(segment) == 0] <= 0).any():
             raise FormatError("offsets must rise strictly inside a segment")
 
-    def unpack(self) -> np.ndarray:
-        self.validate()
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every entry its input, and the first of its outputs among those of all blocks; int64."""
         segment = self._segment_of_entry()
         group, row = segment // self.groups, self.rows[segment].astype(np.int64)
-        k = group % self.chunks * self.chunk + self.offsets
-        n = group // self.chunks * self.block + row * self.width
+        return (
+            group % self.chunks * self.chunk + self.offsets,
+            group // self.chunks * self.block + row * self.width,
+        )
+
+    def unpack(self) -> np.ndarray:
+        self.validate()
+        k, n = self.places()
         dense = np.zeros((self.K, self.blocks * self.block), np.float32)
         dense[k[:, None], n[:, None] + np.arange(self.width)] = self.values.reshape(-1, self.width)
         return dense[:, : self.N] if self.format == _ONE else dense[:, self.outputs]

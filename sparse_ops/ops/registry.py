@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparse_onnx.sparse_ops.formats.registry import FORMATS
 from sparse_onnx.sparse_ops.ops import (
     attention,
+    int8_matmul,
     skip_layer_norm,
     sparse_conv,
     sparse_conv_depthwise,
@@ -28,6 +29,7 @@ OPERATORS: tuple[Operator | SparseOperator, ...] = (
     sparse_conv.OPERATOR,
     sparse_conv_depthwise.OPERATOR,
     sparse_recurrent.OPERATOR,
+    int8_matmul.OPERATOR,
     attention.OPERATOR,
     skip_layer_norm.OPERATOR,
 )

@@ -10,6 +10,7 @@
 #include "kernels/attention/attention.h"
 #include "kernels/normalization/normalization.h"
 #include "kernels/peak/peak.h"
+#include "kernels/quads/quads.h"
 #include "kernels/recurrent/recurrent.h"
 #include "kernels/spconv/spconv.h"
 #include "kernels/spmm/spmm.h"
@@ -86,16 +87,17 @@ void test_table(const char* family, Table<Kernel> table) {
   expect(table.size() >= 2, name + " has too few rows");
   expect(std::string(table.back()->name) == "reference", name + " does not end in the reference");
   const Table<Kernel> rows = without_reference(table);
+  const ValueType values = rows.front()->values;
   expect(rows.back()->needs == Features::none, name + " has no row for every processor");
   std::set<std::string> names;
   for (const Kernel* kernel : table) expect(names.insert(kernel->name).second, name + ": one name twice");
   for (const NamedFeatures& set : kInstructionSets) {
-    const Kernel* kernel = select(rows, set.features);
+    const Kernel* kernel = select(rows, set.features, values);
     expect(kernel != nullptr && contains(set.features, kernel->needs), name + ": wrong row for " + set.name);
   }
   Features all = Features::none;
   for (const NamedFeatures& feature : kFeatureNames) all = all | feature.features;
-  expect(select(rows, all) == rows.front(), name + ": the best is not the first");
+  expect(select(rows, all, values) == rows.front(), name + ": the best is not the first");
 }
 
 // A row with a needed feature more and one tile of many, which must not keep the others from being chosen.
@@ -148,6 +150,7 @@ int main() {
   test_table("attention", attention::kernels());
   test_table("normalization", normalization::kernels());
   test_table("peak", peak::kernels());
+  test_table("quads", quads::kernels());
   test_table("recurrent", recurrent::kernels());
   test_table("spconv", spconv::kernels());
   test_table("spmm", spmm::kernels());

@@ -119,7 +119,7 @@ per_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.par
 
 
 def test_there_are_tables():
-    families = {"attention", "normalization", "peak", "recurrent", "spconv", "spmm"}
+    families = {"attention", "normalization", "peak", "quads", "recurrent", "spconv", "spmm"}
     assert {table.parent.name for table in TABLES} >= families
 
 

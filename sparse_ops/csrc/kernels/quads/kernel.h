@@ -1,0 +1,73 @@
+// What one kernel for Y = act(round(X) . W + bias) is, with X rounded to 8 bits token by token and W of int8
+// with a scale for each output: plain data, so that sources compiled for wide vectors may include it.
+//
+// W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs of
+// one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by
+// tile, into panels of 32-bit words [quads, tile], four inputs of one token each, so that one stored quad
+// multiplies whole vectors of tokens. Sums are exact, so that every kernel gives the same ones.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/row.h"
+#include "kernels/spmm/kernel.h"
+
+namespace sparse_ops::quads {
+
+using spmm::Activation;
+
+// The largest number of inputs, so that no sum, and no part of what corrects it, leaves 32 bits.
+constexpr size_t kMaxInputs = 32764;
+
+// A weight whose arrays were checked (formats/int8_quads.h). Nothing is owned, and `scales` and `bias` may have
+// any alignment.
+struct Weight {
+  size_t K, N;
+  size_t quads;           // of inputs, in whole chunks: those behind K count as zeros
+  size_t chunk, block;    // of quads, and of outputs
+  size_t chunks, blocks;
+  const int8_t* values;  // four of each entry
+  const uint8_t* offsets;  // nullptr where no quad is missing; blocks are then multiples of kFullRows
+  const uint8_t* counts;
+  const uint8_t* rows;
+  const uint64_t* block_entries;  // [blocks] index of the first entry of each block
+  uint64_t entries;
+  const int32_t* sums;  // [N] of the integers of each output
+  const unsigned char* scales;  // float32 [N]
+  const unsigned char* bias;  // float32 [N]
+  Activation activation;
+  bool wide;  // some integer is beyond -64..64: two products of bytes need more than 16 bits
+};
+
+// Segments without a missing quad that are computed together.
+constexpr size_t kFullRows = 4;
+
+// The accumulators of one task live on the stack, so that tile * block may not exceed this (64 KiB).
+constexpr size_t kMaxAccumulators = 16384;
+
+// Tokens that one task rounds: their words fill a cache line of every row of a panel.
+constexpr size_t kGroup = 16;
+
+// Rows of a panel: one for each quad, what the zero point of each token is, and the size of its steps.
+constexpr size_t panel_rows(size_t quads) { return quads + 2; }
+
+// `tile` counts tokens.
+struct Kernel : KernelRow {
+  // Columns first..first + kGroup - 1 of a panel for `weight`, as far as it has them, from rows of `x` [tokens,
+  // K], tokens <= tile; the columns of missing tokens hold anything that can be multiplied.
+  void (*round)(const Weight& weight, const float* x, size_t tokens, size_t first, int32_t* panel);
+
+  // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned. Rows of
+  // outputs behind N hold anything.
+  void (*multiply)(const Weight& weight, size_t block, const int32_t* panel, float* acc);
+
+  // `size` numbers in place; as many as a vector has may be touched behind them.
+  void (*activate)(Activation activation, float* data, size_t size);
+
+  // acc [channels, tile] to the first `tokens` rows of `y`, which are `stride` floats apart: y[t, n] = acc[n,
+  // t].
+  void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
+};
+
+}  // namespace sparse_ops::quads

@@ -1,0 +1,131 @@
+#include "kernels/quads/quads.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/quads/table.h"
+#include "kernels/sizes.h"
+
+namespace sparse_ops::quads {
+namespace {
+
+// Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
+// read, but enough to give every thread a task.
+constexpr size_t kPanelBytes = size_t{1} << 19;
+
+// Words of a panel; what follows begins at a cache line.
+size_t panel_size(const Kernel& kernel, const Weight& weight) {
+  return round_up(kernel.tile * panel_rows(weight.quads), kCacheLine / sizeof(int32_t));
+}
+
+// The tokens of one strip, in tiles.
+struct Strip {
+  const Plan& plan;
+  const Weight& weight;
+  const float* x;  // [plan.tokens, K]
+  float* y;
+  int32_t* panels;
+  size_t first, count;  // among all
+
+  size_t tiles() const { return divide_up(count, plan.full->tile); }
+  size_t groups() const { return divide_up(plan.full->tile, kGroup); }
+  size_t row(size_t tile) const { return first + tile * plan.full->tile; }  // of x and y
+  size_t in_tile(size_t tile) const { return std::min(plan.full->tile, count - tile * plan.full->tile); }
+  const Kernel& kernel(size_t tile) const {
+    return in_tile(tile) < plan.full->tile ? *plan.last : *plan.full;
+  }
+  int32_t* panel(size_t tile) const { return panels + panel_size(*plan.full, weight) * tile; }
+
+  void round(size_t tile, size_t group) const {
+    const Kernel& own = kernel(tile);
+    if (group * kGroup >= own.tile) return;
+    own.round(weight, x + row(tile) * weight.K, in_tile(tile), group * kGroup, panel(tile));
+  }
+
+  void multiply(size_t tile, size_t block) const {
+    alignas(kCacheLine) float acc[kMaxAccumulators];
+    const Kernel& own = kernel(tile);
+    const size_t begin = block * weight.block, channels = std::min(weight.block, weight.N - begin);
+    own.multiply(weight, block, panel(tile), acc);
+    own.activate(weight.activation, acc, channels * own.tile);
+    own.store_tokens(acc, channels, in_tile(tile), weight.N, y + row(tile) * weight.N + begin);
+  }
+};
+
+void round_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  strip.round(index / strip.groups(), index % strip.groups());
+}
+
+// Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
+// once.
+void multiply_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  strip.multiply(index % strip.tiles(), index / strip.tiles());
+}
+
+// A kernel for fewer tokens than a tile of `full` has, behind its full tiles.
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
+  const Kernel* best = &full;
+  for (const Kernel* kernel : kKernels) {
+    if (kernel->needs == full.needs && fits(*kernel, weight) && kernel->tile >= tokens &&
+        kernel->tile < best->tile && kernel->lanes > 1) {
+      best = kernel;
+    }
+  }
+  return *best;
+}
+
+Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last, size_t threads) {
+  const size_t panel_bytes = panel_size(full, weight) * sizeof(int32_t);
+  const size_t busy = divide_up(threads, weight.blocks);
+  const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
+  const size_t at_once = std::min(wanted, std::max<size_t>(1, divide_up(tokens, full.tile)));
+  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
+}
+
+}  // namespace
+
+Table<Kernel> kernels() { return kKernels; }
+
+bool fits(const Kernel& kernel, const Weight& weight) {
+  return kernel.tile * weight.block <= kMaxAccumulators;
+}
+
+const Kernel* select(Table<Kernel> table, Features features, const Weight& weight, size_t tokens) {
+  const Kernel* best = nullptr;
+  for (const Kernel* kernel : table) {  // of one set of features: from wide tiles to narrow ones
+    if (!is_there(*kernel, features, int8) || !fits(*kernel, weight)) continue;
+    if (best != nullptr && kernel->needs != best->needs) continue;
+    if (best == nullptr || kernel->tile >= tokens) best = kernel;
+  }
+  return best;
+}
+
+const Kernel& select_kernel(Features features, const Weight& weight, size_t tokens) {
+  return choose_permitted(features, [&](Features f) {
+    return select(without_reference<Kernel>(kKernels), f, weight, tokens);
+  });
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads) {
+  const Kernel& full = select_kernel(features, weight, tokens);
+  return plan_of(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
+}
+
+Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {
+  return plan_of(weight, tokens, kernel, kernel, threads);
+}
+
+bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
+  auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
+  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
+    Strip strip{plan, weight, x, y, panels, first, std::min(plan.strip, plan.tokens - first)};
+    const size_t tiles = strip.tiles();
+    if (!workers.run(tiles * strip.groups(), round_task, &strip)) return false;
+    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
+  }
+  return true;
+}
+
+}  // namespace sparse_ops::quads

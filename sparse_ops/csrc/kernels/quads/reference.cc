@@ -1,0 +1,79 @@
+// Plain loops, one token at a time, sums in 64 bits: what the other kernels are compared with.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/quads/table.h"
+#include "kernels/spmm/table.h"
+
+namespace sparse_ops::quads {
+namespace {
+
+void round(const Weight& w, const float* x, size_t, size_t, int32_t* panel) {
+  const size_t K = w.K, quads = w.quads;
+  float low = 0, high = 0, nothing = 0;
+  for (size_t k = 0; k < K; ++k) {
+    low = std::min(low, x[k]);
+    high = std::max(high, x[k]);
+    nothing += x[k] * 0.0f;
+  }
+  const float size = std::max((high - low) / 255.0f, 1e-30f), inverse = 1.0f / size;
+  const bool finite = nothing == 0 && std::isfinite(size);
+  const float zero = finite ? std::nearbyint(-low * inverse) : 0.0f;
+  std::memset(panel, 0, quads * sizeof(int32_t));
+  auto* bytes = reinterpret_cast<unsigned char*>(panel);
+  for (size_t k = 0; k < K && finite; ++k) {
+    const float product = x[k] * inverse;
+    bytes[k] = static_cast<unsigned char>(std::clamp(std::nearbyint(product) + zero, 0.0f, 255.0f));
+  }
+  panel[quads] = static_cast<int32_t>(zero);
+  const float stored = size + nothing;
+  std::memcpy(panel + quads + 1, &stored, sizeof(stored));
+}
+
+float number(const unsigned char* from, size_t index) {
+  float value;
+  std::memcpy(&value, from + index * sizeof(value), sizeof(value));
+  return value;
+}
+
+void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
+  int64_t sum[256] = {}, weights[256] = {};
+  const auto* bytes = reinterpret_cast<const unsigned char*>(panel);
+  size_t entry = w.block_entries[block], segment = block * w.chunks * w.block;
+  for (size_t c = 0; c < w.chunks; ++c) {
+    for (size_t s = 0; s < w.block; ++s, ++segment) {
+      for (size_t i = 0; i < w.counts[segment]; ++i, ++entry) {
+        const size_t quad = c * w.chunk + (w.offsets != nullptr ? w.offsets[entry] : i);
+        for (size_t k = 4 * quad; k < std::min(4 * quad + 4, w.K); ++k) {
+          const int64_t value = w.values[4 * entry + k % 4];
+          sum[w.rows[segment]] += value * bytes[k];
+          weights[w.rows[segment]] += value;
+        }
+      }
+    }
+  }
+  float step;
+  std::memcpy(&step, panel + w.quads + 1, sizeof(step));
+  for (size_t n = 0; n < w.block && block * w.block + n < w.N; ++n) {
+    const size_t channel = block * w.block + n;
+    const int64_t exact = sum[n] - panel[w.quads] * weights[n];
+    acc[n] = static_cast<float>(static_cast<double>(exact) * step * number(w.scales, channel) +
+                                number(w.bias, channel));
+  }
+}
+
+void activate(Activation activation, float* data, size_t size) {
+  spmm::reference.activate(activation, data, size);
+}
+
+void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
+  std::memcpy(y, acc, channels * sizeof(float));
+}
+
+}  // namespace
+
+constexpr Kernel reference = {agreed(row::reference, 1, 1), round, multiply, activate, store_tokens};
+
+}  // namespace sparse_ops::quads
