@@ -396,9 +396,10 @@ def test_few_bits_are_told_in_words_and_in_json(few_bits):
         eight,
     )
     assert four.startswith("int4: ")
-    assert three.startswith("int3: no layer faster, ") is not any(
-        form == "sparse" for form in slow.predict(0.0, bits=3).forms.values()
-    )
+    assert three.startswith("int3: ")
+    plain = dataclasses.replace(few_bits.forecast, min_speedup=1e6)  # nothing is as fast as that
+    three = dataclasses.replace(few_bits, forecast=plain).bits_sentences()[2]
+    assert three.startswith("int3: no layer faster, ")
     document = json.loads(json.dumps(few_bits.to_dict(), allow_nan=False))
     rows = {(row["bits"], row["sparsity"]): row for row in document["precisions"]}
     assert set(rows) == {(bits, share) for bits in (8, 4, 3) for share in (0.0, 0.5)}

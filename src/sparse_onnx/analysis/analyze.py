@@ -175,7 +175,8 @@ class Analysis:
             return f"int{bits}: no weight of this model can have {bits} bits"
         alone, zeros = self.predict(0.0, bits=bits), self.predict(ALONG, bits=bits)
         speed = f"{alone.speedup:.2f}x faster ({alone.low:.2f} to {alone.high:.2f})"
-        parts = [speed if alone.forms else "no layer faster", f"{alone.smaller:.2f}x smaller"]
+        faster = alone.forms or alone.speedup > self.forecast.min_speedup  # fused, if nothing else
+        parts = [speed if faster else "no layer faster", f"{alone.smaller:.2f}x smaller"]
         others = [f"with {100 * ALONG:.0f} % zeros {zeros.speedup:.2f}x", f"{zeros.smaller:.2f}x"]
         if alone.error is not None and zeros.error is not None:
             parts.append(f"expected error {alone.error:.2g}")
