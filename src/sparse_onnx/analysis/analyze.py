@@ -99,6 +99,8 @@ DISTURBED = (
 
 _BYTE = 8
 _LEAST_SHARE = 0.2
+"""Of the dense time of all layers: where those in forms of few bits have less, a whole model tells nothing of them."""
+_FORMS_OF_BITS = 2
 
 _MOST_WHOLE_STARTS, _WHOLE_ROUNDS, _WHOLE_SECONDS = 5, 9, 5.0
 _POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
@@ -556,11 +558,13 @@ class _Job:
                 if self.reasons[candidate.weight.name]
                 else count_points(candidate.weight, self.sparsities, self.structures)
             )
+            + _FORMS_OF_BITS * len(self.grids)
             for candidate, _, _ in kinds.values()
         )
         run = dense_ms / 1e3
         layers = (points + len(kinds)) * (_POINT_SECONDS + _POINT_RUNS * run / max(len(kinds), 1) / 2)
-        whole = (1 + len(wanted)) * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
+        models = 1 + len(wanted) + (len(self.grids) if wanted else 0)
+        whole = models * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
         return layers + whole
 
     def profile(self, model: ir.Model, candidates: Sequence[Candidate]) -> NodeProfile | None:

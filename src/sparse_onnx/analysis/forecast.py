@@ -296,8 +296,8 @@ class Forecast:
     def _lossy(
         self, plan: Plan, choices: Mapping[str, Choice], forms: Mapping[str, str]
     ) -> dict[str, Choice]:
-        """Of the layers in ``plan`` what changes numbers: those that stay dense get their zeros back but keep their
-        bits, and inputs are rounded where the form does that."""
+        """Of the layers in ``plan`` what changes numbers: floats that stay dense get their zeros back, few bits keep
+        theirs, and inputs are rounded where the form does that."""
         found = {}
         for name in plan:
             choice, form = choices[name], forms.get(name, DENSE)
