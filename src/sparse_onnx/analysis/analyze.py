@@ -194,7 +194,13 @@ class Analysis:
         return describe([row.bits for row in self.quantized], zeros)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers."""
+        """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers.
+
+        ``predictions`` are for floats; ``precisions`` are the same with weights of so many ``bits``, and ``forms`` says
+        how many layers get which. Of a layer, ``encoded_bytes`` has its size by bits, and ``loss`` by bits what they
+        add (``encoded``, at ``encoded_sparsities``). ``anchors`` with ``bits`` are models of such weights. A curve of a
+        form of few bits without use for zeros has one point.
+        """
         forecast = self.forecast
         return {
             "schema_version": SCHEMA_VERSION,
