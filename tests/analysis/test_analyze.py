@@ -411,6 +411,17 @@ def test_few_bits_are_told_in_words_and_in_json(few_bits):
     assert all("bits" not in row for row in document["predictions"])
 
 
+def test_what_is_not_finite_keeps_its_floats(tmp_path):
+    proto = onnx.load(write_model(tmp_path / "plain"))
+    proto.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(np.full((WIDTH, WIDTH), np.inf, np.float32), "W0")
+    )
+    onnx.save(proto, tmp_path / "model.onnx")
+    found = sparse_onnx.analyze(tmp_path / "model.onnx", **{**OPTIONS, "bits": (8,)}, anchors=False)
+    assert [set(layer.encoded) for layer in found.forecast.layers] == [set(), {8}, {8}]
+    assert found.forecast.uniform(0.0, bits=8).keys() >= {"W1", "W2"}
+
+
 def test_weights_that_can_have_no_bits_are_said(source):
     found = sparse_onnx.analyze(source, **{**OPTIONS, "bits": (4,)}, group_size=128, anchors=False)
     assert found.bits_sentences() == ["int4: no weight of this model can have 4 bits"]

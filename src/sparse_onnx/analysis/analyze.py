@@ -664,7 +664,7 @@ class _Job:
 
     def encoded_bytes(self, candidate: Candidate) -> dict[int, int]:
         """What its weights take by the bits that they can have."""
-        if self.reasons[candidate.weight.name]:
+        if self.reasons[candidate.weight.name] or any(non_finite for _, non_finite in candidate.counts):
             return {}
         shapes = [part.weight.shape for part in candidate.parts]
         return {
