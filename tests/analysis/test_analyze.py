@@ -3,6 +3,7 @@ judged."""
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import onnx
@@ -10,7 +11,9 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
+from sparse_onnx.analysis.choice import Choice
 from sparse_onnx.errors import ModelFileError, UsageError
+from sparse_onnx.passes.quantize.by_bits import usual_grid
 from sparse_onnx.timing.rounds import Ratio
 from sparse_onnx.timing.table import read_table, write_table
 
@@ -265,6 +268,8 @@ def test_a_model_without_layers(tmp_path):
         ({"calibration_data": "none.npz"}, UsageError, "no such file"),
         ({"sparsities": (1.5,)}, UsageError, "sparsities"),
         ({"threads": 0}, UsageError, "threads"),
+        ({"bits": (5,)}, UsageError, "bits must be 8, 4, 3 or 2"),
+        ({"bits": (8,), "group_size": 8}, UsageError, "group_size must be 16 to 256"),
         ({"min_speedup": 0.0}, UsageError, "min_speedup"),
         ({"targets": ("nothing",)}, UsageError, "matches no weight"),
     ],
@@ -277,3 +282,135 @@ def test_bad_options_say_what_is_wrong(source, options, error, message):
 def test_a_file_that_is_none(tmp_path):
     with pytest.raises(ModelFileError):
         sparse_onnx.analyze(tmp_path / "none.onnx")
+
+
+@pytest.fixture(scope="module")
+def plenty(source):
+    """Many times as many rows as inputs: what is fitted to them holds for others."""
+    path = source.parent / "plenty.npz"
+    np.savez(path, X=np.random.default_rng(2).standard_normal((96 * BATCH, WIDTH)).astype(np.float32))
+    return path
+
+
+def real(data):
+    return {"calibration_data": data, "num_calibration_samples": None, "batch_size": 16 * BATCH}
+
+
+@pytest.fixture(scope="module")
+def few_bits(source, plenty):
+    options = {**OPTIONS, "bits": (8, 4, 3), "mask_structures": ("unstructured",)}
+    return sparse_onnx.analyze(source, **options, min_speedup=1e-6, **real(plenty))
+
+
+def test_layers_have_forms_bytes_and_losses_of_few_bits(few_bits):
+    for layer in few_bits.forecast.layers:
+        assert {name for name, _ in layer.curves} == {"sparse", "int8-nbits", "int8-dynamic", "int4-nbits"}
+        assert layer.encoded == {bits: usual_grid(bits).nbytes(layer.shape) for bits in (8, 4, 3)}
+        errors = [layer.loss.error(Choice(bits=bits)) for bits in (8, 4, 3)]
+        assert 0 < errors[0] < errors[1] < errors[2]
+        assert layer.loss.error(Choice(bits=8, activations=8)) > errors[0]
+        assert few_bits.forecast.precisions(layer.name) == ((32, 32), (8, 32), (8, 8), (4, 32), (3, 32))
+    assert [bits for bits, _ in few_bits.encoded_anchors] == [8, 4], "no form is for 3 bits"
+    assert set(few_bits.forecast.times.encoded) == {8, 4}
+    assert [share for share, _ in few_bits.anchors] == [None, 0.5, 0.7, 0.8, 0.9]
+
+
+def fast(found, folder, form):
+    """A table in which that form is always much faster, and no other one."""
+    path = folder / "table.json"
+    write_table(found.table(), path)
+    document = json.loads(path.read_text())
+    for kind in document["kinds"]:
+        for name, curves in kind["curves"].items():
+            for curve in curves.values():
+                for side in ("times", "low", "high"):
+                    curve[side] = [0.01 if name == form else 5.0] * len(curve[side])
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "choice"),
+    [
+        ({"precision": "int8"}, "int8-dynamic", Choice(bits=8, activations=8)),
+        ({"precision": "int8"}, "int8-nbits", Choice(bits=8)),
+        ({"precision": "int4"}, "int4-nbits", Choice(bits=4)),
+        ({"bits": 4}, "dense", Choice(bits=4)),
+        ({"bits": 3}, "dense", Choice(bits=3)),
+        (
+            {"precision": "int8", "method": "magnitude", "sparsity": 0.5},
+            "int8-dynamic",
+            Choice(0.5, bits=8, activations=8),
+        ),
+    ],
+)
+def test_the_size_in_few_bits_is_that_of_the_optimized_model(
+    few_bits, source, tmp_path, options, form, choice
+):
+    result = sparse_onnx.optimize(
+        source,
+        tmp_path / "out",
+        input_shapes=OPTIONS["input_shapes"],
+        threads=1,
+        timing_cache=False,
+        benchmark=False,
+        timing_table=fast(few_bits, tmp_path, form),
+        **options,
+    )
+    assert {row["decision"] for row in result.report["layers"]} == {form}
+    layers = few_bits.forecast.layers
+    kept = sum(layer.form_bytes(form, choice) for layer in layers)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("model.onnx*"))
+    # Tensors are aligned in the file, and the rest is that of a model with sparse operators, whose bodies are in it.
+    assert kept + few_bits.forecast.rest_bytes == pytest.approx(written, abs=6000)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_the_error_in_few_bits_is_near_that_of_the_method_auto(
+    few_bits, source, plenty, tmp_path, precision, bits
+):
+    form = "int8-dynamic" if bits == 8 else "int4-nbits"
+    report = sparse_onnx.optimize(
+        source,
+        tmp_path / "out",
+        precision=precision,
+        **real(plenty),
+        input_shapes=OPTIONS["input_shapes"],
+        threads=1,
+        benchmark=False,
+        timing_table=fast(few_bits, tmp_path, form),
+    ).report
+    measured = report["summary"]["relative_error"]
+    forecast = few_bits.forecast
+    assert measured / 1.5 < forecast.error(forecast.uniform(0.0, bits=bits)) < 1.5 * measured
+
+
+def test_few_bits_are_told_in_words_and_in_json(few_bits):
+    # A dense model so slow that no disturbed measurement gives layers up.
+    slow = dataclasses.replace(few_bits, forecast=dataclasses.replace(few_bits.forecast, dense_ms=1e9))
+    eight, four, three = slow.bits_sentences()
+    number = r"[0-9.e+]+"
+    assert re.fullmatch(
+        rf"int8: {number}x faster \({number} to {number}\), {number}x smaller, expected error {number}; "
+        rf"with 50 % zeros {number}x, {number}x, {number}",
+        eight,
+    )
+    assert four.startswith("int4: ")
+    assert three.startswith("int3: no layer faster, ") is not any(
+        form == "sparse" for form in slow.predict(0.0, bits=3).forms.values()
+    )
+    document = json.loads(json.dumps(few_bits.to_dict(), allow_nan=False))
+    rows = {(row["bits"], row["sparsity"]): row for row in document["precisions"]}
+    assert set(rows) == {(bits, share) for bits in (8, 4, 3) for share in (0.0, 0.5)}
+    assert rows[4, 0.0]["smaller"] > rows[8, 0.0]["smaller"] > 1
+    assert rows[8, 0.0]["relative_error"] < rows[4, 0.0]["relative_error"] < rows[3, 0.0]["relative_error"]
+    assert set(document["layers"][0]["encoded_bytes"]) == {"8", "4", "3"}
+    assert {row.get("bits") for row in document["anchors"]} == {None, 8, 4}
+    assert {row["bits"] for row in document["precisions"]}.isdisjoint({32})
+    assert all("bits" not in row for row in document["predictions"])
+
+
+def test_weights_that_can_have_no_bits_are_said(source):
+    found = sparse_onnx.analyze(source, **{**OPTIONS, "bits": (4,)}, group_size=128, anchors=False)
+    assert found.bits_sentences() == ["int4: no weight of this model can have 4 bits"]
+    assert found.to_dict()["precisions"] == []

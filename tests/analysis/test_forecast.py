@@ -355,7 +355,7 @@ def test_bits_of_an_anchor_have_its_factor():
 def test_errors_of_bits_and_of_rounded_activations():
     loss = Loss(0.5, {"unstructured": (0.5,)}, {"unstructured": (0.3,)}, (0.0, 0.5), {8: (0.02, 0.0)}, 0.04)
     model = few_bits(encoded_layer("a", ALL, loss=loss))
-    weights = 2 / 3 * 0.5 * 0.02  # what rounds activations is not taken back
+    weights = 0.5 * 0.02  # layers behind make up for zeros, not for rounding
     assert model.error({"a": Choice(bits=8)}) == pytest.approx(weights, rel=1e-3)
     assert model.error({"a": Choice(bits=8, activations=8)}) == pytest.approx(
         (weights**2 + 0.02**2) ** 0.5, rel=1e-3

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+FORMS = ("int8-dynamic", "int8-nbits", "int4-nbits")
 SHAPE = ("--input-shape", "X:1,16,64", "--threads", "1", "--quiet")
 
 
@@ -20,6 +21,40 @@ def test_the_answer_comes_first_and_fits_a_screen(quiet, run_cli, dense, monkeyp
     assert lines[-1].startswith("Other programs took processors") is not quiet
     for pattern in ("unstructured", "2:4", "1:8", "block:8x1", "layers.0", "layers.1"):
         assert any(line.startswith(pattern) for line in lines), pattern
+
+
+def test_few_bits_are_told_right_behind_and_in_the_table(run_cli, dense):
+    ran = run_cli("analyze", dense, *SHAPE)
+    lines = ran.out.splitlines()
+    for line, bits in zip(lines[1:3], (8, 4), strict=True):
+        assert line.startswith(f"int{bits}: ")
+        assert "x smaller; with 50 % zeros " in line
+        assert len(line) <= 100
+    assert not lines[3]
+    assert [line.split()[:2] for line in lines if line.startswith("int") and ":" not in line] == [
+        ["int8", "0.0%"],
+        ["int4", "0.0%"],
+    ]
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("float32", []), ("int8", [8]), ("int4", [4])])
+def test_the_precision_narrows_what_is_looked_at(run_cli, dense, precision, bits):
+    ran = run_cli("analyze", dense, "--precision", precision, "--no-anchors", "--format", "json", *SHAPE)
+    document = ran.json()
+    assert ran.code == 0
+    assert [answer.split(":")[0] for answer in document["bits_answers"]] == [f"int{count}" for count in bits]
+    assert {row["bits"] for row in document["precisions"]} == set(bits)
+    forms = {row["form"] for row in document["curves"]}
+    assert forms == {"sparse"} | {name for name in FORMS if int(name[3]) in bits}
+
+
+def test_the_group_size_is_asked_for(run_cli, dense):
+    sizes = []
+    for group_size in ("16", "64"):
+        options = ("--precision", "int4", "--group-size", group_size, "--no-anchors", "--format", "json")
+        ran = run_cli("analyze", dense, *options, *SHAPE)
+        sizes.append(ran.json()["layers"][0]["encoded_bytes"]["4"])
+    assert sizes[0] > sizes[1]
 
 
 def test_json_has_everything(run_cli, dense):
@@ -72,6 +107,8 @@ def test_a_saved_table_is_what_optimize_decides_by(run_cli, dense, pruned, tmp_p
         (("--calibration-data", "none.npz"), "none.npz: no such file"),
         (("--targets", "W7"), "'W7' matches no weight"),
         (("--min-speedup", "0"), "min_speedup must be above 0"),
+        (("--precision", "int3"), "precision must be float32, int8, int4, not 'int3'"),
+        (("--group-size", "8"), "group_size must be 16 to 256"),
         (("--threads", "0"), "'--threads'"),
     ],
 )

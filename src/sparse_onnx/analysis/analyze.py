@@ -383,6 +383,8 @@ def analyze(
     for count in bits:
         require(count in STORED_BITS, "bits", count, "8, 4, 3 or 2")
     grids = {count: _grid(count, group_size) for count in dict.fromkeys(bits)}
+    for grid in grids.values():
+        QuantizeWeights(method="rtn", **grid._asdict())  # fails now rather than after a minute
     require(len(sparsities) > 0, "sparsities", sparsities, "at least one share of zeros")
     require(threads is None or threads > 0, "threads", threads, "1 or more")
     require(min_speedup > 0, "min_speedup", min_speedup, "above 0")
@@ -396,7 +398,7 @@ def analyze(
             structures,
             tuple(sorted(sparsities)),
             grids,
-            tuple(encoded_structures),
+            tuple(str(MaskStructure.parse(text)) for text in encoded_structures),
             selection,
             min_speedup,
             Workbench(threads or available_cores(), Path(work), progress=progress or (lambda _line: None)),

@@ -18,7 +18,7 @@ from sparse_onnx.model.weights import LINEARS, Weight
 from sparse_onnx.passes.calibration.skeleton import PartSession
 from sparse_onnx.passes.prune.allocation import pruned_columns
 from sparse_onnx.passes.quantize.by_bits import UsualGrid
-from sparse_onnx.passes.solvers import InputStatistics
+from sparse_onnx.passes.solvers import InputStatistics, refit
 from sparse_onnx.passes.solvers.auto_quantizer import AutoQuantizer
 from sparse_onnx.passes.solvers.grid import GridOptions
 from sparse_onnx.passes.solvers.quantizer import Rounding, output_errors
@@ -28,6 +28,7 @@ __all__ = ["RoundedInputs", "added_by_bits", "rounded_inputs"]
 _SWEEPS = 2
 """Of the descent behind error feedback: more of them gain a hundredth."""
 _DAMPING = 0.01  # as of quant.weight
+_FITTED = 1e-3  # of the right-hand side
 _TINY = 1e-30  # instead of a scale of 0
 
 
@@ -37,11 +38,15 @@ def added_by_bits(
     """What ``auto`` on each of ``grids`` adds in squares to the error of W [K, N] without zeros, and then with each of
     ``sparsities``: by the keys of ``grids``, the roots.
 
-    Up to 64 output channels are solved for, those of all sparsities side by side. Behind pruning the integers are aimed
-    at the weight before it and may make good what it lost: they add nothing where they do.
+    Up to 64 output channels are solved for, those of all sparsities side by side: as behind pruning in one compilation,
+    aimed at the weight before it, which what is left was fitted to.
     """
     part, changes = pruned_columns(W, statistics, np.array(sparsities))
-    start = np.concatenate([part, *(part - change for change in changes)], axis=1)
+    fitted = [
+        refit(part, statistics, change != part, damping=_DAMPING, start=part - change, tolerance=_FITTED)
+        for change in changes
+    ]
+    start = np.concatenate([part, *fitted], axis=1)
     aim = np.tile(part, (1, 1 + len(changes)))
     problem = Rounding(aim, start, None, statistics.gram)
     energy = output_errors(problem, np.zeros_like(aim))

@@ -41,9 +41,11 @@ __all__ = ["Loss", "measure_losses"]
 _PROBE = 0.7
 """Zeros with which the gain is measured: enough for an error well above rounding, where it still grows linearly."""
 
+_LEFT = 2 / 3
+"""Of the error of layers that are pruned by themselves: what is left where each makes up for those before it."""
+
 _ENCODED = (0.5,)
-"""Zeros with which bits are solved for as well. From there on they add next to nothing: the integers make good some of
-what pruning lost."""
+"""Zeros with which bits are solved for as well: what they add falls slowly with more of them."""
 
 _SAMPLES = 8
 _CHANNELS, _TOGETHER = 64, 8
@@ -66,11 +68,19 @@ class Loss:
     def error(self, choice: Choice) -> float | None:
         """Relative error of the model's outputs where only this layer has these zeros and bits; None where that was not
         measured."""
+        return self._error(choice, 1.0)
+
+    def left(self, choice: Choice) -> float | None:
+        """What of :meth:`error` is left where other layers have zeros and bits as well. ``auto`` solves each layer
+        behind the pruned ones and takes a third of what zeros lose back; what rounding does is too much like noise."""
+        return self._error(choice, _LEFT)
+
+    def _error(self, choice: Choice, left: float) -> float | None:
         if choice.structure not in self.errors:
             return None
         known, errors = self.sparsities[choice.structure], self.errors[choice.structure]
         # No error without zeros.
-        parts = [float(np.interp(choice.sparsity, (0.0, *known), (0.0, *errors)))]
+        parts = [left * float(np.interp(choice.sparsity, (0.0, *known), (0.0, *errors)))]
         if choice.bits != FLOAT_BITS:
             if choice.bits not in self.encoded:
                 return None
