@@ -307,6 +307,14 @@ def test_bits_have_their_forms_times_and_bytes(choice, form, time, nbytes):
     )
 
 
+def test_a_model_in_few_bits_is_fused_though_no_layer_is_faster():
+    times = fit([Anchor(Sums(10.0, 0.0, 0.0), 12.0, 0.0)])  # fused; the source takes 15
+    model = few_bits(encoded_layer("a", {}), times=times, dense_ms=15.0)
+    found = model.outlook({"a": Choice(bits=4)})
+    assert (found.forms, found.milliseconds) == ({}, pytest.approx(12))
+    assert model.outlook({}).milliseconds == 15
+
+
 def test_a_sparse_form_of_floats_takes_few_bits_only_where_that_is_no_larger():
     model = few_bits(encoded_layer("a", {"int8-nbits": 0.9}))
     for bits, share, form in ((8, 0.9, "sparse"), (8, 0.5, "int8-nbits"), (4, 0.8, "dense")):

@@ -587,3 +587,16 @@ def test_write_html_writes_utf8(report: Report, tmp_path: Path) -> None:
     report["source"] = "模型.onnx"
     write_html(report, tmp_path / "report.html")
     assert "模型.onnx" in (tmp_path / "report.html").read_bytes().decode("utf-8")
+
+
+def test_a_curve_of_few_bits_is_named_by_its_form(full_report: Report) -> None:
+    layer = full_report["curves"][-1]["layer"]
+    once = {"sparsity": 0.0, "speedup": 1.7, "speedup_low": 1.6, "speedup_high": 1.8}
+    few = {"layer": layer, "form": "int8-dynamic", "mask_structure": "unstructured", "points": [once]}
+    full_report["curves"].append({**few, "break_even": 0.0, "chosen": None})
+    text = text_of(full_report)
+    assert "int8-dynamic" in text
+    assert "int8-dynamic, unstructured" not in text
+    assert "sparse, unstructured" in text
+    full_report["curves"][-1]["points"].append({**once, "sparsity": 0.5})
+    assert "int8-dynamic, unstructured" in text_of(full_report), "over zeros it has a pattern"

@@ -99,6 +99,8 @@ DISTURBED = (
 
 _BYTE = 8
 _LEAST_SHARE = 0.2
+"""Of the dense time of all layers: where those in forms of few bits have less, a whole model tells nothing of them."""
+_FORMS_OF_BITS = 2
 
 _MOST_WHOLE_STARTS, _WHOLE_ROUNDS, _WHOLE_SECONDS = 5, 9, 5.0
 _POINT_SECONDS, _POINT_RUNS, _WHOLE_RUNS, _BYTES_A_SECOND = 0.15, 20, 60, 150e6  # to guess how long it takes
@@ -175,7 +177,8 @@ class Analysis:
             return f"int{bits}: no weight of this model can have {bits} bits"
         alone, zeros = self.predict(0.0, bits=bits), self.predict(ALONG, bits=bits)
         speed = f"{alone.speedup:.2f}x faster ({alone.low:.2f} to {alone.high:.2f})"
-        parts = [speed if alone.forms else "no layer faster", f"{alone.smaller:.2f}x smaller"]
+        faster = alone.forms or alone.speedup > self.forecast.min_speedup  # fused, if nothing else
+        parts = [speed if faster else "no layer faster", f"{alone.smaller:.2f}x smaller"]
         others = [f"with {100 * ALONG:.0f} % zeros {zeros.speedup:.2f}x", f"{zeros.smaller:.2f}x"]
         if alone.error is not None and zeros.error is not None:
             parts.append(f"expected error {alone.error:.2g}")
@@ -191,7 +194,13 @@ class Analysis:
         return describe([row.bits for row in self.quantized], zeros)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers."""
+        """All of it, for JSON. Times are in milliseconds; ``break_even`` and ``curves`` are those of single layers.
+
+        ``predictions`` are for floats; ``precisions`` are the same with weights of so many ``bits``, and ``forms`` says
+        how many layers get which. Of a layer, ``encoded_bytes`` has its size by bits, and ``loss`` by bits what they
+        add (``encoded``, at ``encoded_sparsities``). ``anchors`` with ``bits`` are models of such weights. A curve of a
+        form of few bits without use for zeros has one point.
+        """
         forecast = self.forecast
         return {
             "schema_version": SCHEMA_VERSION,
@@ -557,11 +566,13 @@ class _Job:
                 if self.reasons[candidate.weight.name]
                 else count_points(candidate.weight, self.sparsities, self.structures)
             )
+            + _FORMS_OF_BITS * len(self.grids)
             for candidate, _, _ in kinds.values()
         )
         run = dense_ms / 1e3
         layers = (points + len(kinds)) * (_POINT_SECONDS + _POINT_RUNS * run / max(len(kinds), 1) / 2)
-        whole = (1 + len(wanted)) * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
+        models = 1 + len(wanted) + (len(self.grids) if wanted else 0)
+        whole = models * (self.nbytes / _BYTES_A_SECOND + _WHOLE_RUNS * run)
         return layers + whole
 
     def profile(self, model: ir.Model, candidates: Sequence[Candidate]) -> NodeProfile | None:
@@ -655,7 +666,7 @@ class _Job:
 
     def encoded_bytes(self, candidate: Candidate) -> dict[int, int]:
         """What its weights take by the bits that they can have."""
-        if self.reasons[candidate.weight.name]:
+        if self.reasons[candidate.weight.name] or any(non_finite for _, non_finite in candidate.counts):
             return {}
         shapes = [part.weight.shape for part in candidate.parts]
         return {

@@ -272,12 +272,12 @@ class Forecast:
             forms = {name: forms[name] for index, name in enumerate(forms) if index not in dropped}
         # Layers that stay dense keep their weights; where all do, in floats, the source is written as it is, not even
         # fused.
-        encoded = any(choice.bits != FLOAT_BITS for choice in choices.values())
-        ms = self._milliseconds(choices, forms) if forms else self.dense_ms
-        error = self._error(choices, forms, ms) if forms else 0.0
+        changed = bool(forms) or any(choice.bits != FLOAT_BITS for choice in choices.values())
+        ms = self._milliseconds(choices, forms) if changed else self.dense_ms
+        error = self._error(choices, forms, ms) if changed else 0.0
         speedup = self.dense_ms / ms
         nbytes = float(self.dense_bytes)
-        if forms or encoded:
+        if changed:
             nbytes = self.rest_bytes + sum(
                 layer.form_bytes(forms.get(layer.name, DENSE), choices[layer.name]) for layer in self.layers
             )
@@ -296,8 +296,8 @@ class Forecast:
     def _lossy(
         self, plan: Plan, choices: Mapping[str, Choice], forms: Mapping[str, str]
     ) -> dict[str, Choice]:
-        """Of the layers in ``plan`` what changes numbers: those that stay dense get their zeros back but keep their
-        bits, and inputs are rounded where the form does that."""
+        """Of the layers in ``plan`` what changes numbers: floats that stay dense get their zeros back, few bits keep
+        theirs, and inputs are rounded where the form does that."""
         found = {}
         for name in plan:
             choice, form = choices[name], forms.get(name, DENSE)

@@ -33,7 +33,6 @@ from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_s
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.outputs import tensor_outputs
-from sparse_onnx.timing.curves import UNSTRUCTURED
 from sparse_onnx.verification.comparison import compare
 
 __all__ = ["Loss", "measure_losses"]
@@ -267,15 +266,14 @@ def _with_bits(
     """``loss`` with what rounding adds, judged by the first group."""
     if not grids:
         return loss
-    shares = [share for share in _ENCODED if share <= max(loss.sparsities[UNSTRUCTURED])]
-    added = added_by_bits(W[:, : W.shape[1] // len(groups)], groups[0], grids, shares)
+    added = added_by_bits(W[:, : W.shape[1] // len(groups)], groups[0], grids, _ENCODED)
     for bits, errors in added.items():
         if inputs is not None and bits in blocks:
             own = inputs.blocks[blocks[bits]]
             added[bits] = tuple(math.hypot(error, own) for error in errors)
     return dataclasses.replace(
         loss,
-        encoded_sparsities=(0.0, *shares),
+        encoded_sparsities=(0.0, *_ENCODED),
         encoded=added,
         rounded=None if inputs is None else inputs.whole,
     )
