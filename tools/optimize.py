@@ -54,8 +54,9 @@ def command(
     """Compile MODEL (an .onnx file or a Hugging Face folder) into the folder given with -o.
 
     Without pruning options the zeros that the model already has are used. Goals (--max-drop, --target-speedup,
-    --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same. With a
-    --method and goals but no --sparsity, the zeros of every layer are searched for.
+    --target-size) are gates: exit code 4 says that one was missed; the best so far is written all the same. With goals
+    the zeros of every layer are searched for where there is a --method and no --sparsity, and its bits where there is a
+    --precision (auto, int8 or int4) and no --bits.
     """
     from sparse_onnx.api import optimize
 

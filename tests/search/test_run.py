@@ -187,7 +187,10 @@ def test_bits_alone_are_searched_for(model, data, tmp_path, timed_once):
     ]
     assert modifiers == ["quant.weight"]
     assert report["recipe"]["target"]["precision"] == "int8"
-    assert "2 weights in 8 bits" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "2 weights in 8 bits" in page
+    assert '<td data-label="bits">8</td>' in page, "of a plan"
+    assert '<td data-label="bits" data-sort="8">8</td>' in page, "of a layer"
     X = np.load(data)["X"][:4]
     before, after = (
         sparse_onnx.InferenceSession(path).run(None, {"X": X})[0]

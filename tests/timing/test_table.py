@@ -53,6 +53,16 @@ def test_a_table_comes_back_as_it_was(candidates, tmp_path):
     assert read.find(candidates[1].layers[0], [(8, 32)]) is None
 
 
+def test_a_layer_of_the_same_kind_that_was_left_alone_hides_nothing(candidates):
+    """An ignored head has the shape of others and no curves."""
+    known = table(candidates[0], {PLAIN: CURVE})
+    kind, _ = known.kinds[0]
+    alone = LayerCurves(2.1, {})
+    for kinds in ((*known.kinds, (kind, alone)), ((kind, alone), *known.kinds)):
+        both = TimingTable(known.environment, kinds)
+        assert both.find(candidates[0].layers[0], [(8, 32)]) == known.kinds[0][1]
+
+
 def test_layers_are_decided_by_it_and_others_by_their_zeros(candidates):
     first, second = decide_by_table(candidates, table(candidates[0], {PLAIN: CURVE}), [SHAPES])
     time = 1.25 - 0.75 * 0.3 / 0.4  # between 50 and 90 %

@@ -354,7 +354,7 @@ def analyze(
     fixed_inputs: Mapping[str, Any] | None = None,
     threads: int | None = None,
     min_speedup: float = 1.02,
-    anchors: bool = True,
+    anchors: bool | Sequence[float] = True,
     calibration_data: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str | Path | None = None,
     num_calibration_samples: int | None = 64,
@@ -377,7 +377,8 @@ def analyze(
         input_values, fixed_inputs: Values for inputs that steer the graph, as ``optimize`` takes them.
         threads: Intra-op threads to time for; None: all cores of this process.
         min_speedup: From which speedup on a layer counts as faster.
-        anchors: Compile and time whole models; without them the prediction is rough, and says so.
+        anchors: Compile and time whole models, some with zeros, or with these shares of them; without whole models the
+            prediction is rough, and says so.
         calibration_data: Real inputs, to tell what zeros do to the outputs: as ``optimize`` takes them.
         tokenizer: A folder, for a text file.
         num_calibration_samples, batch_size: How many of them to use, and at a time.
@@ -426,7 +427,8 @@ def analyze(
             )
 
         values, fixed = plain_values(input_values) or {}, plain_values(fixed_inputs) or {}
-        return job.run(given, values, fixed, ANCHORS if anchors else (), seed, samples)
+        shares = () if anchors is False else ANCHORS if anchors is True else tuple(anchors)
+        return job.run(given, values, fixed, shares, seed, samples)
 
 
 class _Job:

@@ -20,10 +20,10 @@ class Limits:
 
     trials: int = option(
         16,
-        "With a method, goals and no sparsity: stop after so many.",
-        about="A search stops after so many trials. With a ``method``, goals and no ``sparsity``, the zeros of every "
-        "layer are searched for, see :mod:`sparse_onnx.search`; ``mask_structure`` may then name several patterns to "
-        "choose from, with commas.",
+        "With goals, and a method without a sparsity or a precision without bits: stop after so many.",
+        about="A search stops after so many trials. With goals, the zeros of every layer are searched for where there "
+        "is a ``method`` and no ``sparsity``, and its bits where there is a ``precision`` and no ``bits``, see "
+        ":mod:`sparse_onnx.search`; ``mask_structure`` may then name several patterns to choose from, with commas.",
         keyword="search_trials",
         least=1,
     )

@@ -56,7 +56,7 @@ def allocated(
     where only that is asked for; for both in equal shares of dense where both are. Where size counts, ``tables`` have
     fewer bits, too."""
     dense_ms = sum(forecast.layer_milliseconds(layer) for layer in options)
-    dense_bytes = sum(forecast.layer_bytes(layer) for layer in options)
+    dense_bytes = sum(forecast.layer_bytes(layer) for layer in options) or forecast.dense_bytes
     by_size = goals.nbytes is not None
     by_time = goals.speedup is not None or not by_size
 

@@ -73,7 +73,7 @@ _BITS = {
 """Of weights, by what the recipe allows."""
 
 _NO_ZEROS = (0.5,)
-"""Where nothing is pruned: one share of zeros, so that what they would bring is not measured at all of them."""
+"""Where nothing is pruned: one share of zeros, so that what others would bring is not measured."""
 
 _STATE = ("search.json", "best", *FILES)
 
@@ -338,6 +338,7 @@ class _Job:
                 self.path,
                 mask_structures=self.structures,
                 sparsities=SPARSITIES if self.structures else _NO_ZEROS,
+                anchors=True if self.structures else _NO_ZEROS,
                 bits=sorted(self.bits, reverse=True),
                 group_size=self.templates.group_size,
                 encoded_structures=self.structures,

@@ -36,7 +36,9 @@ class TimingTable:
 
     @functools.cached_property
     def _by_kind(self) -> Mapping[str, LayerCurves]:
-        return {_text(kind): curves for kind, curves in self.kinds}
+        """Of layers that differ in what they may become alone, those with the most curves."""
+        ordered = sorted(self.kinds, key=lambda entry: len(entry[1].curves))
+        return {_text(kind): curves for kind, curves in ordered}
 
     @property
     def machine(self) -> str:
