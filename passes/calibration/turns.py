@@ -16,10 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from sparse_onnx.model.weights import RECURRENT, Weight
 from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
+from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias
 from sparse_onnx.passes.calibration.two_streams import Aim
+from sparse_onnx.passes.solvers.gram import relative_error
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 
 __all__ = ["Layer", "Order", "layers_in_turn"]
@@ -36,6 +40,43 @@ class Layer:
     inputs: tuple[InputStatistics, ...]
     target: LayerOutput | None = None
     aim: Aim | None = None
+
+    def parts(self, outputs: int) -> list[tuple[slice, InputStatistics]]:
+        """Which of the ``outputs`` each group of a convolution makes, with the statistics of what it reads; of another
+        layer all."""
+        width = outputs // max(len(self.inputs), 1)
+        return [
+            (slice(index * width, (index + 1) * width), statistics)
+            for index, statistics in enumerate(self.inputs)
+        ]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a bias that can take up the shift of a mean, which is known."""
+        known = all(statistics.mean is not None for statistics in self.inputs)
+        return known and self.target is not None and self.target.bias is not None
+
+    def error(self, wanted: np.ndarray, found: np.ndarray) -> float | None:
+        """‖X(W − W′)‖ / ‖XW‖ of W ``wanted`` and W′ ``found``, [K, N], in the mean over groups; None where no Gram is
+        known as a whole."""
+        errors = [
+            relative_error(wanted[:, part], found[:, part], statistics.gram)
+            for part, statistics in self.parts(wanted.shape[1])
+            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2
+        ]
+        return float(np.mean(errors)) if errors else None
+
+    def shifted_bias(self, W: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """The bias [N] that takes up what is left of the mean where ``found`` takes the place of W, [K, N]; of a layer
+        that :attr:`has_bias`."""
+        assert self.target is not None
+        old, shifted = bias_of(self.target), []
+        for part, statistics in self.parts(W.shape[1]):
+            assert statistics.mean is not None
+            shifted.append(
+                corrected_bias(old[part], W[:, part], found[:, part], statistics.mean, self.aim, part)
+            )
+        return np.concatenate(shifted)
 
 
 def layers_in_turn(

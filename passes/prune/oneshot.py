@@ -29,7 +29,7 @@ from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
-from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
+from sparse_onnx.passes.calibration.layer_problem import layer_problem, write_bias
 from sparse_onnx.passes.calibration.moments import Layout
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.two_streams import Aim
@@ -38,7 +38,7 @@ from sparse_onnx.passes.prune.allocation import NEED_STATISTICS, Allocation, all
 from sparse_onnx.passes.prune.encoded import is_encoded, on_grid
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.prune.pruning import Pruner, choose_weights
-from sparse_onnx.passes.solvers import InputStatistics, Solver, relative_error
+from sparse_onnx.passes.solvers import InputStatistics, Solver
 from sparse_onnx.passes.solvers.masks import MaskStructure, keep_mask, resolve_sparsity
 from sparse_onnx.progress import done_of
 
@@ -278,39 +278,26 @@ class _Job:
     ) -> tuple[np.ndarray, float | None, tuple[str, ir.TensorProtocol] | None]:
         """The pruned weight, and ‖X(W − W′)‖ / ‖XW‖ on X as the layer sees it, where the whole Gram is known. If the
         bias is changed on the way, also what holds it now, and what it was."""
-        biased = self.options.bias_correction and layer.target is not None and layer.target.bias is not None
-        width = W.shape[1] // len(layer.inputs)
-        name = layer.weight.name
-        kept = self._checkpoint.get(name, W.shape) if self._checkpoint is not None else None
-        shifts, errors = [], []
-        slices = [slice(start, start + width) for start in range(0, W.shape[1], width)]
-        groups = [np.ascontiguousarray(W[:, part]) for part in slices]
-        parts = []
-        for part, own, statistics in zip(slices, groups, layer.inputs, strict=True):
-            parts.append(
-                kept[:, part]
-                if kept is not None
-                else self._solve_group(layer.weight, own, statistics, layer.aim, part, biased)
-            )
-        if kept is None and is_encoded(layer.weight):
-            solved = on_grid(layer.weight, W, np.concatenate(parts, axis=1), layer.inputs)
-            parts = [np.ascontiguousarray(solved[:, part]) for part in slices]
-        for index, (part, own, statistics) in enumerate(zip(slices, groups, layer.inputs, strict=True)):
-            if biased and statistics.mean is not None:
-                assert layer.target is not None
-                old = bias_of(layer.target)[part]
-                shifts.append(corrected_bias(old, own, parts[index], statistics.mean, layer.aim, part))
-            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
-                errors.append(relative_error(own, parts[index], statistics.gram))
+        biased, name = self.options.bias_correction and layer.has_bias, layer.weight.name
+        pruned = self._checkpoint.get(name, W.shape) if self._checkpoint is not None else None
+        if pruned is None:
+            solved = [
+                self._solve_group(
+                    layer.weight, np.ascontiguousarray(W[:, part]), statistics, layer.aim, part, biased
+                )
+                for part, statistics in layer.parts(W.shape[1])
+            ]
+            pruned = np.concatenate(solved, axis=1)
+            if is_encoded(layer.weight):
+                pruned = on_grid(layer.weight, W, pruned, layer.inputs)
+            if self._checkpoint is not None:
+                self._checkpoint.put(name, pruned)
         bias = None
-        if shifts:
+        if biased:
             assert layer.target is not None
             self.biases += 1
-            bias = write_bias(self.model, layer.target, np.concatenate(shifts), self.context.store)
-        pruned = np.concatenate(parts, axis=1)
-        if self._checkpoint is not None and kept is None:
-            self._checkpoint.put(name, pruned)
-        return pruned, float(np.mean(errors)) if errors else None, bias
+            bias = write_bias(self.model, layer.target, layer.shifted_bias(W, pruned), self.context.store)
+        return pruned, layer.error(W, pruned), bias
 
     def _solve_group(
         self,

@@ -39,7 +39,7 @@ from sparse_onnx.passes.calibration.calibrator import Calibrator
 from sparse_onnx.passes.calibration.calibrator import Options as CalibrationOptions
 from sparse_onnx.passes.calibration.checkpoint import Checkpoint
 from sparse_onnx.passes.calibration.digest import model_digest
-from sparse_onnx.passes.calibration.layer_problem import bias_of, corrected_bias, layer_problem, write_bias
+from sparse_onnx.passes.calibration.layer_problem import layer_problem, write_bias
 from sparse_onnx.passes.calibration.turns import Layer, Order, layers_in_turn
 from sparse_onnx.passes.calibration.unseen import UNSEEN_SHARE, add_unseen_tokens
 from sparse_onnx.passes.quantize.awq import scale_inputs
@@ -51,7 +51,6 @@ from sparse_onnx.passes.solvers import (
     RtnQuantizer,
     WeightQuantizer,
     refit,
-    relative_error,
 )
 from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix, ScaleType
 from sparse_onnx.progress import done_of
@@ -370,20 +369,13 @@ class _Job:
             return
         quantized = QuantizedMatrix.side_by_side(parts)
         after = quantized.matrix()
-        errors, bias = [], None
-        width = W.shape[1] // max(len(layer.inputs), 1)
-        for index, statistics in enumerate(layer.inputs):
-            part = slice(index * width, (index + 1) * width)
-            if isinstance(statistics.gram, np.ndarray) and statistics.gram.ndim == 2:
-                errors.append(relative_error(aim[:, part], after[:, part], statistics.gram))
-        if self._is_biased(layer):
-            bias = self._correct_bias(layer, W, after)
+        known = layer.error(aim, after)
+        bias = self._correct_bias(layer, W, after) if self._is_biased(layer) else None
         zeros = int(W.size - np.count_nonzero(W))
 
         def keep(array: np.ndarray, what: str) -> ir.TensorProtocol:
             return self.context.store(array, f"{weight.name}.{what}")
 
-        known = float(np.mean(errors)) if errors else None
         self._solved.append(
             _Solved(
                 weight,
@@ -430,10 +422,8 @@ class _Job:
         kept = self._kept(name, W.shape, grid)
         if kept is not None:
             return [kept]
-        width = W.shape[1] // len(layer.inputs)
         parts = []
-        for index, statistics in enumerate(layer.inputs):
-            part = slice(index * width, (index + 1) * width)
+        for part, statistics in layer.parts(W.shape[1]):
             own, wanted = (np.ascontiguousarray(matrix[:, part]) for matrix in (W, aim))
             parts.append(self._solve_group(layer, own, wanted, statistics, part, grid))
         if self._checkpoint is not None:
@@ -479,21 +469,12 @@ class _Job:
         return solver.solve(W, statistics, target=target)
 
     def _is_biased(self, layer: Layer) -> bool:
-        known = all(statistics.mean is not None for statistics in layer.inputs)
-        target = layer.target
-        return self.options.corrects_biases and known and target is not None and target.bias is not None
+        return self.options.corrects_biases and layer.has_bias
 
     def _correct_bias(self, layer: Layer, W: np.ndarray, after: np.ndarray) -> tuple[str, ir.TensorProtocol]:
         assert layer.target is not None
-        width, old, shifts = W.shape[1] // len(layer.inputs), bias_of(layer.target), []
-        for index, statistics in enumerate(layer.inputs):
-            part = slice(index * width, (index + 1) * width)
-            assert statistics.mean is not None
-            shifts.append(
-                corrected_bias(old[part], W[:, part], after[:, part], statistics.mean, layer.aim, part)
-            )
         self.biases += 1
-        return write_bias(self.model, layer.target, np.concatenate(shifts), self.context.store)
+        return write_bias(self.model, layer.target, layer.shifted_bias(W, after), self.context.store)
 
     def _write(self, solved: _Solved) -> None:
         weight, storage = solved.weight, self.options.storage
