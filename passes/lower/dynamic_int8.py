@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerToRuntime
 from sparse_onnx.passes.lower.forms import Form
 
 __all__ = ["LowerDynamicInt8"]
@@ -34,7 +34,7 @@ _MIDDLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerDynamicInt8(LowerEncoded):
+class LowerDynamicInt8(LowerToRuntime):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.dynamic-int8"
@@ -71,7 +71,7 @@ class LowerDynamicInt8(LowerEncoded):
         return y
 
     @classmethod
-    def exact_twin(cls, node: ir.Node) -> None:
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
         """The integers of X become X itself, with a scale of 1; those of W floats, exactly."""
         graph = node.graph
         if node.op_type != "MatMulInteger" or graph is None:

@@ -20,5 +20,5 @@ def exact_twin(model: ir.Model) -> ir.Model | None:
     twin = model.clone()
     for node in tuple(twin.graph):
         if (lowering := lowerings.get(node.metadata_props.get(LOWERED_KEY, ""))) is not None:
-            lowering.exact_twin(node)
+            lowering.exact_twin(twin, node)
     return twin

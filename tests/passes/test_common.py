@@ -185,7 +185,10 @@ CASES = {
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
         prunable=("q",),
-        changed=("lower.sparse-matmul", "lower.matmul-nbits", "lower.dynamic-int8"),
+        changed=(
+            *("lower.sparse-matmul", "lower.int8-matmul", "lower.sparse-int8-matmul"),
+            *("lower.matmul-nbits", "lower.dynamic-int8"),
+        ),
     ),
     "quantized in blocks": Case(
         "D = DequantizeLinear<axis = 1, block_size = 3>(q, s) W = Transpose(D) Y = MatMul(X, W)",
