@@ -17,7 +17,7 @@ output are all zero are neither stored nor multiplied. Which of the two is faste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -37,7 +37,6 @@ from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import VERSION
 from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.base import Outputs
-from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
 
 __all__ = ["LowerInt8MatMul", "LowerSparseInt8MatMul"]
@@ -65,7 +64,6 @@ class LowerInt8MatMul(LowerEncoded):
 
     name: ClassVar[str] = "lower.int8-matmul"
     dense: ClassVar[bool] = True
-    pack: ClassVar[Callable[[np.ndarray, np.ndarray], Int8Weight]] = staticmethod(int8_quads.pack_dense)
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
@@ -103,7 +101,8 @@ class LowerInt8MatMul(LowerEncoded):
         grid = read_grid(weight)
         assert isinstance(grid, IntegerGrid)
         integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
-        packed = self.pack(integers, np.ascontiguousarray(grid.scale[0]))
+        pack = int8_quads.pack_dense if self.dense else int8_quads.pack_quads
+        packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
         weight.release()
         tensors = {
             name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()
@@ -121,7 +120,6 @@ class LowerSparseInt8MatMul(LowerInt8MatMul):
 
     name: ClassVar[str] = "lower.sparse-int8-matmul"
     dense: ClassVar[bool] = False
-    pack: ClassVar[Callable[[np.ndarray, np.ndarray], Int8Weight]] = staticmethod(int8_quads.pack_quads)
 
     @classmethod
     def _form(cls) -> Form:
