@@ -9,6 +9,7 @@ import onnx_ir as ir
 from sparse_onnx.model.work import left_alone
 from sparse_onnx.passes.base import Declined
 from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
+from sparse_onnx.passes.lower.int8_matmul import LowerInt8MatMul, LowerSparseInt8MatMul
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
@@ -22,6 +23,8 @@ LOWERINGS: tuple[type[Lowering], ...] = (
     LowerSparseMatMul,
     LowerSparseConv,
     LowerSparseRecurrent,
+    LowerInt8MatMul,
+    LowerSparseInt8MatMul,
     LowerMatMulNBits,
     LowerDynamicInt8,
     LowerSparseIntegers,

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerProduct
 from sparse_onnx.passes.lower.forms import Form
 
 __all__ = ["LowerDynamicInt8"]
@@ -34,7 +34,7 @@ _MIDDLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerDynamicInt8(LowerEncoded):
+class LowerDynamicInt8(LowerProduct):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.dynamic-int8"

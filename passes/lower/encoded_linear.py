@@ -1,7 +1,7 @@
-"""Base of the lowerings that give a linear, whose weight has few bits, to operators of ONNX Runtime on integers.
+"""Bases of the lowerings that give a linear, whose weight has few bits, to operators on integers.
 
-Only the product is replaced: bias, residual and activation stay nodes of their own. Such operators round *activations*
-to 8 bits, so their forms are not exact.
+Such operators round *activations* to 8 bits, so their forms are not exact. Some take bias and activation along; of
+others (:class:`LowerProduct`) only the product is replaced, and these stay nodes of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.formats.base import Outputs
 
-__all__ = ["EncodedForm", "LowerEncoded"]
+__all__ = ["EncodedForm", "LowerEncoded", "LowerProduct"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,6 @@ class LowerEncoded(Lowering):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "linear"
-    domains: ClassVar[Mapping[str, int]] = {}
-    """Operator sets that the nodes need beside the standard one."""
 
     min_sparsity: float = 0.0
 
@@ -89,24 +87,8 @@ class LowerEncoded(Lowering):
 
     @classmethod
     @abc.abstractmethod
-    def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
-        """What the operators store, by name."""
-
-    @classmethod
-    @abc.abstractmethod
-    def product(
-        cls,
-        node: Callable[..., list[ir.Value]],
-        x: ir.Value,
-        grid: IntegerGrid,
-        stored: Mapping[str, ir.Value],
-    ) -> ir.Value:
-        """x [.., K] times the weight, float32 [.., N], by new nodes."""
-
-    @classmethod
-    @abc.abstractmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
-        """Change ``node`` of ``model``, if it makes :meth:`product` round activations, so that it does not."""
+        """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
@@ -130,6 +112,30 @@ class LowerEncoded(Lowering):
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
         return {"encoding": str(candidate.weight.encoding)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerProduct(LowerEncoded):
+    """Of those that replace the product alone."""
+
+    domains: ClassVar[Mapping[str, int]] = {}
+    """Operator sets that the nodes need beside the standard one."""
+
+    @classmethod
+    @abc.abstractmethod
+    def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
+        """What the operators store, by name."""
+
+    @classmethod
+    @abc.abstractmethod
+    def product(
+        cls,
+        node: Callable[..., list[ir.Value]],
+        x: ir.Value,
+        grid: IntegerGrid,
+        stored: Mapping[str, ir.Value],
+    ) -> ir.Value:
+        """x [.., K] times the weight, float32 [.., N], by new nodes."""
 
     def put(
         self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext

@@ -37,7 +37,7 @@ from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import StoredFormat
 from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
-__all__ = ["Candidate", "Lowering", "PackedTensors", "Packer", "match_layers"]
+__all__ = ["Candidate", "Lowerer", "Lowering", "PackedTensors", "Packer", "match_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensors:
-    """Packed weights as stored tensors, by the names of the inputs: what the nodes of all layers share."""
+    """Packed weights as stored tensors, by the names of the inputs: what the nodes of all layers share. ``op_type``
+    names the operator with such weights, ``parts`` are the names of the inputs of one, in order."""
 
-    stored: StoredFormat
+    op_type: Callable[[str], str]
+    parts: tuple[str, ...]
     tensors: Mapping[str, ir.TensorProtocol]
     attributes: Mapping[str, int | str]
 
@@ -130,7 +132,8 @@ class Packer:
             attributes: dict[str, int | str] = {}
             for part in candidate.parts:
                 self._pack(part, form.stored, tensors, attributes)
-            self._packed[key] = PackedTensors(form.stored, tensors, attributes)
+            names = tuple(part.name for part in form.stored.parts)
+            self._packed[key] = PackedTensors(form.stored.op_type, names, tensors, attributes)
         return self._packed[key]
 
     def _pack(
@@ -235,7 +238,7 @@ class Lowering(Pass):
     ) -> None:
         """Replace the layers of ``candidates`` in ``model``."""
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
-        lowerer = _Lowerer(model, context)
+        lowerer = Lowerer(model, context)
         for candidate in candidates:
             (form,) = candidate.forms
             lowerer.lower(candidate, packer(candidate, form))
@@ -249,7 +252,7 @@ class Lowering(Pass):
         return packer(candidate, form).attributes
 
 
-class _Lowerer:
+class Lowerer:
     """Puts operators into the main graph; what several of them need is made once."""
 
     def __init__(self, model: ir.Model, context: PassContext) -> None:
@@ -258,8 +261,9 @@ class _Lowerer:
         self._zeros: dict[int, ir.Value] = {}
         self._biases: dict[ir.Value, ir.Value] = {}
 
-    def lower(self, candidate: Candidate, packed: PackedTensors) -> None:
-        graph = self._graph
+    def lower(self, candidate: Candidate, packed: PackedTensors) -> list[ir.Node]:
+        """The new nodes, one for each layer of ``candidate``."""
+        graph, made = self._graph, []
         stored = {part.prefix: self._stored(part, packed) for part in candidate.parts}
         for layer in candidate.layers:
             x, *others = layer.operands
@@ -268,7 +272,7 @@ class _Lowerer:
             ]
             for key, array in layer.constants.items():
                 others.append(self._add(key, array))
-            op_type = packed.stored.op_type(layer.op_type)
+            op_type = packed.op_type(layer.op_type)
             self.op_types.add(op_type)
             node = ir.node(
                 op_type,
@@ -293,6 +297,8 @@ class _Lowerer:
                     gone.replace_input_with(index, None)
             for value in dict.fromkeys(unused):
                 drop_with_makers(value)
+            made.append(node)
+        return made
 
     def _add(self, wanted: str, array: np.ndarray) -> ir.Value:
         name = self._names.new(wanted)
@@ -300,10 +306,10 @@ class _Lowerer:
 
     def _stored(self, part: Part, packed: PackedTensors) -> list[ir.Value]:
         """What holds the weight, which all layers of a candidate share."""
-        keys = [one.name for one in packed.stored.parts]
-        name = self._names.stem(part.weight.name, [f".{key}" for key in keys])
+        name = self._names.stem(part.weight.name, [f".{key}" for key in packed.parts])
         return [
-            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key]) for key in keys
+            add_initializer(self._graph, f"{name}.{key}", packed.tensors[part.prefix + key])
+            for key in packed.parts
         ]
 
     def _output(self, layer: Layer, index: int) -> ir.Value:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.nbits import pack_bits
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerProduct
 from sparse_onnx.passes.lower.forms import Form
 
 __all__ = ["LowerMatMulNBits"]
@@ -36,7 +36,7 @@ _IN_FLOATS, _ROUNDED = 1, 4  # values of accuracy_level: activations in float32,
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerMatMulNBits(LowerEncoded):
+class LowerMatMulNBits(LowerProduct):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.matmul-nbits"

@@ -29,7 +29,7 @@ from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.metadata_keys import LOWERED_KEY, STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lower.encoded_linear import LowerEncoded
+from sparse_onnx.passes.lower.encoded_linear import LowerProduct
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.solvers.masks import MaskStructure
@@ -68,7 +68,7 @@ class SparseIntegerForm(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class _LowerNBits(LowerEncoded):
+class _LowerNBits(LowerProduct):
     """What both have in common."""
 
     @classmethod

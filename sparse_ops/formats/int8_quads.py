@@ -25,7 +25,7 @@ Cost: 5 bytes a quad that is stored, and 2 bytes a segment; or 1 byte a weight.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,8 +54,8 @@ def parts(dense: bool) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Int8Weight:
-    """A stored weight; see the module's table for the arrays. ``places`` has offsets, counts and rows, or nothing where
-    all quads are stored."""
+    """A stored weight; see the module's table for the arrays. ``places`` are offsets, counts and rows; None where all
+    quads are stored."""
 
     K: int
     N: int
@@ -63,11 +63,11 @@ class Int8Weight:
     block: int
     values: np.ndarray
     scales: np.ndarray
-    places: tuple[np.ndarray, ...] = ()
+    places: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def dense(self) -> bool:
-        return not self.places
+        return self.places is None
 
     @property
     def _quads(self) -> int:
@@ -80,7 +80,7 @@ class Int8Weight:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The parts by name, in the order of the operator's inputs."""
-        stored = (self.values, *self.places, self.scales)
+        stored = (self.values, *(self.places or ()), self.scales)
         return {part.name: array for part, array in zip(parts(self.dense), stored, strict=True)}
 
     def attributes(self) -> dict[str, int | str]:
@@ -114,8 +114,10 @@ class Int8Weight:
 
     def _in_places(self) -> PackedWeight:
         """The quads as if each were one weight."""
+        assert self.places is not None
         words = np.ascontiguousarray(self.values).view(np.int32)
-        return PackedWeight(self._quads, self.N, self.chunk, self.block, 1, words, *self.places)
+        offsets, counts, rows = self.places
+        return PackedWeight(self._quads, self.N, self.chunk, self.block, 1, words, offsets, counts, rows)
 
     def integers(self) -> np.ndarray:
         """V, int8 [K, N]. Raises FormatError."""
@@ -131,12 +133,8 @@ class Int8Weight:
 
     def unpack(self) -> np.ndarray:
         """The weight [K, N] float32. Raises FormatError."""
-        return self.integers() * self.scales
-
-    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Int8Weight:
-        """The same with some of its arrays replaced."""
-        values, *places, scales = {**self.arrays(), **arrays}.values()
-        return dataclasses.replace(self, values=values, places=tuple(places), scales=scales)
+        dense: np.ndarray = self.integers() * self.scales
+        return dense
 
 
 def _checked(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -170,7 +168,7 @@ def pack_quads(
     quads = _checked(integers, scales)
     count, N, _ = quads.shape
     chunk, block = chunk or _even(count, _CHUNK), block or _even(N, _BLOCK)
-    there = quads.any(axis=2).astype(np.float32)
+    there = np.asarray(quads.any(axis=2), np.float32)
     packed = CHUNKED_CSC.pack(there, chunk=chunk, block=block, width=1)
     k, n = packed.places()
     values = np.zeros((k.size, _QUAD), np.int8)

@@ -189,7 +189,10 @@ CASES = {
         "W = DequantizeLinear(q, s) Y = MatMul(X, W)",
         {"q": np.arange(32, dtype=np.int8).reshape(8, 4), "s": np.float32(0.1)},
         prunable=("q",),
-        changed=("lower.sparse-matmul", "lower.matmul-nbits", "lower.dynamic-int8"),
+        changed=(
+            *("lower.sparse-matmul", "lower.int8-matmul", "lower.sparse-int8-matmul"),
+            *("lower.matmul-nbits", "lower.dynamic-int8"),
+        ),
     ),
     "4 bits and zeros": Case(
         "A = Concat<axis = 1>(X, X) W = DequantizeLinear(q, s) Y = MatMul(A, W)",

@@ -100,7 +100,10 @@ def test_what_cannot_be_packed_is_refused(pack, V, s, message):
 
 
 def spoilt(weight, name, change):
-    return weight.with_arrays({name: change(weight.arrays()[name])})
+    values, *places, scales = (
+        (change(array) if key == name else array) for key, array in weight.arrays().items()
+    )
+    return dataclasses.replace(weight, values=values, places=tuple(places) or None, scales=scales)
 
 
 def edited(index, value):

@@ -24,6 +24,7 @@ from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops import int8_matmul
 
 __all__ = [
     "OPERATORS",
@@ -243,6 +244,7 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     (_MICROSOFT, "GroupQueryAttention"): _one((), _attention(1, present=1, past=3)),
     (_MICROSOFT, "MoE"): tuple(Product((weight,), _uncounted) for weight in (2, 4, 6)),
     (_MICROSOFT, "QMoE"): tuple(Product((weight,), _uncounted) for weight in (2, 5, 8)),
+    **{(DOMAIN, op_type): _one((1,), _packed_matmul) for op_type in int8_matmul.OP_TYPES},
 }
 """Products by (domain, operator). ``LSTM`` multiplies by two weights, MatMul by whichever operand is constant."""
 
@@ -310,6 +312,8 @@ def _reason(node: ir.Node, product: Product) -> str:
         return f"its weight is computed in every run, by {maker.op_type}"
     if is_standard(node, "MatMul", "Gemm") and value is input_at(node, 0):
         return f"the constant is the left operand of {node.op_type}"
+    if node.domain == DOMAIN:
+        return "is a product of integers already"
     tensor = _tensor(value)
     if is_standard(node, "Conv") and node.attributes.get_int("group", 1) > 1:
         return "belongs to a depthwise or grouped convolution"

@@ -100,7 +100,9 @@ inline void round_columns(const Weight& w, const float* x, size_t tokens, size_t
     __builtin_memcpy(panel + (quads + 1) * tile + first + t, &steps[t].size, sizeof(float));
     // What a number that is 0 becomes.
     const uint32_t nothing = static_cast<uint32_t>(steps[t].zero ^ kMiddle) * 0x01010101u;
-    for (size_t quad = (K + 3) / 4; quad < quads; ++quad) panel[quad * tile + first + t] = static_cast<int32_t>(nothing);
+    for (size_t quad = (K + 3) / 4; quad < quads; ++quad) {
+      panel[quad * tile + first + t] = static_cast<int32_t>(nothing);
+    }
   }
   // Words, though moved as floats.
   alignas(64) float words[kColumns][kPiece / 4] = {};

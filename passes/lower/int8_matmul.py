@@ -1,0 +1,126 @@
+"""Lower linears whose weights have 8 bits and a scale for each output to our products of integers.
+
+::
+
+    Before                                  After
+
+    W = Unpack8(q, scale)                   Y = sparse_onnx.Int8MatMulGelu<K, N, ...>(X, stored parts of W, bias)
+    h = MatMul(X, W)
+    b = Add(h, bias)
+    Y = Gelu(b)
+
+The weight keeps its numbers; X is rounded to 8 bits in every run, token by token, see
+:mod:`sparse_onnx.sparse_ops.ops.int8_matmul`. With ``SparseInt8MatMul`` four neighbouring inputs whose weights for an
+output are all zero are neither stored nor multiplied. Which of the two is faster, the guard measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.model.graph import add_function
+from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
+from sparse_onnx.model.metadata_keys import LOWERED_KEY
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.forms import Form
+from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, PackedTensors, Packer
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
+from sparse_onnx.passes.solvers.masks import MaskStructure
+from sparse_onnx.progress import Progress
+from sparse_onnx.sparse_ops.domain import VERSION
+from sparse_onnx.sparse_ops.formats import int8_quads
+from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
+
+__all__ = ["LowerInt8MatMul", "LowerSparseInt8MatMul"]
+
+_MIDDLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _SparseInt8Form(EncodedForm):
+    """Integers without quads of zeros."""
+
+    def expected_nbytes(
+        self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
+    ) -> float:
+        parsed = MaskStructure.parse(structure)
+        if parsed.kind == "n:m":
+            return int8_quads.expected_nbytes(shape, 1)  # some of nearly every four are kept
+        together = parsed.size[1] if parsed.kind == "block" else 1  # inputs that are kept or not as one
+        return int8_quads.expected_nbytes(shape, 1 - sparsity ** max(1, 4 / together))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerInt8MatMul(LowerEncoded):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.int8-matmul"
+    dense: ClassVar[bool] = True
+
+    @classmethod
+    def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
+        if grid.bits != 8:
+            return f"has {grid.bits} bits, not 8"
+        if len(grid.scale) != 1 or not grid.symmetric:
+            return "has more than one scale for an output, or zero points"
+        if grid.inputs > int8_quads.MAX_INPUTS:
+            return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
+        return cls._form()
+
+    @classmethod
+    def _form(cls) -> Form:
+        return EncodedForm("int8-token", cls, exact=False)
+
+    @classmethod
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
+        """The same operator in float32, by a function of its own."""
+        node.domain = int8_matmul.EXACT_DOMAIN
+        add_function(model, int8_matmul.exact_body(node.op_type, model.opset_imports[""]), VERSION)
+
+    def put(
+        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
+    ) -> None:
+        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
+        lowerer = Lowerer(model, context)
+        for candidate in candidates:
+            for node in lowerer.lower(candidate, self._packed(candidate.weight, context)):
+                node.metadata_props[LOWERED_KEY] = self.name
+            packing.step()
+        for op_type in sorted(lowerer.op_types):
+            add_function(model, int8_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
+
+    def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
+        grid = read_grid(weight)
+        assert isinstance(grid, IntegerGrid)
+        integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
+        pack = int8_quads.pack_dense if self.dense else int8_quads.pack_quads
+        packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
+        weight.release()
+        tensors = {
+            name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()
+        }
+
+        def op_type(base: str) -> str:
+            return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], self.dense)
+
+        return PackedTensors(op_type, tuple(tensors), tensors, packed.attributes())
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSparseInt8MatMul(LowerInt8MatMul):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.sparse-int8-matmul"
+    dense: ClassVar[bool] = False
+
+    @classmethod
+    def _form(cls) -> Form:
+        return _SparseInt8Form("sparse-int8", cls, exact=False, least_zeros=MIN_SPARSITY)
