@@ -47,8 +47,8 @@ class Form(abc.ABC):
             no timing; None: no share tells.
         stored: How its weights lie.
         bits: Of the weights that it is for; those of a form for floats are decoded.
-        activations: Bits that it rounds all of its input to with one scale, when it runs; one that rounds parts of it
-            with a scale each, or nothing, has those of floats.
+        activations: Bits that it rounds its input to when it runs, with one scale for all of it or, ``by_token``, one
+            for each vector of inputs; one that rounds blocks of such a vector, or nothing, has those of floats.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Form(abc.ABC):
     stored: StoredFormat = SPARSE_FORMAT
     bits: int = FLOAT_BITS
     activations: int = FLOAT_BITS
+    by_token: bool = False
 
     def __post_init__(self) -> None:
         require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")

@@ -334,6 +334,19 @@ def test_a_form_of_few_bits_may_have_a_curve_over_zeros():
     assert model.outlook({"a": Choice(0.7)}).forms == {"a": "sparse"}, "floats have no such form"
 
 
+def test_which_layers_round_tokens_is_told_by_their_fastest_form():
+    token = dataclasses.replace(DYNAMIC, name="int8-token", by_token=True)
+    curves = FAST | {
+        ("int8-dynamic", "unstructured"): curve(0.4, sparsities=(0.0,)),
+        ("int8-token", "unstructured"): curve(0.3, sparsities=(0.0,)),
+    }
+    both = layer("a", curves, forms=(sparse_form(LowerSparseMatMul), DYNAMIC, token), encoded={8: 8448})
+    assert both.rounds_tokens(1.02)
+    assert not dataclasses.replace(both, forms=both.forms[:2]).rounds_tokens(1.02)
+    assert not layer("b", FAST).rounds_tokens(1.02)
+    assert not both.rounds_tokens(100.0), "it stays dense"
+
+
 def test_the_same_bits_everywhere_are_for_those_that_can_have_them():
     narrow = layer("b", FAST)
     ignored = encoded_layer("c", ALL, reason="listed in ignore", encoded={})

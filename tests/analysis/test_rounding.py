@@ -67,6 +67,8 @@ def test_rounded_inputs_change_the_product_as_in_numpy():
     found = rounded_inputs(source, weights, [{"X": X}], [16, 32], threads=1)
     for name, weight, inputs in (("A", A, X), ("B", B, HIDDEN)):
         assert found[name].whole == pytest.approx(error(inputs - as_bytes(inputs), weight, inputs), rel=0.02)
+        tokens = error(inputs - in_blocks(inputs, len(weight)), weight, inputs)
+        assert found[name].tokens == pytest.approx(tokens, rel=0.02)
         for size in (16, 32):  # 80 inputs are no multiple of 32
             expected = error(inputs - in_blocks(inputs, size), weight, inputs)
             assert found[name].blocks[size] == pytest.approx(expected, rel=0.02)
@@ -156,6 +158,24 @@ def test_the_expected_error_is_that_of_a_model_that_was_rounded(losses):
     dynamic = relative(output(A, B, as_bytes(X)))
     both = losses["A"].error(Choice(bits=8, activations=8)) ** 2 - losses["A"].error(Choice(bits=8)) ** 2
     assert np.sqrt(both) == pytest.approx(dynamic, rel=0.2)
+
+
+def test_operators_that_round_tokens_have_their_error(tmp_path, losses):
+    source = model()
+    found = measure_losses(
+        source,
+        find_weights(source)[0],
+        Samples.of([{"X": X}], "test"),
+        Options(mask=None, threads=1),
+        sparsities=(0.3,),
+        structures=("unstructured",),
+        grids={8: usual_grid(8)},
+        by_token=("A",),
+        work=tmp_path,
+        progress=lambda _line: None,
+    )
+    assert found["A"].rounded == pytest.approx(error(X - in_blocks(X, 80), A, X), rel=0.02)
+    assert found["B"].rounded == losses["B"].rounded
 
 
 def test_what_was_not_measured_is_not_known(losses):

@@ -9,6 +9,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.quantize.by_bits import usual_grid
@@ -201,6 +202,23 @@ def test_a_form_of_few_bits_that_needs_zeros_is_measured_over_them(tmp_path, mon
     assert ("int4-nbits", "2:4") not in curves
     curves = with_grids(tmp_path, (4,), encoded_structures=("unstructured", "2:4")).curves
     assert curves["int4-nbits", "2:4"].sparsities == (0.5,)
+
+
+def test_a_form_for_one_pattern_is_found_where_weights_have_it(tmp_path, monkeypatch):
+    found = LowerMatMulNBits.form_of
+
+    def only_halves(weight, grid):
+        if weight.value.metadata_props.get(STRUCTURE_KEY) != "2:4":
+            return "has another pattern"
+        form = found(weight, grid)
+        return form if isinstance(form, str) else dataclasses.replace(form, least_zeros=0.3)
+
+    monkeypatch.setattr(LowerMatMulNBits, "form_of", only_halves)
+    measured = with_grids(tmp_path, (4,), encoded_structures=("unstructured", "2:4"))
+    few = {key: each.sparsities for key, each in measured.curves.items() if key[0] != "sparse"}
+    assert few == {("int4-nbits", "2:4"): (0.5,)}
+    (form,) = measured.encoded
+    assert curve_of(measured.curves, form, "unstructured") is None
 
 
 @pytest.mark.parametrize("options", [{"prunable": False}, {"grids": [usual_grid(4, 128)]}])

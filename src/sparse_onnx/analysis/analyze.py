@@ -764,6 +764,7 @@ class _Job:
                 for form in layer.forms
                 if isinstance(form, EncodedForm) and form.block
             },
+            by_token=[layer.name for layer in forecast.layers if layer.rounds_tokens(self.min_speedup)],
             work=self.bench.work,
             progress=self.say,
         )

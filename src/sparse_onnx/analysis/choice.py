@@ -20,9 +20,9 @@ class Choice(NamedTuple):
         sparsity: Its share of zeros, in [0, 1).
         structure: Their pattern, as :class:`sparse_onnx.passes.solvers.masks.MaskStructure` writes it.
         bits: Of its weight: 32 is float32; 8, 4, 3 or 2.
-        activations: Bits that its operator may round all of its input to with one scale, when it runs: 8 for ONNX
-            Runtime's dynamic int8. Operators that round blocks of inputs (MatMulNBits) need no such leave: what they
-            lose belongs to the bits of the weight.
+        activations: Bits that its operator may round its input to when it runs, with one scale for all of it or for
+            every token: 8 for ONNX Runtime's dynamic int8. Operators that round blocks of inputs (MatMulNBits) need no
+            such leave: what they lose belongs to the bits of the weight.
     """
 
     sparsity: float = 0.0

@@ -159,6 +159,14 @@ class LayerForecast:
         integers = chosen.expected_nbytes(self.shape, choice.sparsity, choice.structure, self.outputs)
         return integers + chosen.scale_nbytes(self.shape)
 
+    def rounds_tokens(self, min_speedup: float) -> bool:
+        """Whether, of the forms that round activations, the one that it would get has a scale for every token."""
+        for bits in self.encoded:
+            name = self.best_form(Choice(bits=bits, activations=ROUNDED_BITS), min_speedup)
+            if name != DENSE and self.form(name).activations != FLOAT_BITS:
+                return self.form(name).by_token
+        return False
+
     @property
     def precisions(self) -> tuple[tuple[int, int], ...]:
         """The (bits, activations) that it can have, see :class:`Choice`."""

@@ -74,10 +74,11 @@ def _shares(lost: np.ndarray, energy: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class RoundedInputs:
-    """The error of a layer whose input is rounded to 8 bits: all of it with one scale (``whole``), or the inputs of a
-    vector in blocks with a scale each (``blocks``, by their size)."""
+    """The error of a layer whose input is rounded to 8 bits: with one scale for all of it (``whole``) or for every
+    vector (``tokens``), or the inputs of a vector in blocks with a scale each (``blocks``, by their size)."""
 
     whole: float
+    tokens: float
     blocks: Mapping[int, float]
 
 
@@ -90,7 +91,7 @@ def rounded_inputs(
     threads: int,
 ) -> dict[str, RoundedInputs]:
     """Of every linear of the main graph among ``weights``, by running ``model`` once on ``batches``: beside it is
-    computed what rounding the input as ONNX Runtime does, whole and in blocks of these ``sizes``, changes.
+    computed what rounding the input changes, whole as ONNX Runtime does, by vector, and in blocks of these ``sizes``.
     """
     copy = model.clone()
     probe = _Probe(copy)
@@ -106,8 +107,8 @@ def rounded_inputs(
     for name, own in names.items():
         if own:
             energy, *lost = (sums[output] for output in own)
-            whole, *blocks = (float(np.sqrt(_mean_share(each, energy))) for each in lost)
-            found[name] = RoundedInputs(whole, dict(zip(sizes, blocks, strict=True)))
+            whole, tokens, *blocks = (float(np.sqrt(_mean_share(each, energy))) for each in lost)
+            found[name] = RoundedInputs(whole, tokens, dict(zip(sizes, blocks, strict=True)))
     return found
 
 
@@ -125,7 +126,7 @@ class _Probe:
 
     def watch(self, weight: Weight, sizes: Sequence[int]) -> tuple[str, ...]:
         """The names of new outputs [N]: the energy of the product of ``weight``, and of its changes when the input is
-        rounded, whole and in blocks; none for what is no linear of floats."""
+        rounded, whole, by vector and in blocks; none for what is no linear of floats."""
         value = self._graph.initializers.get(weight.name)
         uses = [] if value is None else [use.node for use in value.uses() if use.node.op_type in LINEARS]
         if not uses or uses[0].graph is not self._graph or weight.dtype != ir.DataType.FLOAT:
@@ -135,10 +136,8 @@ class _Probe:
         flat = self._node("Reshape", x, self._ints(-1, K))
         key = x.name or "", K
         if key not in self._moved:
-            self._moved[key] = [
-                self._change(flat),
-                *(self._change_in_blocks(flat, K, size) for size in sizes),
-            ]
+            blocks = [self._change_in_blocks(flat, K, size) for size in (K, *sizes)]
+            self._moved[key] = [self._change(flat), *blocks]
         return tuple(self._energy(uses[0], moved, N) for moved in (flat, *self._moved[key]))
 
     def _change(self, x: ir.Value) -> ir.Value:

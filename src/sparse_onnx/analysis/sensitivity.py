@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -55,7 +55,7 @@ class Loss:
     """Of one layer: ``errors`` by pattern, the relative errors of its own output at ``sparsities`` (N:M has one), and
     ``gain``, the relative error of the model's worst output for a unit of it. In squares come on top: by bits
     ``encoded``, what they add with each of the shares ``encoded_sparsities`` of zeros, rounding of blocks of inputs
-    included, and ``rounded``, what rounding the whole input with one scale does."""
+    included, and ``rounded``, what rounding the whole input does."""
 
     gain: float
     sparsities: Mapping[str, tuple[float, ...]]
@@ -103,11 +103,13 @@ def measure_losses(
     structures: Sequence[str],
     grids: Mapping[int, UsualGrid] | None = None,
     blocks: Mapping[int, int] | None = None,
+    by_token: Collection[str] = (),
     work: Path,
     progress: Callable[[str], None],
 ) -> dict[str, Loss]:
     """The loss of every weight of ``model`` that has statistics, by name; by bits also with weights on ``grids`` and,
-    where operators for these round blocks of inputs, their size in ``blocks``.
+    where operators for these round blocks of inputs, their size in ``blocks``. Operators that round all of an input
+    have one scale for it, those of the weights ``by_token`` one for every vector.
 
     Raises UsageError if ORT refuses the model or the samples do not fit it.
     """
@@ -134,7 +136,9 @@ def measure_losses(
             )
             gain = found.relative_error / own if own and math.isfinite(found.relative_error) else 0.0
             loss = _loss(W, groups[0], len(groups), gain, sparsities, structures)
-            losses[weight.name] = _with_bits(loss, W, groups, grids, inputs.get(weight.name), blocks)
+            losses[weight.name] = _with_bits(
+                loss, W, groups, grids, inputs.get(weight.name), blocks, by_token=weight.name in by_token
+            )
             del W, probe
             weight.release()
             told.step()
@@ -262,6 +266,8 @@ def _with_bits(
     grids: Mapping[int, UsualGrid],
     inputs: RoundedInputs | None,
     blocks: Mapping[int, int],
+    *,
+    by_token: bool,
 ) -> Loss:
     """``loss`` with what rounding adds, judged by the first group."""
     if not grids:
@@ -275,7 +281,7 @@ def _with_bits(
         loss,
         encoded_sparsities=(0.0, *_ENCODED),
         encoded=added,
-        rounded=None if inputs is None else inputs.whole,
+        rounded=None if inputs is None else inputs.tokens if by_token else inputs.whole,
     )
 
 

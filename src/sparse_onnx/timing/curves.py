@@ -188,12 +188,12 @@ def measure_curves(
     models: dict[tuple[str, str, float], ir.Model] = {}
     for form in as_it_is:
         _add(models, form, (UNSTRUCTURED, candidate.sparsity), dense, weight)
-    encoded: dict[UsualGrid, list[Form]] = {}
+    encoded: dict[str, Form] = {}
     for grid in grids if prunable else ():
         rounded = _on_grid(dense, candidate.names, grid)
-        encoded[grid] = _forms_of(rounded, weight, grid)
-        for form in encoded[grid]:
+        for form in _forms_of(rounded, weight, grid):
             if not form.least_zeros:
+                encoded[form.name] = form
                 _add(models, form, (UNSTRUCTURED, 0.0), rounded, weight)
     if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
@@ -203,10 +203,11 @@ def measure_curves(
             share = float(done.statistics["sparsity"])
             for form in forms:
                 _add(models, form, (structure, share), pruned, weight)
-            for grid, own in encoded.items() if structure in encoded_structures else ():
-                for form in own:
+            for grid in grids if structure in encoded_structures else ():
+                rounded = _on_grid(pruned, candidate.names, grid)
+                for form in _forms_of(rounded, weight, grid):  # some are for one pattern only
                     if form.least_zeros:
-                        rounded = _on_grid(pruned, candidate.names, grid)
+                        encoded[form.name] = form
                         _add(models, form, (structure, share), rounded, weight)
     measured: list[list[Ratio]] = [[] for _ in models]
     dense_ms: list[float] = []
@@ -247,7 +248,7 @@ def measure_curves(
         statistics.median(dense_ms),
         curves,
         quiet >= _STARTS,
-        tuple(form for own in encoded.values() for form in own),
+        tuple(encoded.values()),
     )
 
 
