@@ -352,7 +352,7 @@ class _Job:
                 sparsities=SPARSITIES if self.structures else _NO_ZEROS,
                 anchors=True if self.structures else _NO_ZEROS,
                 bits=sorted(self.bits, reverse=True),
-                group_size=self.templates.group_size,
+                group_size=self.templates.group_sizes(self.bits),
                 encoded_structures=self.structures,
                 targets=selection.targets,
                 ignore=selection.ignore,
