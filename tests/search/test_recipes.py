@@ -144,5 +144,12 @@ def test_the_selection_is_what_any_of_them_is_for():
     assert Templates(prune).selection == prune.selection
     both = Templates(prune, QuantizeWeights(ignore=("a", "b"))).selection
     assert (both.targets, both.ignore) == ((), ("a",))
-    assert Templates(bits=QuantizeWeights(group_size=128)).group_size == 128
-    assert Templates(bits=QuantizeWeights()).group_size is None
+
+
+def test_groups_of_another_size_are_those_of_few_bits():
+    bits = (8, 4, 3)
+    assert Templates(bits=QuantizeWeights()).group_sizes(bits) == {}
+    assert Templates().group_sizes(bits) == {}
+    assert Templates(bits=QuantizeWeights(bits=4, group_size=128)).group_sizes(bits) == {4: 128, 3: 128}
+    assert Templates(bits=QuantizeWeights(bits=8, group_size=128)).group_sizes([8]) == {8: 128}
+    assert Templates(bits=QuantizeWeights(bits=8, group_size=0)).group_sizes([8]) == {}

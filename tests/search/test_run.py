@@ -8,6 +8,9 @@ import onnx.parser
 import pytest
 
 import sparse_onnx
+from sparse_onnx.compilation.compile import compile_into
+from sparse_onnx.compilation.recipe import Recipe
+from sparse_onnx.compilation.recipe_flags import override
 from sparse_onnx.errors import UsageError
 from sparse_onnx.report.schema import check_report
 from sparse_onnx.search import run
@@ -250,6 +253,47 @@ def test_an_interrupted_search_for_bits_goes_on(model, data, tmp_path, monkeypat
     result = _optimize(model, tmp_path / "out", **options)
     assert set(_bits(result.report).values()) == {4}
     assert {point["bits"] < 32 for point in result.report["search"]["pareto"]} == {True}
+
+
+@pytest.mark.parametrize(("weight", "collected"), [("", [1, 0]), (":0.5", [1, 1])])
+def test_what_layers_see_is_collected_once_for_several_compilations(model, data, tmp_path, weight, collected):
+    """But for data with weights, of which no file holds statistics."""
+    recipe = override(
+        Recipe(),
+        method="wanda",
+        sparsity=0.5,
+        calibration_data=f"{data}{weight}",
+        input_shapes=SHAPES,
+        keep_pruned=True,
+    )
+    found, zeros = [], []
+    for number in range(2):
+        lines, folder = [], tmp_path / str(number)
+        folder.mkdir()
+        _, report = compile_into(
+            folder,
+            model,
+            recipe,
+            command="test",
+            benchmark=False,
+            statistics=tmp_path / "inputs.stats",
+            progress=lines.append,
+        )
+        found.append(sum(line.startswith("prune: calibration: 11/11") for line in lines))
+        zeros.append([row["sparsity"] for row in report["layers"]])
+        assert "inputs.stats" not in (folder / "recipe.yaml").read_text(), "others have no such file"
+    assert found == collected
+    assert zeros[0] == zeros[1]
+
+
+def test_a_search_leaves_what_layers_see_to_its_trials(model, data, tmp_path, timed_once):
+    kept = tmp_path / "kept"
+    options = {"calibration_data": data, "target_size": 0.6, "search_trials": 1, "checkpoint": kept}
+    _optimize(model, tmp_path / "out", method="wanda", **options)
+    assert (kept / "inputs.stats").is_file()
+    # Another question makes it anew: the same file would be refused as one of other data.
+    again = _optimize(model, tmp_path / "other", method="wanda", num_calibration_samples=40, **options)
+    assert again.report["search"]["evaluated"] == 1
 
 
 def test_a_model_in_which_nothing_can_have_few_bits(model, tmp_path):

@@ -345,7 +345,7 @@ def analyze(
     mask_structures: Sequence[str] = STRUCTURES,
     sparsities: Sequence[float] = SPARSITIES,
     bits: Sequence[int] = BITS,
-    group_size: int | None = None,
+    group_size: int | Mapping[int, int] | None = None,
     encoded_structures: Sequence[str] = (UNSTRUCTURED,),
     targets: Sequence[str] = (),
     ignore: Sequence[str] = DEFAULT_IGNORE,
@@ -370,7 +370,8 @@ def analyze(
         mask_structures: The patterns to measure.
         sparsities: The shares of zeros to measure at, each in (0, 1).
         bits: Of weights, to measure with: any of 8, 4, 3 and 2; none: only zeros are looked at.
-        group_size: Inputs that share a scale, 16 to 256, 0: all; None: as ``optimize`` has it for these bits.
+        group_size: Inputs that share a scale, 16 to 256, 0: all; or that by bits. None, and bits that it does not have:
+            as ``optimize`` has it for these.
         encoded_structures: The patterns to measure forms of few bits with, where these depend on zeros.
         targets, ignore: The layers that may be touched, see :class:`sparse_onnx.model.weights.Selection`.
         input_shapes: Shapes to time for, by input name.
@@ -392,7 +393,8 @@ def analyze(
         require(0 < share < 1, "sparsities", share, "above 0 and below 1")
     for count in bits:
         require(count in STORED_BITS, "bits", count, "8, 4, 3 or 2")
-    grids = {count: _grid(count, group_size) for count in dict.fromkeys(bits)}
+    sizes = group_size if isinstance(group_size, Mapping) else dict.fromkeys(bits, group_size)
+    grids = {count: _grid(count, sizes.get(count)) for count in dict.fromkeys(bits)}
     for grid in grids.values():
         QuantizeWeights(method="rtn", **grid._asdict())  # fails now rather than after a minute
     require(len(sparsities) > 0, "sparsities", sparsities, "at least one share of zeros")

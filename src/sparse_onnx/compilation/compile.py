@@ -72,20 +72,21 @@ def compile_into(
     cache: Path | None = None,
     table: TimingTable | None = None,
     threads: int | None = None,
+    statistics: Path | None = None,
     dump_after: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _line: None,
 ) -> tuple[int, Report]:
     """Compile ``source`` by ``recipe`` into the empty ``folder``, with all that an output folder holds but the report.
 
     The arguments are as for :func:`sparse_onnx.optimize`; ``threads`` are those to work with, where these are others
-    than those that the recipe decides for. Returns the exit code and the report, which
-    :func:`sparse_onnx.compilation.report_rows.write_report` writes.
+    than those that the recipe decides for, and ``statistics`` a file that several compilations share. Returns the exit
+    code and the report, which :func:`sparse_onnx.compilation.report_rows.write_report` writes.
     """
     work = folder / ".work"
     work.mkdir()
     dumps, clock = Dumps(dump_after, folder), StageClock(progress)
     found = _compile(
-        Job(source, recipe, command, folder, work, clock, benchmark, cache, table, threads, dumps)
+        Job(source, recipe, command, folder, work, clock, benchmark, cache, table, threads, statistics, dumps)
     )
     dumps.note_missing(progress)
     shutil.rmtree(work)

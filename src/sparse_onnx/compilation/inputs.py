@@ -102,11 +102,12 @@ def _open_data(job: Job, source: Source, pipeline: Pipeline) -> _Data:
         return _Data(known, known, labelled, None)
     count = len(known)
     kept = count - max(1, count // 8) if count > 1 else 1
+    statistics = None if known.weighted else job.statistics  # which no file holds of sources with weights
     calibration = CalibrationData(
         known.part(0, kept),
         job.work,
         CalibrationOptions(mask=given.padding_mask, threads=job.threads),
-        None if given.statistics is None else Path(given.statistics),
+        statistics if given.statistics is None else Path(given.statistics),
         None if given.checkpoint is None else Path(given.checkpoint),
     )
     if count > 1:

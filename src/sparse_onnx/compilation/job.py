@@ -37,6 +37,8 @@ class Job:
         benchmark: Whether layers and the whole model are timed here.
         cache: A file of earlier timings; None: there is none.
         table: Timings of another machine, to decide by where nothing is timed.
+        statistics: A file for statistics of oneshot calibration that several compilations share, where the recipe names
+            none.
         threads_here: Threads to work with, where these are others than those that the recipe decides for.
         after: Called with the name of every pass and the model behind it.
     """
@@ -51,6 +53,7 @@ class Job:
     cache: Path | None = None
     table: TimingTable | None = None
     threads_here: int | None = None
+    statistics: Path | None = None
     after: Callable[[str, ir.Model], None] = _unseen
 
     def say(self, line: str) -> None:

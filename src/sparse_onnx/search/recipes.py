@@ -32,13 +32,13 @@ class Templates:
     zeros: Pass | None = None
     bits: QuantizeWeights | None = None
 
-    @property
-    def group_size(self) -> int | None:
-        """Inputs that share a scale, where that is another number than usual."""
+    def group_sizes(self, bits: Iterable[int]) -> dict[int, int]:
+        """Inputs that share a scale in weights of so many ``bits``, where that is another number than usual."""
         step = self.bits
-        return (
-            None if step is None or step.group_size == usual_grid(step.bits).group_size else step.group_size
-        )
+        if step is None or step.group_size == usual_grid(step.bits).group_size:
+            return {}
+        few = step.bits <= _FEW_BITS
+        return {own: step.group_size for own in bits if not few or own <= _FEW_BITS}
 
     @property
     def selection(self) -> Selection:

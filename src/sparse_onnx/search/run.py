@@ -75,7 +75,8 @@ _BITS = {
 _NO_ZEROS = (0.5,)
 """Where nothing is pruned: one share of zeros, so that what others would bring is not measured."""
 
-_STATE = ("search.json", "best", *FILES)
+_STATISTICS = "inputs.stats"
+_STATE = ("search.json", "best", _STATISTICS, f"{_STATISTICS}.partial", *FILES)
 
 
 def search_recipe(
@@ -174,6 +175,7 @@ class _Compile:
     sizes: Mapping[str, int]
     rows: Mapping[str, int]
     table: TimingTable
+    statistics: Path | None
     command: str
     progress: Callable[[str], None] | None = None
 
@@ -188,6 +190,7 @@ class _Compile:
             benchmark=False,
             table=self.table,
             threads=threads,
+            statistics=self.statistics,
             progress=self._say,
         )
         summary = report["summary"]
@@ -295,6 +298,7 @@ class _Job:
                 planned.sizes,
                 planned.rows,
                 planned.table,
+                self.state.absolute() / _STATISTICS if self.solves_one_model() else None,
                 self.command,
                 self.say if here else None,
             ),
@@ -305,6 +309,12 @@ class _Job:
             key=key,
             progress=self.say,
         )
+
+    def solves_one_model(self) -> bool:
+        """Whether every trial has one pass that solves layers, of one model: they can share what its layers see."""
+        if self.templates.bits is None:
+            return len(self.structures) == 1
+        return self.templates.zeros is None and self.goals.nbytes is None
 
     def key(self) -> str:
         """Equal for equal questions."""
@@ -323,6 +333,8 @@ class _Job:
 
     def plan(self, key: str) -> Planned:
         """Measure layers and whole models, and make the families of plans of it; both are kept."""
+        (self.state / _STATISTICS).unlink(missing_ok=True)  # of another question
+        shutil.rmtree(self.state / f"{_STATISTICS}.partial", ignore_errors=True)
         calibration = self.recipe.calibration
         with model_io.Spool(self.work) as spool, explaining_guesses(self.choices):
             Pipeline(PREPARATION_PASSES)(self.model, PassContext(spool.put))
@@ -340,7 +352,7 @@ class _Job:
                 sparsities=SPARSITIES if self.structures else _NO_ZEROS,
                 anchors=True if self.structures else _NO_ZEROS,
                 bits=sorted(self.bits, reverse=True),
-                group_size=self.templates.group_size,
+                group_size=self.templates.group_sizes(self.bits),
                 encoded_structures=self.structures,
                 targets=selection.targets,
                 ignore=selection.ignore,
