@@ -43,7 +43,7 @@ _FULL_ROWS = 4  # outputs that a kernel computes together where no quad is missi
 
 # Chosen on measurements: the activations of one chunk, 64 or 128 tokens, stay in the first-level cache, and segments
 # are long enough at 90 % sparsity.
-_CHUNK, _BLOCK = 96, 128
+_CHUNK, _BLOCK = 96, 64
 
 
 def parts(dense: bool) -> tuple[Part, ...]:

@@ -16,6 +16,8 @@ from sparse_onnx.model.work import (
     untouched,
 )
 from sparse_onnx.passes.lower.candidates import find_candidates
+from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1, "my" : 1]>'
 
@@ -344,4 +346,5 @@ def test_operators_exist() -> None:
     """A typing error in the table would count nothing."""
     known = {schema.name for schema in onnx.defs.get_all_schemas()}
     assert {name for domain, name in OPERATORS if domain == ""} <= known
-    assert {domain for domain, _ in OPERATORS} == {"", "com.microsoft"}
+    assert {name for domain, name in OPERATORS if domain == DOMAIN} <= set(OP_TYPES)
+    assert {domain for domain, _ in OPERATORS} == {"", "com.microsoft", DOMAIN}

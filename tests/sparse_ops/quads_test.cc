@@ -247,6 +247,7 @@ void test_spoilt_bytes() {
 void test_dispatch() {
   Weight weight{};
   weight.K = 256, weight.quads = weight.chunk = 64, weight.block = 128, weight.N = 128;
+  weight.blocks = 1;
   const auto name = [&](Features features, size_t tokens) {
     return std::string(select_kernel(features, weight, tokens).name);
   };
@@ -254,8 +255,10 @@ void test_dispatch() {
 #if defined(__x86_64__)
   constexpr Features kVnni = kAvx512 | Features::avx512vnni;
   expect(name(kVnni, 1) == "avx512vnni_t16" && name(kVnni, 17) == "avx512vnni_t32" &&
-             name(kVnni, 1000) == "avx512vnni_t128",
+             name(kVnni, 1000) == "avx512vnni_t128" && name(kVnni, 100) == "avx512vnni_t128",
          "AVX-512 with VNNI");
+  expect(name(kVnni, 65) == "avx512vnni_t64", "a tile half empty");
+  expect(std::string(make_plan(weight, 65, kVnni).last->name) == "avx512vnni_t16", "one token behind a tile");
   expect(name(kAvx512, 1000) == "avx512_t64", "AVX-512 alone");
   expect(name(kAvx2 | Features::avxvnni, 1000) == "avx2vnni_t64" && name(kAvx2, 7) == "avx2_t8", "AVX2");
   weight.block = 256;

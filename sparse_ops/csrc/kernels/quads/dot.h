@@ -127,6 +127,17 @@ inline IntVector<kLanes> shift_of(IntVector<kLanes> zeros, IntVector<kLanes> sum
 #endif
 }
 
+// Compilers change the order of integer sums, and then need more registers than there are: not across this.
+template <size_t kLanes>
+inline IntVector<kLanes> as_it_is(IntVector<kLanes> sum) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(sum));
+#elif defined(__SSE2__)
+  asm("" : "+x"(sum));
+#endif
+  return sum;
+}
+
 // A quad of weights, ready to be multiplied. With kWide its integers may use all 8 bits.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool kAnyIsNarrow = true;  // sums of bytes are made in 32 bits
@@ -155,11 +166,20 @@ template <size_t kLanes>
 inline IntVector<kLanes> odd_bytes(IntVector<kLanes> x) {
   return (x >> 8) & 0x00ff00ff;
 }
-inline int32_t signed_halves(int32_t word, int low) {
-  const auto half = [&](int shift) {
-    return static_cast<uint32_t>(static_cast<uint16_t>(static_cast<int8_t>(word >> shift)));
-  };
-  return static_cast<int32_t>(half(low) | half(low + 16) << 16);
+// The same of signed bytes.
+template <size_t kLanes>
+struct HalvesOf {
+  typedef int16_t Halves __attribute__((vector_size(kLanes * 4)));
+};
+template <size_t kLanes>
+inline IntVector<kLanes> odd_weights(IntVector<kLanes> words) {
+  using Halves = typename HalvesOf<kLanes>::Halves;
+  return (IntVector<kLanes>)((Halves)words >> 8);
+}
+template <size_t kLanes>
+inline IntVector<kLanes> even_weights(IntVector<kLanes> words) {
+  using Halves = typename HalvesOf<kLanes>::Halves;
+  return odd_weights<kLanes>((IntVector<kLanes>)((Halves)words << 8));
 }
 
 template <size_t kLanes, bool kWide>
@@ -167,10 +187,11 @@ struct Quad {
 #if defined(__SSE2__)
   IntVector<kLanes> even, odd;
   explicit Quad(int32_t word)
-      : even(splat_word<kLanes>(signed_halves(word, 0))), odd(splat_word<kLanes>(signed_halves(word, 8))) {}
+      : even(even_weights<kLanes>(splat_word<kLanes>(word))),
+        odd(odd_weights<kLanes>(splat_word<kLanes>(word))) {}
   IntVector<kLanes> add_to(IntVector<kLanes> sum, IntVector<kLanes> x) const {
-    return sum + add_halves<kLanes>(even_bytes<kLanes>(x), even) +
-           add_halves<kLanes>(odd_bytes<kLanes>(x), odd);
+    return as_it_is<kLanes>(sum + add_halves<kLanes>(even_bytes<kLanes>(x), even) +
+                            add_halves<kLanes>(odd_bytes<kLanes>(x), odd));
   }
 #else
   IntVector<kLanes> weights[4];
@@ -196,7 +217,8 @@ struct Quad<kLanes, false> {
 #else
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)x, (__m256i)weights);
 #endif
-    return sum + add_halves<kLanes>((IntVector<kLanes>)pairs, splat_word<kLanes>(0x00010001));
+    return as_it_is<kLanes>(
+        sum + add_halves<kLanes>((IntVector<kLanes>)pairs, splat_word<kLanes>(0x00010001)));
   }
 };
 #endif

@@ -9,6 +9,8 @@
 namespace sparse_ops::quads {
 namespace {
 
+constexpr Table<Kernel> kChosen = without_reference<Kernel>(kKernels);
+
 // Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
 // read, but enough to give every thread a task.
 constexpr size_t kPanelBytes = size_t{1} << 19;
@@ -64,16 +66,22 @@ void multiply_task(void* context, size_t index) {
   strip.multiply(index % strip.tiles(), index / strip.tiles());
 }
 
-// A kernel for fewer tokens than a tile of `full` has, behind its full tiles.
-const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
+// The narrowest of the rows that need what `full` does, for fewer tokens than its tile has.
+const Kernel& select_last(Table<Kernel> table, const Kernel& full, const Weight& weight, size_t tokens) {
   const Kernel* best = &full;
-  for (const Kernel* kernel : kKernels) {
+  for (const Kernel* kernel : table) {
     if (kernel->needs == full.needs && fits(*kernel, weight) && kernel->tile >= tokens &&
-        kernel->tile < best->tile && kernel->lanes > 1) {
+        kernel->tile < best->tile) {
       best = kernel;
     }
   }
   return *best;
+}
+
+// Columns of all panels that so many tokens take.
+size_t columns(Table<Kernel> table, const Kernel& full, const Weight& weight, size_t tokens) {
+  const size_t rest = tokens % full.tile;
+  return tokens - rest + (rest > 0 ? select_last(table, full, weight, rest).tile : 0);
 }
 
 Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last, size_t threads) {
@@ -97,20 +105,26 @@ const Kernel* select(Table<Kernel> table, Features features, const Weight& weigh
   for (const Kernel* kernel : table) {  // of one set of features: from wide tiles to narrow ones
     if (!is_there(*kernel, features, int8) || !fits(*kernel, weight)) continue;
     if (best != nullptr && kernel->needs != best->needs) continue;
-    if (best == nullptr || kernel->tile >= tokens) best = kernel;
+    if (best == nullptr || kernel->tile >= tokens) {
+      best = kernel;
+    } else {
+      // A narrow tile takes longer for a column: it must save a quarter of them.
+      const size_t now = columns(table, *best, weight, tokens), then = columns(table, *kernel, weight, tokens);
+      if (then <= now - now / 4) best = kernel;
+    }
   }
   return best;
 }
 
 const Kernel& select_kernel(Features features, const Weight& weight, size_t tokens) {
   return choose_permitted(features, [&](Features f) {
-    return select(without_reference<Kernel>(kKernels), f, weight, tokens);
+    return select(kChosen, f, weight, tokens);
   });
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads) {
   const Kernel& full = select_kernel(features, weight, tokens);
-  return plan_of(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
+  return plan_of(weight, tokens, full, select_last(kChosen, full, weight, tokens % full.tile), threads);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {

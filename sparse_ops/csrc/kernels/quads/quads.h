@@ -15,9 +15,9 @@ Table<Kernel> kernels();
 // Whether `kernel` takes weights with that block.
 bool fits(const Kernel& kernel, const Weight& weight);
 
-// The best row of a table for a weight and a number of tokens: among those that need the same as the first row
-// whose features are all there and that fits, the narrowest tile for all tokens, or the widest. nullptr if
-// there is none.
+// The best row of a table for a weight and a number of tokens, among those that need the same as the first row
+// whose features are all there and that fits: a wide tile, unless a narrow one leaves much fewer columns empty.
+// nullptr if there is none.
 const Kernel* select(Table<Kernel> table, Features features, const Weight& weight, size_t tokens);
 
 // The best kernel for a weight, which some kernel fits, and a number of tokens.
