@@ -73,19 +73,20 @@ class _LowerNBits(LowerProduct):
 
     @classmethod
     @abc.abstractmethod
-    def layout_of(cls, bits: int) -> Layout | None:
-        """How integers of so many bits are stored; None: they are not."""
+    def layout_of(cls, grid: IntegerGrid) -> Layout | None:
+        """How the integers of a grid are stored; None: they are not."""
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
-        levels = grid.integers.astype(np.int16) - (1 << grid.bits - 1)
-        group = _group(grid)
+        group, layout = _group(grid), cls._layout(grid)
         groups = np.arange(0, grid.inputs, group) // grid.group_size
-        return pack(levels, grid.scale[groups], group, cls._layout(grid)).arrays()
+        zero_point = grid.zero_point[groups]
+        levels = grid.integers.astype(np.int16) - zero_point[np.arange(grid.inputs) // group]
+        return pack(levels, grid.scale[groups], group, layout, zero_point).arrays()
 
     @classmethod
     def _layout(cls, grid: IntegerGrid) -> Layout:
-        layout = cls.layout_of(grid.bits)
+        layout = cls.layout_of(grid)
         assert layout is not None
         return layout
 
@@ -130,12 +131,13 @@ class LowerSparseIntegers(_LowerNBits):
     name: ClassVar[str] = "lower.sparse-integers"
 
     @classmethod
-    def layout_of(cls, bits: int) -> Layout | None:
-        return {4: LAYOUTS["bitmap4"], 8: LAYOUTS["bitmap8"]}.get(bits)
+    def layout_of(cls, grid: IntegerGrid) -> Layout | None:
+        four = LAYOUTS["bitmap4" if grid.symmetric else "bitmap4_zeros"]
+        return {4: four, 8: LAYOUTS["bitmap8"]}.get(grid.bits)
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        layout = cls.layout_of(grid.bits)
+        layout = cls.layout_of(grid)
         if layout is None:
             return f"has {grid.bits} bits, not 4 or 8"
         return _unfit(grid, layout) or SparseIntegerForm(
@@ -156,12 +158,12 @@ class LowerPositions(_LowerNBits):
     name: ClassVar[str] = "lower.sparse-positions"
 
     @classmethod
-    def layout_of(cls, bits: int) -> Layout | None:
-        return LAYOUTS["n_of_16"] if bits == 4 else None
+    def layout_of(cls, grid: IntegerGrid) -> Layout | None:
+        return LAYOUTS["n_of_16"] if grid.bits == 4 else None
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        layout = cls.layout_of(grid.bits)
+        layout = cls.layout_of(grid)
         if layout is None:
             return f"has {grid.bits} bits, not 4"
         kept = _of_16(weight.value.metadata_props.get(STRUCTURE_KEY, "unstructured"))
@@ -193,7 +195,7 @@ def _of_16(structure: str) -> int | None:
 
 def _unfit(grid: IntegerGrid, layout: Layout) -> str:
     """Why the layout cannot hold the weight; empty if it can."""
-    if not grid.symmetric:
+    if not grid.symmetric and not layout.zeros:
         return "has zero points"
     group = _group(grid)
     if group not in layout.groups:

@@ -1,4 +1,4 @@
-"""Weights of few bits without their zeros: ``bitmap4``, ``bitmap8`` and ``n_of_16``.
+"""Weights of few bits without their zeros: ``bitmap4`` (with zero points or without), ``bitmap8`` and ``n_of_16``.
 
 A weight W [K, N] is ``levels · scale``: whole numbers of 4 or 8 bits, 0 among them, and a positive float16 scale for
 each output and each ``group`` of inputs. Outputs are stored in blocks of 16, the last one filled up with zeros.
@@ -10,12 +10,13 @@ masks   uint8    [blocks · quads · 8]   bitmaps only: for each four inputs (a 
                                         bit 4j + i is set if output j keeps input i
 values  uint8    [bytes]                the levels that are kept, block by block
 scales  float16  [blocks · groups · 16]
+zeros   uint8    [blocks · groups · 16] only with zero points, 0 to 15: what is stored for the level 0
 ======  =======  =====================  =====================================================================
 
 Sizes: K, N, ``group`` (16, 32, 64 or 128) and, of ``n_of_16``, ``kept`` (1 to 15).
 
 - ``bitmap8``: a byte for each bit that is set, in their order: level + 128.
-- ``bitmap4``: half a byte for each, the low half first: level + 8. Each quad begins a byte.
+- ``bitmap4``: half a byte for each, the low half first: level + 8, or level + zero point. Each quad begins a byte.
 - ``n_of_16``: every output keeps ``kept`` of every 16 inputs; where fewer are not zero, zeros fill up. A byte is
   position + 16 · (level modulo 16), the position within its 16 inputs; these rise strictly. For every 64 inputs of a
   block come ``kept`` pieces [16 outputs, 4]: the 4 · ``kept`` bytes of an output, four in each piece. ``group`` is 64
@@ -52,13 +53,14 @@ _AT_ONCE = 1 << 22  # weights: bounds the scratch
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How levels lie: ``name`` is the value of the attribute ``format``, ``bits`` those of a level, ``masks`` whether
-    the part of that name is there, ``groups`` the sizes that a group may have."""
+    """How levels lie: ``name`` is the value of the attribute ``format``, ``bits`` those of a level, ``masks`` and
+    ``zeros`` whether the parts of these names are there, ``groups`` the sizes that a group may have."""
 
     name: str
     bits: int
     masks: bool
     groups: tuple[int, ...]
+    zeros: bool = False
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ class Layout:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the inputs."""
-        return ("masks", "values", "scales") if self.masks else ("values", "scales")
+        return ("masks",) * self.masks + ("values", "scales") + ("zeros",) * self.zeros
 
     @property
     def middle(self) -> int:
@@ -77,9 +79,10 @@ class Layout:
 
 
 LAYOUTS = {
-    layout.name: layout
+    layout.name + "_zeros" * layout.zeros: layout
     for layout in (
         Layout("bitmap4", 4, True, (16, 32, 64, 128)),
+        Layout("bitmap4", 4, True, (16, 32, 64, 128), zeros=True),
         Layout("bitmap8", 8, True, (16, 32, 64, 128)),
         Layout("n_of_16", 4, False, (64, 128)),
     )
@@ -88,7 +91,8 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedLevels:
-    """A stored weight; see the module's table. ``masks`` are empty and ``kept`` is 0 where the layout has none."""
+    """A stored weight; see the module's table. ``masks`` and ``zeros`` are empty and ``kept`` is 0 where the layout
+    has none."""
 
     layout: Layout
     K: int
@@ -98,6 +102,7 @@ class PackedLevels:
     masks: np.ndarray
     values: np.ndarray
     scales: np.ndarray
+    zeros: np.ndarray
 
     @property
     def _blocks(self) -> int:
@@ -128,6 +133,10 @@ class PackedLevels:
         self._expect("scales", self._blocks * self._groups * _BLOCK)
         if not (np.isfinite(self.scales) & ~np.signbit(self.scales)).all():
             raise FormatError("a scale is negative, Inf or NaN")
+        if self.layout.zeros:
+            self._expect("zeros", self.scales.size)
+            if (self.zeros > 15).any():
+                raise FormatError("an element of zeros is more than 15")
         if self.layout.masks:
             self._expect("masks", self._blocks * -(-self.K // _QUAD) * 8)
             self._expect("values", int(self._bytes(self._kept().sum(1)).sum()))
@@ -154,6 +163,14 @@ class PackedLevels:
         entries = pieces.reshape(-1, _BLOCK, _SPAN // _SIXTEEN, self.kept)
         return (entries & 15).astype(np.int64), entries.view(np.int8) >> 4
 
+    def _zero_of_quads(self) -> np.ndarray:
+        """What is stored for the level 0, int16 [blocks · quads, 64]."""
+        quads = np.arange(-(-self.K // _QUAD))
+        if not self.layout.zeros:
+            return np.full((self._blocks * len(quads), _PIECE), self.layout.middle, np.int16)
+        by_quad = self.zeros.reshape(self._blocks, -1, _BLOCK)[:, quads * _QUAD // self.group]
+        return np.repeat(by_quad.reshape(-1, _BLOCK).astype(np.int16), _QUAD, axis=1)
+
     def levels(self) -> np.ndarray:
         """int16 [K, N]. Raises FormatError."""
         self.validate()
@@ -166,7 +183,7 @@ class PackedLevels:
             starts = np.cumsum(sizes) - sizes
             place = (starts[:, None] + np.cumsum(kept, axis=1) - 1)[kept]
             quads = np.zeros(kept.shape, np.int16)
-            quads[kept] = values[place].astype(np.int16) - self.layout.middle
+            quads[kept] = values[place].astype(np.int16) - self._zero_of_quads()[kept]
             tiles = quads.reshape(self._blocks, -1, _BLOCK, _QUAD)
         else:
             position, level = self._entries()
@@ -204,9 +221,15 @@ def kept_of(K: int, N: int, size: int) -> int:
     return size // (-(-N // _BLOCK) * -(-K // _SPAN) * _PIECE)
 
 
-def pack(levels: np.ndarray, scale: np.ndarray, group: int, layout: Layout) -> PackedLevels:
-    """``levels`` [K, N] of any integer type and ``scale`` float32 [groups, N] in ``layout``. In ``n_of_16`` as many are
-    kept as the output with the most of them has.
+def pack(
+    levels: np.ndarray,
+    scale: np.ndarray,
+    group: int,
+    layout: Layout,
+    zero_point: np.ndarray | None = None,
+) -> PackedLevels:
+    """``levels`` [K, N] of any integer type and ``scale`` float32 [groups, N] in ``layout``; ``zero_point`` uint8
+    [groups, N] is that of a layout with such. In ``n_of_16`` as many are kept as the output with the most of them has.
 
     Raises ValueError for what the layout cannot hold: other groups, more bits, more than 15 of 16, scales that are no
     float16.
@@ -216,18 +239,38 @@ def pack(levels: np.ndarray, scale: np.ndarray, group: int, layout: Layout) -> P
         raise ValueError(f"pack() takes groups of {layout.groups}, not scales {list(scale.shape)} of {group}")
     if not fits_half(scale):
         raise ValueError("pack() takes scales that are float16 numbers above 0")
-    if levels.min() < -layout.middle or levels.max() >= layout.middle:
+    zero: np.ndarray | int = layout.middle
+    if layout.zeros:
+        if zero_point is None or zero_point.shape != scale.shape:
+            raise ValueError("pack() takes a zero point for each scale in this layout")
+        zero = zero_point.astype(np.int16)[np.arange(K) // group]
+    stored = levels + zero
+    if stored.min() < 0 or stored.max() >= 2 * layout.middle or np.max(zero) >= 2 * layout.middle:
         raise ValueError(f"pack() takes levels of {layout.bits} bits")
     kept = 0 if layout.masks else max(1, most_of_16(levels != 0))
     if kept == _SIXTEEN:
         raise ValueError("pack() takes at most 15 of 16 inputs in this layout")
-    blocks = -(-N // _BLOCK)
-    scales = np.zeros((groups, blocks * _BLOCK), np.float16)
-    scales[:, :N] = scale
-    by_block = np.ascontiguousarray(scales.reshape(groups, blocks, _BLOCK).transpose(1, 0, 2)).reshape(-1)
-    step, put = (_QUAD, _pack_bitmap) if layout.masks else (_SPAN, _pack_positions)
-    masks, values = zip(*(put(tile, layout, kept) for tile in _tiles(levels, step)), strict=True)
-    return PackedLevels(layout, K, N, group, kept, np.concatenate(masks), np.concatenate(values), by_block)
+    nothing = np.zeros(0, np.uint8)
+    masks, zeros = nothing, nothing
+    if layout.masks:
+        tiles = zip(_tiles(levels, _QUAD), _tiles(stored, _QUAD), strict=True)
+        found = [_pack_bitmap(tile, integers, layout) for tile, integers in tiles]
+        masks = np.concatenate([part for part, _ in found])
+        values = np.concatenate([part for _, part in found])
+    else:
+        values = np.concatenate([_pack_positions(tile, kept) for tile in _tiles(levels, _SPAN)])
+    if layout.zeros:
+        assert zero_point is not None
+        zeros = _by_block(zero_point.astype(np.uint8))
+    return PackedLevels(layout, K, N, group, kept, masks, values, _by_block(scale.astype(np.float16)), zeros)
+
+
+def _by_block(of_groups: np.ndarray) -> np.ndarray:
+    """``of_groups`` [groups, N] as a vector, block by block, the last one filled up with zeros."""
+    groups, N = of_groups.shape
+    padded = np.zeros((groups, -(-N // _BLOCK) * _BLOCK), of_groups.dtype)
+    padded[:, :N] = of_groups
+    return np.ascontiguousarray(padded.reshape(groups, -1, _BLOCK).transpose(1, 0, 2)).reshape(-1)
 
 
 def _tiles(levels: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -241,12 +284,11 @@ def _tiles(levels: np.ndarray, step: int) -> Iterator[np.ndarray]:
         yield tile.reshape(-1, step, tile.shape[1] // _BLOCK, _BLOCK).transpose(2, 0, 3, 1)
 
 
-def _pack_bitmap(tile: np.ndarray, layout: Layout, _kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and values."""
-    quads = tile.reshape(-1, _PIECE)
-    keep = quads != 0
+def _pack_bitmap(tile: np.ndarray, integers: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of the levels ``tile``, and values, which are those of ``integers``."""
+    keep = tile.reshape(-1, _PIECE) != 0
     masks = np.packbits(keep, axis=1, bitorder="little").reshape(-1)
-    stored = (quads[keep] + layout.middle).astype(np.uint8)
+    stored = integers.reshape(-1, _PIECE)[keep].astype(np.uint8)
     if layout.bits == 8:
         return masks, stored
     sizes = (keep.sum(1) + 1) // 2 * 2
@@ -256,14 +298,14 @@ def _pack_bitmap(tile: np.ndarray, layout: Layout, _kept: int) -> tuple[np.ndarr
     return masks, halves[::2] | halves[1::2] << 4
 
 
-def _pack_positions(tile: np.ndarray, _layout: Layout, kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """No masks, and values."""
+def _pack_positions(tile: np.ndarray, kept: int) -> np.ndarray:
+    """Values."""
     sixteens = tile.reshape(*tile.shape[:3], _SPAN // _SIXTEEN, _SIXTEEN)
     first = np.argsort(sixteens == 0, axis=-1, kind="stable")[..., :kept]
     position = np.sort(first, axis=-1)
     level = np.take_along_axis(sixteens, position, -1)
     entries = (position | (level & 15) << 4).astype(np.uint8).reshape(*tile.shape[:3], kept, _QUAD)
-    return np.zeros(0, np.uint8), np.ascontiguousarray(entries.transpose(0, 1, 3, 2, 4)).reshape(-1)
+    return np.ascontiguousarray(entries.transpose(0, 1, 3, 2, 4)).reshape(-1)
 
 
 # Lines of a function body that make W [K, N] of the parts. Every line has only constants behind it and a shape that
@@ -336,13 +378,29 @@ _BITMAP = """
     known_place = Mul(place, kept)
     found = Gather(stored, known_place)
     found_32 = Cast<to = 1>(found)
-    middle = Constant<value = float {@middle}>()
-    centred = Sub(found_32, middle)
+    @centred
     kept_f = Cast<to = 1>(kept)
     quads = Mul(centred, kept_f)
     tile_shape = Constant<value = int64[3] {-1, 16, 4}>()
     tiles_shape = Concat<axis = 0>(blocks_1, tile_shape)
     tiles = Reshape(quads, tiles_shape)"""
+_MIDDLE = """
+    middle = Constant<value = float {@middle}>()
+    centred = Sub(found_32, middle)"""
+_ZEROS = """
+    four_64 = Constant<value = int64 {4}>()
+    first_quads = Range(zero, k, four_64)
+    group_of_quad = Div(first_quads, group)
+    zeros_shape = Concat<axis = 0>(blocks_1, groups_1, sixteen_1)
+    zeros_32 = Cast<to = 1>(zeros)
+    zeros_3 = Reshape(zeros_32, zeros_shape)
+    zeros_of_quads = Gather<axis = 1>(zeros_3, group_of_quad)
+    zero_shape = Constant<value = int64[3] {-1, 16, 1}>()
+    zero_column = Reshape(zeros_of_quads, zero_shape)
+    outputs_shape = Constant<value = int64[3] {-1, 16, 4}>()
+    found_3 = Reshape(found_32, outputs_shape)
+    centred_3 = Sub(found_3, zero_column)
+    centred = Reshape(centred_3, quad_shape)"""
 _BYTES = """
     sizes = Identity(counts)
     stored = Identity(values_and_one)"""
@@ -410,5 +468,6 @@ def decoder(layout: Layout) -> str:
     stored = (
         _BYTES if layout.bits == 8 else _HALVES.replace("@split", _SPLIT.replace("@of", "values_and_one"))
     )
-    bitmap = _BITMAP.replace("@sizes_and_stored", stored).replace("@middle", str(layout.middle))
+    centred = _ZEROS if layout.zeros else _MIDDLE.replace("@middle", str(layout.middle))
+    bitmap = _BITMAP.replace("@sizes_and_stored", stored).replace("@centred", centred)
     return _SIZES + bitmap + _MATRIX

@@ -3,6 +3,7 @@
 Signatures (domain ``sparse_onnx``, version 1; one op type per layout, see :data:`OP_TYPES`)::
 
     SparseMatMulInt4<K, N, group, format>(X, masks, values, scales) -> Y              format "bitmap4"
+    SparseMatMulInt4WithZeros<...>(..., zeros) -> Y                                   format "bitmap4"
     SparseMatMulInt8<K, N, group, format>(X, masks, values, scales) -> Y              format "bitmap8"
     SparseMatMulInt4Of16<K, N, group, kept, format>(X, values, scales) -> Y           format "n_of_16"
 
@@ -44,6 +45,7 @@ __all__ = [
 
 OP_TYPES = {
     "SparseMatMulInt4": LAYOUTS["bitmap4"],
+    "SparseMatMulInt4WithZeros": LAYOUTS["bitmap4_zeros"],
     "SparseMatMulInt8": LAYOUTS["bitmap8"],
     "SparseMatMulInt4Of16": LAYOUTS["n_of_16"],
 }

@@ -172,12 +172,18 @@ def _packed_levels(
     rng = np.random.default_rng(seed)
     levels = rng.integers(-layout.middle, layout.middle - 1, (K, N))
     levels += levels >= 0  # none is 0
+    zero_point = None
+    if layout.zeros:
+        zero_point = rng.integers(0, 16, (-(-K // group), N)).astype(np.uint8)
+        zero = zero_point.astype(np.int64)[np.arange(K) // group]
+        stored = rng.integers(0, 15, (K, N))
+        levels = stored + (stored >= zero) - zero
     if layout.masks:
         keep = rng.random((K, N)) < density
     else:
         keep = rng.random((-(-K // 16), 16, N)).argsort(axis=1).reshape(-1, N)[:K] < kept
     scale = rng.uniform(1e-6, 2, (-(-K // group), N)).astype(np.float16).astype(np.float32)
-    packed = pack(levels * keep, scale, group, layout)
+    packed = pack(levels * keep, scale, group, layout, zero_point)
     return packed, levels * keep
 
 

@@ -31,6 +31,7 @@ struct Packed {
   std::vector<float> scales;  // [groups, N]
   std::vector<uint8_t> masks, values;
   std::vector<uint16_t> halves;
+  std::vector<uint8_t> zeros = {};
 };
 
 size_t up(size_t value, size_t step) { return (value + step - 1) / step; }
@@ -45,7 +46,8 @@ std::pair<float, uint16_t> random_half(std::mt19937& generator) {
 }
 
 // Same arguments, same weight: a share of `density` is kept, or `kept` of 16 at random places.
-Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kept, double density = 0.5) {
+Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kept, double density = 0.5,
+                     bool zeros = false) {
   std::mt19937 generator(static_cast<unsigned>(K * 31 + N * 7 + kept));
   std::bernoulli_distribution keep(density);
   const bool wide = layout == Layout::bitmap8;
@@ -59,6 +61,7 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
         const auto [value, bits] = random_half(generator);
         if (block * kBlock + j < N) p.scales[g * N + block * kBlock + j] = value;
         p.halves.push_back(bits);
+        if (zeros) p.zeros.push_back(static_cast<uint8_t>(generator() % 16));
       }
     }
     const auto set = [&](size_t k, size_t j, int value) {
@@ -90,14 +93,15 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
       for (size_t i = 0; i < kPiece; ++i) {
         if (!keep(generator)) continue;
         mask |= uint64_t{1} << i;
-        const int value = integer(generator);
+        const int zero = zeros ? p.zeros[(block * groups + k / group) * kBlock + i / kQuad] : 8;
+        const int value = integer(generator) + (wide ? 0 : 8 - zero);
         set(k + i % kQuad, i / kQuad, value);
         if (wide) {
           p.values.push_back(static_cast<uint8_t>(value + 128));
         } else if (found % 2 == 0) {
-          p.values.push_back(static_cast<uint8_t>(value + 8));
+          p.values.push_back(static_cast<uint8_t>(value + zero));
         } else {
-          p.values.back() = static_cast<uint8_t>(p.values.back() | (value + 8) << 4);
+          p.values.back() = static_cast<uint8_t>(p.values.back() | (value + zero) << 4);
         }
         ++found;
       }
@@ -110,7 +114,10 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
 // Arrays at the edge of memory; scales at an odd address.
 struct Placed {
   Placed(const Packed& p, Edge edge)
-      : masks(p.masks, 0, edge), values(p.values, 0, edge), halves(p.halves, 1, edge) {
+      : masks(p.masks, 0, edge),
+        values(p.values, 0, edge),
+        halves(p.halves, 1, edge),
+        zeros(p.zeros, 0, edge) {
     masks.make_read_only();
     values.make_read_only();
     halves.make_read_only();
@@ -121,10 +128,13 @@ struct Placed {
               static_cast<int64_t>(p.kept),
               {masks.data(), p.masks.size()},
               {values.data(), p.values.size()},
-              {halves.data(), p.halves.size()}};
+              {halves.data(), p.halves.size()},
+              {zeros.data(), p.zeros.size()},
+              !p.zeros.empty()};
   }
   Guarded<uint8_t> masks, values;
   Guarded<uint16_t> halves;
+  Guarded<uint8_t> zeros;
   StoredWeight stored;
 };
 
@@ -212,6 +222,7 @@ void test_shapes() {
       const Edge edge = N % 2 == 0 ? Edge::front : Edge::back;
       for (size_t group : {size_t{16}, size_t{32}, size_t{64}, size_t{128}}) {
         compare(random_weight(Layout::bitmap4, K, N, group, 0), tokens, edge);
+        compare(random_weight(Layout::bitmap4, K, N, group, 0, 0.5, true), tokens, edge);
         compare(random_weight(Layout::bitmap8, K, N, group, 0), tokens, edge);
         if (group >= kSpan) compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1), tokens, edge);
       }
@@ -223,6 +234,7 @@ void test_every_share_and_number_of_tokens() {
   for (size_t tokens = 1; tokens <= 18; ++tokens) {
     for (double density : {0.0, 0.03, 0.5, 1.0}) {
       compare(random_weight(Layout::bitmap4, 192, 40, 64, 0, density), tokens);
+      compare(random_weight(Layout::bitmap4, 192, 40, 64, 0, density, true), tokens);
       compare(random_weight(Layout::bitmap8, 192, 40, 64, 0, density), tokens);
     }
     for (size_t kept = 1; kept <= 15; ++kept)
@@ -364,6 +376,8 @@ void test_refusals() {
     refused(layout, [](Packed& p) { p.masks.pop_back(); }, "masks has");
     refused(layout, [](Packed& p) { p.masks[5] = 0xff, p.masks[6] = 0xff; }, "values has");
   }
+  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(3, 0); }, "zeros has");
+  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(p.halves.size(), 16); }, "more than 15");
   refused(Layout::n_of_16, [](Packed& p) { p.group = 32; }, "attribute group is 32");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 16; }, "attribute kept is 16");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 0; }, "attribute kept is 0");
@@ -379,7 +393,7 @@ void test_hostile_bytes() {
     const auto layout = static_cast<Layout>(below(3));
     const size_t group = layout == Layout::n_of_16 ? size_t{64} << below(2) : size_t{16} << below(4);
     Packed p = random_weight(layout, 1 + below(150), 1 + below(40), group, 1 + below(15),
-                             static_cast<double>(below(5)) / 4);
+                             static_cast<double>(below(5)) / 4, layout == Layout::bitmap4 && below(2) == 0);
     for (size_t left = below(3); left > 0; --left) {
       std::vector<uint8_t>& bytes = below(2) == 0 || p.masks.empty() ? p.values : p.masks;
       switch (below(6)) {

@@ -19,6 +19,11 @@ def scale_of(packed):
     return by_block.transpose(1, 0, 2).reshape(by_block.shape[1], -1)[:, : packed.N].astype(np.float32)
 
 
+def zero_of(packed):
+    """[groups, N], or None"""
+    return scale_of(dataclasses.replace(packed, scales=packed.zeros)) if packed.layout.zeros else None
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     layout=st.sampled_from(list(LAYOUTS.values())),
@@ -35,7 +40,7 @@ def test_packing_keeps_every_number(layout, K, N, group, kept, density, seed, pa
     packed.validate()
     np.testing.assert_array_equal(packed.levels(), levels)
     assert np.abs(packed.unpack() - levels).max() <= np.abs(levels).max()  # scales are 0 to 2
-    again = pack(levels, scale_of(packed), group, layout)
+    again = pack(levels, scale_of(packed), group, layout, zero_of(packed))
     for name, array in packed.arrays().items():
         np.testing.assert_array_equal(again.arrays()[name], array)
     np.testing.assert_array_equal(
@@ -73,10 +78,11 @@ def test_what_a_layout_cannot_hold_is_refused(layout, packed_levels):
     for bad in (0.1, 0.0, -1.0, np.inf, np.nan, 1e6):
         odd[0, 3] = bad
         with pytest.raises(ValueError, match="float16"):
-            pack(levels, odd, 64, layout)
+            pack(levels, odd, 64, layout, zero_of(packed))
     for level in (layout.middle, -layout.middle - 1):
+        wide = 2 * level if layout.zeros else level
         with pytest.raises(ValueError, match=f"levels of {layout.bits} bits"):
-            pack(np.where(levels == 0, 0, level), scale, 64, layout)
+            pack(np.where(levels == 0, 0, wide), scale, 64, layout, zero_of(packed))
     with pytest.raises(ValueError, match="groups"):
         pack(levels, scale, 48, layout)
     with pytest.raises(ValueError, match="groups"):
@@ -116,6 +122,11 @@ def test_damaged_tensors_are_refused(layout, packed_levels):
         changed(packed, N=packed.N + 16),
         changed(packed, K=packed.K + 64),
     ]
+    if layout.zeros:
+        damaged += [
+            changed(packed, zeros=packed.zeros[1:]),
+            changed(packed, zeros=packed.zeros | np.uint8(16)),
+        ]
     if layout.masks:
         full = packed.masks.copy()
         full[:8] = 255

@@ -100,7 +100,7 @@ def test_every_number_of_16(kept, library, open_session, weight):
 
 
 @both_ways
-@pytest.mark.parametrize("op_type", ["SparseMatMulInt4", "SparseMatMulInt8"])
+@pytest.mark.parametrize("op_type", ["SparseMatMulInt4", "SparseMatMulInt4WithZeros", "SparseMatMulInt8"])
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
 def test_every_share_of_zeros(op_type, library, density, open_session, weight):
     x, packed = activations(2, K), weight(op_type, density=density)
@@ -185,6 +185,9 @@ def damaged(op_type, packed):
     yield {"attributes": {"group": 48}}, "attribute group is 48"
     yield {"attributes": {"K": 2**40}}, "too many elements"
     yield {"attributes": {"N": 0}}, "attribute N is 0"
+    if smn.OP_TYPES[op_type].zeros:
+        yield {"arrays": {"zeros": packed.zeros | np.uint8(16)}}, "more than 15"
+        yield {"arrays": {"zeros": packed.zeros[1:]}}, "zeros has"
     if smn.OP_TYPES[op_type].masks:
         yield {"arrays": {"masks": packed.masks ^ np.uint8(1)}}, "values has"
     else:

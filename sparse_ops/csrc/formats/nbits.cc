@@ -1,5 +1,6 @@
 #include "formats/nbits.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/sizes.h"
@@ -74,6 +75,13 @@ std::string check(const StoredWeight& s, CheckedWeight& result) {
     return wrong_length("scales", s.scales.count, blocks * groups * kBlock);
   }
   if (!finite_and_positive(s.scales)) return "a scale is negative, Inf or NaN";
+  if (s.has_zeros) {
+    w.zeros = static_cast<const uint8_t*>(s.zeros.data);
+    if (s.zeros.count != s.scales.count) return wrong_length("zeros", s.zeros.count, s.scales.count);
+    if (std::any_of(w.zeros, w.zeros + s.zeros.count, [](uint8_t zero) { return zero > 15; })) {
+      return "an element of zeros is more than 15";
+    }
+  }
   const auto* values = static_cast<const uint8_t*>(s.values.data);
   const auto* masks = static_cast<const uint8_t*>(s.masks.data);
   result.block_values.resize(blocks);

@@ -17,6 +17,8 @@ struct StoredWeight {
   RawArray masks;   // uint8
   RawArray values;  // uint8
   RawArray scales;  // float16, any alignment
+  RawArray zeros;   // uint8, of bitmap4 with `has_zeros`
+  bool has_zeros;
 };
 
 struct CheckedWeight {

@@ -21,6 +21,7 @@ struct IntegerVariant {
   const char* name;
   Layout layout;
   const char* format;
+  bool has_zeros = false;
   bool has_masks() const { return layout != Layout::n_of_16; }
 };
 
@@ -28,13 +29,16 @@ class Kernel {
  public:
   using Variant = IntegerVariant;
   static constexpr Variant kVariants[] = {{"SparseMatMulInt4", Layout::bitmap4, "bitmap4"},
+                                          {"SparseMatMulInt4WithZeros", Layout::bitmap4, "bitmap4", true},
                                           {"SparseMatMulInt8", Layout::bitmap8, "bitmap8"},
                                           {"SparseMatMulInt4Of16", Layout::n_of_16, "n_of_16"}};
   static OrtElementType input_type(const Variant& variant, size_t i) {
     if (i == 0) return ORT_FLOAT;
-    return i + 1 < input_count(variant) ? ORT_UINT8 : ORT_FLOAT16;
+    return i == size_t{2} + variant.has_masks() ? ORT_FLOAT16 : ORT_UINT8;
   }
-  static size_t input_count(const Variant& variant) { return variant.has_masks() ? 4 : 3; }
+  static size_t input_count(const Variant& variant) {
+    return size_t{3} + variant.has_masks() + variant.has_zeros;
+  }
   static size_t output_count(const Variant&) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
@@ -68,6 +72,8 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node) : api_(node.api()
   }
   stored.values = input("values", ORT_UINT8);
   stored.scales = input("scales", ORT_FLOAT16);
+  stored.has_zeros = variant.has_zeros;
+  if (variant.has_zeros) stored.zeros = input("zeros", ORT_UINT8);
   const std::string problem = nbits::check(stored, checked_);
   if (!problem.empty()) node.fail(problem);
   kernel_ = &nbits::select_kernel(node.features());

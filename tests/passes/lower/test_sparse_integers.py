@@ -59,6 +59,8 @@ CASES = [
     (LowerSparseIntegers, {}, "SparseMatMulInt4"),
     (LowerSparseIntegers, {"share": 0.8, "group_size": 16}, "SparseMatMulInt4"),
     (LowerSparseIntegers, {"group_size": 48}, "SparseMatMulInt4"),
+    (LowerSparseIntegers, {"symmetric": False}, "SparseMatMulInt4WithZeros"),
+    (LowerSparseIntegers, {"symmetric": False, "group_size": 0}, "SparseMatMulInt4WithZeros"),
     (LowerSparseIntegers, {"group_size": 0}, "SparseMatMulInt4"),
     (LowerSparseIntegers, {"structure": "2:4", "group_size": 128}, "SparseMatMulInt4"),
     (LowerSparseIntegers, {"bits": 8, "group_size": 0}, "SparseMatMulInt8"),
@@ -103,7 +105,7 @@ def test_bodies_are_of_the_operator_set_of_the_model(opset, model, tmp_path):
     ("lowering", "options", "reason"),
     [
         (LowerSparseIntegers, {"bits": 3}, "has 3 bits"),
-        (LowerSparseIntegers, {"symmetric": False}, "has zero points"),
+        (LowerSparseIntegers, {"bits": 8, "symmetric": False}, "has zero points"),
         (LowerSparseIntegers, {"group_size": 17}, "groups of 17"),
         (LowerSparseIntegers, {"group_size": 24}, "groups of 24"),
         (LowerSparseIntegers, {"scale_type": "float32"}, "scales that are no float16"),

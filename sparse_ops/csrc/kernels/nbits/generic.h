@@ -96,8 +96,14 @@ inline float scale_at(const Weight& w, size_t block, size_t g, size_t j) {
   return widened(half);
 }
 
+// Those of the outputs of a block, or nullptr.
+inline const uint8_t* zeros_of(const Weight& w, size_t block, size_t g) {
+  return w.zeros == nullptr ? nullptr : w.zeros + (block * groups_of(w) + g) * kBlock;
+}
+
 // The integers of a quad as [kBlock, kQuad]; returns how many bytes of values these were.
-inline size_t expand_quad(const Weight& w, const uint8_t* mask, const uint8_t* values, int8_t* integers) {
+inline size_t expand_quad(const Weight& w, const uint8_t* zeros, const uint8_t* mask, const uint8_t* values,
+                          int8_t* integers) {
   size_t found = 0;
   for (size_t i = 0; i < kBlock * kQuad; ++i) {
     integers[i] = 0;
@@ -105,7 +111,8 @@ inline size_t expand_quad(const Weight& w, const uint8_t* mask, const uint8_t* v
     if (w.layout == Layout::bitmap8) {
       integers[i] = static_cast<int8_t>(values[found] - 128);
     } else {
-      integers[i] = static_cast<int8_t>((values[found / 2] >> found % 2 * 4 & 15) - 8);
+      const int zero = zeros == nullptr ? 8 : zeros[i / kQuad];
+      integers[i] = static_cast<int8_t>((values[found / 2] >> found % 2 * 4 & 15) - zero);
     }
     ++found;
   }
@@ -136,7 +143,8 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
     } else {
       const size_t quads = (w.K + kQuad - 1) / kQuad;
       for (size_t k = begin; k < end; k += kQuad) {
-        values += expand_quad(w, w.masks + (block * quads + k / kQuad) * 8, values, integers);
+        const uint8_t* mask = w.masks + (block * quads + k / kQuad) * 8;
+        values += expand_quad(w, zeros_of(w, block, g), mask, values, integers);
         multiply(k, integers, static_cast<const uint8_t*>(nullptr));
       }
     }

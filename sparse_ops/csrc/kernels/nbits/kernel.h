@@ -32,6 +32,7 @@ struct Weight {
   const uint8_t* values_end;
   const uint64_t* block_values;  // where in `values` each block begins
   const void* scales;            // float16, any alignment [blocks, groups, kBlock]
+  const uint8_t* zeros;  // of bitmap4: what stands for 0 [blocks, groups, kBlock]; nullptr: the middle, 8
 };
 
 // Rounded activations of at most kMaxRows tokens.

@@ -70,8 +70,10 @@ void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
         size_t found = 0;
         for (size_t i = 0; i < kBlock * kQuad; ++i) {
           if ((w.masks[(block * quads + quad) * 8 + i / 8] >> i % 8 & 1) == 0) continue;
+          const size_t group = block * groups + quad * kQuad / w.group;
+          const int zero = w.zeros == nullptr ? 8 : w.zeros[group * kBlock + i / kQuad];
           const int integer = w.layout == Layout::bitmap8 ? values[found] - 128
-                                                          : (values[found / 2] >> found % 2 * 4 & 15) - 8;
+                                                          : (values[found / 2] >> found % 2 * 4 & 15) - zero;
           if (quad * kQuad + i % kQuad < w.K) add(quad * kQuad + i % kQuad, i / kQuad, integer);
           ++found;
         }

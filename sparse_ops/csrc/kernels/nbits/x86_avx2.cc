@@ -54,7 +54,7 @@ struct Accumulators {
   void add_pairs(size_t r, size_t half, __m256i pairs) {
     exact[r][half] = _mm256_add_epi32(exact[r][half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  // surplus(r): what the sums of a token hold too much; the scales are `factor` times the right ones
+  // surplus(r, h): what the sums of a token hold too much; the scales are `factor` times the right ones
   template <class Surplus>
   void finish(const Rows& x, size_t groups, const char* scales, size_t g, float factor, Surplus surplus) {
     alignas(32) float scale[kBlock];
@@ -66,10 +66,9 @@ struct Accumulators {
 #pragma GCC unroll 8
     for (size_t r = 0; r < kRows; ++r) {
       const __m256 own = _mm256_set1_ps(x.scales[r * groups + g]);
-      const __m256i less = _mm256_set1_epi32(surplus(r));
 #pragma GCC unroll 2
       for (size_t h = 0; h < kHalves; ++h) {
-        sums[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(exact[r][h], less)),
+        sums[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(exact[r][h], surplus(r, h))),
                                      _mm256_mul_ps(_mm256_load_ps(scale + 8 * h), own), sums[r][h]);
       }
     }
@@ -84,11 +83,13 @@ struct Accumulators {
   }
 };
 
-// Half bytes become bytes.
-inline void spread_halves(const uint8_t* values, __m256i middle, uint8_t* to) {
-  const __m256i low = _mm256_set1_epi8(15), both = _mm256_xor_si256(load_bytes(values), middle);
-  const __m256i first = _mm256_and_si256(both, low),
-                second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+inline __m256i all_bytes(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+
+// Half bytes become bytes, with the highest bit set.
+inline void spread_halves(const uint8_t* values, uint8_t* to) {
+  const __m256i low = all_bytes(15), kept = all_bytes(0x80), both = load_bytes(values);
+  const __m256i first = _mm256_or_si256(_mm256_and_si256(both, low), kept),
+                second = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), kept);
   const __m256i a = _mm256_unpacklo_epi8(first, second), b = _mm256_unpackhi_epi8(first, second);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(a, b, 0x20));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute2x128_si256(a, b, 0x31));
@@ -114,9 +115,9 @@ template <size_t kRows, bool kWide>
 void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
   constexpr size_t kAtOnce = 32, kQuadBytes = kBlock * kQuad;  // quads
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
-  // Stored integers have the middle of their range added. Without it a zero is what a shuffle puts there.
-  const __m256i middle = _mm256_set1_epi8(static_cast<char>(kWide ? 128 : 8)),
-                halves = _mm256_set1_epi8(static_cast<char>(0x88));
+  // Of four bits, what stands for 0: in every output, and in all bytes of it.
+  __m256i each[kHalves] = {_mm256_set1_epi32(8), _mm256_set1_epi32(8)};
+  __m256i zero[kHalves] = {all_bytes(8), all_bytes(8)};
   alignas(64) uint8_t spread[(kAtOnce + 1) * kQuadBytes];
   uint8_t last[kQuadBytes] = {};
   for (size_t block = begin; block < end; ++block) {
@@ -127,6 +128,12 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
     const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
     for (size_t g = 0, first = 0; g < groups; ++g, first += in_group) {
       const size_t stop = in_group < quads - first ? first + in_group : quads;
+      if (const uint8_t* zeros = kWide ? nullptr : zeros_of(w, block, g)) {
+        for (size_t h = 0; h < kHalves; ++h) {
+          each[h] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * h)));
+          zero[h] = _mm256_mullo_epi32(each[h], _mm256_set1_epi32(0x01010101));
+        }
+      }
       for (size_t part = first; part < stop; part += kAtOnce) {
         const size_t count = kAtOnce < stop - part ? kAtOnce : stop - part;
         size_t starts[kAtOnce];
@@ -145,10 +152,10 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
           if constexpr (kWide) {
             for (size_t h = 0; h < kHalves; ++h) {
               _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h),
-                                  _mm256_xor_si256(load_bytes(from + 32 * h), middle));
+                                  _mm256_xor_si256(load_bytes(from + 32 * h), all_bytes(128)));
             }
           } else {
-            spread_halves(from, halves, to);
+            spread_halves(from, to);
           }
           values += bytes;
           starts[i] = static_cast<size_t>(to - spread);
@@ -161,7 +168,9 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
 #pragma GCC unroll 2
           for (size_t h = 0; h < kHalves; ++h) {
             const __m256i found = expanded(mask + 4 * h, next);
-            const __m256i magnitudes = kWide ? _mm256_abs_epi8(found) : _mm256_xor_si256(found, middle);
+            const __m256i magnitudes =
+                kWide ? _mm256_abs_epi8(found)
+                      : _mm256_and_si256(_mm256_blendv_epi8(zero[h], found, found), all_bytes(0x7f));
 #pragma GCC unroll 8
             for (size_t r = 0; r < kRows; ++r) {
               const __m256i inputs = broadcast_quad(q + r * x.stride);
@@ -174,7 +183,10 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
           }
         }
       }
-      sums.finish(x, groups, scales, g, 1, [&](size_t r) { return kWide ? 0 : x.sums[r * groups + g] * 8; });
+      sums.finish(x, groups, scales, g, 1, [&](size_t r, size_t h) {
+        return kWide ? _mm256_setzero_si256()
+                     : _mm256_mullo_epi32(each[h], _mm256_set1_epi32(x.sums[r * groups + g]));
+      });
     }
     sums.store(w, block, y);
   }
@@ -232,7 +244,7 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
           }
         }
       }
-      sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t) { return 0; });
+      sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t, size_t) { return _mm256_setzero_si256(); });
     }
     sums.store(w, block, y);
   }

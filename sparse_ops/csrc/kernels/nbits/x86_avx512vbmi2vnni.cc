@@ -87,15 +87,14 @@ inline __m512i packed_integers(const uint8_t* values, size_t bytes) {
 
 template <size_t kRows, bool kWide, bool kGuarded>
 inline const uint8_t* add_quads(const uint8_t* masks, const uint8_t* values, const Rows& x, size_t k,
-                                size_t quads, Accumulators<kRows>& sums) {
+                                size_t quads, __m512i middle, Accumulators<kRows>& sums) {
   constexpr size_t kSums = Accumulators<kRows>::kSums;
   const auto add = [&](size_t i, size_t s) {
     uint64_t mask;
     __builtin_memcpy(&mask, masks + i * sizeof mask, sizeof mask);
     const auto found = static_cast<size_t>(__builtin_popcountll(mask));
     const size_t bytes = kWide ? found : (found + 1) / 2;
-    const __m512i w = _mm512_mask_expand_epi8(all_bytes(kMiddle<kWide>), mask,
-                                              packed_integers<kWide, kGuarded>(values, bytes));
+    const __m512i w = _mm512_mask_expand_epi8(middle, mask, packed_integers<kWide, kGuarded>(values, bytes));
     values += bytes;
 #pragma GCC unroll 8
     for (size_t r = 0; r < kRows; ++r) {
@@ -125,6 +124,7 @@ inline void store_block(const Weight& w, const Accumulators<kRows>& sums, size_t
 template <size_t kRows, bool kWide>
 void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
+  __m512i middle = all_bytes(kMiddle<kWide>), each = _mm512_set1_epi32(kMiddle<kWide>);
   const size_t most = in_group * kBlock * kQuad / (kWide ? 1 : 2);  // bytes of a group, all of them read
   for (size_t block = begin; block < end; ++block) {
     Accumulators<kRows> sums;
@@ -135,11 +135,16 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
     for (size_t g = 0, first = 0; g < groups; ++g, first += in_group) {
       const size_t count = in_group < quads - first ? in_group : quads - first;
       const uint8_t* own = masks + first * 8;
+      if (const uint8_t* zeros = kWide ? nullptr : zeros_of(w, block, g)) {
+        each = _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+        middle = _mm512_mullo_epi32(each, _mm512_set1_epi32(0x01010101));  // in all four bytes
+      }
       const bool inside = static_cast<size_t>(w.values_end - values) >= most;
-      values = inside ? add_quads<kRows, kWide, false>(own, values, x, first * kQuad, count, sums)
-                      : add_quads<kRows, kWide, true>(own, values, x, first * kQuad, count, sums);
-      sums.finish(x, groups, scales, g, 1,
-                  [&](size_t r) { return _mm512_set1_epi32(x.sums[r * groups + g] * kMiddle<kWide>); });
+      values = inside ? add_quads<kRows, kWide, false>(own, values, x, first * kQuad, count, middle, sums)
+                      : add_quads<kRows, kWide, true>(own, values, x, first * kQuad, count, middle, sums);
+      sums.finish(x, groups, scales, g, 1, [&](size_t r) {
+        return _mm512_mullo_epi32(each, _mm512_set1_epi32(x.sums[r * groups + g]));
+      });
     }
     store_block<kRows>(w, sums, block, y);
   }
