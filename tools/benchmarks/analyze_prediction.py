@@ -44,6 +44,7 @@ def compare_model(model: Path, cases: list[Case], threads: int | None) -> list[d
         expected = analysis.predict(sparsity, structure, _BITS[precision])
         report = _measure(model, sparsity, structure, precision, threads)
         summary = report["summary"]
+        measured = summary["speedup"]  # None: every layer stayed dense, and nothing was timed
         rows.append(
             {
                 "model": _name(model),
@@ -53,11 +54,11 @@ def compare_model(model: Path, cases: list[Case], threads: int | None) -> list[d
                 "predicted": expected.speedup,
                 "low": expected.low,
                 "high": expected.high,
-                "measured": summary["speedup"],
+                "measured": measured,
                 "measured_low": summary["speedup_low"],
                 "measured_high": summary["speedup_high"],
-                "ratio": expected.speedup / summary["speedup"],
-                "inside": expected.low <= summary["speedup"] <= expected.high,
+                "ratio": None if measured is None else expected.speedup / measured,
+                "inside": None if measured is None else expected.low <= measured <= expected.high,
                 "bytes_ratio": expected.nbytes / summary["bytes_after"],
                 "changed_predicted": len(expected.forms),
                 "changed_measured": sum(row["decision"] != DENSE for row in report["layers"]),
@@ -100,6 +101,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _measured_cells(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    if row["measured"] is None:
+        return "not timed", "-", "-"
+    measured = f"{row['measured']:.2f} ({row['measured_low']:.2f}-{row['measured_high']:.2f})"
+    return measured, f"{row['ratio']:.3f}", "yes" if row["inside"] else "no"
+
+
 def _text(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
@@ -108,9 +116,7 @@ def _text(rows: list[dict[str, Any]]) -> str:
             "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}",
             row["precision"],
             f"{row['predicted']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
-            f"{row['measured']:.2f} ({row['measured_low']:.2f}-{row['measured_high']:.2f})",
-            f"{row['ratio']:.3f}",
-            "yes" if row["inside"] else "no",
+            *_measured_cells(row),
             f"{row['bytes_ratio']:.4f}",
             f"{row['changed_predicted']}/{row['changed_measured']}",
         ]
