@@ -42,7 +42,6 @@ from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.passes.structured.channels import Channels
 from sparse_onnx.passes.structured.ffn import Ffn
 from sparse_onnx.passes.structured.heads import Heads
-from sparse_onnx.passes.structured.permute import PermuteNeurons
 
 __all__ = ["PASSES", "pass_by_name"]
 
@@ -69,7 +68,6 @@ _ROWS: tuple[type[Pass], ...] = (
     Ffn,
     Gradient,
     Heads,
-    PermuteNeurons,
     Iht,
     Lasso,
     Magnitude,

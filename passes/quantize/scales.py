@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.constants import constant_array
 from sparse_onnx.model.graph import drop_if_unused, input_at, is_read_once, is_read_outside, producer
-from sparse_onnx.model.metadata_keys import REWRITTEN_KEY
+from sparse_onnx.model.metadata_keys import RESCALED_KEY
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import LINEARS, Weight, find_weights
 from sparse_onnx.passes.patterns.attention import is_attention, match_attention
@@ -97,7 +97,7 @@ def _multiply(builder: Builder, weight: Weight, factor: np.ndarray) -> None:
     changed = weight.stored((weight.matrix() * factor).astype(np.float32))
     weight.release()
     weight.value.const_value = builder.context.store(changed, weight.name)
-    weight.value.metadata_props[REWRITTEN_KEY] = "true"
+    weight.value.metadata_props[RESCALED_KEY] = "true"
 
 
 class _Makers:

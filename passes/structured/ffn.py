@@ -22,7 +22,7 @@ from sparse_onnx.model.weights import LINEARS, Weight
 from sparse_onnx.passes.structured.operators import sources
 from sparse_onnx.passes.structured.structured import Seed, StructuredPass
 
-__all__ = ["Ffn", "hidden_neurons"]
+__all__ = ["Ffn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,6 @@ class Ffn(StructuredPass):
     op_types: ClassVar[tuple[str, ...]] = LINEARS
 
     def seeds(self, layers: Mapping[ir.Node, Weight], shapes: Shapes) -> Iterator[Seed]:
-        return hidden_neurons(layers)
-
-
-def hidden_neurons(layers: Mapping[ir.Node, Weight]) -> Iterator[Seed]:
-    """The linears whose inputs may be hidden neurons."""
-    for node, weight in layers.items():
-        if any(source in layers for source in sources(node.inputs[0]) if source is not None):
-            yield Seed(node, -1, weight.shape[0], 1)
+        for node, weight in layers.items():
+            if any(source in layers for source in sources(node.inputs[0]) if source is not None):
+                yield Seed(node, -1, weight.shape[0], 1)

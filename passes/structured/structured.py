@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from sparse_onnx.passes.structured.region import Region
 from sparse_onnx.passes.structured.surgery import cut_region, shift_bias, write_reader
 from sparse_onnx.passes.structured.tracer import Unsuitable, follow
 
-__all__ = ["Seed", "StructuredPass", "find_regions", "selected"]
+__all__ = ["Seed", "StructuredPass"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +79,7 @@ class StructuredPass(Pass):
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         before = _elements(model)
-        selection = Selection(self.targets, self.ignore)
-        regions, left = find_regions(
-            model,
-            self.op_types,
-            selection,
-            self.seeds,
-            lambda region: self._reason_against(region, selection),
-        )
+        regions, left = self._regions(model)
         declined = [self.declined(place, reason) for place, reason in left]
         job = _Job(self, model, context)
         if regions:
@@ -101,65 +94,50 @@ class StructuredPass(Pass):
         }
         return PassResult(model, job.places > 0, statistics, tuple(declined))
 
+    def _regions(self, model: ir.Model) -> tuple[list[Region], list[tuple[str, str]]]:
+        weights, left = find_weights(model, self.op_types, depthwise=True)
+        selection = Selection(self.targets, self.ignore)
+        for entry in selection.unmatched(weights):
+            raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
+        layers = {node: weight for weight in weights for node in weight.nodes if node.graph is model.graph}
+        shapes = Shapes(model)
+        regions: list[Region] = []
+        declined = dict(left)
+        for weight in weights:
+            if any(node not in layers for node in weight.nodes):
+                declined[weight.name] = "lies in the body of an If, Loop or Scan"
+        known: set[ir.Node] = set()
+        for seed in self.seeds(layers, shapes):
+            if seed.node in known:
+                continue
+            value, name = seed.node.inputs[0], layers[seed.node].name
+            assert value is not None
+            try:
+                region = follow(value, seed.axis, seed.units, seed.block, layers, shapes)
+            except Unsuitable as error:
+                declined[name] = str(error)
+                continue
+            known |= {weight.nodes[0] for weight, _ in region.readers}
+            reason = self._reason_against(region, selection)
+            if reason is None:
+                regions.append(region)
+            else:
+                declined[name] = reason
+        return regions, list(declined.items())
+
     def _reason_against(self, region: Region, selection: Selection) -> str | None:
-        if reason := selected(region, selection):
-            return reason
+        weights = [*region.writers, *(weight for weight, _ in region.readers)]
+        reasons = [selection.reason_against(weight) for weight in weights]
+        if "listed in ignore" in reasons:
+            return "listed in ignore"
+        if None not in reasons:
+            return reasons[0]
         if kept_units(region.units, self._share, self.multiple_of) == region.units:
             asked = f"sparsity {self._share:g} and multiple_of {self.multiple_of}"
             return f"of {region.units} {self.unit}, none go at {asked}"
-        weights = [*region.writers, *(weight for weight, _ in region.readers)]
-        return None if all(weight.is_finite() for weight in weights) else "holds NaN or Inf"
-
-
-def find_regions(
-    model: ir.Model,
-    op_types: Sequence[str],
-    selection: Selection,
-    seeds: Callable[[Mapping[ir.Node, Weight], Shapes], Iterator[Seed]],
-    reason_against: Callable[[Region], str | None],
-) -> tuple[list[Region], list[tuple[str, str]]]:
-    """What belongs to the units of the layers that ``seeds`` yields, where ``reason_against`` has none, and the
-    (place, reason) of all others.
-
-    Raises UsageError if an entry of the targets matches no weight.
-    """
-    weights, left = find_weights(model, op_types, depthwise=True)
-    for entry in selection.unmatched(weights):
-        raise UsageError(f"targets: {entry!r} matches no weight, node, module or op type of a layer")
-    layers = {node: weight for weight in weights for node in weight.nodes if node.graph is model.graph}
-    shapes = Shapes(model)
-    regions: list[Region] = []
-    declined = dict(left)
-    for weight in weights:
-        if any(node not in layers for node in weight.nodes):
-            declined[weight.name] = "lies in the body of an If, Loop or Scan"
-    known: set[ir.Node] = set()
-    for seed in seeds(layers, shapes):
-        if seed.node in known:
-            continue
-        value, name = seed.node.inputs[0], layers[seed.node].name
-        assert value is not None
-        try:
-            region = follow(value, seed.axis, seed.units, seed.block, layers, shapes)
-        except Unsuitable as error:
-            declined[name] = str(error)
-            continue
-        known |= {weight.nodes[0] for weight, _ in region.readers}
-        reason = reason_against(region)
-        if reason is None:
-            regions.append(region)
-        else:
-            declined[name] = reason
-    return regions, list(declined.items())
-
-
-def selected(region: Region, selection: Selection) -> str | None:
-    """Why ``selection`` does not take a region, or None: any of its weights may be a target, none be ignored."""
-    weights = [*region.writers, *(weight for weight, _ in region.readers)]
-    reasons = [selection.reason_against(weight) for weight in weights]
-    if "listed in ignore" in reasons:
-        return "listed in ignore"
-    return None if None in reasons else reasons[0]
+        if not all(weight.is_finite() for weight in weights):
+            return "holds NaN or Inf"
+        return None
 
 
 def _elements(model: ir.Model) -> int:

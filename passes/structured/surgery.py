@@ -1,4 +1,4 @@
-"""Take units out of a graph, or put them in another order: constants, shapes and attributes of a region."""
+"""Take units out of a graph: constants, shapes and attributes of a region."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparse_onnx.model.graph import (
     new_name,
     remove_if_unread,
 )
-from sparse_onnx.model.metadata_keys import REWRITTEN_KEY, STRUCTURE_KEY
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.structured.groups import rows_of
 from sparse_onnx.passes.structured.region import Blocks, Region, Removal, Reshaped, Swapped
 
-__all__ = ["cut_region", "reorder_region", "shift_bias", "write_reader"]
+__all__ = ["cut_region", "shift_bias", "write_reader"]
 
 
 def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: PassContext) -> None:
@@ -29,7 +29,10 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
     The constants that a node reads are replaced for this node alone.
     """
     left = region.units - len(removed)
-    _take(model, region, np.delete(np.arange(region.units), removed), context)
+    for removal in region.removals:
+        _cut(model, removal, region.units, removed, context)
+        if removal.node.op_type == "Conv" and input_at(removal.node, 2) is not None:
+            _cut(model, Removal(removal.node, 2, -1, removal.blocks), region.units, removed, context)
     for node in region.grouped:
         node.attributes["group"] = ir.AttrInt64("group", left)
     for change in region.reshaped:
@@ -52,45 +55,18 @@ def cut_region(model: ir.Model, region: Region, removed: np.ndarray, context: Pa
         _swap_directly(swap)
 
 
-def reorder_region(model: ir.Model, region: Region, order: np.ndarray, context: PassContext) -> None:
-    """Let unit i be what unit ``order[i]`` was, in the weights of the readers, too: the model computes the same.
-
-    Like :func:`cut_region`, this changes constants only for the nodes of the region.
-    """
-    _take(model, region, order, context)
-    for weight, size in region.readers:
-        write_reader(model, weight, np.asarray(weight.matrix())[rows_of(order, size)], context)
-    for node, index in [*((each.node, each.index) for each in region.removals)]:
-        _say_rewritten(node.inputs[index])
-    for weight, _ in region.readers:
-        _say_rewritten(weight.nodes[0].inputs[1])
-
-
-def _say_rewritten(value: ir.Value | None) -> None:
-    assert value is not None
-    value.metadata_props[REWRITTEN_KEY] = "true"
-
-
-def _take(model: ir.Model, region: Region, units: np.ndarray, context: PassContext) -> None:
-    """Let the constants of the region have these ``units``, in this order."""
-    for removal in region.removals:
-        _take_one(model, removal, region.units, units, context)
-        if removal.node.op_type == "Conv" and input_at(removal.node, 2) is not None:
-            _take_one(model, Removal(removal.node, 2, -1, removal.blocks), region.units, units, context)
-
-
-def _take_one(model: ir.Model, removal: Removal, count: int, units: np.ndarray, context: PassContext) -> None:
+def _cut(model: ir.Model, removal: Removal, units: int, removed: np.ndarray, context: PassContext) -> None:
     array = constant_array(removal.node.inputs[removal.index])
     assert array is not None
-    array = np.take(array, _elements_of(units, count, removal.blocks), axis=removal.axis)
+    array = np.delete(array, _elements_of(removed, units, removal.blocks), axis=removal.axis)
     _replace_constant(model, removal.node, removal.index, array, context)
 
 
-def _elements_of(units: np.ndarray, count: int, blocks: Blocks) -> np.ndarray:
-    """The indices of the elements of ``units``, of which there are ``count``, in all segments of an axis."""
-    starts = count * np.cumsum([0, *blocks[:-1]])
+def _elements_of(removed: np.ndarray, units: int, blocks: Blocks) -> np.ndarray:
+    """The indices of the elements of ``removed`` units in all segments of an axis."""
+    starts = units * np.cumsum([0, *blocks[:-1]])
     return np.concatenate(
-        [start + rows_of(units, block) for start, block in zip(starts, blocks, strict=True)]
+        [start + rows_of(removed, block) for start, block in zip(starts, blocks, strict=True)]
     )
 
 

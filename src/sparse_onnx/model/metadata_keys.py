@@ -1,6 +1,6 @@
 """Keys of the metadata that this package writes into models."""
 
-__all__ = ["FIXED_INPUTS_KEY", "LOWERED_KEY", "MODULE_KEY", "REWRITTEN_KEY", "STRUCTURE_KEY"]
+__all__ = ["FIXED_INPUTS_KEY", "LOWERED_KEY", "MODULE_KEY", "RESCALED_KEY", "STRUCTURE_KEY"]
 
 MODULE_KEY = "sparse_onnx.module"
 """Of a node: the path of the framework's module that it came from."""
@@ -8,9 +8,8 @@ MODULE_KEY = "sparse_onnx.module"
 LOWERED_KEY = "sparse_onnx.lowered"
 """Of a node of ONNX Runtime's own operators: the lowering that put it there."""
 
-REWRITTEN_KEY = "sparse_onnx.rewritten"
-"""Of an initializer: its elements are scaled or lie in another order than in the original, which what is around it
-makes up for."""
+RESCALED_KEY = "sparse_onnx.rescaled"
+"""Of an initializer: its elements are scaled against those of the original, which what is around it makes up for."""
 
 STRUCTURE_KEY = "sparse_onnx.mask_structure"
 """Of an initializer: the mask structure that a pruning pass gave it."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.data.samples import Samples
-from sparse_onnx.model.metadata_keys import REWRITTEN_KEY
+from sparse_onnx.model.metadata_keys import RESCALED_KEY
 from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.passes.calibration import Calibrator, Options
 from sparse_onnx.passes.solvers import relative_error
@@ -32,8 +32,7 @@ def layer_errors(
 
     X are the inputs that the layer has on ``samples`` in the dense model; with ``behind_pruned`` those in the pruned
     one. For a convolution with groups it is the mean over groups, as in ``LayerChange.error``. Left out: weights that
-    have another shape, scale or order now or cannot be calibrated, and those whose X'X does not fit into memory as a
-    whole.
+    have another shape or scale now or cannot be calibrated, and those whose X'X does not fit into memory as a whole.
 
     One pass over the samples, in memory that ``options`` bounds; scratch files go to ``work``.
     """
@@ -45,7 +44,7 @@ def layer_errors(
         if name in after
         and before[name].tensor is not after[name].tensor
         and before[name].shape == after[name].shape
-        and REWRITTEN_KEY not in after[name].value.metadata_props
+        and RESCALED_KEY not in after[name].value.metadata_props
     ]
     if not changed:
         return {}

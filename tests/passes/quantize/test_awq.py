@@ -6,7 +6,7 @@ import pytest
 
 from sparse_onnx.data.samples import Samples
 from sparse_onnx.errors import UsageError
-from sparse_onnx.model.metadata_keys import REWRITTEN_KEY
+from sparse_onnx.model.metadata_keys import RESCALED_KEY
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
@@ -123,7 +123,7 @@ def test_scaled_weights_are_left_out_of_layer_errors(make, context, tmp_path):
     model = dense.clone()
     QuantizeWeights(method="awq", targets=("U", "V"))(model, context)
     marked = {
-        value.name for value in model.graph.initializers.values() if REWRITTEN_KEY in value.metadata_props
+        value.name for value in model.graph.initializers.values() if RESCALED_KEY in value.metadata_props
     }
     assert marked == {"U", "V"}
     assert layer_errors(dense, model, context.calibration.samples, work=tmp_path) == {}
