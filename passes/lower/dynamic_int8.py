@@ -45,7 +45,7 @@ class LowerDynamicInt8(LowerToRuntime):
             return f"has {grid.bits} bits, not 8"
         if len(grid.scale) != 1 or not grid.symmetric:
             return "has more than one scale for an output, or zero points"
-        return EncodedForm("int8-dynamic", cls, exact=False)
+        return EncodedForm("int8-dynamic", cls, exact=False, coarse=True)
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:

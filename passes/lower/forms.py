@@ -43,6 +43,8 @@ class Form(abc.ABC):
         sure_from: The share of zeros from which on it was faster than dense on every machine measured, so that it needs
             no timing; None: no share tells.
         stored: How its weights lie.
+        coarse: Whether it rounds activations by one scale for all tokens, which loses much more than other forms do: it
+            ships only where it is a tenth faster than these.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Form(abc.ABC):
     least_zeros: float = 0.0
     sure_from: float | None = None
     stored: StoredFormat = SPARSE_FORMAT
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")
