@@ -76,6 +76,12 @@ class Form(abc.ABC):
     def __post_init__(self) -> None:
         require(self.name not in ("", DENSE), "name", self.name, f"a word other than {DENSE!r}")
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it rounds activations with one scale for all tokens, which loses much more than other forms do: it
+        ships only where it is a tenth faster than these."""
+        return self.activations < FLOAT_BITS and not self.by_token
+
     def refusal(self, sparsity: float) -> str:
         """Why a weight with this share of zeros is not worth timing in this form; empty if it is."""
         few = sparsity < self.least_zeros

@@ -77,7 +77,7 @@ class LowerInt8MatMul(LowerEncoded):
 
     @classmethod
     def _form(cls) -> Form:
-        return EncodedForm("int8-token", cls, exact=False)
+        return EncodedForm("int8-token", cls, exact=False, activations=8, by_token=True)
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
@@ -123,4 +123,6 @@ class LowerSparseInt8MatMul(LowerInt8MatMul):
 
     @classmethod
     def _form(cls) -> Form:
-        return _SparseInt8Form("sparse-int8", cls, exact=False, least_zeros=MIN_SPARSITY)
+        return _SparseInt8Form(
+            "int8-quads", cls, exact=False, least_zeros=MIN_SPARSITY, activations=8, by_token=True
+        )

@@ -10,10 +10,12 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Packer
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.timing import cache, choose
 from sparse_onnx.timing.cache import TimingCache
 from sparse_onnx.timing.choose import Bench, decide, measure
+from sparse_onnx.timing.forms import fastest
 from sparse_onnx.timing.rounds import STARTS, Ratio, overall, repeat
 
 MODEL = """<ir_version: 9, opset_import: ["" : 20]>
@@ -342,3 +344,45 @@ def test_a_real_layer_is_measured_and_nothing_left(chain, tmp_path):
     assert at(5) != found
     assert list(tmp_path.iterdir()) == []
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+# Forms that round activations coarser than others
+
+
+@pytest.mark.parametrize(
+    ("gain", "coarse", "best"),
+    [
+        (1.05, {"b"}, "a"),
+        (1.05, set(), "b"),
+        (1.05, {"a", "b"}, "b"),
+        (1.2, {"b"}, "b"),
+        (0.9, {"b"}, "a"),
+    ],
+)
+def test_a_coarse_form_must_be_a_tenth_faster_than_others(gain, coarse, best):
+    times = {("dense", "a"): speedup(2.0), ("dense", "b"): speedup(2.0 * gain), ("a", "b"): speedup(gain)}
+    assert fastest([times], None, 1.02, coarse).form == best
+
+
+@pytest.mark.parametrize(("gain", "form"), [(1.05, "int8-token"), (1.5, "int8-dynamic")])
+def test_one_scale_for_all_tokens_ships_only_where_it_is_much_faster(
+    chain, monkeypatch, tmp_path, gain, form
+):
+    model = chain(sparsity=0.0)
+    QuantizeWeights(method="rtn", bits=8, group_size=0)(model)
+    times = {"dense": 1.0, "int8-nbits": 1.1, "int8-token": 2.0, "int8-dynamic": 2.0 * gain}
+
+    def made_up(models, _feeds, **_options):
+        return {
+            (one, other): speedup(times[other] / times[one])
+            for one, other in itertools.combinations(models, 2)
+        }
+
+    monkeypatch.setattr(choose, "time_forms", made_up)
+    bench = Bench(Workbench(1, tmp_path, progress=lambda _line: None), TimingCache())
+    decisions = decide(
+        model, find_candidates(model)[0], [SMALL], Packer(PassContext()), bench, allowed={*times}
+    )
+    assert {decision.form for decision in decisions} == {form}
+    rounds_coarser = "0.95x int8-dynamic (0.95 to 0.95), which rounds coarser"
+    assert all((rounds_coarser in decision.reason) == (form == "int8-token") for decision in decisions)

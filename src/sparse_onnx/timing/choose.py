@@ -302,7 +302,8 @@ def least_gainful(gains: Sequence[float]) -> set[int]:
 def _judge(
     candidate: Candidate, targets: Sequence[Comparison], weights: Sequence[float] | None, min_speedup: float
 ) -> Decision:
-    best = fastest(targets, weights, min_speedup)
+    coarse = {form.name for form in candidate.forms if form.is_coarse}
+    best = fastest(targets, weights, min_speedup, coarse)
     timing = best.timing
     wins, close = timing.median >= min_speedup, timing.close_to(min_speedup)
     reason = f"{timing.median:.2f}x dense ({timing.low:.2f} to {timing.high:.2f})"
@@ -318,6 +319,7 @@ def _judge(
     for name, rival in best.rivals.items() if wins else ():
         reason += f", {rival.median:.2f}x {name} ({rival.low:.2f} to {rival.high:.2f})"
         reason += " but close" if rival.close_to(1) else ""
+        reason += ", which rounds coarser" if name in coarse and best.form not in coarse else ""
     if timing.cached:
         reason += ", timed in an earlier run"
     if not timing.quiet:
