@@ -38,7 +38,7 @@ SPARSE = "sparse"
 FLOAT_BITS = 32
 """Of a weight, or of activations, that are floats."""
 
-SPARSE_FORMS = (SPARSE, "int4-sparse", "int8-sparse", "int4-of-16")
+SPARSE_FORMS = (SPARSE, "int8-quads", "int8-bitmap", "int4-bitmap", "int4-of-16")
 """Those that neither store zeros nor multiply by them."""
 
 TABLE_SPARSITY = 0.65

@@ -133,6 +133,30 @@ def test_operators_on_integers_ship_where_they_are_allowed_and_fastest(
     assert np.linalg.norm(after - before) < 0.3 * np.linalg.norm(before)
 
 
+@pytest.mark.parametrize(("precision", "form"), [("int8", "int8-bitmap"), ("int4", "int4-bitmap")])
+def test_integers_without_their_zeros_ship_where_they_are_fastest(
+    source, tmp_path, integers_win, precision, form
+):
+    result = sparse_onnx.optimize(
+        source,
+        tmp_path / "out",
+        precision=precision,
+        method="magnitude",
+        sparsity=0.5,
+        keep_pruned=True,
+        input_shapes={"X": (8, K)},
+        threads=1,
+        timing_cache=False,
+    )
+    check_report(result.report)
+    assert {row["decision"] for row in result.report["layers"]} == {form}
+    checks = result.report["verification"]
+    assert checks["against_pruned_dense"]["relative_error"] < 1e-5, "of the compiler alone"
+    assert checks["without_library"]["relative_error"] < 1e-5
+    assert 1e-4 < checks["rounded_activations"]["relative_error"] < 0.03
+    assert result.report["summary"]["sparse_flops_fraction"] == 1
+
+
 @pytest.mark.parametrize("options", [{"bits": 8}, {"precision": "float32", "bits": 4}])
 def test_bits_alone_round_no_activation(source, tmp_path, integers_win, options):
     result = sparse_onnx.optimize(

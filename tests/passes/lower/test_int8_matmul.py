@@ -167,12 +167,12 @@ def test_the_second_time_there_is_nothing_left(model):
 def test_zeros_are_skipped_only_where_that_is_no_larger(model, zeros, structure, refused):
     (candidate,) = find_candidates(model(zeros=zeros, structure=structure, bits=8))[0]
     forms = {form.name: form for form in candidate.forms}
-    assert {"int8-token", "sparse-int8"} <= {*forms}
+    assert {"int8-token", "int8-quads"} <= {*forms}
     assert not candidate.refusal(forms["int8-token"])
-    reason = candidate.refusal(forms["sparse-int8"])
+    reason = candidate.refusal(forms["int8-quads"])
     assert refused in reason
     assert bool(reason) == bool(refused)
-    assert not {"int8-token", "sparse-int8"} & {form.name for form in candidate.allowed_forms()}
+    assert not {"int8-token", "int8-quads"} & {form.name for form in candidate.allowed_forms()}
 
 
 @pytest.mark.parametrize(("zeros", "structure"), [(0.5, "block:1x4"), (0.9, "unstructured")])

@@ -148,9 +148,9 @@ def test_floats_are_no_candidates(from_text):
 @pytest.mark.parametrize(
     ("options", "forms"),
     [
-        ({}, {"sparse", "int4-nbits", "int4-sparse"}),
-        ({"structure": "4:16"}, {"sparse", "int4-nbits", "int4-sparse", "int4-of-16"}),
-        ({"bits": 8, "group_size": 0}, {"sparse", "int8-nbits", "int8-dynamic", "int8-sparse"}),
+        ({}, {"sparse", "int4-nbits", "int4-bitmap"}),
+        ({"structure": "4:16"}, {"sparse", "int4-nbits", "int4-bitmap", "int4-of-16"}),
+        ({"bits": 8, "group_size": 0}, {"sparse", "int8-nbits", "int8-dynamic", "int8-bitmap"}),
     ],
 )
 def test_all_forms_of_a_weight_are_candidates_together(options, forms, model):
@@ -164,7 +164,7 @@ def test_all_forms_of_a_weight_are_candidates_together(options, forms, model):
 @pytest.mark.parametrize(("share", "refused"), [(0.1, True), (0.2, True), (0.3, False), (0.9, False)])
 def test_few_zeros_are_not_worth_timing(share, refused, model):
     ((candidate,), _) = find_candidates(model(share=share))
-    (form,) = (form for form in candidate.forms if form.name == "int4-sparse")
+    (form,) = (form for form in candidate.forms if form.name == "int4-bitmap")
     assert bool(candidate.refusal(form)) == refused
 
 
