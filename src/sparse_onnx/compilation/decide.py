@@ -76,7 +76,7 @@ def _with_float_inputs(fused: Fused, entries: tuple[str, ...]) -> list[Candidate
         )
     return [
         dataclasses.replace(
-            candidate, forms=tuple(form for form in candidate.forms if form.activations == FLOAT_BITS)
+            candidate, forms=tuple(form for form in candidate.forms if not form.is_coarse)
         )
         if chosen.reason_against(candidate.weight) is None
         else candidate
