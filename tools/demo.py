@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from sparse_onnx.compilation.groups import Run, Target
+from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.progress import Progress
 from sparse_onnx.tools.console import format_option, progress, quiet_option, show
 from sparse_onnx.tools.options import option
@@ -115,7 +116,7 @@ def _text(summary: dict[str, Any]) -> str:
 
     report, trained, accuracy = summary["report"], summary["trained"], summary["accuracy"]
     totals = report["summary"]
-    sparse = sum(row["decision"] == "sparse" for row in report["layers"])
+    sparse = sum(row["decision"] in SPARSE_FORMS for row in report["layers"])
     speedup = "-"
     if totals["speedup"] is not None:
         proven = totals["speedup_low"] > 1

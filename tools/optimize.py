@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from sparse_onnx.compilation.groups import Calibration, Goal, Prune, Quantize, Run, Target
+from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.search.limits import Limits
 from sparse_onnx.tools.console import format_option, other_work, progress, quiet_option, show, table
 from sparse_onnx.tools.options import options
@@ -95,7 +96,7 @@ def _outcome(summary: Mapping[str, Any]) -> str:
 def summary_table(report: Mapping[str, Any]) -> str:
     """The closing table: at most 15 lines."""
     summary, layers = report["summary"], report["layers"]
-    sparse = [row for row in layers if row["decision"] == "sparse"]
+    sparse = [row for row in layers if row["decision"] in SPARSE_FORMS]
     others = Counter(row["decision"] for row in layers if row["decision"] not in ("dense", "sparse"))
     uncounted = any(row["share"] is None for row in report.get("untouched", ()))
     rows = [["", "before", "after", "change"]]

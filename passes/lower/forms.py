@@ -19,16 +19,7 @@ from sparse_onnx.sparse_ops.formats.registry import SPARSE_FORMAT
 if TYPE_CHECKING:
     from sparse_onnx.passes.lower.lowering import Lowering
 
-__all__ = [
-    "DENSE",
-    "FLOAT_BITS",
-    "SPARSE",
-    "SPARSE_FORMS",
-    "TABLE_SPARSITY",
-    "Form",
-    "SparseForm",
-    "sparse_form",
-]
+__all__ = ["DENSE", "FLOAT_BITS", "SPARSE", "TABLE_SPARSITY", "Form", "SparseForm", "sparse_form"]
 
 DENSE = "dense"
 """The form that a layer has before any lowering: a float32 weight for the operators of the runtime."""
@@ -37,9 +28,6 @@ SPARSE = "sparse"
 
 FLOAT_BITS = 32
 """Of a weight, or of activations, that are floats."""
-
-SPARSE_FORMS = (SPARSE, "int8-quads", "int8-bitmap", "int4-bitmap", "int4-of-16")
-"""Those that neither store zeros nor multiply by them."""
 
 TABLE_SPARSITY = 0.65
 """Without a benchmark: from this share of zeros on the sparse kernel was faster on every machine measured."""
@@ -54,7 +42,8 @@ class Form(abc.ABC):
         lowering: The pass that puts it into a model.
         exact: Whether the weight keeps its numbers. A form that changes them (fewer bits) is considered only where it
             is allowed by name.
-        least_zeros: The share of zeros below which it was never faster than dense: not worth timing. 0: it needs none.
+        least_zeros: The share of zeros below which it was never faster than dense: not worth timing. 0: it makes no use
+            of them; the names of all others stand in :data:`sparse_onnx.document.SPARSE_FORMS`.
         sure_from: The share of zeros from which on it was faster than dense on every machine measured, so that it needs
             no timing; None: no share tells.
         stored: How its weights lie.

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import add_function
-from sparse_onnx.model.integer_grid import IntegerGrid
+from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.metadata_keys import LOWERED_KEY, STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
@@ -141,7 +141,7 @@ class LowerSparseIntegers(_LowerNBits):
         if layout is None:
             return f"has {grid.bits} bits, not 4 or 8"
         return _unfit(grid, layout) or SparseIntegerForm(
-            f"int{grid.bits}-sparse",
+            f"int{grid.bits}-bitmap",
             cls,
             exact=False,
             least_zeros=_FEW_ZEROS,
@@ -160,6 +160,14 @@ class LowerPositions(_LowerNBits):
     @classmethod
     def layout_of(cls, grid: IntegerGrid) -> Layout | None:
         return LAYOUTS["n_of_16"] if grid.bits == 4 else None
+
+    @classmethod
+    def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
+        grid = read_grid(candidate.weight)
+        assert isinstance(grid, IntegerGrid)
+        kept = most_of_16(grid.integers != grid.zero_point[0, 0])
+        candidate.weight.release()
+        return {**super().layout(candidate, form, packer), "kept": kept}
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SPARSE_FORMS",
     "Budget",
     "CurvePoint",
     "CurveRow",
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Literal[2] = 2
+
+SPARSE_FORMS = ("sparse", "int8-quads", "int8-bitmap", "int4-bitmap", "int4-of-16")
+"""The decisions by which a layer's zeros are neither stored nor multiplied by."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import Selection, find_weights
 from sparse_onnx.passes.base import Declined, PassContext, Pipeline
 from sparse_onnx.passes.lower.candidates import find_candidates
-from sparse_onnx.passes.lower.forms import FLOAT_BITS
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.presets import FUSION_PASSES
 from sparse_onnx.running.runtime import of_our_making
@@ -75,9 +74,7 @@ def _with_float_inputs(fused: Fused, entries: tuple[str, ...]) -> list[Candidate
             f"target.float_inputs: {entry!r} matches no weight, node, module or op type of a layer"
         )
     return [
-        dataclasses.replace(
-            candidate, forms=tuple(form for form in candidate.forms if not form.is_coarse)
-        )
+        dataclasses.replace(candidate, forms=tuple(form for form in candidate.forms if not form.is_coarse))
         if chosen.reason_against(candidate.weight) is None
         else candidate
         for candidate in fused.candidates

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.document import (
+    SPARSE_FORMS,
     DeclinedRow,
     DifferenceDocument,
     LayerRow,
@@ -28,7 +29,7 @@ from sparse_onnx.model.stored_weights import sparse_nodes, stored_weights
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.model.work import NodeWork, sparse_share, untouched
 from sparse_onnx.passes.base import Declined, LayerChange
-from sparse_onnx.passes.lower.forms import DENSE, SPARSE_FORMS
+from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
 from sparse_onnx.timing.choose import Decision

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.report.view.verdict import Verdict
 from sparse_onnx.report.view.words import NOTABLE_LOSS, loss_of
 from sparse_onnx.units import format_bytes, format_error, format_ms, format_share
@@ -152,7 +153,7 @@ def _accuracy(a: Report, b: Report) -> dict[str, Any]:
 
 def _sparse(report: Report) -> dict[str, int]:
     return {
-        "sparse": sum(row["decision"] == "sparse" for row in report["layers"]),
+        "sparse": sum(row["decision"] in SPARSE_FORMS for row in report["layers"]),
         "all": len(report["layers"]),
     }
 
