@@ -304,7 +304,10 @@ def few_bits(source, plenty):
 
 def test_layers_have_forms_bytes_and_losses_of_few_bits(few_bits):
     for layer in few_bits.forecast.layers:
-        assert {name for name, _ in layer.curves} == {"sparse", "int8-nbits", "int8-dynamic", "int4-nbits"}
+        assert {name for name, _ in layer.curves} == {
+            *("sparse", "int8-nbits", "int8-dynamic", "int8-token", "int8-quads", "int8-bitmap"),
+            *("int4-nbits", "int4-bitmap"),
+        }
         assert layer.encoded == {bits: usual_grid(bits).nbytes(layer.shape) for bits in (8, 4, 3)}
         errors = [layer.loss.error(Choice(bits=bits)) for bits in (8, 4, 3)]
         assert 0 < errors[0] < errors[1] < errors[2]

@@ -9,6 +9,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
@@ -177,14 +178,13 @@ def with_grids(tmp_path, bits, **options):
 
 def test_forms_of_few_bits_are_measured_once(tmp_path):
     found = with_grids(tmp_path, (8, 4, 3))
-    few = {name: each.sparsities for (name, _), each in found.curves.items() if name != "sparse"}
-    assert few == {"int8-nbits": (0.0,), "int8-dynamic": (0.0,), "int4-nbits": (0.0,)}, (
-        "no form is for 3 bits"
-    )
-    assert {(form.name, form.bits, form.activations) for form in found.encoded} == {
-        ("int8-nbits", 8, 32), ("int8-dynamic", 8, 8), ("int4-nbits", 4, 32),
-    }  # fmt: skip
-    for form in found.encoded:
+    once = {"int8-nbits": 32, "int8-dynamic": 8, "int8-token": 8, "int4-nbits": 32}  # none is for 3 bits
+    few = {name: each.sparsities for (name, _), each in found.curves.items() if name not in SPARSE_FORMS}
+    assert few == dict.fromkeys(once, (0.0,))
+    encoded = {form.name: form for form in found.encoded if form.name not in SPARSE_FORMS}
+    assert {name: form.activations for name, form in encoded.items()} == once
+    assert all(form.bits == int(name[3]) for name, form in encoded.items())
+    for form in encoded.values():
         for structure in ("unstructured", "2:4"):
             assert curve_of(found.curves, form, structure) is found.curves[form.name, "unstructured"]
 
@@ -215,9 +215,9 @@ def test_a_form_for_one_pattern_is_found_where_weights_have_it(tmp_path, monkeyp
 
     monkeypatch.setattr(LowerMatMulNBits, "form_of", only_halves)
     measured = with_grids(tmp_path, (4,), encoded_structures=("unstructured", "2:4"))
-    few = {key: each.sparsities for key, each in measured.curves.items() if key[0] != "sparse"}
+    few = {key: each.sparsities for key, each in measured.curves.items() if key[0] == "int4-nbits"}
     assert few == {("int4-nbits", "2:4"): (0.5,)}
-    (form,) = measured.encoded
+    (form,) = (form for form in measured.encoded if form.name == "int4-nbits")
     assert curve_of(measured.curves, form, "unstructured") is None
 
 

@@ -189,7 +189,7 @@ def marker(kind: int, x: str = "6", y: str = "6") -> Markup:
         "bar": '<path class="open" d="M0-4V4"/>',
     }
     return Markup('<g class="marker s{}" transform="translate({} {})">{}</g>').format(
-        kind, x, y, Markup(shapes[MARKERS[kind]])
+        kind, x, y, Markup(shapes[MARKERS[kind % len(MARKERS)]])
     )
 
 

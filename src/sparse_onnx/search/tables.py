@@ -50,9 +50,14 @@ def rounding_of(bits: int, tables: Mapping[str, int]) -> tuple[QuantizeEmbedding
 def measure_tables(
     model: ir.Model, bits: Collection[int], batches: Sequence[Feeds], bench: Workbench
 ) -> dict[str, Table]:
-    """The tables of ``model``, cleaned up and in floats, that may have ``bits``, by name, run on ``batches``."""
+    """The tables of ``model``, cleaned up and in floats, that may have ``bits``, by name, run on ``batches``; not those
+    that a head is tied to, since that is a layer whose bits and form are chosen by its time as well."""
     found = QuantizeEmbeddings()(model.clone(), PassContext()).layers
-    lengths = {layer.name: _length(model, layer.name) for layer in found}
+    lengths = {
+        layer.name: _length(model, layer.name)
+        for layer in found
+        if all(use.node.op_type == "Gather" for use in model.graph.initializers[layer.name].uses())
+    }
     if not lengths:
         return {}
     with open_runner(model, bench.quietly(), library=False) as runner:

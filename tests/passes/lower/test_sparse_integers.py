@@ -4,12 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.exact_twin import exact_twin
-from sparse_onnx.passes.lower.forms import SPARSE_FORMS
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.sparse_integers import LowerPositions, LowerSparseIntegers
 from sparse_onnx.passes.prune.magnitude import Magnitude
@@ -150,15 +150,17 @@ def test_floats_are_no_candidates(from_text):
     [
         ({}, {"sparse", "int4-nbits", "int4-bitmap"}),
         ({"structure": "4:16"}, {"sparse", "int4-nbits", "int4-bitmap", "int4-of-16"}),
-        ({"bits": 8, "group_size": 0}, {"sparse", "int8-nbits", "int8-dynamic", "int8-bitmap"}),
+        (
+            {"bits": 8, "group_size": 0},
+            {"sparse", "int8-nbits", "int8-dynamic", "int8-token", "int8-quads", "int8-bitmap"},
+        ),
     ],
 )
 def test_all_forms_of_a_weight_are_candidates_together(options, forms, model):
     ((candidate,), _) = find_candidates(model(**options))
     assert {form.name for form in candidate.forms} == forms
     assert [form.name for form in candidate.allowed_forms()] == ["sparse"], "the others round activations"
-    ours = {form.name for form in candidate.forms if "sparse" in form.lowering.name}
-    assert ours <= {*SPARSE_FORMS}
+    assert {form.name for form in candidate.forms if form.least_zeros} == forms & {*SPARSE_FORMS}
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.1, True), (0.2, True), (0.3, False), (0.9, False)])
