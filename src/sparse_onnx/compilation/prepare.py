@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from sparse_onnx.compilation.give_back import Originals
+from sparse_onnx.compilation.groups import FLOAT32
 from sparse_onnx.compilation.inputs import Inputs
 from sparse_onnx.compilation.job import Job
 from sparse_onnx.compilation.load import Source
@@ -24,9 +26,12 @@ from sparse_onnx.compilation.worth_pruning import (
 )
 from sparse_onnx.errors import UsageError
 from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
+from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.presets import PREPARATION_PASSES
+from sparse_onnx.passes.quantize.by_bits import UsualGrid
+from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.timing.choose import Bench
 from sparse_onnx.verification.layer_errors import layer_errors
 
@@ -93,7 +98,7 @@ def prepare(
     )
     removed = removing(model, context)
     originals = Originals.of(model)
-    spared = _spared(job, source, model, pruning, inputs, bench)
+    spared = _spared(job, source, model, pruning, quantizing, inputs, bench)
     whole = model.clone() if pruning.passes and quantizing.passes else None
     pruned = pruning(model, dataclasses.replace(context, spared=spared))
     exact = Originals.of(model)
@@ -112,6 +117,7 @@ def _spared(
     source: Source,
     model: ir.Model,
     pruning: Pipeline,
+    quantizing: Pipeline,
     inputs: Inputs | None,
     bench: Bench | None,
 ) -> dict[str, str]:
@@ -129,8 +135,20 @@ def _spared(
         curves_of,
         weights=job.recipe.target.weights,
         min_speedup=job.recipe.goal.min_speedup,
+        grid_of=functools.partial(_integer_grid, job, quantizing),
         progress=job.say,
     )
+
+
+def _integer_grid(job: Job, quantizing: Pipeline, weight: Weight) -> UsualGrid | None:
+    """The grid that ``weight`` will be on, if it may be multiplied as integers."""
+    if job.recipe.target.precision == FLOAT32:
+        return None
+    for step in quantizing.passes:
+        if isinstance(step, QuantizeWeights) and step.reason_against(weight) is None:
+            grid = step.grid_for(weight)
+            return UsualGrid(grid.bits, grid.group_size, grid.symmetric)
+    return None
 
 
 def _curves(job: Job, model: ir.Model, bench: Bench) -> CurvesOf | None:

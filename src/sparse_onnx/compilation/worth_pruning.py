@@ -1,8 +1,9 @@
 """What pruning would gain nothing from: known before a single weight is changed.
 
 A weight that no sparse kernel can take stays dense whatever its zeros (float16, inside an If or a Loop, a shape that
-the kernels do not have), and so does one whose every other form is slower at the share of zeros that it would get.
-Their zeros would cost accuracy and buy neither time nor bytes.
+the kernels do not have), and so does one whose every other form is slower at the share of zeros that it would get. One
+that will have few bits has forms that make no use of zeros, too: these may be faster than all that do. Such zeros would
+cost accuracy and buy no time.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from sparse_onnx.passes.base import Pass, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.lowering import Candidate
 from sparse_onnx.passes.patterns.layer import Layer, layer_kind
+from sparse_onnx.passes.quantize.by_bits import UsualGrid
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import Progress
 from sparse_onnx.timing.choose import Bench, expected_times
-from sparse_onnx.timing.curves import LayerCurves, measure_curves
+from sparse_onnx.timing.curves import LayerCurves, forms_on_grid, measure_curves
 from sparse_onnx.timing.forms import fastest
 from sparse_onnx.timing.table import TimingTable
 
@@ -35,8 +37,11 @@ __all__ = [
 
 NO_KERNEL = "not pruned: no sparse kernel could take it"
 
-CurvesOf = Callable[[Candidate, Layer, Sequence[tuple[int, ...]], float, str], LayerCurves | None]
-"""How fast one layer of a candidate is with inputs of these shapes, a share of zeros and a pattern; None: not known."""
+CurvesOf = Callable[
+    [Candidate, Layer, Sequence[tuple[int, ...]], float, str, UsualGrid | None], LayerCurves | None
+]
+"""How fast one layer of a candidate is with inputs of these shapes, a share of zeros, a pattern, and floats or integers
+on a grid; None: not known."""
 
 
 def prunes(modifiers: Iterable[Pass]) -> bool:
@@ -64,6 +69,7 @@ def below_break_even(
     *,
     weights: Sequence[float] | None,
     min_speedup: float,
+    grid_of: Callable[[Weight], UsualGrid | None] = lambda _weight: None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, str]:
     """The weights that would surely miss ``min_speedup`` in every form with the zeros that ``modifiers`` give them, by
@@ -71,7 +77,8 @@ def below_break_even(
 
     Surely: even the fastest repetition at the target that decides, or in the mean by ``weights``, is too slow.
     ``targets`` has the shape of every layer's inputs by the name of the value. A weight whose share of zeros is not
-    known beforehand is not judged.
+    known beforehand is not judged. ``grid_of`` says which weights get few bits afterwards and may be multiplied as
+    integers; with them, also those that would surely be faster in a form that makes no use of zeros.
     """
     modifiers = tuple(modifiers)
     candidates, _ = find_candidates(model)
@@ -84,7 +91,13 @@ def below_break_even(
             continue
         share, structure = asked
         zeros = f"{share:.1%} zeros"
+        grid = grid_of(candidate.weight) if len(candidate.names) == 1 else None
         forms = [form for form in candidate.allowed_forms() if not form.refusal(share)]
+        if grid is not None and (shapes := targets[0]):
+            layer = candidate.layers[0]
+            at = [shapes[value.name or ""] for value in layer.inputs]
+            few = forms_on_grid(model, candidate, layer, at, asked, grid)
+            forms += [form for form in few if not form.refusal(share)]
         if not forms:
             against |= dict.fromkeys(
                 candidate.names, f"not pruned: {zeros} are too few for any sparse kernel"
@@ -96,14 +109,24 @@ def below_break_even(
             shapes: Sequence[tuple[int, ...]],
             candidate: Candidate = candidate,
             asked: tuple[float, str] = asked,
+            grid: UsualGrid | None = grid,
         ) -> LayerCurves | None:
-            return curves_of(candidate, layer, shapes, *asked)
+            return curves_of(candidate, layer, shapes, *asked, grid)
 
         times = expected_times(candidate, forms, find, targets, share, structure)
         if times is None:
             continue
-        best = fastest(times, weights, min_speedup)
+        coarse = {form.name for form in forms if form.is_coarse}
+        best = fastest(times, weights, min_speedup, coarse)
         timing = best.timing
+        using = {form.name for form in forms if form.least_zeros}
+        rivals = [rival for name, rival in best.rivals.items() if name in using]
+        if best.form not in using and timing.quiet and all(rival.low > 1 for rival in rivals):
+            reason = (
+                f"not pruned: with {zeros} its fastest form would be {best.form}, which makes no use of them"
+            )
+            against |= dict.fromkeys(candidate.names, reason)
+            continue
         if timing.quiet and not best.close and timing.high < min_speedup:
             reason = (
                 f"not pruned: with {zeros} its {best.form} form would be {timing.median:.2f}x dense "
@@ -124,7 +147,7 @@ def _asked(modifiers: Sequence[Pass], weight: Weight) -> tuple[float, str] | Non
 
 def tabulated_curves(table: TimingTable) -> CurvesOf:
     """Curves as ``table`` has them."""
-    return lambda _candidate, layer, shapes, _share, _structure: table.find(layer, shapes)
+    return lambda _candidate, layer, shapes, _share, _structure, _grid: table.find(layer, shapes)
 
 
 def measured_curves(model: ir.Model, bench: Bench) -> CurvesOf:
@@ -132,9 +155,14 @@ def measured_curves(model: ir.Model, bench: Bench) -> CurvesOf:
     known: dict[str, LayerCurves] = {}
 
     def curves_of(
-        candidate: Candidate, layer: Layer, shapes: Sequence[tuple[int, ...]], share: float, structure: str
+        candidate: Candidate,
+        layer: Layer,
+        shapes: Sequence[tuple[int, ...]],
+        share: float,
+        structure: str,
+        grid: UsualGrid | None,
     ) -> LayerCurves | None:
-        key = repr((layer_kind(layer, shapes), round(share, 2), structure))
+        key = repr((layer_kind(layer, shapes), round(share, 2), structure, grid))
         if key not in known:
             parsed = MaskStructure.parse(structure)
             known[key] = measure_curves(
@@ -144,6 +172,8 @@ def measured_curves(model: ir.Model, bench: Bench) -> CurvesOf:
                 shapes,
                 sparsities=() if parsed.kind == "n:m" else (share,),
                 structures=(structure,),
+                grids=() if grid is None else (grid,),
+                encoded_structures=(structure,),
                 threads=bench.workbench.threads,
                 work=bench.workbench.work,
             )

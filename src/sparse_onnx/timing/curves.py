@@ -46,6 +46,7 @@ __all__ = [
     "combine",
     "count_points",
     "curve_of",
+    "forms_on_grid",
     "measure_curves",
 ]
 
@@ -197,10 +198,7 @@ def measure_curves(
                 _add(models, form, (UNSTRUCTURED, 0.0), rounded, weight)
     if prunable:
         for structure, sparsity in _points(weight, sparsities, structures):
-            pruned = dense.clone()
-            options = {"sparsity": sparsity, "mask_structure": structure}
-            done = Magnitude(**options, targets=candidate.names, ignore=())(pruned)  # type: ignore[arg-type]
-            share = float(done.statistics["sparsity"])
+            pruned, share = _with_zeros(dense, candidate.names, sparsity, structure)
             for form in forms:
                 _add(models, form, (structure, share), pruned, weight)
             for grid in grids if structure in encoded_structures else ():
@@ -250,6 +248,32 @@ def measure_curves(
         quiet >= _STARTS,
         tuple(encoded.values()),
     )
+
+
+def forms_on_grid(
+    model: ir.Model,
+    candidate: Candidate,
+    layer: Layer,
+    shapes: Sequence[tuple[int, ...]],
+    zeros: tuple[float, str],
+    grid: UsualGrid,
+) -> list[Form]:
+    """The forms of few bits that a layer of ``model`` would have with ``zeros``, a share and a pattern, on ``grid``."""
+    cut, _ = cut_layer(model, layer.inputs, layer.results, shapes)
+    rounded = _on_grid(_with_zeros(cut, candidate.names, *zeros)[0], candidate.names, grid)
+    return _forms_of(rounded, candidate.weight, grid)
+
+
+def _with_zeros(
+    model: ir.Model, names: Sequence[str], sparsity: float | None, structure: str
+) -> tuple[ir.Model, float]:
+    """A copy of ``model`` with these weights pruned by magnitude, and their share of zeros; N:M implies it."""
+    pruned = model.clone()
+    fixed = MaskStructure.parse(structure).kind == "n:m"
+    step = Magnitude(
+        sparsity=None if fixed else sparsity, mask_structure=structure, targets=tuple(names), ignore=()
+    )
+    return pruned, float(step(pruned).statistics["sparsity"])
 
 
 def _on_grid(model: ir.Model, names: Sequence[str], grid: UsualGrid) -> ir.Model:
