@@ -62,7 +62,10 @@ def test_zeros_that_the_fastest_form_has_no_use_for_are_not_made(model):
         ({"sparse": 0.7, "int8-token": 0.3, "int8-quads": 0.2, "int8-bitmap": 0.6}, usual_grid(8)),
         ({"sparse": 0.7, "int8-token": 0.3, "int8-quads": 0.4, "int8-bitmap": 0.2}, usual_grid(8)),
         ({"sparse": 0.7, "int4-nbits": 0.5, "int4-bitmap": 0.4}, usual_grid(4)),
-        ({"sparse": 0.4, "int4-nbits": 0.5, "int4-bitmap": 0.6}, usual_grid(4)),  # then they become floats again
+        (
+            {"sparse": 0.4, "int4-nbits": 0.5, "int4-bitmap": 0.6},
+            usual_grid(4),
+        ),  # then they become floats again
         ({"sparse": 0.7, "int8-token": 0.3}, None),  # no integers are allowed
     ],
 )

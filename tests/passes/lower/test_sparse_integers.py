@@ -8,6 +8,7 @@ from sparse_onnx.document import SPARSE_FORMS
 from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import find_weights
+from sparse_onnx.model.work import Work
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.exact_twin import exact_twin
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
@@ -88,6 +89,7 @@ def test_the_weight_keeps_its_numbers_and_activations_are_rounded(
     without = outputs(lowered, tmp_path / "without", library=False)
     assert distance(with_library, without) < 2e-6
     assert 0 < distance(with_library, expected) < 0.02
+    assert Work(lowered).count()[0].products == 6 * K * N
     twin = exact_twin(lowered)
     assert distance(outputs(twin, tmp_path / "twin", library=True), expected) < 2e-6
     assert op_type in op_types(lowered), "the twin is a copy"
