@@ -24,7 +24,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -93,7 +93,7 @@ class QuantizeWeights(Pass):
             Measured at .5: a sentence encoder in 4 bits loses a third less on text of another kind, as much on like
             text; the first layers of a language model in 3 bits lose a quarter less, and half as much again.
         dampening_frac: Added to the diagonal of the Gram, of its mean.
-        keep: The share of the layers that get 8 bits and a scale for each output all the same: those that move the
+        keep: The share of the layers that get 8 bits all the same, as ``bits_of`` would give them: those that move the
             model's outputs most if they alone are rounded to nearest. Only with data, and fewer than 8 bits.
         targets, ignore: Choose the weights, see :class:`~sparse_onnx.model.weights.Selection`.
     """
@@ -202,7 +202,8 @@ class QuantizeWeights(Pass):
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         chosen, left = self._choose(model)
         kept = self._kept(model, context, chosen) if self.keep else {}
-        job = _Job(self, model, context, chosen, kept)
+        bits_of = {**self.bits_of, **dict.fromkeys(kept, _KEPT_BITS)}
+        job = _Job(dataclasses.replace(self, bits_of=bits_of), model, context, chosen)
         if chosen:
             job.run()
         left += [
@@ -284,9 +285,7 @@ class _Job:
         model: ir.Model,
         context: PassContext,
         weights: list[Weight],
-        kept: Collection[str],
     ) -> None:
-        self._kept_bits = kept
         self.options, self.model, self.context, self.weights = options, model, context, weights
         self.declined: list[tuple[str, str]] = []
         self.changes: list[LayerChange] = []
@@ -359,8 +358,6 @@ class _Job:
         self.context.progress(f"solving {weight.name} ({done})")
         W = np.ascontiguousarray(weight.matrix(), np.float32)
         grid, aim = options.grid_for(weight), self._aim(layer, W)
-        if weight.name in self._kept_bits:
-            grid = dataclasses.replace(grid, bits=_KEPT_BITS, group_size=0, symmetric=True)
         try:
             parts = self._parts(layer, W, aim, grid)
         except UsageError as error:  # a scale that is too large for its type
