@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-FORMS = ("int8-dynamic", "int8-nbits", "int4-nbits")
+FORMS = (
+    *("int8-dynamic", "int8-nbits", "int8-token", "int8-quads", "int8-bitmap"),
+    *("int4-nbits", "int4-bitmap"),
+)
 SHAPE = ("--input-shape", "X:1,16,64", "--threads", "1", "--quiet")
 
 

@@ -61,6 +61,7 @@ def test_what_was_asked_for_is_in_the_report(run_folder):
         "shapes": {"X": [2, 3, 64]},
         "threads": 1,
         "precision": "float32",
+        "float_inputs": [],
     }
     page = (run_folder / "report.html").read_text()
     assert report["command"] in page

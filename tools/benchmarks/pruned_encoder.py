@@ -20,8 +20,11 @@ from sparse_onnx.tools.benchmarks.encoder_trial import HEADER, EncoderTrial, add
 from sparse_onnx.tools.benchmarks.rows import pruning_from
 from sparse_onnx.tools.console import table
 
+__all__ = ["main"]
+
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
