@@ -345,6 +345,20 @@ def test_which_layers_round_tokens_is_told_by_their_fastest_form():
     assert not dataclasses.replace(both, forms=both.forms[:2]).rounds_tokens(1.02)
     assert not layer("b", FAST).rounds_tokens(1.02)
     assert not both.rounds_tokens(100.0), "it stays dense"
+    assert both.best_form(Choice(bits=8, activations=8), 1.02) == "int8-token"
+
+
+@pytest.mark.parametrize(
+    ("coarse", "best"), [(0.26, "int8-dynamic"), (0.285, "int8-token"), (0.31, "int8-token")]
+)
+def test_a_form_that_rounds_coarsely_must_be_a_tenth_faster_as_for_the_guard(coarse, best):
+    token = dataclasses.replace(DYNAMIC, name="int8-token", by_token=True)
+    curves = {
+        ("int8-dynamic", "unstructured"): curve(coarse, sparsities=(0.0,)),
+        ("int8-token", "unstructured"): curve(0.3, sparsities=(0.0,)),
+    }
+    found = layer("a", curves, forms=(DYNAMIC, token), encoded={8: 8448})
+    assert found.best_form(Choice(bits=8, activations=8), 1.02) == best
 
 
 def test_the_same_bits_everywhere_are_for_those_that_can_have_them():

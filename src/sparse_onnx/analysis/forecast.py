@@ -24,6 +24,7 @@ from sparse_onnx.passes.solvers.masks import MaskStructure, resolve_sparsity
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.timing.choose import least_gainful
 from sparse_onnx.timing.curves import UNSTRUCTURED, Curve, curve_of
+from sparse_onnx.timing.forms import COARSE_GAIN
 
 __all__ = ["Choice", "Forecast", "LayerForecast", "Outlook", "Plan"]
 
@@ -129,7 +130,7 @@ class LayerForecast:
 
     def best_form(self, choice: Choice, min_speedup: float, among: Collection[str] | None = None) -> str:
         """The fastest form with these zeros and bits, of those ``among`` them if given; dense unless another is
-        ``min_speedup`` times as fast."""
+        ``min_speedup`` times as fast. As of the guard: a coarse form must be a tenth faster than others."""
         names = [
             form.name
             for form in self.forms
@@ -137,7 +138,11 @@ class LayerForecast:
             and self._fits(form, choice)
             and (among is None or form.name in among)
         ]
-        best = min(names, key=lambda name: self.time(name, choice), default=DENSE)
+
+        def judged(name: str) -> float:
+            return self.time(name, choice) * (COARSE_GAIN if self.form(name).is_coarse else 1)
+
+        best = min(names, key=judged, default=DENSE)
         return best if best != DENSE and self.time(best, choice) * min_speedup <= 1 else DENSE
 
     def _fits(self, form: Form, choice: Choice) -> bool:

@@ -15,7 +15,16 @@ from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.timing.layers import time_together
 from sparse_onnx.timing.rounds import Ratio, overall, ratio, together
 
-__all__ = ["Comparison", "Fastest", "against_dense", "fastest", "pairs", "sum_of", "time_forms"]
+__all__ = [
+    "COARSE_GAIN",
+    "Comparison",
+    "Fastest",
+    "against_dense",
+    "fastest",
+    "pairs",
+    "sum_of",
+    "time_forms",
+]
 
 Comparison = Mapping[tuple[str, str], Ratio]
 """Forms that were timed in the same rounds, dense first: by the names of two of them, in the order in which they were
@@ -79,7 +88,7 @@ class Fastest:
     close: bool
 
 
-_COARSE_GAIN = 1.1
+COARSE_GAIN = 1.1
 """How much faster a coarse form must be than others."""
 
 
@@ -93,7 +102,7 @@ def fastest(
     One that is ``coarse`` must be a tenth faster than those that are not."""
     by_target = [against_dense(found) for found in targets]
     judged = {name: overall([found[name] for found in by_target], weights) for name in by_target[0]}
-    best = max(judged, key=lambda name: judged[name][0].median / (_COARSE_GAIN if name in coarse else 1))
+    best = max(judged, key=lambda name: judged[name][0].median / (COARSE_GAIN if name in coarse else 1))
     timing, worst = judged[best]
     where = targets[worst] if worst is not None else _mean(targets, weights)
     dense = against_dense(where)
