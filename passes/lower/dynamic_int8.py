@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerProduct
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerProduct, reason_against_bytes
 from sparse_onnx.passes.lower.forms import Form
 
 __all__ = ["LowerDynamicInt8"]
@@ -41,11 +41,8 @@ class LowerDynamicInt8(LowerProduct):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        if grid.bits != 8:
-            return f"has {grid.bits} bits, not 8"
-        if len(grid.scale) != 1 or not grid.symmetric:
-            return "has more than one scale for an output, or zero points"
-        return EncodedForm("int8-dynamic", cls, exact=False, activations=8)
+        form = EncodedForm("int8-dynamic", cls, exact=False, activations=8)
+        return reason_against_bytes(grid) or form
 
     @classmethod
     def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:

@@ -27,7 +27,7 @@ from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.formats.base import Outputs
 
-__all__ = ["EncodedForm", "LowerEncoded", "LowerProduct"]
+__all__ = ["EncodedForm", "LowerEncoded", "LowerProduct", "reason_against_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,15 @@ class EncodedForm(Form):
         inputs, outputs = shape
         blocks = -(-inputs // self.block) if self.block else 1
         return blocks * outputs * (4 + self.bits / 8 * self.zero_points)
+
+
+def reason_against_bytes(grid: IntegerGrid) -> str:
+    """Why products of bytes cannot take weights on ``grid``; empty if they can."""
+    if grid.bits != 8:
+        return f"has {grid.bits} bits, not 8"
+    if len(grid.scale) != 1 or not grid.symmetric:
+        return "has more than one scale for an output, or zero points"
+    return ""
 
 
 class _Nodes:

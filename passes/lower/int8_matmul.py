@@ -28,7 +28,7 @@ from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.metadata_keys import LOWERED_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded, reason_against_bytes
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, PackedTensors, Packer
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
@@ -67,10 +67,8 @@ class LowerInt8MatMul(LowerEncoded):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        if grid.bits != 8:
-            return f"has {grid.bits} bits, not 8"
-        if len(grid.scale) != 1 or not grid.symmetric:
-            return "has more than one scale for an output, or zero points"
+        if reason := reason_against_bytes(grid):
+            return reason
         if grid.inputs > int8_quads.MAX_INPUTS:
             return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
         return cls._form()

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import add_function
-from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
+from sparse_onnx.model.integer_grid import IntegerGrid
 from sparse_onnx.model.metadata_keys import LOWERED_KEY, STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
@@ -49,10 +49,12 @@ _LARGEST_GROUP = 128
 
 @dataclasses.dataclass(frozen=True)
 class SparseIntegerForm(Form):
-    """Integers that are not zero, in a ``layout``; ``group`` inputs share a float16 scale."""
+    """Integers that are not zero, in a ``layout``; ``group`` inputs share a float16 scale. Where positions are stored,
+    ``kept`` of 16 are."""
 
     layout: Layout = LAYOUTS["bitmap4"]
     group: int = _LARGEST_GROUP
+    kept: int = 0
 
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
@@ -163,11 +165,8 @@ class LowerPositions(_LowerNBits):
 
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
-        grid = read_grid(candidate.weight)
-        assert isinstance(grid, IntegerGrid)
-        kept = most_of_16(grid.integers != grid.zero_point[0, 0])
-        candidate.weight.release()
-        return {**super().layout(candidate, form, packer), "kept": kept}
+        assert isinstance(form, SparseIntegerForm)
+        return {**super().layout(candidate, form, packer), "kept": form.kept}
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
@@ -189,6 +188,7 @@ class LowerPositions(_LowerNBits):
             bits=grid.bits,
             layout=layout,
             group=_group(grid),
+            kept=most,
         )
 
 

@@ -39,7 +39,16 @@ import numpy as np
 
 from sparse_onnx.sparse_ops.formats.base import ONE_RUN, FormatError, Outputs, Packed, Part, StoredFormat
 
-__all__ = ["CHUNKED_CSC", "WIDTHS", "ChunkedCsc", "PackedWeight", "block_size", "concatenate"]
+__all__ = [
+    "CHUNKED_CSC",
+    "ENTRY_STARTS",
+    "GROUP_STARTS",
+    "WIDTHS",
+    "ChunkedCsc",
+    "PackedWeight",
+    "block_size",
+    "concatenate",
+]
 
 _ONE, _SEVERAL = "chunked_csc", "chunked_csc_parts"
 
@@ -201,24 +210,7 @@ def _best_width(weight: np.ndarray, block: int) -> int:
 # starts over the entries. int32 there: ORT keeps every folded intermediate until the session is complete.
 # Every line up to W has only constants behind it and a shape that can be inferred, so that ORT folds the
 # whole decoder when the session is created. (NonZero and Compress are not folded by ORT >= 1.31.)
-_DECODER = """
-    k = Constant<value_int: int = @K>()
-    n = Constant<value_int: int = @N>()
-    c = Constant<value_int: int = @chunk>()
-    b = Constant<value_int: int = @block>()
-    r = Constant<value_int: int = @width>()
-    zero = Constant<value = int64 {0}>()
-    one = Constant<value = int64 {1}>()
-    axis0 = Constant<value = int64[1] {0}>()
-    axis1 = Constant<value = int64[1] {1}>()
-    flat_shape = Constant<value = int64[1] {-1}>()
-    column_shape = Constant<value = int64[2] {-1, 1}>()
-    k_less = Sub(k, one)
-    k_full = Div(k_less, c)
-    chunks = Add(k_full, one)
-    @count_blocks
-    columns = Mul(blocks, b)
-
+GROUP_STARTS = """
     block_index = Range(zero, blocks, one)
     block_column = Unsqueeze(block_index, axis1)
     block_start = Mul(block_column, b)
@@ -227,12 +219,11 @@ _DECODER = """
     chunk_start = Mul(chunk_index, chunk_stride)
     group_start = Add(block_start, chunk_start)
     group_column = Reshape(group_start, column_shape)
-    groups = Div(b, r)
-    groups_1 = Unsqueeze(groups, axis0)
-    row_shape = Concat<axis = 0>(flat_shape, groups_1)
-    rows_64 = Cast<to = 7>(rows)
-    first_rows = Mul(rows_64, r)
-    row_grid = Reshape(first_rows, row_shape)
+"""
+"""Where the segments of each block and chunk begin, of a stored weight with ``blocks`` blocks of ``b`` outputs and
+``chunks`` of ``c`` inputs."""
+
+ENTRY_STARTS = """
     segment_grid = Add(group_column, row_grid)
     segment_start = Reshape(segment_grid, flat_shape)
 
@@ -253,6 +244,39 @@ _DECODER = """
     columns_32 = Cast<to = 6>(columns)
     entry_step = Mul(offsets_32, columns_32)
     entry_position = Add(entry_start, entry_step)
+"""
+"""Where each entry lies; ``row_grid`` are the rows of the segments within their group."""
+
+_DECODER = (
+    """
+    k = Constant<value_int: int = @K>()
+    n = Constant<value_int: int = @N>()
+    c = Constant<value_int: int = @chunk>()
+    b = Constant<value_int: int = @block>()
+    r = Constant<value_int: int = @width>()
+    zero = Constant<value = int64 {0}>()
+    one = Constant<value = int64 {1}>()
+    axis0 = Constant<value = int64[1] {0}>()
+    axis1 = Constant<value = int64[1] {1}>()
+    flat_shape = Constant<value = int64[1] {-1}>()
+    column_shape = Constant<value = int64[2] {-1, 1}>()
+    k_less = Sub(k, one)
+    k_full = Div(k_less, c)
+    chunks = Add(k_full, one)
+    @count_blocks
+    columns = Mul(blocks, b)
+"""
+    + GROUP_STARTS
+    + """
+    groups = Div(b, r)
+    groups_1 = Unsqueeze(groups, axis0)
+    row_shape = Concat<axis = 0>(flat_shape, groups_1)
+    rows_64 = Cast<to = 7>(rows)
+    first_rows = Mul(rows_64, r)
+    row_grid = Reshape(first_rows, row_shape)
+"""
+    + ENTRY_STARTS
+    + """
     position_column = Reshape(entry_position, column_shape)
     lanes = Range(zero, r, one)
     lanes_32 = Cast<to = 6>(lanes)
@@ -269,6 +293,7 @@ _DECODER = """
     padded = Reshape(scattered, padded_shape)
     @take_outputs
 """
+)
 # Of one linear.
 _COUNT_BLOCKS = """
     n_less = Sub(n, one)

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparse_onnx.sparse_ops.formats.base import FormatError, Part
-from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, PackedWeight
+from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, ENTRY_STARTS, GROUP_STARTS, PackedWeight
 
 __all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "pack_dense", "pack_quads", "parts"]
 
@@ -227,38 +227,18 @@ _SIZES = """
     b_1 = Unsqueeze(b, axis0)
     columns_1 = Unsqueeze(columns, axis0)
 """
-_FROM_PLACES = """
+_FROM_PLACES = (
+    """
     column_shape = Constant<value = int64[2] {-1, 1}>()
-    block_index = Range(zero, blocks, one)
-    block_column = Unsqueeze(block_index, axis1)
-    block_start = Mul(block_column, b)
-    chunk_index = Range(zero, chunks, one)
-    chunk_stride = Mul(c, columns)
-    chunk_start = Mul(chunk_index, chunk_stride)
-    group_start = Add(block_start, chunk_start)
-    group_column = Reshape(group_start, column_shape)
+"""
+    + GROUP_STARTS
+    + """
     row_shape = Concat<axis = 0>(flat_shape, b_1)
     rows_64 = Cast<to = 7>(rows)
     row_grid = Reshape(rows_64, row_shape)
-    segment_grid = Add(group_column, row_grid)
-    segment_start = Reshape(segment_grid, flat_shape)
-    origin = Constant<value = int64[1] {0}>()
-    but_last = Constant<value = int64[1] {-1}>()
-    earlier = Slice(segment_start, axis0, but_last, axis0)
-    previous = Concat<axis = 0>(origin, earlier)
-    step_64 = Sub(segment_start, previous)
-    step = Cast<to = 6>(step_64)
-    counts_32 = Cast<to = 6>(counts)
-    ends = CumSum(counts_32, zero)
-    starts = Sub(ends, counts_32)
-    entries = Shape(offsets)
-    no_steps = ConstantOfShape<value = int32[1] {0}>(entries)
-    jumps = ScatterElements<axis = 0>(no_steps, starts, step)
-    entry_start = CumSum(jumps, zero)
-    offsets_32 = Cast<to = 6>(offsets)
-    columns_32 = Cast<to = 6>(columns)
-    entry_step = Mul(offsets_32, columns_32)
-    entry_position = Add(entry_start, entry_step)
+"""
+    + ENTRY_STARTS
+    + """
     position_64 = Cast<to = 7>(entry_position)
     position = Reshape(position_64, column_shape)
     all_quads = Mul(quads, columns)
@@ -272,6 +252,7 @@ _FROM_PLACES = """
     grid = Reshape(scattered, grid_shape)
     turned = Transpose<perm = [0, 2, 1]>(grid)
 """
+)
 _FROM_ALL = """
     blocks_1 = Unsqueeze(blocks, axis0)
     chunks_1 = Unsqueeze(chunks, axis0)

@@ -149,6 +149,16 @@ InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size
   return tensor;
 }
 
+InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                       size_t K) {
+  InputTensor x = float_input(api, context, 0);
+  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(K)) {
+    throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
+                       std::to_string(K) + "]"};
+  }
+  return x;
+}
+
 IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
   IntegerTensor tensor{};
   const OrtValue* value = nullptr;

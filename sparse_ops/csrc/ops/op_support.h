@@ -67,6 +67,8 @@ struct InputTensor {
   const float* data;
 };
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
+// The first one, X [..., K], of the operator that `where` names.
+InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
 // The same of int32.
 struct IntegerTensor {
   std::vector<int64_t> dims;

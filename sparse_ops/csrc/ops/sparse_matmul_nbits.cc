@@ -82,11 +82,7 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node) : api_(node.api()
 
 void Kernel::compute(OrtKernelContext* context) const {
   const nbits::Weight& weight = checked_.weight;
-  const InputTensor x = float_input(api_, context, 0);
-  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(weight.K)) {
-    throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                       std::to_string(weight.K) + "]"};
-  }
+  const InputTensor x = rows_input(api_, context, where_, weight.K);
   std::vector<int64_t> dims = x.dims;
   dims.back() = static_cast<int64_t>(weight.N);
   float* y = float_output(api_, context, 0, dims);

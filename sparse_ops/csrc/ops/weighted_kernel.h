@@ -103,12 +103,7 @@ class WeightedKernel {
 
   // Input X [..., K].
   InputTensor rows_input(const OrtKernelContext* context) const {
-    InputTensor x = float_input(api_, context, 0);
-    if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(weight().K)) {
-      throw InvalidError{where_ + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                         std::to_string(weight().K) + "]"};
-    }
-    return x;
+    return sparse_ops::rows_input(api_, context, where_, weight().K);
   }
 
   // The threads to cut the tasks of a plan for.
