@@ -502,7 +502,7 @@ class _Job:
                 curves = self.measure(fused, kinds)
             forecast = self.forecast(candidates, values, curves, profile)
             with self.clock("time whole models"):
-                forecast, anchors, few = self.fit(original, fused, forecast, wanted, changed, context)
+                forecast, anchors, few = self.fit(original, fused, forecast, wanted, changed, spool)
             if samples is not None:
                 with self.clock("losses"):
                     forecast = self.with_losses(cleaned, forecast, samples)
@@ -684,7 +684,7 @@ class _Job:
         forecast: Forecast,
         wanted: Sequence[float],
         changed: bool,
-        context: PassContext,
+        spool: model_io.Spool,
     ) -> tuple[Forecast, list[tuple[float | None, Anchor]], list[tuple[int, Anchor]]]:
         """Compile and time models as a whole: those of floats, and with ``wanted`` ones one for each number of bits.
         ``changed`` says whether ``fused`` differs from the original without any zeros."""
@@ -704,7 +704,8 @@ class _Job:
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
         for share, bits, plan in plans if whole else ():
             choices, forms = forecast.decide(plan)
-            path = self.compile(fused, share, bits, forms, context)
+            path = self.compile(fused, share, bits, forms, PassContext(spool.put))
+            spool.release()  # what was written is not looked at again
             found = self.time_whole(original, fused, path)
             timed.append((share, bits, forecast.sums(choices, forms), found))
             told.step()

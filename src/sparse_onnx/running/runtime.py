@@ -52,6 +52,8 @@ LEVELS: tuple[Level, ...] = ("all", "basic", "disabled")
 
 _LEVEL_NAMES = {"basic": "basic ones", "disabled": "none"}
 _FOLDED_BYTES = 1 << 20
+_WORTH_COLLECTING = 64 << 20
+"""Bytes of weights from which a model is worth a search for those that nobody knows any more."""
 
 _T = TypeVar("_T")
 
@@ -310,6 +312,8 @@ def open_runner(
     """
     held = model_io.weight_bytes(model)
     budget = session_budget(held) if bench.budget is None else bench.budget
+    if held > _WORTH_COLLECTING:
+        give_back_memory(cycles=True)
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=bench.work))
     runner = None
     try:
