@@ -115,7 +115,10 @@ class _LowerNBits(LowerProduct):
         super().put(model, candidates, packer, context)
         if not candidates:
             return
-        made = {node.op_type for node in model.graph if node.metadata_props.get(LOWERED_KEY) == self.name}
+        lowered = [node for node in model.graph if node.metadata_props.get(LOWERED_KEY) == self.name]
+        made = {
+            node.op_type for node in lowered if node.domain == DOMAIN
+        }  # a bias is added by a standard one
         for op_type in sorted(made):
             add_function(model, function_body(op_type, model.opset_imports[""]), VERSION)
 

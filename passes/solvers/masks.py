@@ -37,7 +37,7 @@ __all__ = [
 
 Norm = Literal["l1", "l2"]
 
-_FORMS = "unstructured, N:M (keep N of M, 1 <= N < M), block:RxC (R, C >= 1), channel"
+_FORMS = "unstructured, N:M (keep N of M, 1 <= N < M), RxC or block:RxC (R, C >= 1), channel"
 _DIGIT = 16
 _STEP = 1 << 20  # elements that are looked at together: bounds the scratch
 
@@ -56,7 +56,8 @@ class MaskStructure:
 
     @staticmethod
     def parse(text: str) -> MaskStructure:
-        """Read ``unstructured``, ``2:4``, ``block:4x1`` or ``channel``; UsageError with the nearest form."""
+        """Read ``unstructured``, ``2:4``, ``block:4x1`` or, for short, ``4x1``, or ``channel``; UsageError with the
+        nearest form."""
         if text == "unstructured":
             return MaskStructure()
         if text == "channel":
@@ -65,7 +66,7 @@ class MaskStructure:
             keep, group = int(match[1]), int(match[2])
             if keep < group:
                 return MaskStructure("n:m", (keep, group))
-        if match := re.fullmatch(r"block:([1-9]\d{0,3})x([1-9]\d{0,3})", text):
+        if match := re.fullmatch(r"(?:block:)?([1-9]\d{0,3})x([1-9]\d{0,3})", text):
             return MaskStructure("block", (int(match[1]), int(match[2])))
         raise UsageError(
             f"mask_structure {text[:40]!r} is not known; the nearest is {_nearest(text)!r} ({_FORMS})"

@@ -322,6 +322,15 @@ def test_bits_come_behind_zeros_of_any_pattern(structure):
     assert second == bits_of(bits=4, calibration_data="x.npz")
 
 
+@pytest.mark.parametrize(
+    ("structure", "symmetric"), [("6:16", True), ("2:16", True), ("7:16", False), ("4:8", False)]
+)
+def test_a_few_of_16_have_no_zero_points(structure, symmetric):
+    flags = {"method": "auto", "bits": 4, "calibration_data": "x.npz", "mask_structure": structure}
+    found = modifiers_of(override(Recipe(), **flags))[1]
+    assert found == dataclasses.replace(bits_of(bits=4, calibration_data="x.npz"), symmetric=symmetric)
+
+
 def test_bits_of_a_recipe_that_quantizes_reach_its_own_modifier():
     recipe = recipe_of(QuantizeWeights(method="rtn", group_size=32))
     assert bits_of(recipe, bits=8) == QuantizeWeights(method="rtn", group_size=32, bits=8)

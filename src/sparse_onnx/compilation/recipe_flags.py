@@ -74,7 +74,8 @@ def override(
     if method is not None and not pruning:
         cls = _method(method)
         stages.append(("prune", [_Draft(cls, _taken(cls, given))]))
-    if quantize := _quantizing(recipe, given):
+    zeros = [draft.options.get("mask_structure", "") for _, drafts in stages for draft in drafts]
+    if quantize := _quantizing(recipe, given, next(filter(None, zeros), "unstructured")):
         stages.append(("quantize", [quantize]))
     drafts = [draft for _, modifiers in stages for draft in modifiers]
     _apply_settings(drafts, settings or {})
@@ -107,8 +108,9 @@ def _drafted(modifier: Pass, method: str | None, given: Mapping[str, Any]) -> _D
     return _Draft(cls, own | _taken(cls, given))
 
 
-def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
-    """The modifier that bits are asked of, unless the recipe has one: the best method that the data allows."""
+def _quantizing(recipe: Recipe, given: Mapping[str, Any], structure: str) -> _Draft | None:
+    """The modifier that bits are asked of, unless the recipe has one: the best method that the data allows, and a grid
+    for zeros in the pattern ``structure``."""
     if any(modifier.stage is Stage.QUANTIZE for modifier in recipe.modifiers()):
         return None
     precision = given.get("precision", recipe.target.precision)
@@ -122,7 +124,7 @@ def _quantizing(recipe: Recipe, given: Mapping[str, Any]) -> _Draft | None:
     data = given.get("calibration_data", recipe.calibration.data)
     options = {
         "method": "hqq" if data is None else "auto",
-        **usual_grid(bits)._asdict(),
+        **usual_grid(bits, structure=structure)._asdict(),
     }
     return _Draft(QuantizeWeights, options | _taken(QuantizeWeights, given))
 

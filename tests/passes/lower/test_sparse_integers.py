@@ -43,9 +43,9 @@ def model(from_text):
     return model
 
 
-def outputs(model, folder, *, library):
+def outputs(model, folder, *, library, x=X):
     path = model_io.save_model(model, folder, name="model")
-    return open_session(path, threads=1, library=library).run(None, {"X": X})[0]
+    return open_session(path, threads=1, library=library).run(None, {"X": x})[0]
 
 
 def distance(found, expected):
@@ -214,3 +214,22 @@ def test_operators_that_the_model_has_already_are_left(model):
         assert not lowering()(lowered).modified
     assert find_candidates(lowered)[0] == []
     assert ir.to_proto(lowered).SerializeToString() == before
+
+
+@pytest.mark.parametrize("lowering", [LowerSparseIntegers, LowerPositions])
+def test_the_bias_of_a_gemm_is_added_by_a_standard_operator(lowering, from_text, tmp_path):
+    model = from_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[6, {K}] X) => (float[6, {N}] Y) {{ Y = Gemm(X, W, bias) }}""",
+        W=W,
+        bias=BIAS,
+    )
+    Magnitude(mask_structure="4:16")(model)
+    QuantizeWeights(method="rtn", bits=4, group_size=64)(model)
+    expected = outputs(model, tmp_path / "before", library=False, x=X.reshape(6, K))
+    assert lowering()(model).modified
+    assert "Add" in op_types(model)
+    assert len(model.functions) == 1
+    for library in (True, False):
+        found = outputs(model, tmp_path / str(library), library=library, x=X.reshape(6, K))
+        assert 0 < distance(found, expected) < 0.02

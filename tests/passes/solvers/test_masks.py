@@ -41,6 +41,10 @@ def test_a_structure_is_written_as_it_is_read(text):
     assert str(MaskStructure.parse(text)) == text
 
 
+def test_blocks_have_a_short_form():
+    assert MaskStructure.parse("1x4") == MaskStructure.parse("block:1x4") == MaskStructure("block", (1, 4))
+
+
 @pytest.mark.parametrize(
     ("text", "nearest"),
     [
@@ -53,7 +57,8 @@ def test_a_structure_is_written_as_it_is_read(text):
         ("2:4:8", "2:4"),
         ("block:0x4", "block:1x4"),
         ("blok:4x1", "block:4x1"),
-        ("4x1", "block:4x1"),
+        ("4x1x1", "block:4x1"),
+        ("4 x 1", "block:4x1"),
         ("Unstructured", "unstructured"),
         ("unstructred", "unstructured"),
         ("chanel", "channel"),
