@@ -124,6 +124,8 @@ class _LowerNBits(LowerProduct):
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
+        if node.domain != DOMAIN:
+            return
         body = exact_body(node.op_type, model.opset_imports[""])
         add_function(model, body, VERSION)
         node.op_type = body.name

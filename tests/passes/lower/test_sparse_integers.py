@@ -233,3 +233,5 @@ def test_the_bias_of_a_gemm_is_added_by_a_standard_operator(lowering, from_text,
     for library in (True, False):
         found = outputs(model, tmp_path / str(library), library=library, x=X.reshape(6, K))
         assert 0 < distance(found, expected) < 0.02
+    twin = outputs(exact_twin(model), tmp_path / "twin", library=True, x=X.reshape(6, K))
+    assert distance(twin, expected) < 2e-6
