@@ -195,7 +195,7 @@ class CrossMoments:
             a, b = self._left.less_shift(some), self._right.less_shift(wanted)
             self._left.total += weight * a.sum(axis=0, dtype=np.float64)
             self._right.total += weight * b.sum(axis=0, dtype=np.float64)
-            products = np.ascontiguousarray(a.T) @ b
+            products = a.T @ b
             if weight != 1:
                 products *= weight
             self._products += products

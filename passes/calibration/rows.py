@@ -11,7 +11,9 @@ import numpy as np
 
 from sparse_onnx.passes.patterns.conv_window import ConvWindow
 
-__all__ = ["Dequantized", "Recurrence", "channel_rows", "linear_rows", "unfolded_rows"]
+__all__ = ["Dequantized", "Gathered", "Recurrence", "channel_rows", "linear_rows", "unfolded_rows"]
+
+_GATHERED = 2048  # rows: adding their products to a sum takes little beside making them
 
 _CHUNK_BYTES = 64 << 20  # of unfolded rows at a time: unfolding repeats each element once per window position
 
@@ -159,3 +161,37 @@ def unfolded_rows(x: np.ndarray, window: ConvWindow) -> Iterator[list[np.ndarray
         step = max(1, patches.shape[1] // max(slices, 1))
         for start in range(0, patches.shape[1], step):
             yield rows_of(patches[:, start : start + step])
+
+
+class Gathered:
+    """Rows of arrays side by side, by name, that wait until there are enough of them to be multiplied at once: to add a
+    product to a sum takes as long as to make one of a few hundred rows."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, np.ndarray] = {}
+        self._count = 0
+
+    def add(self, rows: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """Add ``rows``, arrays [n, ...] by name; gives those that need not wait, until the next call."""
+        alike = {name: part.dtype for name, part in self._parts.items()} == {
+            name: array.dtype for name, array in rows.items()
+        }
+        more = len(next(iter(rows.values())))
+        if not alike or self._count + more > _GATHERED:
+            yield from self.rest()
+        if more > _GATHERED // 2:
+            yield dict(rows)
+            return
+        if not alike:
+            self._parts = {
+                name: np.empty((_GATHERED, *array.shape[1:]), array.dtype) for name, array in rows.items()
+            }
+        for name, array in rows.items():
+            self._parts[name][self._count : self._count + more] = array
+        self._count += more
+
+    def rest(self) -> Iterator[dict[str, np.ndarray]]:
+        """All that wait."""
+        count, self._count = self._count, 0
+        if count:
+            yield {name: part[:count] for name, part in self._parts.items()}

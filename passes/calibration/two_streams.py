@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,15 @@ from sparse_onnx.passes.calibration.captures import Capture, View
 from sparse_onnx.passes.calibration.layer_output import LayerOutput, find_output
 from sparse_onnx.passes.calibration.moments import CrossMoments, Layout, Moments
 from sparse_onnx.passes.calibration.order import Order, Part
-from sparse_onnx.passes.calibration.rows import linear_rows, unfolded_rows
+from sparse_onnx.passes.calibration.rows import Gathered, linear_rows, unfolded_rows
 from sparse_onnx.passes.calibration.skeleton import PartSession
 from sparse_onnx.passes.calibration.streams import Streams
 from sparse_onnx.passes.solvers.statistics import InputStatistics
 from sparse_onnx.progress import Progress
 
 __all__ = ["Aim", "Plan", "Step", "TwoStreams"]
+
+_X = ""  # what a layer reads, beside its outputs by the names of their weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,6 +194,7 @@ class _Sums:
         size = plan.capture.size
         self._moments = [Moments(size, layout) for _ in range(plan.capture.groups)]
         groups = plan.capture.groups
+        self._waiting: dict[float, Gathered] = {}
         self._widths = {weight.name: weight.shape[1] for weight in plan.weights if weight.name in targets}
         self._pulls = {
             name: [CrossMoments(size, width // groups) for _ in range(groups)]
@@ -204,8 +207,9 @@ class _Sums:
             x = view.array(pruned)
             outputs = self._outputs(view, x, pruned, dense)
             if view.window is None:
-                outputs = {name: linear_rows(y, mask) for name, y in outputs.items()}
-                self._add_rows([linear_rows(x, mask)], outputs, weight)
+                rows = {name: linear_rows(y, mask) for name, y in outputs.items()}
+                waiting = self._waiting.setdefault(weight, Gathered())
+                self._add_gathered(waiting.add({_X: linear_rows(x, mask), **rows}), weight)
                 continue
             outputs = {name: np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]) for name, y in outputs.items()}
             start = 0
@@ -214,12 +218,19 @@ class _Sums:
                 self._add_rows(groups, {name: rows[start:end] for name, rows in outputs.items()}, weight)
                 start = end
 
+    def _add_gathered(self, blocks: Iterable[dict[str, np.ndarray]], weight: float) -> None:
+        for block in blocks:
+            x = block.pop(_X)
+            self._add_rows([x], {name: y for name, y in block.items() if name in self._pulls}, weight)
+
     def statistics(self) -> tuple[InputStatistics, ...]:
-        """Raises UsageError if there was no token, or if a sum is NaN or Inf."""
+        """Call it when all batches are there. Raises UsageError if there was no token, or if a sum is NaN or Inf."""
+        for weight, waiting in self._waiting.items():
+            self._add_gathered(waiting.rest(), weight)
         return tuple(moments.statistics(self.plan.capture.name) for moments in self._moments)
 
     def aims(self) -> dict[str, Aim]:
-        """The aims that are defined in all batches, and finite."""
+        """The aims that are defined in all batches, and finite: behind the statistics."""
         found = {}
         while self._pulls:
             name, groups = self._pulls.popitem()
