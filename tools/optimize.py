@@ -143,14 +143,16 @@ def summary_table(report: Mapping[str, Any]) -> str:
             "inf" if metric[k] is None else f"{metric[k]:.4g}" for k in ("before", "after", "drop")
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
-    from sparse_onnx.compilation.worth_pruning import NO_KERNEL
+    from sparse_onnx.compilation.worth_pruning import NO_KERNEL, NO_USE
 
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
     reasons.update(
         _short(place["reason"])
         for place in report["declined"]
         if NO_KERNEL not in place["reason"]  # a lowering says the same
+        and NO_USE not in place["reason"]  # nor is it dense
     )
+    useless = sum(NO_USE in place["reason"] for place in report["declined"])
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):
         text += f"\n{broken} weights are NaN or Inf and were kept"
@@ -158,6 +160,8 @@ def summary_table(report: Mapping[str, Any]) -> str:
         text += f"\n{work}"
     for reason, count in reasons.most_common(3):
         text += f"\nkept dense: {count} x {reason}"
+    if useless:
+        text += f"\nnot pruned: {useless} x faster in a form that makes no use of zeros"
     from sparse_onnx.report.notes import run_notes
 
     return "\n".join([text, *run_notes(report)])

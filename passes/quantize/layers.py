@@ -99,7 +99,12 @@ def layers_by_input(weights: Sequence[Weight]) -> list[tuple[ir.Value, tuple[Wei
 
 
 def quantized_weight(
-    W: np.ndarray, bits: int, statistics: InputStatistics | None = None, *, feedback: bool = False
+    W: np.ndarray,
+    bits: int,
+    statistics: InputStatistics | None = None,
+    *,
+    feedback: bool = False,
+    threads: int = 1,
 ) -> QuantizedMatrix:
     """W [K, N] as int8 in ``bits``, symmetric, one scale an output, of the range with the least squared error.
 
@@ -108,7 +113,7 @@ def quantized_weight(
     """
     grid = GridOptions(bits=bits)
     if feedback and statistics is not None:
-        return GptqQuantizer(grid=grid, clip=True).solve(W, statistics)
+        return GptqQuantizer(grid=grid, clip=True, threads=threads).solve(W, statistics)
     return RtnQuantizer(grid=grid, clip=True).solve(W, statistics)
 
 

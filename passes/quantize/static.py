@@ -42,6 +42,7 @@ from sparse_onnx.passes.quantize.layers import (
 from sparse_onnx.passes.solvers.ranges import CALIBRATORS
 from sparse_onnx.passes.solvers.smoothing import rounding_errors, smoothing_scale
 from sparse_onnx.passes.solvers.statistics import InputStatistics
+from sparse_onnx.running.host import available_cores
 
 __all__ = ["Static"]
 
@@ -92,6 +93,7 @@ class Static(Pass):
         if not weights:
             return PassResult(model, False, statistics, tuple(declined))
         data = context.calibration_for(self.name)
+        threads = (None if data.options is None else data.options.threads) or available_cores()
         calibrator = Calibrator(
             model, weights, data.samples, data.options, work=data.work, progress=context.progress
         )
@@ -120,7 +122,7 @@ class Static(Pass):
                 declined += [self.declined(weight.name, plan) for weight in group]
                 continue
             statistics_of = None if moments is None else moments[group[0].name][0]
-            _write(builder, value, group, plan, statistics_of, bits)
+            _write(builder, value, group, plan, statistics_of, bits, threads)
             del statistics_of
             statistics["inputs"] += 1
             statistics["smoothed"] += plan.scale is not None
@@ -172,6 +174,7 @@ def _write(
     plan: _Plan,
     moments: InputStatistics | None,
     bits: int,
+    threads: int,
 ) -> None:
     first = builder.first(node for weight in group for node in weight.nodes)
     stem = value.name or "input"
@@ -186,7 +189,7 @@ def _write(
     for weight in group:
         W = np.asarray(weight.matrix(), np.float32) * scale[:, None]
         weight.release()
-        quantized = quantized_weight(W, bits, known, feedback=moments is not None)
+        quantized = quantized_weight(W, bits, known, feedback=moments is not None, threads=threads)
         write_quantized(builder.model, weight, quantized, "dequantize", builder.context.store)
         builder.say_zero_points(weight)
         for node in weight.nodes:

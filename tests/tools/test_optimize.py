@@ -11,7 +11,9 @@ import pytest
 
 from sparse_onnx.compilation.groups import Target
 from sparse_onnx.compilation.recipe_reader import load_recipe
+from sparse_onnx.compilation.worth_pruning import NO_USE
 from sparse_onnx.tools.cli import main
+from sparse_onnx.tools.optimize import summary_table
 
 
 def write_model(folder, *, width=256, sparsity=0.0, external=False, opset=20, ir_version=9):
@@ -318,3 +320,23 @@ def test_internal_errors_are_exit_1_without_a_traceback(tmp_path, capsys, monkey
     model = write_model(tmp_path / "in")
     monkeypatch.setattr(model_io, "load_model", broken)
     refused(capsys, tmp_path, 1, "planted", model, "-o", tmp_path / "out")
+
+
+def test_a_layer_without_use_for_zeros_is_not_told_to_be_dense():
+    reason = f"not pruned: with 60.0% zeros its fastest form would be int8-token, {NO_USE}"
+    slow = "its sparse form would be 0.91x dense (0.90 to 0.92), below min_speedup 1.02"
+    rows = [{"decision": "int8-token", "reason": ""}] * 2 + [{"decision": "dense", "reason": slow}]
+    summary = {
+        "speedup": None, "bytes_before": 8, "bytes_after": 2, "sparsity": 0.0, "sparse_flops_fraction": 0.0,
+    }  # fmt: skip
+    text = summary_table(
+        {
+            "summary": summary,
+            "layers": [{**row, "non_finite": 0} for row in rows],
+            "verification": {},
+            "declined": [{"place": "a", "reason": reason}, {"place": "b", "reason": reason}],
+        }
+    )
+    assert "not pruned: 2 x faster in a form that makes no use of zeros" in text
+    assert "kept dense: 1 x not faster" in text
+    assert text.count("kept dense") == 1

@@ -27,6 +27,7 @@ from sparse_onnx.timing.table import TimingTable
 
 __all__ = [
     "NO_KERNEL",
+    "NO_USE",
     "CurvesOf",
     "below_break_even",
     "measured_curves",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 NO_KERNEL = "not pruned: no sparse kernel could take it"
+NO_USE = "which makes no use of them"
+"""Ends the reason of a layer that is faster in a form without use for its zeros."""
 
 CurvesOf = Callable[
     [Candidate, Layer, Sequence[tuple[int, ...]], float, str, UsualGrid | None], LayerCurves | None
@@ -122,9 +125,7 @@ def below_break_even(
         using = {form.name for form in forms if form.least_zeros}
         rivals = [rival for name, rival in best.rivals.items() if name in using]
         if best.form not in using and timing.quiet and all(rival.low > 1 for rival in rivals):
-            reason = (
-                f"not pruned: with {zeros} its fastest form would be {best.form}, which makes no use of them"
-            )
+            reason = f"not pruned: with {zeros} its fastest form would be {best.form}, {NO_USE}"
             against |= dict.fromkeys(candidate.names, reason)
             continue
         if timing.quiet and not best.close and timing.high < min_speedup:
