@@ -29,7 +29,7 @@ each ``group``. ``bitmap4`` takes any mask, and less than ``n_of_16`` where more
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -41,9 +41,10 @@ __all__ = [
     "PackedLevels",
     "decoder",
     "fits_half",
-    "kept_of",
+    "join",
     "most_of_16",
     "pack",
+    "read",
 ]
 
 _BLOCK, _QUAD, _SPAN, _SIXTEEN = 16, 4, 64, 16
@@ -76,6 +77,10 @@ class Layout:
     def middle(self) -> int:
         """What is added to the levels of a bitmap."""
         return 1 << self.bits - 1
+
+    def whole_blocks(self, N: int) -> bool:
+        """Whether so many outputs of one linear may have those of another behind them."""
+        return N % _BLOCK == 0
 
 
 LAYOUTS = {
@@ -194,6 +199,13 @@ class PackedLevels:
             tiles.transpose(1, 3, 0, 2).reshape(-1, self._blocks * _BLOCK)[: self.K, : self.N]
         )
 
+    def nonzero(self) -> int:
+        """How many levels are stored and not 0. Raises FormatError."""
+        self.validate()
+        if self.layout.masks:
+            return int(np.unpackbits(self.masks).sum(dtype=np.int64))
+        return int(np.count_nonzero(self.values >> 4))
+
     def unpack(self) -> np.ndarray:
         """The weight [K, N] float32. Raises FormatError."""
         levels = self.levels()
@@ -201,6 +213,41 @@ class PackedLevels:
         wide = scale.reshape(self._groups, -1)[:, : self.N].astype(np.float32)
         matrix: np.ndarray = levels.astype(np.float32) * wide[np.arange(self.K) // self.group]
         return matrix
+
+
+def read(layout: Layout, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> PackedLevels:
+    """The weight of a node with these attributes and parts, both in the layout's order. Raises FormatError if they
+    cannot be one; what the parts hold is not looked at."""
+    if min(sizes.values()) < 1:
+        raise FormatError(f"{', '.join(sizes)} must be positive")
+    parts = dict(zip(layout.parts, arrays, strict=True))
+    for name, array in parts.items():
+        dtype = np.float16 if name == "scales" else np.uint8
+        if array.dtype != dtype or array.ndim != 1:
+            raise FormatError(f"{name} must be a vector of {np.dtype(dtype)}")
+    nothing = np.zeros(0, np.uint8)
+    masks, values, scales, zeros = (
+        parts.get(name, nothing) for name in ("masks", "values", "scales", "zeros")
+    )
+    K, N, group = sizes["K"], sizes["N"], sizes["group"]
+    return PackedLevels(layout, K, N, group, sizes.get("kept", 0), masks, values, scales, zeros)
+
+
+def join(weights: Sequence[PackedLevels]) -> PackedLevels:
+    """The weights [K, Ni] of several linears side by side, as one [K, sum of Ni]. Raises ValueError unless they have
+    the same layout and sizes, and all but the last whole blocks."""
+    first = weights[0]
+    for weight in weights:
+        same = dataclasses.replace(weight, N=first.N).attributes() == first.attributes()
+        whole = weight is weights[-1] or weight.layout.whole_blocks(weight.N)
+        if weight.layout != first.layout or not same or not whole:
+            raise ValueError("join() takes weights of one layout and one size of group, in whole blocks")
+    masks, values, scales, zeros = (
+        np.concatenate(parts)
+        for parts in zip(*((w.masks, w.values, w.scales, w.zeros) for w in weights), strict=True)
+    )
+    N = sum(weight.N for weight in weights)
+    return dataclasses.replace(first, N=N, masks=masks, values=values, scales=scales, zeros=zeros)
 
 
 def fits_half(scale: np.ndarray) -> bool:
@@ -214,11 +261,6 @@ def most_of_16(keep: np.ndarray) -> int:
     """How many of 16 inputs an output keeps at most; ``keep`` is bool [K, N]."""
     starts = np.arange(0, len(keep), _SIXTEEN)
     return int(np.add.reduceat(keep, starts, axis=0, dtype=np.int16).max())
-
-
-def kept_of(K: int, N: int, size: int) -> int:
-    """``kept`` of a weight [K, N] with so many values in the layout ``n_of_16``."""
-    return size // (-(-N // _BLOCK) * -(-K // _SPAN) * _PIECE)
 
 
 def pack(
@@ -362,8 +404,8 @@ _BITMAP = """
     column_shape = Constant<value = int64[2] {-1, 1}>()
     quad_shape = Constant<value = int64[2] {-1, 64}>()
     mask_column = Reshape(masks, column_shape)
-    shifted = BitShift<direction = "RIGHT">(mask_column, shifts)
-    lowest = BitShift<direction = "LEFT">(shifted, seven)
+    shifted_masks = BitShift<direction = "RIGHT">(mask_column, shifts)
+    lowest = BitShift<direction = "LEFT">(shifted_masks, seven)
     bits = BitShift<direction = "RIGHT">(lowest, seven)
     bits_32 = Cast<to = 6>(bits)
     kept = Reshape(bits_32, quad_shape)
@@ -371,8 +413,8 @@ _BITMAP = """
     no_value = Constant<value = uint8[1] {0}>()
     values_and_one = Concat<axis = 0>(values, no_value)
     @sizes_and_stored
-    ends_of_quads = CumSum(sizes, zero)
-    starts_of_quads = Sub(ends_of_quads, sizes)
+    ends_of_quads = CumSum(quad_sizes, zero)
+    starts_of_quads = Sub(ends_of_quads, quad_sizes)
     rank = CumSum<exclusive = 1>(kept, one)
     place = Add(starts_of_quads, rank)
     known_place = Mul(place, kept)
@@ -402,14 +444,14 @@ _ZEROS = """
     centred_3 = Sub(found_3, zero_column)
     centred = Reshape(centred_3, quad_shape)"""
 _BYTES = """
-    sizes = Identity(counts)
+    quad_sizes = Identity(counts)
     stored = Identity(values_and_one)"""
 _HALVES = """
     one_32 = Constant<value = int32 {1}>()
     two_32 = Constant<value = int32 {2}>()
     more = Add(counts, one_32)
-    half = Div(more, two_32)
-    sizes = Mul(half, two_32)
+    half_counts = Div(more, two_32)
+    quad_sizes = Mul(half_counts, two_32)
     @split
     pairs = Concat<axis = 1>(low, high)
     stored = Reshape(pairs, flat_shape)"""

@@ -74,12 +74,12 @@ struct Accumulators {
     }
     clear();
   }
-  void store(const Weight& w, size_t block, float* y) const {
+  void store(size_t count, float* y, size_t stride) const {
     Sums<kRows> all;
     for (size_t r = 0; r < kRows; ++r) {
       for (size_t h = 0; h < kHalves; ++h) _mm256_storeu_ps(all[r] + 8 * h, sums[r][h]);
     }
-    store_sums<kRows>(w, all, block, y);
+    store_sums<kRows>(all, count, y, stride);
   }
 };
 
@@ -112,7 +112,7 @@ inline __m256i expanded(const uint8_t* mask, const uint8_t*& next) {
 }
 
 template <size_t kRows, bool kWide>
-void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   constexpr size_t kAtOnce = 32, kQuadBytes = kBlock * kQuad;  // quads
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   // Of four bits, what stands for 0: in every output, and in all bytes of it.
@@ -188,12 +188,12 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
                      : _mm256_mullo_epi32(each[h], _mm256_set1_epi32(x.sums[r * groups + g]));
       });
     }
-    sums.store(w, block, y);
+    sums.store(outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
 template <size_t kRows>
-void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   const __m256i low = _mm256_set1_epi8(15);
   // Of the four integers of an output: for each sixteen inputs that they may be of, 0 where one is, else
@@ -246,26 +246,18 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
       }
       sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t, size_t) { return _mm256_setzero_si256(); });
     }
-    sums.store(w, block, y);
+    sums.store(outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
-template <size_t kRows>
+template <size_t kRows, Layout kLayout>
 struct Run {
-  static void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
-    switch (w.layout) {
-      case Layout::bitmap4:
-        return run_bitmap<kRows, false>(w, x, begin, end, y);
-      case Layout::bitmap8:
-        return run_bitmap<kRows, true>(w, x, begin, end, y);
-      default:
-        return run_n_of_16<kRows>(w, x, begin, end, y);
-    }
-  }
+  static constexpr auto run =
+      kLayout == Layout::n_of_16 ? run_n_of_16<kRows> : run_bitmap<kRows, kLayout == Layout::bitmap8>;
 };
 
 }  // namespace
 
-constexpr Kernel avx2 = {agreed(row::avx2, 8, kMaxRows), round_row<8>, run_any<Run>};
+constexpr Kernel avx2 = {agreed(row::avx2, 8, kMaxRows), round_row<8>, run_any<Run>, finish<8>};
 
 }  // namespace sparse_ops::nbits

@@ -114,15 +114,14 @@ inline const uint8_t* add_quads(const uint8_t* masks, const uint8_t* values, con
 }
 
 template <size_t kRows>
-inline void store_block(const Weight& w, const Accumulators<kRows>& sums, size_t block, float* y) {
-  const size_t first = block * kBlock, count = w.N - first;
-  const __mmask16 there = static_cast<__mmask16>(count < kBlock ? (1u << count) - 1 : 0xffffu);
+inline void store_block(const Accumulators<kRows>& sums, size_t count, float* y, size_t stride) {
+  const auto there = static_cast<__mmask16>((1u << count) - 1);
 #pragma GCC unroll 8
-  for (size_t r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(y + r * w.N + first, there, sums.sums[r]);
+  for (size_t r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(y + r * stride, there, sums.sums[r]);
 }
 
 template <size_t kRows, bool kWide>
-void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   __m512i middle = all_bytes(kMiddle<kWide>), each = _mm512_set1_epi32(kMiddle<kWide>);
   const size_t most = in_group * kBlock * kQuad / (kWide ? 1 : 2);  // bytes of a group, all of them read
@@ -146,12 +145,12 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
         return _mm512_mullo_epi32(each, _mm512_set1_epi32(x.sums[r * groups + g]));
       });
     }
-    store_block<kRows>(w, sums, block, y);
+    store_block<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
 template <size_t kRows>
-void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   alignas(64)
       uint32_t places[16];  // of the four integers of every output: 16 times which sixteen they are of
@@ -190,26 +189,18 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
       }
       sums.finish(x, groups, scales, g, 1 / 16.0f, [&](size_t) { return of_weights; });
     }
-    store_block<kRows>(w, sums, block, y);
+    store_block<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
-template <size_t kRows>
+template <size_t kRows, Layout kLayout>
 struct Run {
-  static void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
-    switch (w.layout) {
-      case Layout::bitmap4:
-        return run_bitmap<kRows, false>(w, x, begin, end, y);
-      case Layout::bitmap8:
-        return run_bitmap<kRows, true>(w, x, begin, end, y);
-      default:
-        return run_n_of_16<kRows>(w, x, begin, end, y);
-    }
-  }
+  static constexpr auto run =
+      kLayout == Layout::n_of_16 ? run_n_of_16<kRows> : run_bitmap<kRows, kLayout == Layout::bitmap8>;
 };
 
 }  // namespace
 
-constexpr Kernel avx512vbmi2vnni = {agreed(row::avx512vbmi2vnni, 16, kMaxRows), round_row<16>, run_any<Run>};
+constexpr Kernel avx512vbmi2vnni = {agreed(row::avx512vbmi2vnni, 16, kMaxRows), round_row<16>, run_any<Run>, finish<16>};
 
 }  // namespace sparse_ops::nbits
