@@ -64,7 +64,7 @@ class SparseIntegerForm(Form):
         return size * (_of_16(structure) or 16) / 16
 
     def scale_nbytes(self, shape: tuple[int, int]) -> float:
-        return 2.0 * -(-shape[0] // self.group) * shape[1]
+        return (2.0 + self.layout.zeros) * -(-shape[0] // self.group) * shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LowerPositions(_LowerNBits):
 
     @classmethod
     def layout_of(cls, grid: IntegerGrid) -> Layout | None:
-        return LAYOUTS["n_of_16"] if grid.bits == 4 else None
+        return LAYOUTS["n_of_16" if grid.symmetric else "n_of_16_zeros"] if grid.bits == 4 else None
 
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
@@ -147,7 +147,8 @@ class LowerPositions(_LowerNBits):
             return f"keeps no {_MOST_OF_16} or fewer of 16 inputs by its pattern"
         if reason := _unfit(grid, layout):
             return reason
-        if (most := most_of_16(grid.integers != grid.zero_point[0, 0])) > kept:
+        zero_point = grid.zero_point[np.arange(grid.inputs) // grid.group_size]
+        if (most := most_of_16(grid.integers != zero_point)) > kept:
             return f"keeps {most} of 16 inputs, although its pattern says {kept}"
         return SparseIntegerForm(
             "int4-of-16",

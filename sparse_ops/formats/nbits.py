@@ -1,4 +1,4 @@
-"""Weights of few bits without their zeros: ``bitmap4`` (with zero points or without), ``bitmap8`` and ``n_of_16``.
+"""Weights of few bits without their zeros: ``bitmap4`` and ``n_of_16``, with zero points or without, and ``bitmap8``.
 
 A weight W [K, N] is ``levels · scale``: whole numbers of 4 or 8 bits, 0 among them, and a positive float16 scale for
 each output and each ``group`` of inputs. Outputs are stored in blocks of 16, the last one filled up with zeros.
@@ -18,9 +18,9 @@ Sizes: K, N, ``group`` (16, 32, 64 or 128) and, of ``n_of_16``, ``kept`` (1 to 1
 - ``bitmap8``: a byte for each bit that is set, in their order: level + 128.
 - ``bitmap4``: half a byte for each, the low half first: level + 8, or level + zero point. Each quad begins a byte.
 - ``n_of_16``: every output keeps ``kept`` of every 16 inputs; where fewer are not zero, zeros fill up. A byte is
-  position + 16 · (level modulo 16), the position within its 16 inputs; these rise strictly. For every 64 inputs of a
-  block come ``kept`` pieces [16 outputs, 4]: the 4 · ``kept`` bytes of an output, four in each piece. ``group`` is 64
-  or 128.
+  position + 16 · (level modulo 16), or 16 · (level + zero point), the position within its 16 inputs; these rise
+  strictly. For every 64 inputs of a block come ``kept`` pieces [16 outputs, 4]: the 4 · ``kept`` bytes of an output,
+  four in each piece. ``group`` is 64 or 128.
 
 Cost: 1/8 byte a weight and 1/2 or 1 byte for each that is kept, or ``kept`` / 16 of a byte a weight; scales 2 bytes for
 each ``group``. ``bitmap4`` takes any mask, and less than ``n_of_16`` where more than a quarter is kept.
@@ -90,6 +90,7 @@ LAYOUTS = {
         Layout("bitmap4", 4, True, (16, 32, 64, 128), zeros=True),
         Layout("bitmap8", 8, True, (16, 32, 64, 128)),
         Layout("n_of_16", 4, False, (64, 128)),
+        Layout("n_of_16", 4, False, (64, 128), zeros=True),
     )
 }
 
@@ -166,15 +167,22 @@ class PackedLevels:
         """Positions and levels, both [blocks · spans, 16 outputs, 4, kept]."""
         pieces = self.values.reshape(-1, self.kept, _BLOCK, _QUAD).transpose(0, 2, 1, 3)
         entries = pieces.reshape(-1, _BLOCK, _SPAN // _SIXTEEN, self.kept)
-        return (entries & 15).astype(np.int64), entries.view(np.int8) >> 4
+        positions = (entries & 15).astype(np.int64)
+        if not self.layout.zeros:
+            return positions, entries.view(np.int8) >> 4
+        zero = self._zero_of(np.arange(0, self.K, _SPAN)).reshape(-1, _BLOCK, 1, 1)
+        return positions, (entries >> 4).astype(np.int16) - zero
 
     def _zero_of_quads(self) -> np.ndarray:
         """What is stored for the level 0, int16 [blocks · quads, 64]."""
-        quads = np.arange(-(-self.K // _QUAD))
+        quads = np.arange(0, self.K, _QUAD)
         if not self.layout.zeros:
             return np.full((self._blocks * len(quads), _PIECE), self.layout.middle, np.int16)
-        by_quad = self.zeros.reshape(self._blocks, -1, _BLOCK)[:, quads * _QUAD // self.group]
-        return np.repeat(by_quad.reshape(-1, _BLOCK).astype(np.int16), _QUAD, axis=1)
+        return np.repeat(self._zero_of(quads).reshape(-1, _BLOCK), _QUAD, axis=1)
+
+    def _zero_of(self, inputs: np.ndarray) -> np.ndarray:
+        """Zero points of some inputs, int16 [blocks, inputs, 16]."""
+        return self.zeros.reshape(self._blocks, -1, _BLOCK)[:, inputs // self.group].astype(np.int16)
 
     def levels(self) -> np.ndarray:
         """int16 [K, N]. Raises FormatError."""
@@ -200,11 +208,15 @@ class PackedLevels:
         )
 
     def nonzero(self) -> int:
-        """How many levels are stored and not 0. Raises FormatError."""
+        """How many levels are not 0; in a bitmap, how many are kept. Raises FormatError."""
         self.validate()
         if self.layout.masks:
-            return int(np.unpackbits(self.masks).sum(dtype=np.int64))
-        return int(np.count_nonzero(self.values >> 4))
+            found = np.unpackbits(self.masks).sum(dtype=np.int64)
+        elif self.layout.zeros:
+            found = np.count_nonzero(self.levels())
+        else:
+            found = np.count_nonzero(self.values >> 4)
+        return min(int(found), self.K * self.N)  # a file may keep what fills up blocks
 
     def unpack(self) -> np.ndarray:
         """The weight [K, N] float32. Raises FormatError."""
@@ -300,7 +312,9 @@ def pack(
         masks = np.concatenate([part for part, _ in found])
         values = np.concatenate([part for _, part in found])
     else:
-        values = np.concatenate([_pack_positions(tile, kept) for tile in _tiles(levels, _SPAN)])
+        own = stored if layout.zeros else levels
+        pairs = zip(_tiles(levels, _SPAN), _tiles(own, _SPAN), strict=True)
+        values = np.concatenate([_pack_positions(tile, integers, kept) for tile, integers in pairs])
     if layout.zeros:
         assert zero_point is not None
         zeros = _by_block(zero_point.astype(np.uint8))
@@ -340,12 +354,12 @@ def _pack_bitmap(tile: np.ndarray, integers: np.ndarray, layout: Layout) -> tupl
     return masks, halves[::2] | halves[1::2] << 4
 
 
-def _pack_positions(tile: np.ndarray, kept: int) -> np.ndarray:
-    """Values."""
+def _pack_positions(tile: np.ndarray, integers: np.ndarray, kept: int) -> np.ndarray:
+    """Values of the levels ``tile``, as which ``integers`` are stored."""
     sixteens = tile.reshape(*tile.shape[:3], _SPAN // _SIXTEEN, _SIXTEEN)
     first = np.argsort(sixteens == 0, axis=-1, kind="stable")[..., :kept]
     position = np.sort(first, axis=-1)
-    level = np.take_along_axis(sixteens, position, -1)
+    level = np.take_along_axis(integers.reshape(sixteens.shape), position, -1)
     entries = (position | (level & 15) << 4).astype(np.uint8).reshape(*tile.shape[:3], kept, _QUAD)
     return np.ascontiguousarray(entries.transpose(0, 1, 3, 2, 4)).reshape(-1)
 
@@ -429,16 +443,18 @@ _BITMAP = """
 _MIDDLE = """
     middle = Constant<value = float {@middle}>()
     centred = Sub(found_32, middle)"""
-_ZEROS = """
-    four_64 = Constant<value = int64 {4}>()
-    first_quads = Range(zero, k, four_64)
-    group_of_quad = Div(first_quads, group)
+# For every `step` inputs of a block: [blocks * steps, 16, 1].
+_ZERO_COLUMN = """
+    inputs_each = Constant<value = int64 {@step}>()
+    first_inputs = Range(zero, k, inputs_each)
+    group_of_first = Div(first_inputs, group)
     zeros_shape = Concat<axis = 0>(blocks_1, groups_1, sixteen_1)
     zeros_32 = Cast<to = 1>(zeros)
     zeros_3 = Reshape(zeros_32, zeros_shape)
-    zeros_of_quads = Gather<axis = 1>(zeros_3, group_of_quad)
+    zeros_of_first = Gather<axis = 1>(zeros_3, group_of_first)
     zero_shape = Constant<value = int64[3] {-1, 16, 1}>()
-    zero_column = Reshape(zeros_of_quads, zero_shape)
+    zero_column = Reshape(zeros_of_first, zero_shape)"""
+_ZEROS = """
     outputs_shape = Constant<value = int64[3] {-1, 16, 4}>()
     found_3 = Reshape(found_32, outputs_shape)
     centred_3 = Sub(found_3, zero_column)
@@ -466,12 +482,6 @@ _POSITIONS = """
     column_shape = Constant<value = int64[2] {-1, 1}>()
     @split
     high_f = Cast<to = 1>(high)
-    seven_f = Constant<value = float {7}>()
-    sixteen_f = Constant<value = float {16}>()
-    negative = Greater(high_f, seven_f)
-    negative_f = Cast<to = 1>(negative)
-    less = Mul(negative_f, sixteen_f)
-    level_column = Sub(high_f, less)
     kept = Constant<value_int: int = @kept>()
     kept_1 = Unsqueeze(kept, axis0)
     piece_shape = Constant<value = int64[2] {16, 4}>()
@@ -479,9 +489,10 @@ _POSITIONS = """
     four_1 = Constant<value = int64[1] {4}>()
     entries_1 = Mul(kept_1, four_1)
     entries_shape = Concat<axis = 0>(flat_shape, sixteen_1, entries_1)
-    level_pieces = Reshape(level_column, pieces_shape)
+    level_pieces = Reshape(high_f, pieces_shape)
     level_turned = Transpose<perm = [0, 2, 1, 3]>(level_pieces)
-    entry_level = Reshape(level_turned, entries_shape)
+    entry_stored = Reshape(level_turned, entries_shape)
+    @levels
     position = Cast<to = 7>(low)
     position_pieces = Reshape(position, pieces_shape)
     position_turned = Transpose<perm = [0, 2, 1, 3]>(position_pieces)
@@ -502,14 +513,30 @@ _POSITIONS = """
     tiles = Reshape(spans, tiles_shape)"""
 
 
+_SIGNED = """
+    seven_f = Constant<value = float {7}>()
+    sixteen_f = Constant<value = float {16}>()
+    negative = Greater(entry_stored, seven_f)
+    negative_f = Cast<to = 1>(negative)
+    less = Mul(negative_f, sixteen_f)
+    entry_level = Sub(entry_stored, less)"""
+_LESS_ZEROS = "entry_level = Sub(entry_stored, zero_column)"
+
+
 def decoder(layout: Layout) -> str:
     """Lines of a function body that make W [K, N] float32 from the parts. ``k_1``, ``groups_1``, ``group_1`` and
     ``whole_1`` (groups · group), ``axis0``, ``flat_shape`` may be used behind them."""
+    zeros = ""
+    if layout.zeros:
+        zeros = _ZERO_COLUMN.replace("@step", str(_QUAD if layout.masks else _SPAN))
     if not layout.masks:
-        return _SIZES + _POSITIONS.replace("@split", _SPLIT.replace("@of", "values")) + _MATRIX
+        positions = _POSITIONS.replace("@split", _SPLIT.replace("@of", "values"))
+        return (
+            _SIZES + zeros + positions.replace("@levels", _LESS_ZEROS if layout.zeros else _SIGNED) + _MATRIX
+        )
     stored = (
         _BYTES if layout.bits == 8 else _HALVES.replace("@split", _SPLIT.replace("@of", "values_and_one"))
     )
     centred = _ZEROS if layout.zeros else _MIDDLE.replace("@middle", str(layout.middle))
     bitmap = _BITMAP.replace("@sizes_and_stored", stored).replace("@centred", centred)
-    return _SIZES + bitmap + _MATRIX
+    return _SIZES + zeros + bitmap + _MATRIX

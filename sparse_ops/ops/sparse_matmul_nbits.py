@@ -8,6 +8,7 @@ Signatures (domain ``sparse_onnx``, version 1). Of every operator of :mod:`.spar
     SparseMatMulInt4WithZeros*<...>(..., zeros, bias) -> Y                                 format "bitmap4"
     SparseMatMulInt8*<K, N, group, format>(X, masks, values, scales, bias) -> Y            format "bitmap8"
     SparseMatMulInt4Of16*<K, N, group, kept, format>(X, values, scales, bias) -> Y         format "n_of_16"
+    SparseMatMulInt4Of16WithZeros*<...>(..., zeros, bias) -> Y                             format "n_of_16"
 
     SparseMatMulInt4Split3<K, N, group, format, split>(X, ..., bias) -> Y0, Y1, Y2         and so on
 
@@ -63,7 +64,13 @@ class Integers(NamedTuple):
 
 _PRODUCT = sparse_matmul.OP_TYPES["none"]
 _BASES = (*sparse_matmul.ACTIVATIONS, *sparse_matmul_split.OP_TYPES)
-_WORDS = {"bitmap4": "Int4", "bitmap4_zeros": "Int4WithZeros", "bitmap8": "Int8", "n_of_16": "Int4Of16"}
+_WORDS = {
+    "bitmap4": "Int4",
+    "bitmap4_zeros": "Int4WithZeros",
+    "bitmap8": "Int8",
+    "n_of_16": "Int4Of16",
+    "n_of_16_zeros": "Int4Of16WithZeros",
+}
 
 OP_TYPES = {
     base.replace(_PRODUCT, _PRODUCT + _WORDS[key]): Integers(base, layout)

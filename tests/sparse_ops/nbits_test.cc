@@ -85,9 +85,13 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
             for (size_t i = 0, left = kept; i < 16; ++i) {
               if (generator() % (16 - i) >= left) continue;
               --left;
-              const int value = integer(generator);
+              int value = integer(generator), stored = value;
+              if (zeros) {
+                stored = value + 8;
+                value = stored - p.zeros[(block * groups + k / group) * kBlock + j];
+              }
               span[entry / kQuad * kPiece + j * kQuad + entry % kQuad] =
-                  static_cast<uint8_t>(i | static_cast<size_t>(value & 15) << 4);
+                  static_cast<uint8_t>(i | static_cast<size_t>(stored & 15) << 4);
               ++entry;
               set(k + s * 16 + i, j, value);
             }
@@ -314,7 +318,9 @@ void test_shapes() {
         compare(random_weight(Layout::bitmap4, K, N, group, 0), tokens, edge);
         compare(random_weight(Layout::bitmap4, K, N, group, 0, 0.5, true), tokens, edge);
         compare(random_weight(Layout::bitmap8, K, N, group, 0), tokens, edge);
-        if (group >= kSpan) compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1), tokens, edge);
+        if (group < kSpan) continue;
+        compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1), tokens, edge);
+        compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1, 0.5, true), tokens, edge);
       }
     }
   }
@@ -327,8 +333,10 @@ void test_every_share_and_number_of_tokens() {
       compare(random_weight(Layout::bitmap4, 192, 40, 64, 0, density, true), tokens);
       compare(random_weight(Layout::bitmap8, 192, 40, 64, 0, density), tokens);
     }
-    for (size_t kept = 1; kept <= 15; ++kept)
+    for (size_t kept = 1; kept <= 15; ++kept) {
       compare(random_weight(Layout::n_of_16, 192, 40, 64, kept), tokens);
+      compare(random_weight(Layout::n_of_16, 192, 40, 64, kept, 0.5, true), tokens);
+    }
   }
 }
 
@@ -352,6 +360,29 @@ void test_extremes() {
         for (size_t i = 0; i < got.size(); ++i)
           wrong += !(std::abs(got[i] - want[i]) <= 1e-6f * std::abs(want[i]));
         expect(wrong == 0, std::string(kernel.name) + ", " + name_of(layout) + ": extremes");
+      });
+    }
+  }
+}
+
+// The same beside positions with zero points: integers are -15 to 15.
+void test_extreme_zero_points() {
+  for (uint8_t zero : {uint8_t{0}, uint8_t{15}}) {
+    Packed p = random_weight(Layout::n_of_16, 128, 16, 128, 15, 1.0, true);
+    p.zeros.assign(p.zeros.size(), zero);
+    for (uint8_t& value : p.values) value = static_cast<uint8_t>((value & 15) | (15 - zero) << 4);
+    const Placed placed(p, Edge::back);
+    CheckedWeight checked;
+    expect(check(placed.stored, Activation::none, checked).empty(), "extremes are refused");
+    for (float sign : {1.0f, -1.0f}) {
+      const std::vector<float> x(128, sign * 5.0f);
+      for_each_kernel([&](const Kernel& kernel) {
+        const std::vector<float> got = run_kernel(kernel, checked.weight, x, 1);
+        for (size_t n = 0; n < p.N; ++n) {
+          const float want = sign * 5.0f * 15 * 120 * (zero == 0 ? 1.0f : -1.0f) * p.scales[n] + p.bias[n];
+          expect(std::abs(got[n] - want) <= 1e-5f * (std::abs(want) + 1),
+                 std::string(kernel.name) + ": extreme zero points");
+        }
       });
     }
   }
@@ -468,8 +499,10 @@ void test_refusals() {
     refused(layout, [](Packed& p) { p.masks.pop_back(); }, "masks has");
     refused(layout, [](Packed& p) { p.masks[5] = 0xff, p.masks[6] = 0xff; }, "values has");
   }
-  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(3, 0); }, "zeros has");
-  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(p.halves.size(), 16); }, "more than 15");
+  for (Layout layout : {Layout::bitmap4, Layout::n_of_16}) {
+    refused(layout, [](Packed& p) { p.zeros.assign(3, 0); }, "zeros has");
+    refused(layout, [](Packed& p) { p.zeros.assign(p.halves.size(), 16); }, "more than 15");
+  }
   refused(Layout::n_of_16, [](Packed& p) { p.group = 32; }, "attribute group is 32");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 16; }, "attribute kept is 16");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 0; }, "attribute kept is 0");
@@ -485,7 +518,7 @@ void test_hostile_bytes() {
     const auto layout = static_cast<Layout>(below(3));
     const size_t group = layout == Layout::n_of_16 ? size_t{64} << below(2) : size_t{16} << below(4);
     Packed p = random_weight(layout, 1 + below(150), 1 + below(40), group, 1 + below(15),
-                             static_cast<double>(below(5)) / 4, layout == Layout::bitmap4 && below(2) == 0);
+                             static_cast<double>(below(5)) / 4, layout != Layout::bitmap8 && below(2) == 0);
     for (size_t left = below(3); left > 0; --left) {
       std::vector<uint8_t>& bytes = below(2) == 0 || p.masks.empty() ? p.values : p.masks;
       switch (below(6)) {
@@ -552,6 +585,7 @@ int main() {
   test_refusals();
   test_rounding();
   test_extremes();
+  test_extreme_zero_points();
   test_special_values();
   test_parallel();
   test_what_comes_behind_the_product();

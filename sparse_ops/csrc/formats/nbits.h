@@ -17,7 +17,7 @@ struct StoredWeight {
   RawArray masks;   // uint8
   RawArray values;  // uint8
   RawArray scales;  // float16, any alignment
-  RawArray zeros;   // uint8, of bitmap4 with `has_zeros`
+  RawArray zeros;   // uint8, of 4 bits with `has_zeros`
   bool has_zeros;
   RawArray bias;  // float32 [N]
 };

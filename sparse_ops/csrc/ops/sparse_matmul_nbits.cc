@@ -32,7 +32,8 @@ struct StoredLayout {
 constexpr StoredLayout kLayouts[] = {{"Int4", Layout::bitmap4, "bitmap4"},
                                      {"Int4WithZeros", Layout::bitmap4, "bitmap4", true},
                                      {"Int8", Layout::bitmap8, "bitmap8"},
-                                     {"Int4Of16", Layout::n_of_16, "n_of_16"}};
+                                     {"Int4Of16", Layout::n_of_16, "n_of_16"},
+                                     {"Int4Of16WithZeros", Layout::n_of_16, "n_of_16", true}};
 
 // What the name of an operator says.
 struct IntegerVariant {

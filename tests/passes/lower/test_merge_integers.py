@@ -22,6 +22,7 @@ KINDS = {
     "Int4WithZeros": (LowerSparseIntegers, {"symmetric": False}),
     "Int8": (LowerSparseIntegers, {"bits": 8}),
     "Int4Of16": (LowerPositions, {}),
+    "Int4Of16WithZeros": (LowerPositions, {"symmetric": False}),
 }
 every_kind = pytest.mark.parametrize("word", KINDS)
 QKV = "q = MatMul(X, Wq) Q = Add(q, bq) k = MatMul(X, Wk) K_ = Add(k, bk) V = MatMul(X, Wv)"

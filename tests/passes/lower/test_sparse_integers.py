@@ -71,6 +71,12 @@ CASES = [
     (LowerPositions, {"structure": "5:16", "group_size": 0}, "SparseMatMulInt4Of16"),
     (LowerPositions, {"structure": "2:4"}, "SparseMatMulInt4Of16"),
     (LowerPositions, {"structure": "1:8"}, "SparseMatMulInt4Of16"),
+    (LowerPositions, {"structure": "4:16", "symmetric": False}, "SparseMatMulInt4Of16WithZeros"),
+    (
+        LowerPositions,
+        {"structure": "2:4", "symmetric": False, "group_size": 0},
+        "SparseMatMulInt4Of16WithZeros",
+    ),
 ]
 
 
@@ -112,7 +118,6 @@ def test_bodies_are_of_the_operator_set_of_the_model(opset, model, tmp_path):
         (LowerSparseIntegers, {"group_size": 24}, "groups of 24"),
         (LowerSparseIntegers, {"scale_type": "float32"}, "scales that are no float16"),
         (LowerPositions, {"structure": "4:16", "bits": 8}, "has 8 bits"),
-        (LowerPositions, {"structure": "4:16", "symmetric": False}, "has zero points"),
         (LowerPositions, {"structure": "4:16", "group_size": 32}, "groups of 32"),
         (LowerPositions, {"structure": "4:16", "scale_type": "float32"}, "scales that are no float16"),
         (LowerPositions, {"structure": "9:16"}, "no 8 or fewer of 16"),

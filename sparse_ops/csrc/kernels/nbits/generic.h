@@ -149,11 +149,13 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
   uint8_t positions[kBlock * kQuad];
   for (size_t g = 0, begin = 0; begin < w.K; ++g, begin += w.group) {
     const size_t end = begin + w.group < w.K ? begin + w.group : w.K;
+    const uint8_t* zeros = zeros_of(w, block, g);
     if (w.layout == Layout::n_of_16) {
       for (size_t k = begin; k < end; k += kSpan) {
         for (size_t d = 0; d < w.kept; ++d, values += kBlock * kQuad) {
           for (size_t i = 0; i < kBlock * kQuad; ++i) {
-            integers[i] = static_cast<int8_t>(static_cast<int8_t>(values[i]) >> 4);
+            integers[i] = static_cast<int8_t>(
+                zeros == nullptr ? static_cast<int8_t>(values[i]) >> 4 : (values[i] >> 4) - zeros[i / kQuad]);
             const size_t sixteen = (d * kQuad + i % kQuad) / w.kept;
             positions[i] = static_cast<uint8_t>(sixteen * 16 + (values[i] & 15));
           }
@@ -164,7 +166,7 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
       const size_t quads = (w.K + kQuad - 1) / kQuad;
       for (size_t k = begin; k < end; k += kQuad) {
         const uint8_t* mask = w.masks + (block * quads + k / kQuad) * 8;
-        values += expand_quad(w, zeros_of(w, block, g), mask, values, integers);
+        values += expand_quad(w, zeros, mask, values, integers);
         multiply(k, integers, static_cast<const uint8_t*>(nullptr));
       }
     }

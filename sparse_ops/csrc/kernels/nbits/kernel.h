@@ -37,7 +37,9 @@ struct Weight {
   const uint8_t* values_end;
   const uint64_t* block_values;  // where in `values` each block begins
   const void* scales;            // float16, any alignment [blocks, groups, kBlock]
-  const uint8_t* zeros;  // of bitmap4: what stands for 0 [blocks, groups, kBlock]; nullptr: the middle, 8
+  // Of 4 bits: what stands for 0 [blocks, groups, kBlock]; nullptr: 8 in a bitmap, and integers with a sign
+  // beside positions.
+  const uint8_t* zeros;
   const unsigned char* bias;  // float32 [N], any alignment
   Activation activation;
   bool gated;  // Y = act(first half of the blocks of H + bias) * second half

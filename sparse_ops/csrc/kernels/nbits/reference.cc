@@ -61,7 +61,10 @@ void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, siz
         for (size_t entry = 0; entry < w.kept * kQuad; ++entry) {
           for (size_t j = 0; j < kBlock; ++j) {
             const uint8_t stored = values[entry / kQuad * kBlock * kQuad + j * kQuad + entry % kQuad];
-            add(k + entry / w.kept * 16 + (stored & 15), j, static_cast<int8_t>(stored) >> 4);
+            const int integer = w.zeros == nullptr
+                                    ? static_cast<int8_t>(stored) >> 4
+                                    : (stored >> 4) - w.zeros[(block * groups + k / w.group) * kBlock + j];
+            add(k + entry / w.kept * 16 + (stored & 15), j, integer);
           }
         }
         values += w.kept * kQuad * kBlock;

@@ -85,6 +85,12 @@ struct Accumulators {
 
 inline __m256i all_bytes(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 
+// What stands for 0 in eight outputs: in each, and in all bytes of it.
+inline __m256i zero_of_each(const uint8_t* zeros) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+}
+inline __m256i in_all_bytes(__m256i each) { return _mm256_mullo_epi32(each, _mm256_set1_epi32(0x01010101)); }
+
 // Half bytes become bytes, with the highest bit set.
 inline void spread_halves(const uint8_t* values, uint8_t* to) {
   const __m256i low = all_bytes(15), kept = all_bytes(0x80), both = load_bytes(values);
@@ -130,8 +136,8 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
       const size_t stop = in_group < quads - first ? first + in_group : quads;
       if (const uint8_t* zeros = kWide ? nullptr : zeros_of(w, block, g)) {
         for (size_t h = 0; h < kHalves; ++h) {
-          each[h] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * h)));
-          zero[h] = _mm256_mullo_epi32(each[h], _mm256_set1_epi32(0x01010101));
+          each[h] = zero_of_each(zeros + 8 * h);
+          zero[h] = in_all_bytes(each[h]);
         }
       }
       for (size_t part = first; part < stop; part += kAtOnce) {
@@ -192,8 +198,8 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
   }
 }
 
-template <size_t kRows>
-void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+template <size_t kRows, bool kZeros>
+void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   const __m256i low = _mm256_set1_epi8(15);
   // Of the four integers of an output: for each sixteen inputs that they may be of, 0 where one is, else
@@ -212,6 +218,10 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
     const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
     for (size_t g = 0, k = 0; g < groups; ++g) {
       const size_t stop = k + w.group < w.K ? k + w.group : w.K;
+      __m256i zero[kHalves];
+      if constexpr (kZeros) {
+        for (size_t h = 0; h < kHalves; ++h) zero[h] = in_all_bytes(zero_of_each(zeros_of(w, block, g) + 8 * h));
+      }
       for (; k < stop; k += kSpan) {
         for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
           __builtin_prefetch(values + kPrefetch);
@@ -219,7 +229,12 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
 #pragma GCC unroll 2
           for (size_t h = 0; h < kHalves; ++h) {
             const __m256i both = load_bytes(values + 32 * h), place = _mm256_and_si256(both, low);
-            const __m256i integers = _mm256_andnot_si256(low, both);  // 16 times
+            __m256i integers;
+            if constexpr (kZeros) {
+              integers = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), zero[h]);
+            } else {
+              integers = _mm256_andnot_si256(low, both);  // 16 times
+            }
             const __m256i magnitudes = _mm256_abs_epi8(integers);
 #pragma GCC unroll 8
             for (size_t r = 0; r < kRows; ++r) {
@@ -244,10 +259,17 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
           }
         }
       }
-      sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t, size_t) { return _mm256_setzero_si256(); });
+      sums.finish(x, groups, scales, g, kZeros ? 1.0f : 1 / 16.0f,
+                  [](size_t, size_t) { return _mm256_setzero_si256(); });
     }
     sums.store(outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
+}
+
+template <size_t kRows>
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  if (w.zeros == nullptr) return run_positions<kRows, false>(w, x, begin, end, y, stride);
+  return run_positions<kRows, true>(w, x, begin, end, y, stride);
 }
 
 template <size_t kRows, Layout kLayout>
