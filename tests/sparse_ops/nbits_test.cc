@@ -527,7 +527,7 @@ void test_hostile_bytes() {
           break;
         case 1:
           p.N += below(3) - 1;
-          if (below(8) > 0) p.bias.resize(p.N);
+          if (below(8) > 0) p.bias.resize(p.N % 64);
           break;
         case 2:
           p.kept = below(18);

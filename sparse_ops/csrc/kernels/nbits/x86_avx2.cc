@@ -2,6 +2,7 @@
 // 16 bits, so nothing saturates. Inputs are picked by a shuffle within 16 of them; zeros are put back between
 // the integers of a bitmap eight at a time, by a shuffle from a table.
 
+#include "kernels/nbits/expand.h"
 #include "kernels/nbits/generic.h"
 #include "kernels/nbits/table.h"
 
@@ -9,22 +10,6 @@ namespace sparse_ops::nbits {
 namespace {
 
 constexpr size_t kHalves = 2;       // vectors of a quad: eight outputs each
-constexpr size_t kPrefetch = 1024;  // bytes ahead
-
-// For each mask of eight bits, where among the integers that it keeps each of the eight comes from; 0x80: a
-// zero.
-struct Expansions {
-  alignas(64) uint8_t of[256][8];
-};
-constexpr Expansions make_expansions() {
-  Expansions all{};
-  for (unsigned mask = 0; mask < 256; ++mask) {
-    uint8_t next = 0;
-    for (unsigned i = 0; i < 8; ++i) all.of[mask][i] = mask >> i & 1 ? next++ : uint8_t{0x80};
-  }
-  return all;
-}
-constexpr Expansions kExpansions = make_expansions();
 
 inline __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -119,13 +104,11 @@ inline __m256i expanded(const uint8_t* mask, const uint8_t*& next) {
 
 template <size_t kRows, bool kWide>
 void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
-  constexpr size_t kAtOnce = 32, kQuadBytes = kBlock * kQuad;  // quads
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   // Of four bits, what stands for 0: in every output, and in all bytes of it.
   __m256i each[kHalves] = {_mm256_set1_epi32(8), _mm256_set1_epi32(8)};
   __m256i zero[kHalves] = {all_bytes(8), all_bytes(8)};
-  alignas(64) uint8_t spread[(kAtOnce + 1) * kQuadBytes];
-  uint8_t last[kQuadBytes] = {};
+  Spread spread;
   for (size_t block = begin; block < end; ++block) {
     Accumulators<kRows> sums;
     sums.start();
@@ -140,21 +123,9 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
           zero[h] = in_all_bytes(each[h]);
         }
       }
-      for (size_t part = first; part < stop; part += kAtOnce) {
-        const size_t count = kAtOnce < stop - part ? kAtOnce : stop - part;
-        size_t starts[kAtOnce];
-        uint8_t* to = spread;
-        for (size_t i = 0; i < count; ++i) {
-          uint64_t mask;
-          __builtin_memcpy(&mask, masks + (part + i) * sizeof mask, sizeof mask);
-          const auto found = static_cast<size_t>(__builtin_popcountll(mask));
-          const size_t bytes = kWide ? found : (found + 1) / 2;
-          const uint8_t* from = values;
-          if (static_cast<size_t>(w.values_end - values) < kQuadBytes) {  // no byte behind the last is read
-            for (size_t j = 0; j < bytes; ++j) last[j] = values[j];
-            from = last;
-          }
-          __builtin_prefetch(values + kPrefetch);
+      for (size_t part = first; part < stop; part += kQuadsAtOnce) {
+        const size_t count = kQuadsAtOnce < stop - part ? kQuadsAtOnce : stop - part;
+        values = spread.fill<kWide>(w, masks + part * 8, values, count, [](const uint8_t* from, uint8_t* to) {
           if constexpr (kWide) {
             for (size_t h = 0; h < kHalves; ++h) {
               _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h),
@@ -163,12 +134,9 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
           } else {
             spread_halves(from, to);
           }
-          values += bytes;
-          starts[i] = static_cast<size_t>(to - spread);
-          to += found;
-        }
+        });
         for (size_t i = 0; i < count; ++i) {
-          const uint8_t* next = spread + starts[i];
+          const uint8_t* next = spread.starts[i];
           const uint8_t* mask = masks + (part + i) * 8;
           const int8_t* q = x.q + (part + i) * kQuad;
 #pragma GCC unroll 2
@@ -224,7 +192,7 @@ void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, flo
       }
       for (; k < stop; k += kSpan) {
         for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
-          __builtin_prefetch(values + kPrefetch);
+          __builtin_prefetch(values + kAhead);
           const size_t first = d * kQuad / n, final = (d * kQuad + kQuad - 1) / n;
 #pragma GCC unroll 2
           for (size_t h = 0; h < kHalves; ++h) {
