@@ -4,9 +4,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sparse_onnx.sparse_ops.domain import DOMAIN, EXACT_DOMAIN, VERSION
-from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS
+from sparse_onnx.sparse_ops.formats.base import FormatError
+from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS, read
 from sparse_onnx.sparse_ops.ops import sparse_matmul, sparse_matmul_split
 from sparse_onnx.sparse_ops.ops import sparse_matmul_nbits as smn
 from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
@@ -346,3 +349,40 @@ def test_many_tokens_and_threads(op_type, threads, open_session, weight):
     for _ in range(3):
         got = session.run(None, {"X": x})[0]
         assert_near(got, reference(op_type, x, packed), packed, x)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_kernel_and_reader_accept_the_same_bytes(data, packed_levels, open_session):
+    """A file may say anything: both refuse it, or both know the same weight."""
+    op_type = data.draw(st.sampled_from(PLAIN))
+    layout = smn.OP_TYPES[op_type].layout
+    k, n = data.draw(st.integers(1, 140)), data.draw(st.integers(1, 40))
+    packed, _ = packed_levels(k, n, layout, kept=data.draw(st.integers(1, 15)))
+    sizes = {name: value for name, value in packed.attributes().items() if name != "format"}
+    arrays = {name: array.copy() for name, array in packed.arrays().items()}
+    for _ in range(data.draw(st.integers(0, 2))):
+        name = data.draw(st.sampled_from([*sizes, *arrays]))
+        if name in sizes:
+            sizes[name] += data.draw(st.sampled_from([-64, -1, 1, 16, 64, 2**31, -(2**40)]))
+        elif data.draw(st.integers(0, 2)) == 0:
+            arrays[name] = arrays[name][: data.draw(st.integers(0, arrays[name].size))]
+        elif arrays[name].size:
+            raw = arrays[name].view(np.uint8)
+            raw[data.draw(st.integers(0, raw.size - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = read(layout, sizes, list(arrays.values()))
+        found.validate()
+    except FormatError:
+        found = None
+    arrays["bias"] = biases(min(max(sizes["N"], 0), 1000))
+    proto = model(
+        op_type, packed, arrays=arrays, attributes=sizes, x=["tokens", max(sizes["K"], 1)], body=False
+    )
+    if found is None:
+        with pytest.raises(Exception, match=NODE):
+            open_session(proto, library=True)
+    else:
+        x = activations(3, found.K)
+        got = open_session(proto, library=True).run(None, {"X": x})[0]
+        assert_near(got, reference(op_type, x, found), found, x)
