@@ -1,7 +1,7 @@
 """Bases of the lowerings that give a linear, whose weight has few bits, to operators on integers.
 
-Such operators round *activations* to 8 bits, so their forms are not exact. Some take bias and activation along; of
-others (:class:`LowerProduct`) only the product is replaced, and these stay nodes of their own.
+Such operators round *activations* to 8 bits, so their forms are not exact. Ours (:class:`LowerFused`) take bias and
+activation along; of others (:class:`LowerProduct`) only the product is replaced, and these stay nodes of their own.
 """
 
 from __future__ import annotations
@@ -9,25 +9,35 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.encodings import Dense
-from sparse_onnx.model.graph import Names, add_initializer, drop_with_makers, input_at
+from sparse_onnx.model.graph import Names, add_function, add_initializer, drop_with_makers, input_at
 from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.metadata_keys import LOWERED_KEY, MODULE_KEY
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import LINEARS, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.forms import Form
-from sparse_onnx.passes.lower.lowering import Candidate, Lowering, Packer, match_layers
+from sparse_onnx.passes.lower.lowering import (
+    Candidate,
+    Lowerer,
+    Lowering,
+    PackedTensors,
+    Packer,
+    match_layers,
+)
 from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.progress import Progress
+from sparse_onnx.sparse_ops.domain import EXACT_DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.ops.base import Operator
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
-__all__ = ["EncodedForm", "LowerEncoded", "LowerProduct", "reason_against_bytes"]
+__all__ = ["EncodedForm", "LowerEncoded", "LowerFused", "LowerProduct", "reason_against_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +131,62 @@ class LowerEncoded(Lowering):
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
         return {"encoding": str(candidate.weight.encoding)}
+
+
+class _Stored(Protocol):
+    """A packed weight: its parts in the order of the operator's inputs, and its attributes."""
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def attributes(self) -> dict[str, int | str]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerFused(LowerEncoded):
+    """Of those whose operator, one of ours, computes a whole layer."""
+
+    @classmethod
+    @abc.abstractmethod
+    def pack(cls, grid: IntegerGrid) -> _Stored:
+        """The weight as the operator stores it."""
+
+    @classmethod
+    @abc.abstractmethod
+    def op_type(cls, base: str, grid: IntegerGrid) -> str:
+        """The op type that does with such a weight what ``base`` does with one of floats."""
+
+    def put(
+        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
+    ) -> None:
+        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
+        lowerer = Lowerer(model, context)
+        for candidate in candidates:
+            for node in lowerer.lower(candidate, self._packed(candidate.weight, context)):
+                node.metadata_props[LOWERED_KEY] = self.name
+            packing.step()
+        for op_type in sorted(lowerer.op_types):
+            add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
+
+    def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
+        grid = read_grid(weight)
+        assert isinstance(grid, IntegerGrid)
+        packed = self.pack(grid)
+        weight.release()
+        tensors = {
+            name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()
+        }
+        return PackedTensors(
+            lambda base: self.op_type(base, grid), tuple(tensors), tensors, packed.attributes()
+        )
+
+    @classmethod
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
+        """The same operator in float32, by a function of its own."""
+        operator = OP_TYPES[node.op_type].operator
+        assert isinstance(operator, Operator)
+        assert operator.exact_body is not None
+        add_function(model, operator.exact_body(node.op_type, model.opset_imports[""]), VERSION)
+        node.domain = EXACT_DOMAIN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,26 +17,21 @@ output are all zero are neither stored nor multiplied. Which of the two is faste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from sparse_onnx.model.graph import add_function
 from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
-from sparse_onnx.model.metadata_keys import LOWERED_KEY
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded, reason_against_bytes
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerFused, reason_against_bytes
 from sparse_onnx.passes.lower.forms import Form
-from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, PackedTensors, Packer
+from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.solvers.masks import MaskStructure
-from sparse_onnx.progress import Progress
-from sparse_onnx.sparse_ops.domain import VERSION
 from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.base import Outputs
+from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
 
 __all__ = ["LowerInt8MatMul", "LowerSparseInt8MatMul"]
@@ -59,7 +54,7 @@ class _SparseInt8Form(EncodedForm):
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerInt8MatMul(LowerEncoded):
+class LowerInt8MatMul(LowerFused):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.int8-matmul"
@@ -78,38 +73,14 @@ class LowerInt8MatMul(LowerEncoded):
         return EncodedForm("int8-token", cls, exact=False, activations=8, by_token=True)
 
     @classmethod
-    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
-        """The same operator in float32, by a function of its own."""
-        node.domain = int8_matmul.EXACT_DOMAIN
-        add_function(model, int8_matmul.exact_body(node.op_type, model.opset_imports[""]), VERSION)
-
-    def put(
-        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
-    ) -> None:
-        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
-        lowerer = Lowerer(model, context)
-        for candidate in candidates:
-            for node in lowerer.lower(candidate, self._packed(candidate.weight, context)):
-                node.metadata_props[LOWERED_KEY] = self.name
-            packing.step()
-        for op_type in sorted(lowerer.op_types):
-            add_function(model, int8_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
-
-    def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
-        grid = read_grid(weight)
-        assert isinstance(grid, IntegerGrid)
+    def pack(cls, grid: IntegerGrid) -> Int8Weight:
         integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
-        pack = int8_quads.pack_dense if self.dense else int8_quads.pack_quads
-        packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
-        weight.release()
-        tensors = {
-            name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()
-        }
+        pack = int8_quads.pack_dense if cls.dense else int8_quads.pack_quads
+        return pack(integers, np.ascontiguousarray(grid.scale[0]))
 
-        def op_type(base: str) -> str:
-            return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], self.dense)
-
-        return PackedTensors(op_type, tuple(tensors), tensors, packed.attributes())
+    @classmethod
+    def op_type(cls, base: str, grid: IntegerGrid) -> str:
+        return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
 
 
 @dataclasses.dataclass(frozen=True)

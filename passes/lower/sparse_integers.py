@@ -4,8 +4,10 @@
 
     Before                                  After
 
-    W = Unpack4(q, scale)                   h = sparse_onnx.SparseMatMulInt4<K, N, group, format>(
-    h = MatMul(X, W)                            X, masks, values, scales)
+    W = Unpack4(q, scale)                   Y = sparse_onnx.SparseMatMulInt4Gelu<K, N, group, format>(
+    h = MatMul(X, W)                            X, masks, values, scales, bias)
+    b = Add(h, bias)
+    Y = Gelu(b)
 
 Zeros are not stored, the weight keeps its numbers, and the operator rounds each group of inputs of every token to 8
 bits. The masks are bitmaps, which take any pattern of zeros, or positions within 16 inputs where the weight was pruned
@@ -18,25 +20,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from sparse_onnx.model.graph import add_function
 from sparse_onnx.model.integer_grid import IntegerGrid
-from sparse_onnx.model.metadata_keys import LOWERED_KEY, STRUCTURE_KEY
+from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.base import PassContext
-from sparse_onnx.passes.lower.encoded_linear import LowerProduct
+from sparse_onnx.passes.lower.encoded_linear import LowerFused
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Packer
 from sparse_onnx.passes.solvers.masks import MaskStructure
-from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import Outputs
-from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS, Layout, fits_half, kept_of, most_of_16, pack
-from sparse_onnx.sparse_ops.ops.sparse_matmul_nbits import exact_body, function_body, op_type_of
+from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS, Layout, PackedLevels, fits_half, most_of_16, pack
+from sparse_onnx.sparse_ops.ops.sparse_matmul_nbits import op_type_of
 
 __all__ = ["LowerPositions", "LowerSparseIntegers"]
 
@@ -66,11 +64,11 @@ class SparseIntegerForm(Form):
         return size * (_of_16(structure) or 16) / 16
 
     def scale_nbytes(self, shape: tuple[int, int]) -> float:
-        return 2.0 * -(-shape[0] // self.group) * shape[1]
+        return (2.0 + self.layout.zeros) * -(-shape[0] // self.group) * shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class _LowerNBits(LowerProduct):
+class _LowerNBits(LowerFused):
     """What both have in common."""
 
     @classmethod
@@ -79,56 +77,22 @@ class _LowerNBits(LowerProduct):
         """How the integers of a grid are stored; None: they are not."""
 
     @classmethod
-    def arrays(cls, grid: IntegerGrid) -> Mapping[str, np.ndarray]:
-        group, layout = _group(grid), cls._layout(grid)
+    def pack(cls, grid: IntegerGrid) -> PackedLevels:
+        group = _group(grid)
         groups = np.arange(0, grid.inputs, group) // grid.group_size
         zero_point = grid.zero_point[groups]
         levels = grid.integers.astype(np.int16) - zero_point[np.arange(grid.inputs) // group]
-        return pack(levels, grid.scale[groups], group, layout, zero_point).arrays()
+        return pack(levels, grid.scale[groups], group, cls._layout(grid), zero_point)
+
+    @classmethod
+    def op_type(cls, base: str, grid: IntegerGrid) -> str:
+        return op_type_of(base, cls._layout(grid))
 
     @classmethod
     def _layout(cls, grid: IntegerGrid) -> Layout:
         layout = cls.layout_of(grid)
         assert layout is not None
         return layout
-
-    @classmethod
-    def product(
-        cls,
-        node: Callable[..., list[ir.Value]],
-        x: ir.Value,
-        grid: IntegerGrid,
-        stored: Mapping[str, ir.Value],
-    ) -> ir.Value:
-        layout, group = cls._layout(grid), _group(grid)
-        values = stored["values"].const_value
-        assert values is not None
-        sizes = {"K": grid.inputs, "N": grid.scale.shape[1], "group": group}
-        if not layout.masks:
-            sizes["kept"] = kept_of(sizes["K"], sizes["N"], values.size)
-        (y,) = node(op_type_of(layout), x, *stored.values(), domain=DOMAIN, **sizes, format=layout.name)
-        return y
-
-    def put(
-        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
-    ) -> None:
-        super().put(model, candidates, packer, context)
-        if not candidates:
-            return
-        lowered = [node for node in model.graph if node.metadata_props.get(LOWERED_KEY) == self.name]
-        made = {
-            node.op_type for node in lowered if node.domain == DOMAIN
-        }  # a bias is added by a standard one
-        for op_type in sorted(made):
-            add_function(model, function_body(op_type, model.opset_imports[""]), VERSION)
-
-    @classmethod
-    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
-        if node.domain != DOMAIN:
-            return
-        body = exact_body(node.op_type, model.opset_imports[""])
-        add_function(model, body, VERSION)
-        node.op_type = body.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +130,7 @@ class LowerPositions(_LowerNBits):
 
     @classmethod
     def layout_of(cls, grid: IntegerGrid) -> Layout | None:
-        return LAYOUTS["n_of_16"] if grid.bits == 4 else None
+        return LAYOUTS["n_of_16" if grid.symmetric else "n_of_16_zeros"] if grid.bits == 4 else None
 
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
@@ -183,7 +147,8 @@ class LowerPositions(_LowerNBits):
             return f"keeps no {_MOST_OF_16} or fewer of 16 inputs by its pattern"
         if reason := _unfit(grid, layout):
             return reason
-        if (most := most_of_16(grid.integers != grid.zero_point[0, 0])) > kept:
+        zero_point = grid.zero_point[np.arange(grid.inputs) // grid.group_size]
+        if (most := most_of_16(grid.integers != zero_point)) > kept:
             return f"keeps {most} of 16 inputs, although its pattern says {kept}"
         return SparseIntegerForm(
             "int4-of-16",

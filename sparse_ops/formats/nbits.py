@@ -1,4 +1,4 @@
-"""Weights of few bits without their zeros: ``bitmap4`` (with zero points or without), ``bitmap8`` and ``n_of_16``.
+"""Weights of few bits without their zeros: ``bitmap4`` and ``n_of_16``, with zero points or without, and ``bitmap8``.
 
 A weight W [K, N] is ``levels · scale``: whole numbers of 4 or 8 bits, 0 among them, and a positive float16 scale for
 each output and each ``group`` of inputs. Outputs are stored in blocks of 16, the last one filled up with zeros.
@@ -18,9 +18,9 @@ Sizes: K, N, ``group`` (16, 32, 64 or 128) and, of ``n_of_16``, ``kept`` (1 to 1
 - ``bitmap8``: a byte for each bit that is set, in their order: level + 128.
 - ``bitmap4``: half a byte for each, the low half first: level + 8, or level + zero point. Each quad begins a byte.
 - ``n_of_16``: every output keeps ``kept`` of every 16 inputs; where fewer are not zero, zeros fill up. A byte is
-  position + 16 · (level modulo 16), the position within its 16 inputs; these rise strictly. For every 64 inputs of a
-  block come ``kept`` pieces [16 outputs, 4]: the 4 · ``kept`` bytes of an output, four in each piece. ``group`` is 64
-  or 128.
+  position + 16 · (level modulo 16), or 16 · (level + zero point), the position within its 16 inputs; these rise
+  strictly. For every 64 inputs of a block come ``kept`` pieces [16 outputs, 4]: the 4 · ``kept`` bytes of an output,
+  four in each piece. ``group`` is 64 or 128.
 
 Cost: 1/8 byte a weight and 1/2 or 1 byte for each that is kept, or ``kept`` / 16 of a byte a weight; scales 2 bytes for
 each ``group``. ``bitmap4`` takes any mask, and less than ``n_of_16`` where more than a quarter is kept.
@@ -29,7 +29,7 @@ each ``group``. ``bitmap4`` takes any mask, and less than ``n_of_16`` where more
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -41,9 +41,10 @@ __all__ = [
     "PackedLevels",
     "decoder",
     "fits_half",
-    "kept_of",
+    "join",
     "most_of_16",
     "pack",
+    "read",
 ]
 
 _BLOCK, _QUAD, _SPAN, _SIXTEEN = 16, 4, 64, 16
@@ -77,6 +78,10 @@ class Layout:
         """What is added to the levels of a bitmap."""
         return 1 << self.bits - 1
 
+    def whole_blocks(self, N: int) -> bool:
+        """Whether so many outputs of one linear may have those of another behind them."""
+        return N % _BLOCK == 0
+
 
 LAYOUTS = {
     layout.name + "_zeros" * layout.zeros: layout
@@ -85,6 +90,7 @@ LAYOUTS = {
         Layout("bitmap4", 4, True, (16, 32, 64, 128), zeros=True),
         Layout("bitmap8", 8, True, (16, 32, 64, 128)),
         Layout("n_of_16", 4, False, (64, 128)),
+        Layout("n_of_16", 4, False, (64, 128), zeros=True),
     )
 }
 
@@ -161,15 +167,22 @@ class PackedLevels:
         """Positions and levels, both [blocks · spans, 16 outputs, 4, kept]."""
         pieces = self.values.reshape(-1, self.kept, _BLOCK, _QUAD).transpose(0, 2, 1, 3)
         entries = pieces.reshape(-1, _BLOCK, _SPAN // _SIXTEEN, self.kept)
-        return (entries & 15).astype(np.int64), entries.view(np.int8) >> 4
+        positions = (entries & 15).astype(np.int64)
+        if not self.layout.zeros:
+            return positions, entries.view(np.int8) >> 4
+        zero = self._zero_of(np.arange(0, self.K, _SPAN)).reshape(-1, _BLOCK, 1, 1)
+        return positions, (entries >> 4).astype(np.int16) - zero
 
     def _zero_of_quads(self) -> np.ndarray:
         """What is stored for the level 0, int16 [blocks · quads, 64]."""
-        quads = np.arange(-(-self.K // _QUAD))
+        quads = np.arange(0, self.K, _QUAD)
         if not self.layout.zeros:
             return np.full((self._blocks * len(quads), _PIECE), self.layout.middle, np.int16)
-        by_quad = self.zeros.reshape(self._blocks, -1, _BLOCK)[:, quads * _QUAD // self.group]
-        return np.repeat(by_quad.reshape(-1, _BLOCK).astype(np.int16), _QUAD, axis=1)
+        return np.repeat(self._zero_of(quads).reshape(-1, _BLOCK), _QUAD, axis=1)
+
+    def _zero_of(self, inputs: np.ndarray) -> np.ndarray:
+        """Zero points of some inputs, int16 [blocks, inputs, 16]."""
+        return self.zeros.reshape(self._blocks, -1, _BLOCK)[:, inputs // self.group].astype(np.int16)
 
     def levels(self) -> np.ndarray:
         """int16 [K, N]. Raises FormatError."""
@@ -194,6 +207,17 @@ class PackedLevels:
             tiles.transpose(1, 3, 0, 2).reshape(-1, self._blocks * _BLOCK)[: self.K, : self.N]
         )
 
+    def nonzero(self) -> int:
+        """How many levels are not 0; in a bitmap, how many are kept. Raises FormatError."""
+        self.validate()
+        if self.layout.masks:
+            found = np.unpackbits(self.masks).sum(dtype=np.int64)
+        elif self.layout.zeros:
+            found = np.count_nonzero(self.levels())
+        else:
+            found = np.count_nonzero(self.values >> 4)
+        return min(int(found), self.K * self.N)  # a file may keep what fills up blocks
+
     def unpack(self) -> np.ndarray:
         """The weight [K, N] float32. Raises FormatError."""
         levels = self.levels()
@@ -201,6 +225,41 @@ class PackedLevels:
         wide = scale.reshape(self._groups, -1)[:, : self.N].astype(np.float32)
         matrix: np.ndarray = levels.astype(np.float32) * wide[np.arange(self.K) // self.group]
         return matrix
+
+
+def read(layout: Layout, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> PackedLevels:
+    """The weight of a node with these attributes and parts, both in the layout's order. Raises FormatError if they
+    cannot be one; what the parts hold is not looked at."""
+    if min(sizes.values()) < 1:
+        raise FormatError(f"{', '.join(sizes)} must be positive")
+    parts = dict(zip(layout.parts, arrays, strict=True))
+    for name, array in parts.items():
+        dtype = np.float16 if name == "scales" else np.uint8
+        if array.dtype != dtype or array.ndim != 1:
+            raise FormatError(f"{name} must be a vector of {np.dtype(dtype)}")
+    nothing = np.zeros(0, np.uint8)
+    masks, values, scales, zeros = (
+        parts.get(name, nothing) for name in ("masks", "values", "scales", "zeros")
+    )
+    K, N, group = sizes["K"], sizes["N"], sizes["group"]
+    return PackedLevels(layout, K, N, group, sizes.get("kept", 0), masks, values, scales, zeros)
+
+
+def join(weights: Sequence[PackedLevels]) -> PackedLevels:
+    """The weights [K, Ni] of several linears side by side, as one [K, sum of Ni]. Raises ValueError unless they have
+    the same layout and sizes, and all but the last whole blocks."""
+    first = weights[0]
+    for weight in weights:
+        same = dataclasses.replace(weight, N=first.N).attributes() == first.attributes()
+        whole = weight is weights[-1] or weight.layout.whole_blocks(weight.N)
+        if weight.layout != first.layout or not same or not whole:
+            raise ValueError("join() takes weights of one layout and one size of group, in whole blocks")
+    masks, values, scales, zeros = (
+        np.concatenate(parts)
+        for parts in zip(*((w.masks, w.values, w.scales, w.zeros) for w in weights), strict=True)
+    )
+    N = sum(weight.N for weight in weights)
+    return dataclasses.replace(first, N=N, masks=masks, values=values, scales=scales, zeros=zeros)
 
 
 def fits_half(scale: np.ndarray) -> bool:
@@ -214,11 +273,6 @@ def most_of_16(keep: np.ndarray) -> int:
     """How many of 16 inputs an output keeps at most; ``keep`` is bool [K, N]."""
     starts = np.arange(0, len(keep), _SIXTEEN)
     return int(np.add.reduceat(keep, starts, axis=0, dtype=np.int16).max())
-
-
-def kept_of(K: int, N: int, size: int) -> int:
-    """``kept`` of a weight [K, N] with so many values in the layout ``n_of_16``."""
-    return size // (-(-N // _BLOCK) * -(-K // _SPAN) * _PIECE)
 
 
 def pack(
@@ -258,7 +312,9 @@ def pack(
         masks = np.concatenate([part for part, _ in found])
         values = np.concatenate([part for _, part in found])
     else:
-        values = np.concatenate([_pack_positions(tile, kept) for tile in _tiles(levels, _SPAN)])
+        own = stored if layout.zeros else levels
+        pairs = zip(_tiles(levels, _SPAN), _tiles(own, _SPAN), strict=True)
+        values = np.concatenate([_pack_positions(tile, integers, kept) for tile, integers in pairs])
     if layout.zeros:
         assert zero_point is not None
         zeros = _by_block(zero_point.astype(np.uint8))
@@ -298,12 +354,12 @@ def _pack_bitmap(tile: np.ndarray, integers: np.ndarray, layout: Layout) -> tupl
     return masks, halves[::2] | halves[1::2] << 4
 
 
-def _pack_positions(tile: np.ndarray, kept: int) -> np.ndarray:
-    """Values."""
+def _pack_positions(tile: np.ndarray, integers: np.ndarray, kept: int) -> np.ndarray:
+    """Values of the levels ``tile``, as which ``integers`` are stored."""
     sixteens = tile.reshape(*tile.shape[:3], _SPAN // _SIXTEEN, _SIXTEEN)
     first = np.argsort(sixteens == 0, axis=-1, kind="stable")[..., :kept]
     position = np.sort(first, axis=-1)
-    level = np.take_along_axis(sixteens, position, -1)
+    level = np.take_along_axis(integers.reshape(sixteens.shape), position, -1)
     entries = (position | (level & 15) << 4).astype(np.uint8).reshape(*tile.shape[:3], kept, _QUAD)
     return np.ascontiguousarray(entries.transpose(0, 1, 3, 2, 4)).reshape(-1)
 
@@ -362,8 +418,8 @@ _BITMAP = """
     column_shape = Constant<value = int64[2] {-1, 1}>()
     quad_shape = Constant<value = int64[2] {-1, 64}>()
     mask_column = Reshape(masks, column_shape)
-    shifted = BitShift<direction = "RIGHT">(mask_column, shifts)
-    lowest = BitShift<direction = "LEFT">(shifted, seven)
+    shifted_masks = BitShift<direction = "RIGHT">(mask_column, shifts)
+    lowest = BitShift<direction = "LEFT">(shifted_masks, seven)
     bits = BitShift<direction = "RIGHT">(lowest, seven)
     bits_32 = Cast<to = 6>(bits)
     kept = Reshape(bits_32, quad_shape)
@@ -371,8 +427,8 @@ _BITMAP = """
     no_value = Constant<value = uint8[1] {0}>()
     values_and_one = Concat<axis = 0>(values, no_value)
     @sizes_and_stored
-    ends_of_quads = CumSum(sizes, zero)
-    starts_of_quads = Sub(ends_of_quads, sizes)
+    ends_of_quads = CumSum(quad_sizes, zero)
+    starts_of_quads = Sub(ends_of_quads, quad_sizes)
     rank = CumSum<exclusive = 1>(kept, one)
     place = Add(starts_of_quads, rank)
     known_place = Mul(place, kept)
@@ -387,29 +443,31 @@ _BITMAP = """
 _MIDDLE = """
     middle = Constant<value = float {@middle}>()
     centred = Sub(found_32, middle)"""
-_ZEROS = """
-    four_64 = Constant<value = int64 {4}>()
-    first_quads = Range(zero, k, four_64)
-    group_of_quad = Div(first_quads, group)
+# For every `step` inputs of a block: [blocks * steps, 16, 1].
+_ZERO_COLUMN = """
+    inputs_each = Constant<value = int64 {@step}>()
+    first_inputs = Range(zero, k, inputs_each)
+    group_of_first = Div(first_inputs, group)
     zeros_shape = Concat<axis = 0>(blocks_1, groups_1, sixteen_1)
     zeros_32 = Cast<to = 1>(zeros)
     zeros_3 = Reshape(zeros_32, zeros_shape)
-    zeros_of_quads = Gather<axis = 1>(zeros_3, group_of_quad)
+    zeros_of_first = Gather<axis = 1>(zeros_3, group_of_first)
     zero_shape = Constant<value = int64[3] {-1, 16, 1}>()
-    zero_column = Reshape(zeros_of_quads, zero_shape)
+    zero_column = Reshape(zeros_of_first, zero_shape)"""
+_ZEROS = """
     outputs_shape = Constant<value = int64[3] {-1, 16, 4}>()
     found_3 = Reshape(found_32, outputs_shape)
     centred_3 = Sub(found_3, zero_column)
     centred = Reshape(centred_3, quad_shape)"""
 _BYTES = """
-    sizes = Identity(counts)
+    quad_sizes = Identity(counts)
     stored = Identity(values_and_one)"""
 _HALVES = """
     one_32 = Constant<value = int32 {1}>()
     two_32 = Constant<value = int32 {2}>()
     more = Add(counts, one_32)
-    half = Div(more, two_32)
-    sizes = Mul(half, two_32)
+    half_counts = Div(more, two_32)
+    quad_sizes = Mul(half_counts, two_32)
     @split
     pairs = Concat<axis = 1>(low, high)
     stored = Reshape(pairs, flat_shape)"""
@@ -424,12 +482,6 @@ _POSITIONS = """
     column_shape = Constant<value = int64[2] {-1, 1}>()
     @split
     high_f = Cast<to = 1>(high)
-    seven_f = Constant<value = float {7}>()
-    sixteen_f = Constant<value = float {16}>()
-    negative = Greater(high_f, seven_f)
-    negative_f = Cast<to = 1>(negative)
-    less = Mul(negative_f, sixteen_f)
-    level_column = Sub(high_f, less)
     kept = Constant<value_int: int = @kept>()
     kept_1 = Unsqueeze(kept, axis0)
     piece_shape = Constant<value = int64[2] {16, 4}>()
@@ -437,9 +489,10 @@ _POSITIONS = """
     four_1 = Constant<value = int64[1] {4}>()
     entries_1 = Mul(kept_1, four_1)
     entries_shape = Concat<axis = 0>(flat_shape, sixteen_1, entries_1)
-    level_pieces = Reshape(level_column, pieces_shape)
+    level_pieces = Reshape(high_f, pieces_shape)
     level_turned = Transpose<perm = [0, 2, 1, 3]>(level_pieces)
-    entry_level = Reshape(level_turned, entries_shape)
+    entry_stored = Reshape(level_turned, entries_shape)
+    @levels
     position = Cast<to = 7>(low)
     position_pieces = Reshape(position, pieces_shape)
     position_turned = Transpose<perm = [0, 2, 1, 3]>(position_pieces)
@@ -460,14 +513,30 @@ _POSITIONS = """
     tiles = Reshape(spans, tiles_shape)"""
 
 
+_SIGNED = """
+    seven_f = Constant<value = float {7}>()
+    sixteen_f = Constant<value = float {16}>()
+    negative = Greater(entry_stored, seven_f)
+    negative_f = Cast<to = 1>(negative)
+    less = Mul(negative_f, sixteen_f)
+    entry_level = Sub(entry_stored, less)"""
+_LESS_ZEROS = "entry_level = Sub(entry_stored, zero_column)"
+
+
 def decoder(layout: Layout) -> str:
     """Lines of a function body that make W [K, N] float32 from the parts. ``k_1``, ``groups_1``, ``group_1`` and
     ``whole_1`` (groups · group), ``axis0``, ``flat_shape`` may be used behind them."""
+    zeros = ""
+    if layout.zeros:
+        zeros = _ZERO_COLUMN.replace("@step", str(_QUAD if layout.masks else _SPAN))
     if not layout.masks:
-        return _SIZES + _POSITIONS.replace("@split", _SPLIT.replace("@of", "values")) + _MATRIX
+        positions = _POSITIONS.replace("@split", _SPLIT.replace("@of", "values"))
+        return (
+            _SIZES + zeros + positions.replace("@levels", _LESS_ZEROS if layout.zeros else _SIGNED) + _MATRIX
+        )
     stored = (
         _BYTES if layout.bits == 8 else _HALVES.replace("@split", _SPLIT.replace("@of", "values_and_one"))
     )
     centred = _ZEROS if layout.zeros else _MIDDLE.replace("@middle", str(layout.middle))
     bitmap = _BITMAP.replace("@sizes_and_stored", stored).replace("@centred", centred)
-    return _SIZES + bitmap + _MATRIX
+    return _SIZES + zeros + bitmap + _MATRIX

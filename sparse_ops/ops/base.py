@@ -31,10 +31,12 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Operator:
     """An operator without stored weights: ``function_body`` gives that of an op type in standard ops of an opset
-    (13..26)."""
+    (13..26). Of one that rounds activations, ``exact_body`` gives the same in the domain :data:`.EXACT_DOMAIN`, with
+    activations as they are."""
 
     op_types: tuple[str, ...]
     function_body: Callable[[str, int], onnx.FunctionProto]
+    exact_body: Callable[[str, int], onnx.FunctionProto] | None = None
 
 
 class Body(NamedTuple):

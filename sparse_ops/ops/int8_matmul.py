@@ -32,16 +32,13 @@ import numpy as np
 import onnx
 import onnx.parser
 
-from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN, EXACT_DOMAIN
 from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS, Operator
 
-__all__ = ["EXACT_DOMAIN", "OPERATOR", "OP_TYPES", "exact_body", "function_body", "op_type_of", "reference"]
-
-EXACT_DOMAIN = f"{DOMAIN}.exact"
-"""Of the same operators with activations that are not rounded."""
+__all__ = ["OPERATOR", "OP_TYPES", "exact_body", "function_body", "op_type_of", "reference"]
 
 
 def op_type_of(activation: str, dense: bool) -> str:
@@ -153,8 +150,8 @@ def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
 
 
 def exact_body(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The same in :data:`EXACT_DOMAIN`, with the same weight and activations that are not rounded."""
+    """The same in the domain :data:`.EXACT_DOMAIN`, with the same weight and activations that are not rounded."""
     return _function(op_type, opset, EXACT_DOMAIN, _EXACT_BODY)
 
 
-OPERATOR = Operator(tuple(OP_TYPES), function_body)
+OPERATOR = Operator(tuple(OP_TYPES), function_body, exact_body)

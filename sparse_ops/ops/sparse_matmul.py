@@ -105,10 +105,10 @@ def activation_body(activation: str, y: str = "Y") -> str:
     return _ACTIVATION_BODIES[activation].replace("Y = ", f"{y} = ")
 
 
-def linear_body(op_type: str, y: str = "Y") -> str:
-    """Lines of a function body that make the value ``y`` of the operator from X, W and bias, behind the decoder."""
+def linear_body(op_type: str, y: str = "Y", x: str = "X") -> str:
+    """Lines of a function body that make the value ``y`` of the operator from ``x``, W and bias, behind the decoder."""
     activation = activation_body(ACTIVATIONS[op_type], y)
-    return f"product_xw = MatMul(X, W)\n h = Add(product_xw, bias)\n {activation}"
+    return f"product_xw = MatMul({x}, W)\n h = Add(product_xw, bias)\n {activation}"
 
 
 def _body(op_type: str, stored: StoredFormat) -> Body:

@@ -1,41 +1,52 @@
-"""``SparseMatMulInt*``: ``Y = X · W``, W in 4 or 8 bits without its zeros, X rounded to 8 bits: for few tokens.
+"""``SparseMatMulInt*``: what ``SparseMatMul*`` do, W in 4 or 8 bits without its zeros, X rounded to 8 bits: for few
+tokens.
 
-Signatures (domain ``sparse_onnx``, version 1; one op type per layout, see :data:`OP_TYPES`)::
+Signatures (domain ``sparse_onnx``, version 1). Of every operator of :mod:`.sparse_matmul` and
+:mod:`.sparse_matmul_split` there is an op type for each layout, with a word behind ``SparseMatMul``::
 
-    SparseMatMulInt4<K, N, group, format>(X, masks, values, scales) -> Y              format "bitmap4"
-    SparseMatMulInt4WithZeros<...>(..., zeros) -> Y                                   format "bitmap4"
-    SparseMatMulInt8<K, N, group, format>(X, masks, values, scales) -> Y              format "bitmap8"
-    SparseMatMulInt4Of16<K, N, group, kept, format>(X, values, scales) -> Y           format "n_of_16"
+    SparseMatMulInt4*<K, N, group, format>(X, masks, values, scales, bias) -> Y            format "bitmap4"
+    SparseMatMulInt4WithZeros*<...>(..., zeros, bias) -> Y                                 format "bitmap4"
+    SparseMatMulInt8*<K, N, group, format>(X, masks, values, scales, bias) -> Y            format "bitmap8"
+    SparseMatMulInt4Of16*<K, N, group, kept, format>(X, values, scales, bias) -> Y         format "n_of_16"
+    SparseMatMulInt4Of16WithZeros*<...>(..., zeros, bias) -> Y                             format "n_of_16"
+
+    SparseMatMulInt4Split3<K, N, group, format, split>(X, ..., bias) -> Y0, Y1, Y2         and so on
 
 ===========  =========  ==============  =====================================================================
 name         dtype      shape           meaning
 ===========  =========  ==============  =====================================================================
 X            float32    [..., K]        activations, rank >= 1
 ...                                     the parts and sizes of W [K, N], see :mod:`sparse_onnx.sparse_ops.formats.nbits`
-Y            float32    [..., N]
+bias         float32    [N]             zeros where the layer has none
+Y            float32    [..., N]        as those of the operator on floats; several linears in one weight have whole
+                                        blocks of 16 outputs, but for the last
 ===========  =========  ==============  =====================================================================
 
 Every token is rounded by itself, each ``group`` of inputs (the last may be shorter) with a scale of its own::
 
-    s = max |x| / 127, or 1 where that is 0        q = round(x / s), halves to even        Y = Σ (s · q) · W
+    s = max |x| / 127, or 1 where that is 0        q = round(x / s), halves to even        H = Σ (s · q) · W
 
 The kernels add the products of integers exactly, group by group. A token with NaN or Inf gives NaN in every output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 import onnx.parser
 
-from sparse_onnx.sparse_ops.domain import DOMAIN
+from sparse_onnx.sparse_ops.domain import DOMAIN, EXACT_DOMAIN
 from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS, Layout, PackedLevels, decoder
-from sparse_onnx.sparse_ops.ops.base import Operator
+from sparse_onnx.sparse_ops.ops import sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops.ops.base import BIAS, Body, Operator
 
 __all__ = [
-    "EXACT",
     "OPERATOR",
     "OP_TYPES",
+    "Integers",
     "exact_body",
     "function_body",
     "op_type_of",
@@ -43,22 +54,36 @@ __all__ = [
     "rounded",
 ]
 
-OP_TYPES = {
-    "SparseMatMulInt4": LAYOUTS["bitmap4"],
-    "SparseMatMulInt4WithZeros": LAYOUTS["bitmap4_zeros"],
-    "SparseMatMulInt8": LAYOUTS["bitmap8"],
-    "SparseMatMulInt4Of16": LAYOUTS["n_of_16"],
+
+class Integers(NamedTuple):
+    """What an op type is: the operator ``base`` of floats, with weights in ``layout``."""
+
+    base: str
+    layout: Layout
+
+
+_PRODUCT = sparse_matmul.OP_TYPES["none"]
+_BASES = (*sparse_matmul.ACTIVATIONS, *sparse_matmul_split.OP_TYPES)
+_WORDS = {
+    "bitmap4": "Int4",
+    "bitmap4_zeros": "Int4WithZeros",
+    "bitmap8": "Int8",
+    "n_of_16": "Int4Of16",
+    "n_of_16_zeros": "Int4Of16WithZeros",
 }
 
-EXACT = "Exact"
-"""Behind the name of an op type: the function that does not round X."""
+OP_TYPES = {
+    base.replace(_PRODUCT, _PRODUCT + _WORDS[key]): Integers(base, layout)
+    for key, layout in LAYOUTS.items()
+    for base in _BASES
+}
 
 _HIGHEST = 127
 
 
-def op_type_of(layout: Layout) -> str:
-    """The op type with weights in that layout."""
-    (found,) = (op_type for op_type, own in OP_TYPES.items() if own == layout)
+def op_type_of(base: str, layout: Layout) -> str:
+    """The op type that does what ``base`` does, with weights in that layout."""
+    (found,) = (op_type for op_type, own in OP_TYPES.items() if own == (base, layout))
     return found
 
 
@@ -73,13 +98,19 @@ def rounded(x: np.ndarray, group: int) -> np.ndarray:
     return np.concatenate(parts, axis=-1)
 
 
-def reference(x: np.ndarray, packed: PackedLevels) -> np.ndarray:
-    """What the operator computes, in float64: the oracle of the tests."""
-    product: np.ndarray = rounded(x, packed.group) @ packed.unpack().astype(np.float64)
-    return product
+def reference(
+    op_type: str, x: np.ndarray, packed: PackedLevels, bias: np.ndarray, split: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """What the operator computes, in float64: the oracle of the tests. ``split`` is the attribute, () where there is
+    none."""
+    base, _ = OP_TYPES[op_type]
+    h = rounded(x, packed.group) @ packed.unpack().astype(np.float64) + bias
+    if base in sparse_matmul.ACTIVATIONS:
+        return [sparse_matmul.activated(sparse_matmul.ACTIVATIONS[base], h)]
+    return sparse_matmul_split.divided(base, h, split)
 
 
-_ROUNDED = """
+_ROUNDING = """
     of_x = Shape(X)
     last_1 = Constant<value = int64[1] {-1}>()
     tokens_shape = Slice(of_x, axis0, last_1, axis0)
@@ -102,19 +133,25 @@ _ROUNDED = """
     back = Mul(whole_numbers, step)
     filled_shape = Concat<axis = 0>(tokens_shape, whole_1)
     back_filled = Reshape(back, filled_shape)
-    x_rounded = Slice(back_filled, axis0, k_1, last_1)
-    Y = MatMul(x_rounded, W)"""
+    x_rounded = Slice(back_filled, axis0, k_1, last_1)"""
 _LARGEST_BEFORE_18 = "largest = ReduceMax<axes = [-1]>(magnitude)"
 _LARGEST = "largest = ReduceMax(magnitude, last_1)"
 
 
-def _function(op_type: str, name: str, opset: int, steps: str) -> onnx.FunctionProto:
-    layout = OP_TYPES[op_type]
-    text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-{name} <{", ".join((*layout.sizes, "format"))}> ({", ".join(("X", *layout.parts))}) => (Y)
+def _function(op_type: str, opset: int, domain: str, rounding: str, x: str) -> onnx.FunctionProto:
+    base, layout = OP_TYPES[op_type]
+    if base in sparse_matmul.ACTIVATIONS:
+        sizes, body = "", Body(sparse_matmul.linear_body(base, x=x))
+    else:
+        sizes, body = sparse_matmul_split.sizes_body(base), sparse_matmul_split.steps_body(base, x)
+    text = f"""<domain: "{domain}", opset_import: ["" : {opset}]>
+{op_type} <{", ".join((*layout.sizes, "format", *body.attributes))}>
+    ({", ".join(("X", *layout.parts, BIAS))}) => ({", ".join(body.outputs)})
 {{
     {decoder(layout)}
-    {steps}
+    {sizes}
+    {rounding}
+    {body.steps}
 }}"""
     proto: onnx.FunctionProto = onnx.parser.parse_function(text)
     return proto
@@ -123,12 +160,12 @@ def _function(op_type: str, name: str, opset: int, steps: str) -> onnx.FunctionP
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
     largest = _LARGEST if opset >= 18 else _LARGEST_BEFORE_18
-    return _function(op_type, op_type, opset, _ROUNDED.replace("@largest", largest))
+    return _function(op_type, opset, DOMAIN, _ROUNDING.replace("@largest", largest), "x_rounded")
 
 
 def exact_body(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The same of X as it is, named ``op_type`` and :data:`EXACT`. No kernel belongs to it."""
-    return _function(op_type, op_type + EXACT, opset, "Y = MatMul(X, W)")
+    """The same in the domain :data:`.EXACT_DOMAIN`, of X as it is."""
+    return _function(op_type, opset, EXACT_DOMAIN, "", "X")
 
 
-OPERATOR = Operator(tuple(OP_TYPES), function_body)
+OPERATOR = Operator(tuple(OP_TYPES), function_body, exact_body)

@@ -30,7 +30,19 @@ from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import Attributes, Body, SparseOperator
 from sparse_onnx.sparse_ops.ops.sparse_matmul import activation_body
 
-__all__ = ["GATES", "OPERATOR", "OP_TYPES", "SPLITS", "gate_body", "gate_decoder", "linears_of", "reference"]
+__all__ = [
+    "GATES",
+    "OPERATOR",
+    "OP_TYPES",
+    "SPLITS",
+    "divided",
+    "gate_body",
+    "gate_decoder",
+    "linears_of",
+    "reference",
+    "sizes_body",
+    "steps_body",
+]
 
 SPLITS = {2: "SparseMatMulSplit2", 3: "SparseMatMulSplit3"}
 """Op types by the number of outputs."""
@@ -48,16 +60,20 @@ def linears_of(op_type: str, N: int, attributes: Attributes) -> tuple[int, ...]:
     return tuple(attributes.get("split", ())) if op_type in SPLITS.values() else ()
 
 
-def reference(
-    op_type: str, x: np.ndarray, packed: Packed, bias: np.ndarray, split: Sequence[int] = ()
-) -> list[np.ndarray]:
-    """What the operator computes, in float64: the oracle of the tests. ``split`` is the attribute, () for a gate."""
-    h = sparse_matmul.reference(x, packed, bias)
+def divided(op_type: str, h: np.ndarray, split: Sequence[int] = ()) -> list[np.ndarray]:
+    """What the operator makes of H [..., N] float64; ``split`` is the attribute, () for a gate."""
     if op_type in SPLITS.values():
         return np.split(h, np.cumsum(split)[:-1], axis=-1)
     (activation,) = (name for name, gate in GATES.items() if gate == op_type)
     gate, up = np.split(h, 2, axis=-1)
     return [sparse_matmul.activated(activation, gate) * up]
+
+
+def reference(
+    op_type: str, x: np.ndarray, packed: Packed, bias: np.ndarray, split: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """What the operator computes, in float64: the oracle of the tests. ``split`` is the attribute, () for a gate."""
+    return divided(op_type, sparse_matmul.reference(x, packed, bias), split)
 
 
 # Each linear has its own part of W, made when the session is created: what runs is what the linears were.
@@ -74,10 +90,10 @@ _HALVES = """
 _SPLIT = "sizes = Constant<value_ints: ints = @split>()"
 
 
-def _linears_body(results: Sequence[str]) -> str:
-    """Lines that make the ``results`` from X, W and bias, behind the decoder."""
+def _linears_body(results: Sequence[str], x: str) -> str:
+    """Lines that make the ``results`` from ``x``, W and bias, behind the decoder."""
     products = [
-        f"product{i} = MatMul(X, W{i})\n {result} = Add(product{i}, bias{i})"
+        f"product{i} = MatMul({x}, W{i})\n {result} = Add(product{i}, bias{i})"
         for i, result in enumerate(results)
     ]
     return _PARTS.format(
@@ -92,20 +108,31 @@ def gate_decoder(stored: StoredFormat) -> str:
     return stored.decoder(count=2, linears=_HALVES)
 
 
-def gate_body(op_type: str, y: str = "Y") -> str:
-    """Lines of a function body that make the value ``y`` of a gate from X, W and bias, behind its decoder."""
+def gate_body(op_type: str, y: str = "Y", x: str = "X") -> str:
+    """Lines of a function body that make the value ``y`` of a gate from ``x``, W and bias, behind its decoder."""
     (activation,) = (name for name, gate in GATES.items() if gate == op_type)
-    halves = _linears_body(["h", "up"])
+    halves = _linears_body(["h", "up"], x)
     return f"{halves}\n{activation_body(activation, 'activated')}\n {y} = Mul(activated, up)"
 
 
-def _body(op_type: str, stored: StoredFormat) -> Body:
+def sizes_body(op_type: str) -> str:
+    """Lines that make ``sizes`` [count] int64, the outputs of each linear, from ``n`` and ``axis0``: N and [0]."""
+    return _HALVES if op_type in GATES.values() else _SPLIT
+
+
+def steps_body(op_type: str, x: str = "X") -> Body:
+    """What an operator does with ``x``, W, bias and ``sizes``, behind its decoder."""
     if op_type in GATES.values():
-        return Body(f"{gate_decoder(stored)}\n{gate_body(op_type)}")
+        return Body(gate_body(op_type, x=x))
     (count,) = (number for number, split in SPLITS.items() if split == op_type)
     outputs = tuple(f"Y{i}" for i in range(count))
-    decoder = stored.decoder(count=count, linears=_SPLIT)
-    return Body(f"{decoder}\n{_linears_body(outputs)}", ("split",), outputs=outputs)
+    return Body(_linears_body(outputs, x), ("split",), outputs=outputs)
+
+
+def _body(op_type: str, stored: StoredFormat) -> Body:
+    body = steps_body(op_type)
+    decoder = stored.decoder(count=max(2, len(body.outputs)), linears=sizes_body(op_type))
+    return body._replace(steps=f"{decoder}\n{body.steps}")
 
 
 OPERATOR = SparseOperator(OP_TYPES, _body, linears=linears_of)

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <deque>
 #include <limits>
 #include <optional>
 #include <random>
@@ -32,7 +33,16 @@ struct Packed {
   std::vector<uint8_t> masks, values;
   std::vector<uint16_t> halves;
   std::vector<uint8_t> zeros = {};
+  std::vector<float> bias = {};
 };
+
+std::vector<float> random_floats(size_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> value(0.0f, 3.0f);
+  std::vector<float> all(count);
+  for (float& v : all) v = value(generator);
+  return all;
+}
 
 size_t up(size_t value, size_t step) { return (value + step - 1) / step; }
 
@@ -75,9 +85,13 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
             for (size_t i = 0, left = kept; i < 16; ++i) {
               if (generator() % (16 - i) >= left) continue;
               --left;
-              const int value = integer(generator);
+              int value = integer(generator), stored = value;
+              if (zeros) {
+                stored = value + 8;
+                value = stored - p.zeros[(block * groups + k / group) * kBlock + j];
+              }
               span[entry / kQuad * kPiece + j * kQuad + entry % kQuad] =
-                  static_cast<uint8_t>(i | static_cast<size_t>(value & 15) << 4);
+                  static_cast<uint8_t>(i | static_cast<size_t>(stored & 15) << 4);
               ++entry;
               set(k + s * 16 + i, j, value);
             }
@@ -108,19 +122,22 @@ Packed random_weight(Layout layout, size_t K, size_t N, size_t group, size_t kep
       for (size_t i = 0; i < 8; ++i) p.masks.push_back(static_cast<uint8_t>(mask >> 8 * i));
     }
   }
+  p.bias = random_floats(N, 11);
   return p;
 }
 
-// Arrays at the edge of memory; scales at an odd address.
+// Arrays at the edge of memory; scales and bias at odd addresses.
 struct Placed {
   Placed(const Packed& p, Edge edge)
       : masks(p.masks, 0, edge),
         values(p.values, 0, edge),
         halves(p.halves, 1, edge),
-        zeros(p.zeros, 0, edge) {
+        zeros(p.zeros, 0, edge),
+        bias(p.bias, 1, edge) {
     masks.make_read_only();
     values.make_read_only();
     halves.make_read_only();
+    bias.make_read_only();
     stored = {p.layout,
               static_cast<int64_t>(p.K),
               static_cast<int64_t>(p.N),
@@ -130,39 +147,55 @@ struct Placed {
               {values.data(), p.values.size()},
               {halves.data(), p.halves.size()},
               {zeros.data(), p.zeros.size()},
-              !p.zeros.empty()};
+              !p.zeros.empty(),
+              {bias.data(), p.bias.size()}};
   }
   Guarded<uint8_t> masks, values;
   Guarded<uint16_t> halves;
   Guarded<uint8_t> zeros;
+  Guarded<float> bias;
   StoredWeight stored;
 };
 
-std::vector<float> random_floats(size_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> value(0.0f, 3.0f);
-  std::vector<float> all(count);
-  for (float& v : all) v = value(generator);
-  return all;
-}
-
+// Y, with that of several `linears` side by side.
 std::vector<float> run_kernel(const Kernel& kernel, const Weight& w, const std::vector<float>& x,
-                              size_t tokens, size_t threads = 1, size_t* tasks = nullptr) {
+                              size_t tokens, size_t threads = 1, size_t* tasks = nullptr,
+                              std::vector<size_t> linears = {}) {
+  const size_t columns = w.gated ? w.N / 2 : w.N;
+  if (linears.empty()) linears = {columns};
   const Guarded<float> input(x);
-  const Guarded<float> y(std::vector<float>(tokens * w.N, std::nanf("")));
+  std::deque<Guarded<float>> parts;
+  std::vector<Output> outputs;
+  for (size_t channels : linears) {
+    parts.emplace_back(std::vector<float>(tokens * channels, std::nanf("")));
+    outputs.push_back({parts.back().typed(), channels});
+  }
   const Guarded<uint8_t> scratch(scratch_bytes(w, tokens));
   Backwards workers;
-  expect(nbits::run(kernel, w, input.typed(), tokens, y.typed(), scratch.data(), threads, workers),
+  expect(nbits::run(kernel, w, input.typed(), tokens, outputs, scratch.data(), threads, workers),
          "workers failed");
   if (tasks != nullptr) *tasks = workers.tasks;
-  return {y.typed(), y.typed() + tokens * w.N};
+  std::vector<float> y;
+  for (size_t t = 0; t < tokens; ++t) {
+    for (const Output& part : outputs) {
+      y.insert(y.end(), part.y + t * part.channels, part.y + (t + 1) * part.channels);
+    }
+  }
+  return y;
+}
+
+double activated(Activation activation, double h) {
+  float y = static_cast<float>(h);
+  spmm::find_kernel("reference")->activate(activation, &y, 1);
+  return y;
 }
 
 // The operator by its definition, and the sum of the magnitudes that it adds up.
 struct Expected {
   std::vector<double> y, size;
 };
-Expected by_definition(const Packed& p, const std::vector<float>& x, size_t tokens) {
+Expected by_definition(const Packed& p, const std::vector<float>& x, size_t tokens,
+                       Activation activation = Activation::none, bool gated = false) {
   Expected e{std::vector<double>(tokens * p.N), std::vector<double>(tokens * p.N)};
   for (size_t t = 0; t < tokens; ++t) {
     for (size_t begin = 0, g = 0; begin < p.K; begin += p.group, ++g) {
@@ -180,8 +213,23 @@ Expected by_definition(const Packed& p, const std::vector<float>& x, size_t toke
         }
       }
     }
+    for (size_t n = 0; n < p.N; ++n) {
+      double& y = e.y[t * p.N + n];
+      y += static_cast<double>(p.bias[n]);
+      e.size[t * p.N + n] += std::abs(static_cast<double>(p.bias[n]));
+      if (!gated || n < p.N / 2) y = activated(activation, y);
+    }
   }
-  return e;
+  if (!gated) return e;
+  Expected products;
+  for (size_t t = 0; t < tokens; ++t) {
+    for (size_t n = 0; n < p.N / 2; ++n) {
+      const size_t gate = t * p.N + n, factor = gate + p.N / 2;
+      products.y.push_back(e.y[gate] * e.y[factor]);
+      products.size.push_back(e.size[gate] * e.size[factor]);
+    }
+  }
+  return products;
 }
 
 template <class Function>
@@ -198,7 +246,7 @@ std::string name_of(Layout layout) {
 void compare(const Packed& p, size_t tokens, Edge edge = Edge::back) {
   const Placed placed(p, edge);
   CheckedWeight checked;
-  const std::string problem = check(placed.stored, checked);
+  const std::string problem = check(placed.stored, Activation::none, checked);
   expect(problem.empty(), "a good weight is refused: " + problem);
   if (!problem.empty()) return;
   const std::vector<float> x = random_floats(tokens * p.K, 5);
@@ -214,6 +262,52 @@ void compare(const Packed& p, size_t tokens, Edge edge = Edge::back) {
   });
 }
 
+// Steps behind the product: what a weight says of them, and where outputs go.
+void compare_steps(Layout layout, size_t N, Activation activation, bool gated, size_t tokens,
+                   const std::vector<size_t>& linears = {}) {
+  const Packed p = random_weight(layout, 192, N, 64, 4);
+  const Placed placed(p, Edge::back);
+  CheckedWeight checked;
+  expect(check(placed.stored, activation, checked).empty(), "a good weight is refused");
+  checked.weight.gated = gated;
+  const std::vector<float> x = random_floats(tokens * p.K, 5);
+  const Expected want = by_definition(p, x, tokens, activation, gated);
+  for_each_kernel([&](const Kernel& kernel) {
+    for (size_t threads : {size_t{1}, size_t{3}}) {
+      const std::vector<float> got =
+          run_kernel(kernel, checked.weight, x, tokens, threads, nullptr, linears);
+      size_t wrong = 0;
+      for (size_t i = 0; i < want.y.size(); ++i) {
+        wrong += !(std::abs(got[i] - want.y[i]) <= 3e-6 * want.size[i] + 1e-6);
+      }
+      expect(got.size() == want.y.size() && wrong == 0,
+             std::string(kernel.name) + ", " + name_of(layout) + ", N " + std::to_string(N) +
+                 ", activation " + std::to_string(static_cast<int>(activation)) + ", gated " +
+                 std::to_string(gated) + ", " + std::to_string(tokens) + " tokens: " + std::to_string(wrong) +
+                 " wrong");
+    }
+  });
+}
+
+void test_what_comes_behind_the_product() {
+  for (Layout layout : {Layout::bitmap4, Layout::bitmap8, Layout::n_of_16}) {
+    for (Activation activation : {Activation::none, Activation::relu, Activation::gelu, Activation::gelu_tanh,
+                                  Activation::silu, Activation::quick_gelu}) {
+      for (size_t N : {size_t{3}, size_t{37}, size_t{64}}) {
+        compare_steps(layout, N, activation, false, N % 9 + 1);
+      }
+    }
+    for (size_t tokens : {size_t{1}, size_t{2}, size_t{8}, size_t{9}, size_t{17}}) {
+      for (Activation activation : {Activation::gelu_tanh, Activation::silu}) {
+        for (size_t N : {size_t{32}, size_t{96}}) compare_steps(layout, N, activation, true, tokens);
+      }
+      compare_steps(layout, 69, Activation::none, false, tokens, {32, 16, 21});
+      compare_steps(layout, 64, Activation::none, false, tokens, {16, 48});
+      compare_steps(layout, 17, Activation::none, false, tokens, {16, 1});
+    }
+  }
+}
+
 void test_shapes() {
   for (size_t K :
        {size_t{1}, size_t{3}, size_t{4}, size_t{15}, size_t{64}, size_t{65}, size_t{130}, size_t{257}}) {
@@ -224,7 +318,9 @@ void test_shapes() {
         compare(random_weight(Layout::bitmap4, K, N, group, 0), tokens, edge);
         compare(random_weight(Layout::bitmap4, K, N, group, 0, 0.5, true), tokens, edge);
         compare(random_weight(Layout::bitmap8, K, N, group, 0), tokens, edge);
-        if (group >= kSpan) compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1), tokens, edge);
+        if (group < kSpan) continue;
+        compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1), tokens, edge);
+        compare(random_weight(Layout::n_of_16, K, N, group, K % 15 + 1, 0.5, true), tokens, edge);
       }
     }
   }
@@ -237,8 +333,10 @@ void test_every_share_and_number_of_tokens() {
       compare(random_weight(Layout::bitmap4, 192, 40, 64, 0, density, true), tokens);
       compare(random_weight(Layout::bitmap8, 192, 40, 64, 0, density), tokens);
     }
-    for (size_t kept = 1; kept <= 15; ++kept)
+    for (size_t kept = 1; kept <= 15; ++kept) {
       compare(random_weight(Layout::n_of_16, 192, 40, 64, kept), tokens);
+      compare(random_weight(Layout::n_of_16, 192, 40, 64, kept, 0.5, true), tokens);
+    }
   }
 }
 
@@ -252,7 +350,7 @@ void test_extremes() {
     for (int& integer : p.integers) integer = integer != 0 || layout != Layout::n_of_16 ? lowest : 0;
     const Placed placed(p, Edge::back);
     CheckedWeight checked;
-    expect(check(placed.stored, checked).empty(), "extremes are refused");
+    expect(check(placed.stored, Activation::none, checked).empty(), "extremes are refused");
     for (float sign : {1.0f, -1.0f}) {
       const std::vector<float> x(128, sign * 5.0f);
       for_each_kernel([&](const Kernel& kernel) {
@@ -267,12 +365,35 @@ void test_extremes() {
   }
 }
 
+// The same beside positions with zero points: integers are -15 to 15.
+void test_extreme_zero_points() {
+  for (uint8_t zero : {uint8_t{0}, uint8_t{15}}) {
+    Packed p = random_weight(Layout::n_of_16, 128, 16, 128, 15, 1.0, true);
+    p.zeros.assign(p.zeros.size(), zero);
+    for (uint8_t& value : p.values) value = static_cast<uint8_t>((value & 15) | (15 - zero) << 4);
+    const Placed placed(p, Edge::back);
+    CheckedWeight checked;
+    expect(check(placed.stored, Activation::none, checked).empty(), "extremes are refused");
+    for (float sign : {1.0f, -1.0f}) {
+      const std::vector<float> x(128, sign * 5.0f);
+      for_each_kernel([&](const Kernel& kernel) {
+        const std::vector<float> got = run_kernel(kernel, checked.weight, x, 1);
+        for (size_t n = 0; n < p.N; ++n) {
+          const float want = sign * 5.0f * 15 * 120 * (zero == 0 ? 1.0f : -1.0f) * p.scales[n] + p.bias[n];
+          expect(std::abs(got[n] - want) <= 1e-5f * (std::abs(want) + 1),
+                 std::string(kernel.name) + ": extreme zero points");
+        }
+      });
+    }
+  }
+}
+
 // NaN and Inf decide about their token, and about no other.
 void test_special_values() {
   const Packed p = random_weight(Layout::bitmap4, 192, 33, 64, 0);
   const Placed placed(p, Edge::back);
   CheckedWeight checked;
-  expect(check(placed.stored, checked).empty(), "refused");
+  expect(check(placed.stored, Activation::none, checked).empty(), "refused");
   const std::vector<float> clean = random_floats(3 * p.K, 9);
   const float inf = std::numeric_limits<float>::infinity();
   for (float special : {std::nanf(""), inf, -inf, 3e38f, 1e-45f, 0.0f, -0.0f}) {
@@ -323,7 +444,7 @@ void test_parallel() {
   const Packed p = random_weight(Layout::bitmap4, 512, 2000, 64, 0);
   const Placed placed(p, Edge::back);
   CheckedWeight checked;
-  expect(check(placed.stored, checked).empty(), "refused");
+  expect(check(placed.stored, Activation::none, checked).empty(), "refused");
   const Kernel& kernel = select_kernel(offered_features());
   for (size_t tokens : {size_t{1}, size_t{8}, size_t{200}}) {
     const std::vector<float> x = random_floats(tokens * p.K, 2);
@@ -335,14 +456,15 @@ void test_parallel() {
   }
   const std::vector<float> x(200 * p.K, 1.0f);
   std::vector<float> y(200 * p.N);
+  const std::vector<Output> all = {{y.data(), p.N}};
   std::vector<char> scratch(scratch_bytes(checked.weight, 200));
   for (int calls : {0, 1}) {
     Failing failing(calls);
-    expect(!nbits::run(kernel, checked.weight, x.data(), 200, y.data(), scratch.data(), 4, failing),
+    expect(!nbits::run(kernel, checked.weight, x.data(), 200, all, scratch.data(), 4, failing),
            "a failure of workers was lost");
   }
   Failing failing;
-  expect(nbits::run(kernel, checked.weight, x.data(), 0, y.data(), scratch.data(), 4, failing),
+  expect(nbits::run(kernel, checked.weight, x.data(), 0, all, scratch.data(), 4, failing),
          "no tokens, yet work");
 }
 
@@ -353,7 +475,7 @@ void test_refusals() {
     change(p);
     const Placed placed(p, Edge::back);
     CheckedWeight checked;
-    const std::string problem = check(placed.stored, checked);
+    const std::string problem = check(placed.stored, Activation::none, checked);
     expect(problem.find(why) != std::string::npos,
            std::string("expected '") + why + "', found '" + problem + "'");
   };
@@ -367,6 +489,7 @@ void test_refusals() {
     refused(layout, [](Packed& p) { p.values.pop_back(); }, "values has");
     refused(layout, [](Packed& p) { p.values.push_back(0); }, "values has");
     refused(layout, [](Packed& p) { p.halves.pop_back(); }, "scales has");
+    refused(layout, [](Packed& p) { p.bias.pop_back(); }, "bias has");
     refused(layout, [](Packed& p) { p.halves[3] = 0x7c00; }, "a scale is");
     refused(layout, [](Packed& p) { p.halves[9] = 0x8001; }, "a scale is");
     refused(layout, [](Packed& p) { p.N += 16; }, "expected");
@@ -376,8 +499,10 @@ void test_refusals() {
     refused(layout, [](Packed& p) { p.masks.pop_back(); }, "masks has");
     refused(layout, [](Packed& p) { p.masks[5] = 0xff, p.masks[6] = 0xff; }, "values has");
   }
-  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(3, 0); }, "zeros has");
-  refused(Layout::bitmap4, [](Packed& p) { p.zeros.assign(p.halves.size(), 16); }, "more than 15");
+  for (Layout layout : {Layout::bitmap4, Layout::n_of_16}) {
+    refused(layout, [](Packed& p) { p.zeros.assign(3, 0); }, "zeros has");
+    refused(layout, [](Packed& p) { p.zeros.assign(p.halves.size(), 16); }, "more than 15");
+  }
   refused(Layout::n_of_16, [](Packed& p) { p.group = 32; }, "attribute group is 32");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 16; }, "attribute kept is 16");
   refused(Layout::n_of_16, [](Packed& p) { p.kept = 0; }, "attribute kept is 0");
@@ -393,7 +518,7 @@ void test_hostile_bytes() {
     const auto layout = static_cast<Layout>(below(3));
     const size_t group = layout == Layout::n_of_16 ? size_t{64} << below(2) : size_t{16} << below(4);
     Packed p = random_weight(layout, 1 + below(150), 1 + below(40), group, 1 + below(15),
-                             static_cast<double>(below(5)) / 4, layout == Layout::bitmap4 && below(2) == 0);
+                             static_cast<double>(below(5)) / 4, layout != Layout::bitmap8 && below(2) == 0);
     for (size_t left = below(3); left > 0; --left) {
       std::vector<uint8_t>& bytes = below(2) == 0 || p.masks.empty() ? p.values : p.masks;
       switch (below(6)) {
@@ -402,6 +527,7 @@ void test_hostile_bytes() {
           break;
         case 1:
           p.N += below(3) - 1;
+          if (below(8) > 0) p.bias.resize(p.N % 64);
           break;
         case 2:
           p.kept = below(18);
@@ -419,7 +545,7 @@ void test_hostile_bytes() {
     }
     const Placed placed(p, Edge::back);
     CheckedWeight checked;
-    if (!check(placed.stored, checked).empty()) {
+    if (!check(placed.stored, Activation::none, checked).empty()) {
       ++refused;
       continue;
     }
@@ -459,8 +585,10 @@ int main() {
   test_refusals();
   test_rounding();
   test_extremes();
+  test_extreme_zero_points();
   test_special_values();
   test_parallel();
+  test_what_comes_behind_the_product();
   test_shapes();
   test_every_share_and_number_of_tokens();
   test_hostile_bytes();

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
-from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
+from sparse_onnx.sparse_ops.domain import DOMAIN, EXACT_DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import FormatError
 from sparse_onnx.sparse_ops.formats.int8_quads import (
     MAX_INPUTS,
@@ -136,6 +136,50 @@ def test_damaged_arrays_are_refused(pack, name, change, message, layer_model, op
     op_type = int8_matmul.op_type_of("none", weight.dense)
     with pytest.raises(Exception, match=rf"\({op_type}\): .*{name[:-1]}"):
         open_session(layer_model(weight, BIAS, op_type, with_body=False))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_kernel_and_reader_accept_the_same_bytes(data, layer_model, open_session):
+    """A file may say anything: both refuse it, or both know the same weight."""
+    pack = data.draw(st.sampled_from([pack_quads, pack_dense]))
+    shape = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 40)))
+    block = data.draw(st.sampled_from([None, 4, 20]))
+    weight = pack(
+        integers(*shape), scales(shape[1]), chunk=data.draw(st.sampled_from([None, 1, 7])), block=block
+    )
+    for _ in range(data.draw(st.integers(0, 2))):
+        size = data.draw(st.sampled_from(["K", "N", "chunk", "block", ""]))
+        if size:
+            step = data.draw(st.sampled_from([-4, -1, 1, 4, 256, 2**31, -(2**40)]))
+            weight = dataclasses.replace(weight, **{size: getattr(weight, size) + step})
+            continue
+        name = data.draw(st.sampled_from([*weight.arrays()]))
+        length = weight.arrays()[name].size
+        if name == "scales" or length == 0 or data.draw(st.integers(0, 2)) == 0:
+            end = data.draw(st.integers(0, length))
+            weight = spoilt(weight, name, lambda array, end=end: array[:end])
+        else:
+            index, byte = data.draw(st.integers(0, length - 1)), data.draw(st.integers(0, 255))
+            weight = spoilt(
+                weight, name, lambda array, i=index, b=byte: edited(i, np.uint8(b).astype(array.dtype))(array)
+            )
+    try:
+        weight.validate()
+        known = True
+    except FormatError:
+        known = False
+    bias = np.ones(min(max(weight.N, 0), 1000), np.float32)
+    op_type = int8_matmul.op_type_of("none", weight.dense)
+    proto = layer_model(weight, bias, op_type, x_shape=["tokens", max(weight.K, 1)])
+    del proto.functions[:]
+    if known:
+        x = tokens(3, weight.K)
+        got = open_session(proto, library=True).run(None, {"X": x})[0]
+        assert_close(got, int8_matmul.reference(x, weight, bias))
+    else:
+        with pytest.raises(Exception, match="Int8MatMul"):
+            open_session(proto, library=True)
 
 
 @both_formats
@@ -309,7 +353,7 @@ def test_wrong_shapes_are_refused_by_name(shape, pack, layer_model, open_session
 @pytest.mark.parametrize("op_type", int8_matmul.OP_TYPES)
 def test_bodies_are_well_formed(op_type, opset):
     for body in (int8_matmul.function_body(op_type, opset), int8_matmul.exact_body(op_type, opset)):
-        assert body.domain in (DOMAIN, int8_matmul.EXACT_DOMAIN)
+        assert body.domain in (DOMAIN, EXACT_DOMAIN)
         context = onnx.checker.C.CheckerContext()
         context.ir_version = 10
         context.opset_imports = {"": opset, DOMAIN: VERSION}

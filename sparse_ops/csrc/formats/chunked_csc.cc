@@ -103,19 +103,6 @@ std::string check_sizes(std::span<const int64_t> sizes, Weight& result) {
   return {};
 }
 
-std::string check_whole_blocks(const Weight& weight, std::span<const int64_t> linears) {
-  const auto N = static_cast<int64_t>(weight.N), block = static_cast<int64_t>(weight.block);
-  bool good = true;
-  int64_t left = N;
-  for (int64_t outputs : linears) {
-    good = good && outputs >= 1 && outputs <= left && (outputs == left || outputs % block == 0);
-    if (good) left -= outputs;
-  }
-  if (good && left == 0) return {};
-  return text({std::to_string(linears.size()), " sizes that add up to N = ", std::to_string(N),
-               ", all but the last multiples of block ", std::to_string(block)});
-}
-
 std::string check(const RawWeight& raw, Activation activation, CheckedWeight& result) {
   if (raw.sizes.size() != std::size(kSizes) || raw.parts.size() != std::size(kParts)) {
     return text({"a weight in the format ", kFormat, " has ", number(std::size(kSizes)), " sizes and ",

@@ -58,8 +58,4 @@ std::string check(const RawWeight& raw, spmm::Activation activation, CheckedWeig
 // What is wrong with the sizes, or an empty string; else what kernels are chosen by, without any array.
 std::string check_sizes(std::span<const int64_t> sizes, spmm::Weight& result);
 
-// An empty string if the weight, without outputs of zeros, is that of several linears with so many outputs
-// each: all but the last have whole blocks. Otherwise what was expected.
-std::string check_whole_blocks(const spmm::Weight& weight, std::span<const int64_t> linears);
-
 }  // namespace sparse_ops::chunked_csc

@@ -61,7 +61,7 @@ bool finite_and_positive(const RawArray& scales) {
 
 }  // namespace
 
-std::string check(const StoredWeight& s, CheckedWeight& result) {
+std::string check(const StoredWeight& s, Activation activation, CheckedWeight& result) {
   const std::string problem = check_sizes(s);
   if (!problem.empty()) return problem;
   Weight& w = result.weight;
@@ -74,6 +74,7 @@ std::string check(const StoredWeight& s, CheckedWeight& result) {
   if (s.scales.count != blocks * groups * kBlock) {
     return wrong_length("scales", s.scales.count, blocks * groups * kBlock);
   }
+  if (s.bias.count != w.N) return wrong_length("bias", s.bias.count, w.N);
   if (!finite_and_positive(s.scales)) return "a scale is negative, Inf or NaN";
   if (s.has_zeros) {
     w.zeros = static_cast<const uint8_t*>(s.zeros.data);
@@ -118,6 +119,8 @@ std::string check(const StoredWeight& s, CheckedWeight& result) {
   w.values_end = values + s.values.count;
   w.block_values = result.block_values.data();
   w.scales = s.scales.data;
+  w.bias = static_cast<const unsigned char*>(s.bias.data);
+  w.activation = activation;
   return {};
 }
 

@@ -17,8 +17,9 @@ struct StoredWeight {
   RawArray masks;   // uint8
   RawArray values;  // uint8
   RawArray scales;  // float16, any alignment
-  RawArray zeros;   // uint8, of bitmap4 with `has_zeros`
+  RawArray zeros;   // uint8, of 4 bits with `has_zeros`
   bool has_zeros;
+  RawArray bias;  // float32 [N]
 };
 
 struct CheckedWeight {
@@ -28,6 +29,6 @@ struct CheckedWeight {
 
 // Check every rule of the format in one pass over everything but the integers. Returns an empty string and
 // fills `result`, or returns what is wrong: the tensor or attribute, where, and what was expected.
-std::string check(const StoredWeight& stored, CheckedWeight& result);
+std::string check(const StoredWeight& stored, Activation activation, CheckedWeight& result);
 
 }  // namespace sparse_ops::nbits

@@ -50,7 +50,9 @@ class Kernel {
   }
   static size_t input_count(const Variant& variant) { return parts_of(variant).size() + 2; }
   static size_t output_count(const Variant& /*variant*/) { return 1; }
-  static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
+  static void infer_shape(const OrtApi& api, const Variant& /*variant*/, OrtShapeInferContext* context) {
+    infer_product_shapes(api, context);
+  }
 
   Kernel(const Variant& variant, const NodeReader& node);
   void compute(OrtKernelContext* context) const;
@@ -93,14 +95,6 @@ void Kernel::compute(OrtKernelContext* context) const {
   const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
   SessionWorkers workers(api_, context, &threads_);
   if (!quads::run(plan, weight, x.data, y, scratch.get(), workers)) check_status(workers.status());
-}
-
-void Kernel::infer_shape(const OrtApi& api, const Variant& /*variant*/, OrtShapeInferContext* context) {
-  SymbolicShape shape;
-  if (!input_shape(api, context, 0, shape)) return;
-  shape.dims.back() = integer_attribute(api, context, "N");
-  shape.names.back() = "";
-  set_output_shape(api, context, 0, shape);
 }
 
 }  // namespace

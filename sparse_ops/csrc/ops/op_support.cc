@@ -50,6 +50,15 @@ std::vector<int64_t> NodeReader::integers(const char* name) const {
   return {values, values + count};
 }
 
+std::vector<int64_t> NodeReader::integers(const char* name, size_t count) const {
+  std::vector<int64_t> found = integers(name);
+  if (found.size() != count) {
+    fail(std::string("attribute ") + name + " is " + text_of(found) + ", expected " + std::to_string(count) +
+         " sizes");
+  }
+  return found;
+}
+
 float NodeReader::number(const char* name) const {
   float value = 0;
   if (OrtStatus* status = api_.KernelInfoGetAttribute_float(info_, name, &value)) {
@@ -262,6 +271,20 @@ std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferCo
   size_t bytes = 0;
   check_status(api.ReadOpAttr(attribute, ORT_ATTR_INTS, values, sizeof(values), &bytes));
   return {values, values + bytes / sizeof(int64_t)};
+}
+
+void infer_product_shapes(const OrtApi& api, OrtShapeInferContext* context, size_t outputs, bool gated) {
+  SymbolicShape shape;
+  if (!input_shape(api, context, 0, shape)) return;
+  shape.names.back() = "";
+  const std::vector<int64_t> channels =
+      outputs > 1 ? integers_attribute(api, context, "split")
+                  : std::vector{integer_attribute(api, context, "N") / (gated ? 2 : 1)};
+  if (channels.size() != outputs) return;  // refused when the kernel is created
+  for (size_t i = 0; i < outputs; ++i) {
+    shape.dims.back() = channels[i];
+    set_output_shape(api, context, i, shape);
+  }
 }
 
 }  // namespace sparse_ops

@@ -33,6 +33,8 @@ class NodeReader {
 
   int64_t integer(const char* name) const;
   std::vector<int64_t> integers(const char* name) const;
+  // Of which there are `count`.
+  std::vector<int64_t> integers(const char* name, size_t count) const;
   float number(const char* name) const;
   // A text of at most 63 characters.
   std::string text(const char* name) const;
@@ -129,5 +131,9 @@ void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, si
 int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name);
 std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
                                         const char* name);
+// The shapes of the outputs of a product with W [K, N]: that of X [..., K], but for the last dimension. Of
+// several outputs the attribute `split` has the channels; a gated one has N / 2, any other N.
+void infer_product_shapes(const OrtApi& api, OrtShapeInferContext* context, size_t outputs = 1,
+                          bool gated = false);
 
 }  // namespace sparse_ops

@@ -4,10 +4,10 @@
 #include "ops/operators.h"
 
 #include <span>
-#include <string>
 #include <vector>
 
 #include "kernels/spmm/spmm.h"
+#include "ops/matmul_variants.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
 #include "ops/weighted_kernel.h"
@@ -15,31 +15,10 @@
 namespace sparse_ops {
 namespace {
 
-using spmm::Activation;
-
-constexpr size_t kMaxOutputs = 3;
-
-// What the name of an operator says.
-struct MatMulVariant {
-  const char* name;
-  Activation activation;
-  size_t outputs = 1;  // with several, the attribute `split` has the channels of each
-  bool gated = false;
-};
-
 class Kernel : public WeightedKernel<> {
  public:
   using Variant = MatMulVariant;
-  static constexpr Variant kVariants[] = {{"SparseMatMul", Activation::none},
-                                          {"SparseMatMulRelu", Activation::relu},
-                                          {"SparseMatMulGelu", Activation::gelu},
-                                          {"SparseMatMulGeluTanh", Activation::gelu_tanh},
-                                          {"SparseMatMulSilu", Activation::silu},
-                                          {"SparseMatMulQuickGelu", Activation::quick_gelu},
-                                          {"SparseMatMulSplit2", Activation::none, 2},
-                                          {"SparseMatMulSplit3", Activation::none, kMaxOutputs},
-                                          {"SparseMatMulGeluTanhGate", Activation::gelu_tanh, 1, true},
-                                          {"SparseMatMulSiluGate", Activation::silu, 1, true}};
+  static constexpr const auto& kVariants = kMatMuls;
   static size_t output_count(const Variant& variant) { return variant.outputs; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
@@ -54,12 +33,8 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node) : WeightedKernel(
   if (variant.outputs == 1) {
     split_ = {read_activated_weight(node, variant.activation, variant.gated)};
   } else {
-    split_ = node.integers("split");
-    const std::string name = "split is " + text_of(split_);
-    if (split_.size() != variant.outputs) {
-      node.fail("attribute " + name + ", expected " + std::to_string(variant.outputs) + " sizes");
-    }
-    read_split_weight(node, variant.activation, name, split_);
+    split_ = node.integers("split", variant.outputs);
+    read_split_weight(node, variant.activation, "split is " + text_of(split_), split_);
   }
   node.log("kernel " + kernel_name());
 }
@@ -82,20 +57,7 @@ void Kernel::compute(OrtKernelContext* context) const {
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
-  SymbolicShape shape;
-  if (!input_shape(api, context, 0, shape)) return;
-  shape.names.back() = "";
-  std::vector<int64_t> split;
-  if (variant.outputs == 1) {
-    split = {integer_attribute(api, context, "N") / (variant.gated ? 2 : 1)};
-  } else {
-    split = integers_attribute(api, context, "split");
-    if (split.size() != variant.outputs) return;  // refused when the kernel is created
-  }
-  for (size_t i = 0; i < variant.outputs; ++i) {
-    shape.dims.back() = split[i];
-    set_output_shape(api, context, i, shape);
-  }
+  infer_product_shapes(api, context, variant.outputs, variant.gated);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "formats/chunked_csc.h"
+#include "formats/linears.h"
 #include "kernels/spmm/spmm.h"
 #include "ops/op_support.h"
 
@@ -75,7 +76,7 @@ class WeightedKernel {
       return read_tensors(node, activation, split);
     }
     read_tensors(node, activation);
-    const std::string expected = chunked_csc::check_whole_blocks(weight(), split);
+    const std::string expected = check_whole_blocks(weight().N, weight().block, split);
     if (!expected.empty()) node.fail("attribute " + name + ", expected " + expected);
   }
 

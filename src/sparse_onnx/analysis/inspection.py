@@ -24,10 +24,10 @@ from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.embedded import EmbeddedTensor
 from sparse_onnx.model.graph import STANDARD_DOMAINS, initializers
 from sparse_onnx.model.integer_operators import integer_operator
+from sparse_onnx.model.level_weights import LevelWeight, node_weights
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.opset_conversion import CONVERTED_FROM
 from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
-from sparse_onnx.model.stored_weights import SPARSE_OP_TYPES, sparse_nodes, stored_weights
 from sparse_onnx.model.work import Untouched, Work, untouched
 from sparse_onnx.passes.base import PassContext, Pipeline
 from sparse_onnx.passes.clean.cleanup import Constants
@@ -36,6 +36,7 @@ from sparse_onnx.passes.presets import CLEAN_PASSES
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.formats.base import FormatError
+from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
 __all__ = ["LARGE", "count_values", "inspect_model"]
 
@@ -108,7 +109,7 @@ def inspect_model(
             gone = ("folded", "merged with an equal one or folded by the clean-up")
             stays = ("stays", f"used by {row['op_type']}")
             row["state"], row["reason"] = states.get(row["name"], stays if row["name"] in left else gone)
-        row["sparsity"] = row["zeros"] / row["size"]
+        row["sparsity"] = _share(row["zeros"], row["size"])
         if measured is not None:
             row["metrics"] = measured[row["name"]].to_dict() if row["name"] in measured else None
     listed = {row["name"] for row in rows}
@@ -124,7 +125,7 @@ def inspect_model(
         "total": {
             "weights": size,
             "zeros": sum(row["zeros"] for row in rows),
-            "sparsity": sum(row["zeros"] for row in rows) / size if size else 0.0,
+            "sparsity": _share(sum(row["zeros"] for row in rows), size),
             "nan": sum(row["nan"] for row in rows),
             "inf": sum(row["inf"] for row in rows),
             "can_be_sparse": sum(row["state"] == "can be sparse" for row in rows),
@@ -133,6 +134,11 @@ def inspect_model(
             **({} if measured is None else {"metrics": together}),
         },
     }
+
+
+def _share(zeros: int, size: int) -> float:
+    """Of what may be nothing, in a damaged file."""
+    return zeros / size if size else 0.0
 
 
 def count_values(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
@@ -181,7 +187,7 @@ def _custom(model: ir.Model) -> list[dict[str, Any]]:
     bodies = {(domain, name) for domain, name, _ in model.functions}
     rows = []
     for (domain, op_type), count in sorted(counts.items()):
-        known = domain == DOMAIN and op_type in SPARSE_OP_TYPES
+        known = domain == DOMAIN and op_type in OP_TYPES
         if known:
             who = "the kernel library"
         elif domain in _RUNTIME_DOMAINS:
@@ -213,7 +219,7 @@ def _layers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         layer["tensors"] += 1
         layer["weights"] += row["size"]
         layer["zeros"] += row["zeros"]
-    return [{**layer, "sparsity": layer["zeros"] / layer["weights"]} for layer in layers.values()]
+    return [{**layer, "sparsity": _share(layer["zeros"], layer["weights"])} for layer in layers.values()]
 
 
 def _layer_name(path: str) -> str:
@@ -226,33 +232,37 @@ def _layer_name(path: str) -> str:
 def _stored(model: ir.Model, measured: dict[str, Metrics] | None) -> Iterator[dict[str, Any]]:
     """One row for each stored weight of sparse operators; operators may share one. Metrics go to ``measured``."""
     seen = set()
-    for weight in (weight for node in sparse_nodes(model) for weight in stored_weights(node)):
-        values = weight.values
-        if values is None or values.const_value is None or values.name in seen:
+    for weight in (weight for node in model.graph for weight in node_weights(node)):
+        first = weight.parts[0]
+        if first is None or first.const_value is None or first.name in seen:
             continue
-        seen.add(values.name)
+        seen.add(first.name)
         K, N = weight.shape
-        padding, nan, inf = count_values(values.const_value)
         nbytes, reason = sum(tensor.nbytes for tensor in weight.tensors), ""
-        if measured is not None:
-            try:
-                W = weight.unpack()
-            except FormatError as error:
-                reason = f"the stored weight is damaged: {error}"
+        padding, nan, inf, stored = 0, 0, 0, K * N
+        try:
+            if isinstance(weight, LevelWeight):
+                stored = weight.packed().nonzero()
             else:
+                padding, nan, inf = count_values(first.const_value)
+                stored = first.const_value.size
+            if measured is not None:
+                W = weight.unpack()
                 measured[weight.name] = measure(W, W.nbytes, nbytes)
                 del W
-            for tensor in weight.tensors:
-                model_io.release_mapping(tensor)
+        except FormatError as error:
+            reason = f"the stored weight is damaged: {error}"
+        for tensor in weight.tensors:
+            model_io.release_mapping(tensor)
         yield {
             "name": weight.name,
             "module": weight.node.metadata_props.get(MODULE_KEY, ""),
             "op_type": weight.node.op_type,
             "shape": [K, N],
             "size": K * N,
-            "dtype": values.const_value.dtype.name,
+            "dtype": weight.elements,
             "bytes": nbytes,
-            "zeros": K * N - (values.const_value.size - padding),
+            "zeros": K * N - (stored - padding),
             "nan": nan,
             "inf": inf,
             "mask_structure": weight.mask_structure,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.graph import add_function, all_graphs, drop_if_unused, name_of
-from sparse_onnx.model.metadata_keys import MODULE_KEY
+from sparse_onnx.model.metadata_keys import LOWERED_KEY, MODULE_KEY
 from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
 from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
@@ -53,6 +53,11 @@ def put_in_place(
     node.name = joined([name_of(linear) for linear in linears])
     if all(modules := [linear.metadata_props.get(MODULE_KEY, "") for linear in linears]):
         node.metadata_props[MODULE_KEY] = joined(modules)
+    if (
+        len(lowered := {linear.metadata_props.get(LOWERED_KEY, "") for linear in linears}) == 1
+        and "" not in lowered
+    ):
+        node.metadata_props[LOWERED_KEY] = lowered.pop()
     for old, new in zip(outputs, node.outputs, strict=True):
         new.doc_string = old.doc_string
         new.metadata_props.update(old.metadata_props)

@@ -6,9 +6,11 @@ attributes. One with a second weight has these once more, with a prefix before a
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +23,8 @@ from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 __all__ = [
     "MERGED_FROM",
     "SPARSE_OP_TYPES",
+    "JoinedWeight",
+    "NodeWeight",
     "StoredWeight",
     "rows_at_once",
     "rows_of",
@@ -47,30 +51,73 @@ MERGED_FROM = "sparse_onnx.merged_from"
 """Key of the metadata in memory of the first stored tensor of a weight: the names of those that it was merged from."""
 
 
+class JoinedWeight(Protocol):
+    """Several weights as one: its parts in the order of the operator's inputs, and its attributes."""
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def attributes(self) -> dict[str, int | str]: ...
+
+
 @dataclasses.dataclass(frozen=True)
-class StoredWeight:
-    """One weight of ``node`` in the format ``stored``: ``prefix`` is before the names of its attributes, and ``first``
-    is the place of its first part among the inputs."""
+class NodeWeight(abc.ABC):
+    """One compressed weight of ``node``, an operator of ours: ``prefix`` is before the names of its attributes, and
+    ``first`` is the place of its first part among the inputs."""
 
     node: ir.Node
-    stored: StoredFormat
     prefix: str
     first: int
 
     @property
+    @abc.abstractmethod
+    def base(self) -> str:
+        """The operator that ``node`` would be with a weight of floats in the format that adds no word to it."""
+
+    @abc.abstractmethod
+    def op_type(self, base: str) -> str:
+        """The op type of the operator ``base`` with a weight stored as this one."""
+
+    @property
+    @abc.abstractmethod
+    def part_names(self) -> tuple[str, ...]:
+        """In the order of the inputs."""
+
+    @property
+    @abc.abstractmethod
+    def size_names(self) -> tuple[str, ...]:
+        """Of the attributes, K and N first."""
+
+    @property
+    @abc.abstractmethod
+    def elements(self) -> str:
+        """What its elements are."""
+
+    @abc.abstractmethod
+    def unpack(self) -> np.ndarray:
+        """The dense weight [K, N]. Raises FormatError if it is damaged."""
+
+    @property
+    @abc.abstractmethod
+    def apart(self) -> str:
+        """Why it cannot become a part of a weight of several linears; empty if it can."""
+
+    @abc.abstractmethod
+    def joins(self, widest: NodeWeight) -> bool:
+        """Whether it may become one with others and the ``widest`` of these."""
+
+    @abc.abstractmethod
+    def join(self, others: Sequence[NodeWeight]) -> JoinedWeight:
+        """It and ``others`` behind it as one."""
+
+    @property
     def parts(self) -> tuple[ir.Value | None, ...]:
         """The inputs that hold it, in the order of the format's parts."""
-        return tuple(self.node.inputs[self.first : self.first + len(self.stored.parts)])
+        return tuple(self.node.inputs[self.first : self.first + len(self.part_names)])
 
     @property
     def bias(self) -> ir.Value | None:
         """The input behind the parts."""
-        return self.node.inputs[self.first + len(self.stored.parts)]
-
-    @property
-    def values(self) -> ir.Value | None:
-        """The part that holds the values of the weights that are stored."""
-        return self.parts[0]
+        return self.node.inputs[self.first + len(self.part_names)]
 
     @property
     def tensors(self) -> list[ir.TensorProtocol]:
@@ -80,8 +127,8 @@ class StoredWeight:
     @property
     def name(self) -> str:
         """That of the weight that was packed."""
-        values = self.values
-        return "" if values is None else (values.name or "").removesuffix(f".{self.stored.parts[0].name}")
+        first = self.parts[0]
+        return "" if first is None else (first.name or "").removesuffix(f".{self.part_names[0]}")
 
     @property
     def variant(self) -> str:
@@ -91,18 +138,75 @@ class StoredWeight:
     @property
     def made_of(self) -> tuple[str, ...]:
         """The names of the weights in it: of linears that were merged since the model was read those of all."""
-        values = self.values
-        return (self.name,) if values is None else values.meta.get(MERGED_FROM, (self.name,))
+        first = self.parts[0]
+        return (self.name,) if first is None else first.meta.get(MERGED_FROM, (self.name,))
 
     @property
     def sizes(self) -> dict[str, int]:
         """Those of the format; 0 where the node does not say."""
-        return {name: self.node.attributes.get_int(self.prefix + name, 0) for name in self.stored.sizes}
+        return {name: self.node.attributes.get_int(self.prefix + name, 0) for name in self.size_names}
 
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)"""
         return self.sizes["K"], self.sizes["N"]
+
+    @property
+    def mask_structure(self) -> str:
+        """The pattern of the zeros, as passes name it."""
+        return self.node.attributes.get_string(f"{self.prefix}mask_structure", "unstructured")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight(NodeWeight):
+    """One of floats, in the format ``stored``."""
+
+    stored: StoredFormat
+
+    @property
+    def base(self) -> str:
+        return OP_TYPES[self.node.op_type].base
+
+    def op_type(self, base: str) -> str:
+        return self.stored.op_type(base)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.stored.parts)
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        return self.stored.sizes
+
+    @property
+    def elements(self) -> str:
+        values = self.values
+        assert values is not None
+        assert values.const_value is not None
+        return values.const_value.dtype.name
+
+    @property
+    def apart(self) -> str:
+        if self.variant != self.stored.name or min(self.sizes.values()) < 1:
+            return f"does not have its weight in the format {self.stored.name}"
+        return ""
+
+    def joins(self, widest: NodeWeight) -> bool:
+        return (
+            isinstance(widest, StoredWeight)
+            and (self.stored, self.variant, self.mask_structure)
+            == (widest.stored, widest.variant, widest.mask_structure)
+            and self.stored.may_join(self.sizes, widest.sizes)
+        )
+
+    def join(self, others: Sequence[NodeWeight]) -> JoinedWeight:
+        packed = [weight.packed() for weight in (self, *others) if isinstance(weight, StoredWeight)]
+        return self.stored.join(packed)
+
+    @property
+    def values(self) -> ir.Value | None:
+        """The part that holds the values of the weights that are stored."""
+        return self.parts[0]
 
     @property
     def split(self) -> tuple[int, ...]:
@@ -111,11 +215,6 @@ class StoredWeight:
             return ()
         base = OP_TYPES[self.node.op_type].base
         return _operator(self.node).linears(base, self.sizes["N"], _attributes(self.node))
-
-    @property
-    def mask_structure(self) -> str:
-        """The pattern of the zeros, as passes name it."""
-        return self.node.attributes.get_string(f"{self.prefix}mask_structure", "unstructured")
 
     @property
     def sparsity(self) -> float:
@@ -135,7 +234,6 @@ class StoredWeight:
         return self.stored.read(self.variant, sizes, [tensor.numpy() for tensor in tensors], self.split)
 
     def unpack(self) -> np.ndarray:
-        """The dense weight [K, N]. Raises FormatError if it is damaged."""
         return self.packed().unpack()
 
 
@@ -146,7 +244,7 @@ def stored_weights(node: ir.Node) -> tuple[StoredWeight, ...]:
         return ()
     step = len(op_type.stored.parts) + 1
     return tuple(
-        StoredWeight(node, op_type.stored, prefix, 1 + index * step)
+        StoredWeight(node, prefix, 1 + index * step, op_type.stored)
         for index, prefix in enumerate(op_type.prefixes)
     )
 

@@ -21,10 +21,10 @@ from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.decoding import decodes
 from sparse_onnx.model.graph import input_at, is_standard, name_of, producer, subgraphs
 from sparse_onnx.model.integer_operators import integer_operator, read_integers
+from sparse_onnx.model.level_weights import level_weight, node_weights
 from sparse_onnx.model.shapes import Shapes, without_claims
-from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.domain import DOMAIN
-from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul_nbits
+from sparse_onnx.sparse_ops.ops import int8_matmul
 
 __all__ = [
     "OPERATORS",
@@ -244,10 +244,7 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     (_MICROSOFT, "GroupQueryAttention"): _one((), _attention(1, present=1, past=3)),
     (_MICROSOFT, "MoE"): tuple(Product((weight,), _uncounted) for weight in (2, 4, 6)),
     (_MICROSOFT, "QMoE"): tuple(Product((weight,), _uncounted) for weight in (2, 5, 8)),
-    **{
-        (DOMAIN, op_type): _one((1,), _packed_matmul)
-        for op_type in (*int8_matmul.OP_TYPES, *sparse_matmul_nbits.OP_TYPES)
-    },
+    **{(DOMAIN, op_type): _one((1,), _packed_matmul) for op_type in int8_matmul.OP_TYPES},
 }
 """Products by (domain, operator). ``LSTM`` multiplies by two weights, MatMul by whichever operand is constant."""
 
@@ -378,7 +375,7 @@ class Work:
         """Names of values of the main graph whose shapes a run has to tell."""
         found = set()
         for node in self._model.graph:
-            if _products(node):
+            if _products(node) or level_weight(node):
                 values = [*node.inputs, *node.outputs]
                 found |= {
                     value.name for value in values if value is not None and self._shapes.fixed(value) is None
@@ -442,7 +439,7 @@ def _graph_work(
                 yield NodeWork(
                     numbers[id(node)], _label(node), name, products, False, where + _reason(node, product)
                 )
-        for stored in stored_weights(node):
+        for stored in node_weights(node):
             rows = scaled(_rows_of_ours, node)
             products = None if rows is None else rows * math.prod(stored.shape)
             yield NodeWork(numbers[id(node)], _label(node), stored.name, products, True, "is sparse already")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/nbits/kernel.h"
+#include "kernels/spmm/generic.h"
 #include "kernels/vector.h"
 
 namespace sparse_ops::nbits {
@@ -80,13 +81,32 @@ void round_row(const void* x, size_t K, size_t group, size_t stride, int8_t* q, 
 template <size_t kRows>
 using Sums = float[kRows][kBlock];
 
+// How many outputs a block has.
+inline size_t outputs_of(const Weight& w, size_t block) {
+  const size_t left = w.N - block * kBlock;
+  return kBlock < left ? kBlock : left;
+}
+
 template <size_t kRows>
-inline void store_sums(const Weight& w, const Sums<kRows>& sums, size_t block, float* y) {
-  const size_t first = block * kBlock;
-  const size_t count = kBlock < w.N - first ? kBlock : w.N - first;
+inline void store_sums(const Sums<kRows>& sums, size_t count, float* y, size_t stride) {
   for (size_t r = 0; r < kRows; ++r) {
-    for (size_t j = 0; j < count; ++j) y[r * w.N + first + j] = sums[r][j];
+    for (size_t j = 0; j < count; ++j) y[r * stride + j] = sums[r][j];
   }
+}
+
+// See Kernel::finish.
+template <size_t kLanes>
+void finish(Activation activation, const unsigned char* bias, float* y, size_t size) {
+  const size_t whole = size - size % kLanes;
+  for (size_t i = 0; i < whole; i += kLanes) {
+    store<kLanes>(y + i, load<kLanes>(y + i) + load<kLanes>(bias + i * sizeof(float)));
+  }
+  spmm::activate<kLanes>(activation, y, whole);
+  if (whole == size) return;
+  float rest[kLanes] = {};
+  for (size_t i = whole; i < size; ++i) rest[i - whole] = y[i] + load<1>(bias + i * sizeof(float))[0];
+  spmm::activate<kLanes>(activation, rest, kLanes);
+  for (size_t i = whole; i < size; ++i) y[i] = rest[i - whole];
 }
 
 inline float scale_at(const Weight& w, size_t block, size_t g, size_t j) {
@@ -129,11 +149,13 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
   uint8_t positions[kBlock * kQuad];
   for (size_t g = 0, begin = 0; begin < w.K; ++g, begin += w.group) {
     const size_t end = begin + w.group < w.K ? begin + w.group : w.K;
+    const uint8_t* zeros = zeros_of(w, block, g);
     if (w.layout == Layout::n_of_16) {
       for (size_t k = begin; k < end; k += kSpan) {
         for (size_t d = 0; d < w.kept; ++d, values += kBlock * kQuad) {
           for (size_t i = 0; i < kBlock * kQuad; ++i) {
-            integers[i] = static_cast<int8_t>(static_cast<int8_t>(values[i]) >> 4);
+            integers[i] = static_cast<int8_t>(
+                zeros == nullptr ? static_cast<int8_t>(values[i]) >> 4 : (values[i] >> 4) - zeros[i / kQuad]);
             const size_t sixteen = (d * kQuad + i % kQuad) / w.kept;
             positions[i] = static_cast<uint8_t>(sixteen * 16 + (values[i] & 15));
           }
@@ -144,7 +166,7 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
       const size_t quads = (w.K + kQuad - 1) / kQuad;
       for (size_t k = begin; k < end; k += kQuad) {
         const uint8_t* mask = w.masks + (block * quads + k / kQuad) * 8;
-        values += expand_quad(w, zeros_of(w, block, g), mask, values, integers);
+        values += expand_quad(w, zeros, mask, values, integers);
         multiply(k, integers, static_cast<const uint8_t*>(nullptr));
       }
     }
@@ -153,7 +175,7 @@ inline void for_each_quad(const Weight& w, size_t block, Multiply multiply, Fini
 }
 
 template <size_t kRows>
-void run_rows(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_rows(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w);
   for (size_t block = begin; block < end; ++block) {
     Sums<kRows> sums = {};
@@ -182,30 +204,43 @@ void run_rows(const Weight& w, const Rows& x, size_t begin, size_t end, float* y
             }
           }
         });
-    store_sums<kRows>(w, sums, block, y);
+    store_sums<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
 // Tokens one number at a time are a template parameter: their sums stay in registers.
-template <template <size_t> class Run>
-void run_any(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+template <template <size_t, Layout> class Run, Layout kLayout>
+inline void run_tokens(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   switch (x.rows) {
     case 1:
-      return Run<1>::run(w, x, begin, end, y);
+      return Run<1, kLayout>::run(w, x, begin, end, y, stride);
     case 2:
-      return Run<2>::run(w, x, begin, end, y);
+      return Run<2, kLayout>::run(w, x, begin, end, y, stride);
     case 3:
-      return Run<3>::run(w, x, begin, end, y);
+      return Run<3, kLayout>::run(w, x, begin, end, y, stride);
     case 4:
-      return Run<4>::run(w, x, begin, end, y);
+      return Run<4, kLayout>::run(w, x, begin, end, y, stride);
     case 5:
-      return Run<5>::run(w, x, begin, end, y);
+      return Run<5, kLayout>::run(w, x, begin, end, y, stride);
     case 6:
-      return Run<6>::run(w, x, begin, end, y);
+      return Run<6, kLayout>::run(w, x, begin, end, y, stride);
     case 7:
-      return Run<7>::run(w, x, begin, end, y);
+      return Run<7, kLayout>::run(w, x, begin, end, y, stride);
     default:
-      return Run<8>::run(w, x, begin, end, y);
+      return Run<8, kLayout>::run(w, x, begin, end, y, stride);
+  }
+}
+
+// See Kernel::run; Run<rows, layout>::run is the same for one number of tokens and one layout.
+template <template <size_t, Layout> class Run>
+void run_any(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  switch (w.layout) {
+    case Layout::bitmap4:
+      return run_tokens<Run, Layout::bitmap4>(w, x, begin, end, y, stride);
+    case Layout::bitmap8:
+      return run_tokens<Run, Layout::bitmap8>(w, x, begin, end, y, stride);
+    default:
+      return run_tokens<Run, Layout::n_of_16>(w, x, begin, end, y, stride);
   }
 }
 

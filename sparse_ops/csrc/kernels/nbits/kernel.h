@@ -1,8 +1,10 @@
 // What one kernel for integers of few bits is: plain data, so that sources compiled for wide vectors may
 // include it.
 //
-// Y[t, n] = sum over groups g of  scale[g, n] * s[t, g] * sum over k in g of  q[t, k] * w[k, n]
+// Y[t, n] = act(H[t, n] + bias[n])
+// H[t, n] = sum over groups g of  scale[g, n] * s[t, g] * sum over k in g of  q[t, k] * w[k, n]
 //
+// Outputs may be those of several linears, or of a gate and of what it multiplies, each in whole blocks.
 // Weights w and rounded activations q are integers of at most 8 bits; the inner sum is exact in int32. A
 // group is `group` inputs with one scale for each output, and one scale s of each token.
 #pragma once
@@ -11,8 +13,11 @@
 #include <cstdint>
 
 #include "kernels/row.h"
+#include "kernels/spmm/kernel.h"
 
 namespace sparse_ops::nbits {
+
+using spmm::Activation;
 
 constexpr size_t kBlock = 16;     // outputs that are stored and computed together
 constexpr size_t kQuad = 4;       // inputs of one mask
@@ -32,7 +37,12 @@ struct Weight {
   const uint8_t* values_end;
   const uint64_t* block_values;  // where in `values` each block begins
   const void* scales;            // float16, any alignment [blocks, groups, kBlock]
-  const uint8_t* zeros;  // of bitmap4: what stands for 0 [blocks, groups, kBlock]; nullptr: the middle, 8
+  // Of 4 bits: what stands for 0 [blocks, groups, kBlock]; nullptr: 8 in a bitmap, and integers with a sign
+  // beside positions.
+  const uint8_t* zeros;
+  const unsigned char* bias;  // float32 [N], any alignment
+  Activation activation;
+  bool gated;  // Y = act(first half of the blocks of H + bias) * second half
 };
 
 // Rounded activations of at most kMaxRows tokens.
@@ -51,8 +61,12 @@ struct Kernel : KernelRow {
   void (*round)(const void* x, size_t K, size_t group, size_t stride, int8_t* q, float* scales,
                 int32_t* sums);
 
-  // Outputs of blocks begin..end-1 for all rows; y is [rows, N] for N of the whole weight.
-  void (*run)(const Weight& weight, const Rows& rows, size_t begin, size_t end, float* y);
+  // H of blocks begin..end-1 for all rows: their outputs are the first of the rows of `y`, which are `stride`
+  // floats apart.
+  void (*run)(const Weight& weight, const Rows& rows, size_t begin, size_t end, float* y, size_t stride);
+
+  // y = act(y + bias) for `size` neighbouring outputs; `bias` is float32 of any alignment.
+  void (*finish)(Activation activation, const unsigned char* bias, float* y, size_t size);
 };
 
 }  // namespace sparse_ops::nbits

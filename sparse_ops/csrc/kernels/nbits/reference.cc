@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/nbits/table.h"
+#include "kernels/spmm/table.h"
 
 namespace sparse_ops::nbits {
 namespace {
@@ -43,7 +44,7 @@ void round_row(const void* x, size_t K, size_t group, size_t stride, int8_t* q, 
   }
 }
 
-void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = (w.K + w.group - 1) / w.group, quads = (w.K + kQuad - 1) / kQuad;
   for (size_t block = begin; block < end; ++block) {
     double sums[kMaxRows][kBlock] = {};
@@ -60,7 +61,10 @@ void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
         for (size_t entry = 0; entry < w.kept * kQuad; ++entry) {
           for (size_t j = 0; j < kBlock; ++j) {
             const uint8_t stored = values[entry / kQuad * kBlock * kQuad + j * kQuad + entry % kQuad];
-            add(k + entry / w.kept * 16 + (stored & 15), j, static_cast<int8_t>(stored) >> 4);
+            const int integer = w.zeros == nullptr
+                                    ? static_cast<int8_t>(stored) >> 4
+                                    : (stored >> 4) - w.zeros[(block * groups + k / w.group) * kBlock + j];
+            add(k + entry / w.kept * 16 + (stored & 15), j, integer);
           }
         }
         values += w.kept * kQuad * kBlock;
@@ -82,14 +86,19 @@ void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
     }
     for (size_t r = 0; r < x.rows; ++r) {
       for (size_t j = 0; j < kBlock && block * kBlock + j < w.N; ++j) {
-        y[r * w.N + block * kBlock + j] = static_cast<float>(sums[r][j]);
+        y[r * stride + (block - begin) * kBlock + j] = static_cast<float>(sums[r][j]);
       }
     }
   }
 }
 
+void finish(Activation activation, const unsigned char* bias, float* y, size_t size) {
+  for (size_t i = 0; i < size; ++i) y[i] += number(bias, i);
+  spmm::reference.activate(activation, y, size);
+}
+
 }  // namespace
 
-constexpr Kernel reference = {agreed(row::reference, 1, kMaxRows), round_row, run};
+constexpr Kernel reference = {agreed(row::reference, 1, kMaxRows), round_row, run, finish};
 
 }  // namespace sparse_ops::nbits

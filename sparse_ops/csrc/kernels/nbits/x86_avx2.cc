@@ -2,6 +2,7 @@
 // 16 bits, so nothing saturates. Inputs are picked by a shuffle within 16 of them; zeros are put back between
 // the integers of a bitmap eight at a time, by a shuffle from a table.
 
+#include "kernels/nbits/expand.h"
 #include "kernels/nbits/generic.h"
 #include "kernels/nbits/table.h"
 
@@ -9,22 +10,6 @@ namespace sparse_ops::nbits {
 namespace {
 
 constexpr size_t kHalves = 2;       // vectors of a quad: eight outputs each
-constexpr size_t kPrefetch = 1024;  // bytes ahead
-
-// For each mask of eight bits, where among the integers that it keeps each of the eight comes from; 0x80: a
-// zero.
-struct Expansions {
-  alignas(64) uint8_t of[256][8];
-};
-constexpr Expansions make_expansions() {
-  Expansions all{};
-  for (unsigned mask = 0; mask < 256; ++mask) {
-    uint8_t next = 0;
-    for (unsigned i = 0; i < 8; ++i) all.of[mask][i] = mask >> i & 1 ? next++ : uint8_t{0x80};
-  }
-  return all;
-}
-constexpr Expansions kExpansions = make_expansions();
 
 inline __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -74,16 +59,22 @@ struct Accumulators {
     }
     clear();
   }
-  void store(const Weight& w, size_t block, float* y) const {
+  void store(size_t count, float* y, size_t stride) const {
     Sums<kRows> all;
     for (size_t r = 0; r < kRows; ++r) {
       for (size_t h = 0; h < kHalves; ++h) _mm256_storeu_ps(all[r] + 8 * h, sums[r][h]);
     }
-    store_sums<kRows>(w, all, block, y);
+    store_sums<kRows>(all, count, y, stride);
   }
 };
 
 inline __m256i all_bytes(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+
+// What stands for 0 in eight outputs: in each, and in all bytes of it.
+inline __m256i zero_of_each(const uint8_t* zeros) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+}
+inline __m256i in_all_bytes(__m256i each) { return _mm256_mullo_epi32(each, _mm256_set1_epi32(0x01010101)); }
 
 // Half bytes become bytes, with the highest bit set.
 inline void spread_halves(const uint8_t* values, uint8_t* to) {
@@ -112,14 +103,12 @@ inline __m256i expanded(const uint8_t* mask, const uint8_t*& next) {
 }
 
 template <size_t kRows, bool kWide>
-void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
-  constexpr size_t kAtOnce = 32, kQuadBytes = kBlock * kQuad;  // quads
+void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   // Of four bits, what stands for 0: in every output, and in all bytes of it.
   __m256i each[kHalves] = {_mm256_set1_epi32(8), _mm256_set1_epi32(8)};
   __m256i zero[kHalves] = {all_bytes(8), all_bytes(8)};
-  alignas(64) uint8_t spread[(kAtOnce + 1) * kQuadBytes];
-  uint8_t last[kQuadBytes] = {};
+  Spread spread;
   for (size_t block = begin; block < end; ++block) {
     Accumulators<kRows> sums;
     sums.start();
@@ -130,25 +119,13 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
       const size_t stop = in_group < quads - first ? first + in_group : quads;
       if (const uint8_t* zeros = kWide ? nullptr : zeros_of(w, block, g)) {
         for (size_t h = 0; h < kHalves; ++h) {
-          each[h] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * h)));
-          zero[h] = _mm256_mullo_epi32(each[h], _mm256_set1_epi32(0x01010101));
+          each[h] = zero_of_each(zeros + 8 * h);
+          zero[h] = in_all_bytes(each[h]);
         }
       }
-      for (size_t part = first; part < stop; part += kAtOnce) {
-        const size_t count = kAtOnce < stop - part ? kAtOnce : stop - part;
-        size_t starts[kAtOnce];
-        uint8_t* to = spread;
-        for (size_t i = 0; i < count; ++i) {
-          uint64_t mask;
-          __builtin_memcpy(&mask, masks + (part + i) * sizeof mask, sizeof mask);
-          const auto found = static_cast<size_t>(__builtin_popcountll(mask));
-          const size_t bytes = kWide ? found : (found + 1) / 2;
-          const uint8_t* from = values;
-          if (static_cast<size_t>(w.values_end - values) < kQuadBytes) {  // no byte behind the last is read
-            for (size_t j = 0; j < bytes; ++j) last[j] = values[j];
-            from = last;
-          }
-          __builtin_prefetch(values + kPrefetch);
+      for (size_t part = first; part < stop; part += kQuadsAtOnce) {
+        const size_t count = kQuadsAtOnce < stop - part ? kQuadsAtOnce : stop - part;
+        values = spread.fill<kWide>(w, masks + part * 8, values, count, [](const uint8_t* from, uint8_t* to) {
           if constexpr (kWide) {
             for (size_t h = 0; h < kHalves; ++h) {
               _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * h),
@@ -157,12 +134,9 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
           } else {
             spread_halves(from, to);
           }
-          values += bytes;
-          starts[i] = static_cast<size_t>(to - spread);
-          to += found;
-        }
+        });
         for (size_t i = 0; i < count; ++i) {
-          const uint8_t* next = spread + starts[i];
+          const uint8_t* next = spread.starts[i];
           const uint8_t* mask = masks + (part + i) * 8;
           const int8_t* q = x.q + (part + i) * kQuad;
 #pragma GCC unroll 2
@@ -188,12 +162,12 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
                      : _mm256_mullo_epi32(each[h], _mm256_set1_epi32(x.sums[r * groups + g]));
       });
     }
-    sums.store(w, block, y);
+    sums.store(outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
-template <size_t kRows>
-void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+template <size_t kRows, bool kZeros>
+void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   const __m256i low = _mm256_set1_epi8(15);
   // Of the four integers of an output: for each sixteen inputs that they may be of, 0 where one is, else
@@ -212,14 +186,23 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
     const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
     for (size_t g = 0, k = 0; g < groups; ++g) {
       const size_t stop = k + w.group < w.K ? k + w.group : w.K;
+      __m256i zero[kHalves];
+      if constexpr (kZeros) {
+        for (size_t h = 0; h < kHalves; ++h) zero[h] = in_all_bytes(zero_of_each(zeros_of(w, block, g) + 8 * h));
+      }
       for (; k < stop; k += kSpan) {
         for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
-          __builtin_prefetch(values + kPrefetch);
+          __builtin_prefetch(values + kAhead);
           const size_t first = d * kQuad / n, final = (d * kQuad + kQuad - 1) / n;
 #pragma GCC unroll 2
           for (size_t h = 0; h < kHalves; ++h) {
             const __m256i both = load_bytes(values + 32 * h), place = _mm256_and_si256(both, low);
-            const __m256i integers = _mm256_andnot_si256(low, both);  // 16 times
+            __m256i integers;
+            if constexpr (kZeros) {
+              integers = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), zero[h]);
+            } else {
+              integers = _mm256_andnot_si256(low, both);  // 16 times
+            }
             const __m256i magnitudes = _mm256_abs_epi8(integers);
 #pragma GCC unroll 8
             for (size_t r = 0; r < kRows; ++r) {
@@ -244,28 +227,27 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
           }
         }
       }
-      sums.finish(x, groups, scales, g, 1 / 16.0f, [](size_t, size_t) { return _mm256_setzero_si256(); });
+      sums.finish(x, groups, scales, g, kZeros ? 1.0f : 1 / 16.0f,
+                  [](size_t, size_t) { return _mm256_setzero_si256(); });
     }
-    sums.store(w, block, y);
+    sums.store(outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
 template <size_t kRows>
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  if (w.zeros == nullptr) return run_positions<kRows, false>(w, x, begin, end, y, stride);
+  return run_positions<kRows, true>(w, x, begin, end, y, stride);
+}
+
+template <size_t kRows, Layout kLayout>
 struct Run {
-  static void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
-    switch (w.layout) {
-      case Layout::bitmap4:
-        return run_bitmap<kRows, false>(w, x, begin, end, y);
-      case Layout::bitmap8:
-        return run_bitmap<kRows, true>(w, x, begin, end, y);
-      default:
-        return run_n_of_16<kRows>(w, x, begin, end, y);
-    }
-  }
+  static constexpr auto run =
+      kLayout == Layout::n_of_16 ? run_n_of_16<kRows> : run_bitmap<kRows, kLayout == Layout::bitmap8>;
 };
 
 }  // namespace
 
-constexpr Kernel avx2 = {agreed(row::avx2, 8, kMaxRows), round_row<8>, run_any<Run>};
+constexpr Kernel avx2 = {agreed(row::avx2, 8, kMaxRows), round_row<8>, run_any<Run>, finish<8>};
 
 }  // namespace sparse_ops::nbits

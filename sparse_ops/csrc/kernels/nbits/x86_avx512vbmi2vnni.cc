@@ -23,6 +23,12 @@ inline __m512i broadcast_quad(const int8_t* q) {
   return _mm512_set1_epi32(four);
 }
 
+// What stands for 0 in every output of a block: in each, and in all bytes of it.
+inline __m512i zero_of_each(const uint8_t* zeros) {
+  return _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+}
+inline __m512i in_all_bytes(__m512i each) { return _mm512_mullo_epi32(each, _mm512_set1_epi32(0x01010101)); }
+
 // Independent sums hide the latency of VPDPBUSD where few tokens leave time for it.
 constexpr size_t sums_of(size_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
@@ -114,15 +120,14 @@ inline const uint8_t* add_quads(const uint8_t* masks, const uint8_t* values, con
 }
 
 template <size_t kRows>
-inline void store_block(const Weight& w, const Accumulators<kRows>& sums, size_t block, float* y) {
-  const size_t first = block * kBlock, count = w.N - first;
-  const __mmask16 there = static_cast<__mmask16>(count < kBlock ? (1u << count) - 1 : 0xffffu);
+inline void store_block(const Accumulators<kRows>& sums, size_t count, float* y, size_t stride) {
+  const auto there = static_cast<__mmask16>((1u << count) - 1);
 #pragma GCC unroll 8
-  for (size_t r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(y + r * w.N + first, there, sums.sums[r]);
+  for (size_t r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(y + r * stride, there, sums.sums[r]);
 }
 
 template <size_t kRows, bool kWide>
-void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   __m512i middle = all_bytes(kMiddle<kWide>), each = _mm512_set1_epi32(kMiddle<kWide>);
   const size_t most = in_group * kBlock * kQuad / (kWide ? 1 : 2);  // bytes of a group, all of them read
@@ -136,8 +141,8 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
       const size_t count = in_group < quads - first ? in_group : quads - first;
       const uint8_t* own = masks + first * 8;
       if (const uint8_t* zeros = kWide ? nullptr : zeros_of(w, block, g)) {
-        each = _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-        middle = _mm512_mullo_epi32(each, _mm512_set1_epi32(0x01010101));  // in all four bytes
+        each = zero_of_each(zeros);
+        middle = in_all_bytes(each);
       }
       const bool inside = static_cast<size_t>(w.values_end - values) >= most;
       values = inside ? add_quads<kRows, kWide, false>(own, values, x, first * kQuad, count, middle, sums)
@@ -146,12 +151,12 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
         return _mm512_mullo_epi32(each, _mm512_set1_epi32(x.sums[r * groups + g]));
       });
     }
-    store_block<kRows>(w, sums, block, y);
+    store_block<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
-template <size_t kRows>
-void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
+template <size_t kRows, bool kZeros>
+void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   alignas(64)
       uint32_t places[16];  // of the four integers of every output: 16 times which sixteen they are of
@@ -167,6 +172,7 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
     for (size_t g = 0, k = 0; g < groups; ++g) {
       const size_t stop = k + w.group < w.K ? k + w.group : w.K;
       __m512i of_weights = _mm512_setzero_si512();
+      const __m512i zero = kZeros ? in_all_bytes(zero_of_each(zeros_of(w, block, g))) : _mm512_setzero_si512();
       for (; k < stop; k += kSpan) {
         __m512i inputs[kRows];
 #pragma GCC unroll 8
@@ -176,7 +182,12 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
         for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
           __builtin_prefetch(values + kPrefetch);
           const __m512i both = _mm512_loadu_si512(values);
-          const __m512i integers = _mm512_and_si512(both, all_bytes(0xf0));  // 16 times
+          __m512i integers;
+          if constexpr (kZeros) {
+            integers = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), all_bytes(15)), zero);
+          } else {
+            integers = _mm512_and_si512(both, all_bytes(0xf0));  // 16 times
+          }
           const __m512i sixteen = _mm512_set1_epi32(static_cast<int32_t>(places[d]));
           // (both & 15) | sixteen
           const __m512i place = _mm512_ternarylogic_epi64(both, all_bytes(15), sixteen, 0xea);
@@ -188,28 +199,26 @@ void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float
           }
         }
       }
-      sums.finish(x, groups, scales, g, 1 / 16.0f, [&](size_t) { return of_weights; });
+      sums.finish(x, groups, scales, g, kZeros ? 1.0f : 1 / 16.0f, [&](size_t) { return of_weights; });
     }
-    store_block<kRows>(w, sums, block, y);
+    store_block<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
   }
 }
 
 template <size_t kRows>
+void run_n_of_16(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  if (w.zeros == nullptr) return run_positions<kRows, false>(w, x, begin, end, y, stride);
+  return run_positions<kRows, true>(w, x, begin, end, y, stride);
+}
+
+template <size_t kRows, Layout kLayout>
 struct Run {
-  static void run(const Weight& w, const Rows& x, size_t begin, size_t end, float* y) {
-    switch (w.layout) {
-      case Layout::bitmap4:
-        return run_bitmap<kRows, false>(w, x, begin, end, y);
-      case Layout::bitmap8:
-        return run_bitmap<kRows, true>(w, x, begin, end, y);
-      default:
-        return run_n_of_16<kRows>(w, x, begin, end, y);
-    }
-  }
+  static constexpr auto run =
+      kLayout == Layout::n_of_16 ? run_n_of_16<kRows> : run_bitmap<kRows, kLayout == Layout::bitmap8>;
 };
 
 }  // namespace
 
-constexpr Kernel avx512vbmi2vnni = {agreed(row::avx512vbmi2vnni, 16, kMaxRows), round_row<16>, run_any<Run>};
+constexpr Kernel avx512vbmi2vnni = {agreed(row::avx512vbmi2vnni, 16, kMaxRows), round_row<16>, run_any<Run>, finish<16>};
 
 }  // namespace sparse_ops::nbits
