@@ -86,6 +86,8 @@ class LowerEncoded(Lowering):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "linear"
+    integers: ClassVar[bool] = False
+    """Whether weights of operators on integers are looked at."""
 
     min_sparsity: float = 0.0
 
@@ -106,7 +108,7 @@ class LowerEncoded(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, LINEARS, encoded=True, integers=False)
+        weights, _ = find_weights(model, LINEARS, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
         encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
         declined: list[tuple[str, str]] = []

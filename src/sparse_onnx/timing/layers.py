@@ -177,8 +177,8 @@ def cut_layer(
 ) -> tuple[ir.Model, Feeds]:
     """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
 
-    ``shapes`` are those of the inputs, which may contain a value twice. An input of 8 bits stays one. One of int32 has the lengths of sequences,
-    whose steps are the first axis of the first input: they are all of full length.
+    ``shapes`` are those of the inputs, which may contain a value twice. An input of 8 bits stays one. One of int32 has
+    the lengths of sequences, whose steps are the first axis of the first input: they are all of full length.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
