@@ -102,6 +102,11 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
+    def read(cls, weight: Weight) -> IntegerGrid | str:
+        """The integers of ``weight``, or the reason why there are none."""
+        return read_grid(weight)
+
+    @classmethod
     def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
         """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
         return match_linear(weight, node, graph, shapes)
@@ -116,7 +121,7 @@ class LowerEncoded(Lowering):
         for weight, linears in match_layers(
             encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
-            grid = read_grid(weight)
+            grid = cls.read(weight)
             form = grid if isinstance(grid, str) else cls.form_of(weight, grid)
             weight.release()
             if isinstance(form, str):

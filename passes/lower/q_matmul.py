@@ -22,10 +22,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import add_function
-from sparse_onnx.model.integer_grid import IntegerGrid
+from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
@@ -34,7 +35,7 @@ from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.int8_matmul import (
     SparseInt8Form,
     pack_bytes,
-    reason_against_quads,
+    reason_against_inputs,
     share_of_quads,
 )
 from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, Packer
@@ -48,6 +49,18 @@ from sparse_onnx.sparse_ops.ops import q_matmul
 __all__ = ["LowerQMatMul", "LowerSparseQMatMul"]
 
 
+def _reason_against(grid: IntegerGrid) -> str:
+    """Why our products of bytes cannot take weights on ``grid``; empty if they can."""
+    if grid.bits != 8:
+        return f"has {grid.bits} bits, not 8"
+    if len(grid.scale) != 1:
+        return "has more than one scale for an output"
+    steps = grid.integers.astype(np.int16) - grid.zero_point
+    if steps.min(initial=0) < -128 or steps.max(initial=0) > 127:
+        return "has integers that are further from their zero point than 8 bits reach"
+    return reason_against_inputs(grid)
+
+
 @dataclasses.dataclass(frozen=True)
 class LowerQMatMul(LowerEncoded):
     """See the module's docstring."""
@@ -57,12 +70,16 @@ class LowerQMatMul(LowerEncoded):
     dense: ClassVar[bool] = True
 
     @classmethod
+    def read(cls, weight: Weight) -> IntegerGrid | str:
+        return read_grid(weight, rounded=True)
+
+    @classmethod
     def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
         return match_q_linear(weight, node, graph, shapes)
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_quads(grid) or EncodedForm("int8-static", cls)
+        return _reason_against(grid) or EncodedForm("int8-static", cls)
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
@@ -74,9 +91,9 @@ class LowerQMatMul(LowerEncoded):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            lowerer.lower(
-                candidate, pack_bytes(candidate.weight, context, q_matmul.op_type_of, dense=self.dense)
-            )
+            weight = candidate.weight
+            packed = pack_bytes(weight, self.read(weight), context, q_matmul.op_type_of, dense=self.dense)
+            lowerer.lower(candidate, packed)
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, q_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
@@ -91,6 +108,6 @@ class LowerSparseQMatMul(LowerQMatMul):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_quads(grid) or SparseInt8Form(
+        return _reason_against(grid) or SparseInt8Form(
             "int8-static-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
         )

@@ -40,6 +40,9 @@ TENSORS = {
     "V": V,
     "T": np.ascontiguousarray(V.T),
     "U": (V.astype(np.int16) + 128).astype(np.uint8),
+    "A": np.clip(V.astype(np.int16) + 117, 0, 244).astype(np.uint8),
+    "az": np.uint8(117),
+    "F": V * SCALES,
     "w": SCALES,
     "w1": np.float32(0.004),
     "n": np.zeros(N, np.int8),
@@ -81,6 +84,15 @@ FOUND = {
         "QMatMul",
     ),
     "unsigned weight": (f"{Q} W = DequantizeLinear<axis = 1>(U, w, nu) Y = MatMul(x, W)", "QMatMul"),
+    "a zero point of the weight": (f"{Q} W = DequantizeLinear(A, w1, az) Y = MatMul(x, W)", "QMatMul"),
+    "turned weight": (
+        f"{Q} D = DequantizeLinear<axis = 0>(T, w, n) W = Transpose<perm = [1, 0]>(D) Y = MatMul(x, W)",
+        "QMatMul",
+    ),
+    "floats that are rounded": (
+        f"{Q} R = QuantizeLinear<axis = 1>(F, w, n) W = DequantizeLinear<axis = 1>(R, w, n) Y = MatMul(x, W)",
+        "QMatMul",
+    ),
     "one scale": (f"{Q} W = DequantizeLinear(V, w1) Y = MatMul(x, W)", "QMatMul"),
     "bias": (f"{Q} {W} h = MatMul(x, W) Y = Add(bias, h)", "QMatMul"),
     "integer bias": (f"{Q} {W} {B} h = MatMul(x, W) Y = Add(h, b)", "QMatMul"),
@@ -125,7 +137,7 @@ LEFT = {
     ),
     "zero points of the weight": (
         f"{Q} W = DequantizeLinear<axis = 1>(V, w, odd) Y = MatMul(x, W)",
-        "zero points",
+        "further from their zero point than 8 bits reach",
     ),
     "a scale that is computed": (
         f"t = Sqrt(s) q = QuantizeLinear(X, t, z) x = DequantizeLinear(q, t, z) {W} Y = MatMul(x, W)",
