@@ -102,6 +102,11 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
+    def concerns(cls, weight: Weight) -> bool:
+        """Whether layers of ``weight`` are looked at."""
+        return True
+
+    @classmethod
     def read(cls, weight: Weight) -> IntegerGrid | str:
         """The integers of ``weight``, or the reason why there are none."""
         return read_grid(weight)
@@ -115,7 +120,9 @@ class LowerEncoded(Lowering):
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, _ = find_weights(model, LINEARS, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
-        encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
+        encoded = [
+            weight for weight in weights if not isinstance(weight.encoding, Dense) and cls.concerns(weight)
+        ]
         declined: list[tuple[str, str]] = []
         found = []
         for weight, linears in match_layers(

@@ -41,7 +41,7 @@ from sparse_onnx.passes.lower.int8_matmul import (
 from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, Packer
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.patterns.linear import Linear
-from sparse_onnx.passes.patterns.q_linear import match_q_linear
+from sparse_onnx.passes.patterns.q_linear import match_q_linear, reads_integers
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import VERSION
 from sparse_onnx.sparse_ops.ops import q_matmul
@@ -68,6 +68,10 @@ class LowerQMatMul(LowerEncoded):
     name: ClassVar[str] = "lower.q-matmul"
     integers: ClassVar[bool] = True
     dense: ClassVar[bool] = True
+
+    @classmethod
+    def concerns(cls, weight: Weight) -> bool:
+        return any(map(reads_integers, weight.nodes))
 
     @classmethod
     def read(cls, weight: Weight) -> IntegerGrid | str:

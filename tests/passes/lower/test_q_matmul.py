@@ -126,7 +126,6 @@ FOUND = {
 }
 
 LEFT = {
-    "an input of floats": (f"{W} Y = MatMul(X, W)", "its input is not rounded"),
     "several scales": (
         f"q = QuantizeLinear<axis = 2>(X, s2, z2) x = DequantizeLinear<axis = 2>(q, s2, z2) {W} Y = MatMul(x, W)",
         "more than one scale",
@@ -237,6 +236,11 @@ def test_what_is_another_arithmetic_is_left(model, text, reason):
     assert ir.to_proto(before).SerializeToString() == proto
     forms = {form.name for candidate in find_candidates(before)[0] for form in candidate.forms}
     assert not forms & FORMS
+
+
+def test_linears_of_floats_are_not_looked_at(model):
+    for text in (f"{W} Y = MatMul(X, W)", "Y = MatMul(X, F)"):
+        assert LowerQMatMul.find_candidates(model(text)) == ([], [])
 
 
 OUTSIDE = {
