@@ -83,7 +83,7 @@ class LowerQMatMul(LowerEncoded):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return _reason_against(grid) or EncodedForm("int8-static", cls)
+        return _reason_against(grid) or EncodedForm("int8-given", cls)
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
@@ -111,7 +111,12 @@ class LowerSparseQMatMul(LowerQMatMul):
     dense: ClassVar[bool] = False
 
     @classmethod
+    def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        """Without the reasons for others, which are those of :class:`LowerQMatMul`."""
+        return super().find_candidates(model)[0], []
+
+    @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
         return _reason_against(grid) or SparseInt8Form(
-            "int8-static-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
+            "int8-given-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
         )

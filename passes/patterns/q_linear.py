@@ -214,7 +214,7 @@ def _of_integers(weight: Weight, node: ir.Node) -> _Product | str:
     integers = node.inputs[0]
     maker = producer(integers, "QuantizeLinear", "DynamicQuantizeLinear")
     if integers is None or maker is None or integers is not maker.outputs[0] or maker.inputs[0] is None:
-        return "its input is not rounded by QuantizeLinear or DynamicQuantizeLinear right before it"
+        return "its input is not rounded right before MatMulInteger"
     x = (
         quantized(maker)
         if maker.op_type == "QuantizeLinear"

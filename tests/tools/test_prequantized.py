@@ -357,7 +357,7 @@ def test_optimize_of_a_pruned_encoder_needs_no_option(run_cli, tmp_path):
     report = ran.json()
     rows = {row["name"]: row for row in report["layers"]}
     assert rows.keys() == expected.keys()
-    assert {row["decision"] for row in rows.values()} <= {"int8-static", "int8-static-quads"}
+    assert {row["decision"] for row in rows.values()} <= {"int8-given", "int8-given-quads"}
     assert all({"dense", row["decision"]} <= row["times"].keys() for row in rows.values())
     assert report["summary"]["relative_error"] < 1e-2
     np.testing.assert_allclose(answers(out / "model.onnx"), answers(path), atol=0.03)  # without the library

@@ -17,7 +17,7 @@ from sparse_onnx.running.runtime import open_session
 RNG = np.random.default_rng(4)
 K, N = 96, 40
 X = RNG.standard_normal((2, 5, K)).astype(np.float32)
-FORMS = {"int8-static", "int8-static-quads"}
+FORMS = {"int8-given", "int8-given-quads"}
 LOWERINGS = {"": LowerQMatMul, "Sparse": LowerSparseQMatMul}
 every_lowering = pytest.mark.parametrize("word", LOWERINGS)
 
@@ -299,14 +299,14 @@ def test_quads_are_counted_not_guessed(model, share):
     text = FOUND["matmul"][0]
     (candidate,) = find_candidates(model(text))[0]
     forms = {form.name: form for form in candidate.forms}
-    assert not candidate.refusal(forms["int8-static"])
-    assert not candidate.refusal(forms["int8-static-quads"])
+    assert not candidate.refusal(forms["int8-given"])
+    assert not candidate.refusal(forms["int8-given-quads"])
     scattered = model(text)
     zeros = np.where(RNG.random((K, N)) < share, 0, 1).astype(np.int8)
     scattered.graph.initializers["V"].const_value = ir.tensor(zeros, name="V")
     (candidate,) = find_candidates(scattered)[0]
     forms = {form.name: form for form in candidate.forms}
-    assert ("larger" in candidate.refusal(forms["int8-static-quads"])) == (share == 0.4)
+    assert ("larger" in candidate.refusal(forms["int8-given-quads"])) == (share == 0.4)
 
 
 @every_lowering
