@@ -91,6 +91,7 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
 
 }  // namespace
 
-constexpr Kernel reference = {agreed(row::reference, 1, 1), round, pack, multiply, settle, activate, store_tokens};
+constexpr Kernel reference = {
+    agreed(row::reference, 1, 1), round, pack, multiply, settle, activate, store_tokens};
 
 }  // namespace sparse_ops::quads
