@@ -144,6 +144,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
     from sparse_onnx.compilation.worth_pruning import NO_KERNEL, NO_USE
+    from sparse_onnx.passes.clean.fold_weights import STAYS_QUANTIZED
 
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
     reasons.update(
@@ -151,6 +152,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
         for place in report["declined"]
         if NO_KERNEL not in place["reason"]  # a lowering says the same
         and NO_USE not in place["reason"]  # nor is it dense
+        and place["reason"] != STAYS_QUANTIZED  # which is no reason to stay dense
     )
     useless = sum(NO_USE in place["reason"] for place in report["declined"])
     text = table(rows[1:], rows[0])

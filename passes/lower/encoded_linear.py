@@ -30,7 +30,7 @@ from sparse_onnx.passes.lower.lowering import (
     Packer,
     match_layers,
 )
-from sparse_onnx.passes.patterns.linear import match_linear
+from sparse_onnx.passes.patterns.linear import Linear, match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import EXACT_DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import Outputs
@@ -96,6 +96,8 @@ class LowerEncoded(Lowering):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "linear"
+    integers: ClassVar[bool] = False
+    """Whether weights of operators on integers are looked at."""
 
     min_sparsity: float = 0.0
 
@@ -110,16 +112,33 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
+    def concerns(cls, weight: Weight) -> bool:
+        """Whether layers of ``weight`` are looked at."""
+        return True
+
+    @classmethod
+    def read(cls, weight: Weight) -> IntegerGrid | str:
+        """The integers of ``weight``, or the reason why there are none."""
+        return read_grid(weight)
+
+    @classmethod
+    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
+        """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
+        return match_linear(weight, node, graph, shapes)
+
+    @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, LINEARS, encoded=True, integers=False)
+        weights, _ = find_weights(model, LINEARS, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
-        encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
+        encoded = [
+            weight for weight in weights if not isinstance(weight.encoding, Dense) and cls.concerns(weight)
+        ]
         declined: list[tuple[str, str]] = []
         found = []
         for weight, linears in match_layers(
-            encoded, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined
+            encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
-            grid = read_grid(weight)
+            grid = cls.read(weight)
             form = grid if isinstance(grid, str) else cls.form_of(weight, grid)
             weight.release()
             if isinstance(form, str):
@@ -145,6 +164,9 @@ class _Stored(Protocol):
 class LowerFused(LowerEncoded):
     """Of those whose operator, one of ours, computes a whole layer."""
 
+    rounds: ClassVar[bool] = True
+    """Whether the operator rounds activations, which its exact twin does not."""
+
     @classmethod
     @abc.abstractmethod
     def pack(cls, grid: IntegerGrid) -> _Stored:
@@ -161,14 +183,16 @@ class LowerFused(LowerEncoded):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            for node in lowerer.lower(candidate, self._packed(candidate.weight, context)):
-                node.metadata_props[LOWERED_KEY] = self.name
+            nodes = lowerer.lower(candidate, self._packed(candidate.weight, context))
+            if self.rounds:
+                for node in nodes:
+                    node.metadata_props[LOWERED_KEY] = self.name
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
 
     def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
-        grid = read_grid(weight)
+        grid = self.read(weight)
         assert isinstance(grid, IntegerGrid)
         packed = self.pack(grid)
         weight.release()

@@ -34,23 +34,52 @@ from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
 
-__all__ = ["LowerInt8MatMul", "LowerSparseInt8MatMul"]
+__all__ = [
+    "LowerInt8MatMul",
+    "LowerSparseInt8MatMul",
+    "SparseInt8Form",
+    "pack_bytes",
+    "reason_against_inputs",
+    "share_of_quads",
+]
 
-_MIDDLE = 128
+
+def share_of_quads(grid: IntegerGrid) -> float:
+    """Of the quads of a weight, how many have an integer other than 0."""
+    rows = np.arange(0, grid.inputs, 4)
+    return float(np.logical_or.reduceat(grid.integers != grid.zero_point, rows, axis=0).mean())
 
 
 @dataclasses.dataclass(frozen=True)
-class _SparseInt8Form(EncodedForm):
-    """Integers without quads of zeros."""
+class SparseInt8Form(EncodedForm):
+    """Integers without quads of zeros. ``kept`` is the share of quads that are left, where it is known."""
+
+    kept: float | None = None
 
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
     ) -> float:
+        if self.kept is not None:
+            return int8_quads.expected_nbytes(shape, self.kept)
         parsed = MaskStructure.parse(structure)
         if parsed.kind == "n:m":
             return int8_quads.expected_nbytes(shape, 1)  # some of nearly every four are kept
         together = parsed.size[1] if parsed.kind == "block" else 1  # inputs that are kept or not as one
         return int8_quads.expected_nbytes(shape, 1 - sparsity ** max(1, 4 / together))
+
+
+def pack_bytes(grid: IntegerGrid, *, dense: bool) -> Int8Weight:
+    """A weight on a ``grid`` of one scale an output, less its zero points int8; ``dense``: with all its quads."""
+    integers = (grid.integers.astype(np.int16) - grid.zero_point).astype(np.int8)
+    pack = int8_quads.pack_dense if dense else int8_quads.pack_quads
+    return pack(integers, np.ascontiguousarray(grid.scale[0]))
+
+
+def reason_against_inputs(grid: IntegerGrid) -> str:
+    """Why our products of bytes cannot take so many inputs as ``grid`` has; empty if they can."""
+    if grid.inputs > int8_quads.MAX_INPUTS:
+        return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +91,16 @@ class LowerInt8MatMul(LowerFused):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        if reason := reason_against_bytes(grid):
-            return reason
-        if grid.inputs > int8_quads.MAX_INPUTS:
-            return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
-        return cls._form()
+        return reason_against_bytes(grid) or reason_against_inputs(grid) or cls._form()
 
     @classmethod
     def _form(cls) -> Form:
         return EncodedForm("int8-token", cls, exact=False, activations=8, by_token=True)
 
     @classmethod
+    @classmethod
     def pack(cls, grid: IntegerGrid) -> Int8Weight:
-        integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
-        pack = int8_quads.pack_dense if cls.dense else int8_quads.pack_quads
-        return pack(integers, np.ascontiguousarray(grid.scale[0]))
+        return pack_bytes(grid, dense=cls.dense)
 
     @classmethod
     def op_type(cls, base: str, grid: IntegerGrid) -> str:
@@ -95,13 +119,12 @@ class LowerSparseInt8MatMul(LowerInt8MatMul):
         """Equal shares of zeros leave more or fewer quads, by their pattern."""
         grid = read_grid(candidate.weight)
         assert isinstance(grid, IntegerGrid)
-        rows = np.arange(0, grid.inputs, 4)
-        share = np.logical_or.reduceat(grid.integers != _MIDDLE, rows, axis=0).mean()
+        share = share_of_quads(grid)
         candidate.weight.release()
         return {**super().layout(candidate, form, packer), "quads": f"{share:.2f}"}
 
     @classmethod
     def _form(cls) -> Form:
-        return _SparseInt8Form(
+        return SparseInt8Form(
             "int8-quads", cls, exact=False, least_zeros=MIN_SPARSITY, activations=8, by_token=True
         )

@@ -24,7 +24,7 @@ from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.level_weights import level_weight, node_weights
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.sparse_ops.domain import DOMAIN
-from sparse_onnx.sparse_ops.ops import int8_matmul
+from sparse_onnx.sparse_ops.ops import int8_matmul, q_matmul
 
 __all__ = [
     "OPERATORS",
@@ -244,7 +244,10 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     (_MICROSOFT, "GroupQueryAttention"): _one((), _attention(1, present=1, past=3)),
     (_MICROSOFT, "MoE"): tuple(Product((weight,), _uncounted) for weight in (2, 4, 6)),
     (_MICROSOFT, "QMoE"): tuple(Product((weight,), _uncounted) for weight in (2, 5, 8)),
-    **{(DOMAIN, op_type): _one((1,), _packed_matmul) for op_type in int8_matmul.OP_TYPES},
+    **{
+        (DOMAIN, op_type): _one((1,), _packed_matmul)
+        for op_type in (*int8_matmul.OP_TYPES, *q_matmul.OP_TYPES)
+    },
 }
 """Products by (domain, operator). ``LSTM`` multiplies by two weights, MatMul by whichever operand is constant."""
 
