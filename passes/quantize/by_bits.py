@@ -15,7 +15,8 @@ weight and loses a tenth less than symmetric grids. With more, a scale for each 
 take no other."""
 
 _OF, _MOST_KEPT = 16, 6
-"""Up to so many kept of 16 are best stored with their positions, in an operator that has no zero points."""
+"""Up to so many kept of 16 are best stored with their positions, whose operator is a twentieth faster without zero
+points."""
 
 _HALF = 2  # bytes of a scale
 

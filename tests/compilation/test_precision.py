@@ -157,6 +157,53 @@ def test_integers_without_their_zeros_ship_where_they_are_fastest(
     assert result.report["summary"]["sparse_flops_fraction"] == 1
 
 
+@pytest.mark.parametrize(
+    ("precision", "structure", "word"),
+    [
+        ("int4", "unstructured", "Int4WithZeros"),
+        ("int4", "4:16", "Int4Of16"),
+        ("int8", "unstructured", "Int8"),
+    ],
+)
+def test_linears_of_integers_that_share_their_input_ship_as_one(
+    precision, structure, word, tmp_path, integers_win
+):
+    """The exact twin of merged operators, too, is what the compiler is held to."""
+    body = """q = MatMul(X, Wq) k = MatMul(X, Wk) v = MatMul(X, Wv) qk = Mul(q, k) m = Mul(qk, v)
+        g = MatMul(m, Wg) s = Sigmoid(g) a = Mul(g, s) u = MatMul(m, Wu) Y = Mul(a, u)"""
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[n, 128] X) => (float[n, 192] Y) {{ {body} }}"""
+    )
+    rng = np.random.default_rng(0)
+    for name, n in {"Wq": 128, "Wk": 128, "Wv": 128, "Wg": 192, "Wu": 192}.items():
+        array = rng.standard_normal((128, n)).astype(np.float32) / 8
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "model.onnx")
+    result = sparse_onnx.optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        precision=precision,
+        method="magnitude",
+        mask_structure=structure,
+        **({"sparsity": 0.5} if structure == "unstructured" else {}),
+        keep_pruned=True,
+        input_shapes={"X": (1, 128)},
+        threads=1,
+        timing_cache=False,
+    )
+    check_report(result.report)
+    made = [
+        node.op_type for node in onnx.load(result.folder / "model.onnx", load_external_data=False).graph.node
+    ]
+    assert [op for op in made if op != "Mul"] == [f"SparseMatMul{word}Split3", f"SparseMatMul{word}SiluGate"]
+    checks = result.report["verification"]
+    assert checks["against_pruned_dense"]["relative_error"] < 1e-5
+    assert checks["without_library"]["relative_error"] < 1e-5
+    assert 1e-4 < checks["rounded_activations"]["relative_error"] < 0.1
+    assert {row["name"] for row in result.report["layers"]} == {"Wq", "Wk", "Wv", "Wg", "Wu"}
+
+
 @pytest.mark.parametrize("options", [{"bits": 8}, {"precision": "float32", "bits": 4}])
 def test_bits_alone_round_no_activation(source, tmp_path, integers_win, options):
     result = sparse_onnx.optimize(

@@ -275,6 +275,18 @@ def test_an_exact_twin_with_what_comes_behind(op_type, open_session, weight):
         np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
 
 
+@pytest.mark.parametrize("op_type", smn.OP_TYPES)
+@pytest.mark.parametrize("x", [["batch", "tokens", K], [4, K], [K]])
+def test_output_shapes_are_inferred(op_type, x, open_session, weight):
+    n, split = case(op_type)
+    attributes = {"split": split} if split else {}
+    session = open_session(
+        model(op_type, weight(op_type, n=n), x=x, attributes=attributes, body=False), library=True
+    )
+    last = split or [n // 2 if "Gate" in op_type else n]
+    assert [found.shape for found in session.get_outputs()] == [[*x[:-1], channels] for channels in last]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
     ("base", "n", "split", "why"),
