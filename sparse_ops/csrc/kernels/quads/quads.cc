@@ -122,9 +122,13 @@ const Kernel& select_kernel(Features features, const Weight& weight, size_t toke
   });
 }
 
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
+  return select_last(kChosen, full, weight, tokens);
+}
+
 Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads) {
   const Kernel& full = select_kernel(features, weight, tokens);
-  return plan_of(weight, tokens, full, select_last(kChosen, full, weight, tokens % full.tile), threads);
+  return plan_of(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {

@@ -7,11 +7,11 @@
 namespace sparse_ops::spconv {
 namespace {
 
-// Neighbouring elements of a channel's part of the panel, from one row of the image or zero.
+// Neighbouring elements of a channel's part of the panel, from one row of the image or from outside.
 struct Piece {
   size_t to, count;
   size_t from;  // counted from the beginning of the channel in the first image
-  bool zero;
+  bool outside;
 };
 
 constexpr size_t kMaxTapPieces = 3 * kMaxTile + 1;  // a run gives at most three
@@ -86,6 +86,7 @@ Source make_source(const Convolution& c, const float* x, size_t height, size_t w
 void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel) {
   const size_t taps = source.rows.kernel * source.columns.kernel;
   const size_t plane = source.height * source.width, stride = source.columns.stride;
+  const float* outside = source.outside == nullptr ? kZeros : source.outside;
   Pieces pieces;
   for (size_t tap = 0; tap < taps;) {
     // As many taps as there is room for, so that a channel's rows are written one after another.
@@ -97,8 +98,8 @@ void gather(const Source& source, const Runs& runs, size_t begin, size_t end, si
       const float* from = source.x + channel * plane;
       float* rows = panel + channel * taps * tile;
       for (const Piece& piece : pieces) {
-        if (piece.zero) {
-          copy_row(kZeros, piece.count, rows + piece.to);
+        if (piece.outside) {
+          copy_row(outside, piece.count, rows + piece.to);
         } else {
           copy_strided(from + piece.from, piece.count, stride, rows + piece.to);
         }

@@ -1,0 +1,242 @@
+#include "kernels/quadconv/quadconv.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/sizes.h"
+#include "kernels/spconv/panel.h"
+
+namespace sparse_ops::quadconv {
+namespace {
+
+using spconv::Runs;
+
+// Panels in memory at a time: few enough to stay in the second-level cache, enough for every thread.
+constexpr size_t kPanelBytes = size_t{1} << 19;
+constexpr size_t kMaxPanelBytes = size_t{32} << 20;
+constexpr size_t kSlice = 64;       // rows of a panel made by one task, about
+constexpr size_t kSliceWords = 8192;  // words of X made by one task, about
+
+constexpr size_t kAhead = 16;  // channels that are fetched ahead
+
+// Words of the panels of one tile: one for each group.
+size_t panel_size(const Convolution& c, const quads::Kernel& kernel) {
+  return round_up(kernel.tile * c.weight.quads, kCacheLine / sizeof(int32_t));
+}
+
+bool is_pointwise(const Convolution& c) {
+  const auto one = [](const Axis& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.begin == 0 && axis.end == 0;
+  };
+  return one(c.rows) && one(c.columns);
+}
+
+// The rows of X that make words of the channels 4 * four to 4 * four + 3 of a group. Weights of channels that are not
+// there are 0: any row will do.
+struct FourRows {
+  const unsigned char* rows[4];
+
+  FourRows(const Convolution& c, const unsigned char* x, size_t image, size_t group, size_t four, size_t map) {
+    const size_t present = std::min<size_t>(4, c.channels - 4 * four);
+    const unsigned char* first = x + ((image * c.group + group) * c.channels + 4 * four) * map;
+    for (size_t i = 0; i < 4; ++i) rows[i] = first + (i < present ? i : 0) * map;
+  }
+  void prefetch(size_t from, size_t count) const {
+    for (const unsigned char* row : rows) {
+      for (size_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(row + from + i);
+      __builtin_prefetch(row + from + count - 1);
+    }
+  }
+  void make_words(const Convolution& c, const quads::Kernel& kernel, size_t from, size_t count,
+                  int32_t* words) const {
+    const unsigned char* const moved[4] = {rows[0] + from, rows[1] + from, rows[2] + from, rows[3] + from};
+    kernel.interleave(moved, count, c.is_signed ? static_cast<int32_t>(0x80808080u) : 0, words);
+  }
+};
+
+// X as words [images, group, fours, height, width].
+struct Words {
+  const Plan& plan;
+  const Convolution& conv;
+  const unsigned char* x;
+  int32_t* words;
+  size_t slice;  // planes of a task
+
+  size_t planes() const { return plan.images * conv.group * conv.fours(); }
+};
+
+void words_task(void* context, size_t index) {
+  const Words& w = *static_cast<const Words*>(context);
+  const size_t map = w.plan.height * w.plan.width, fours = w.conv.fours();
+  for (size_t p = index * w.slice; p < std::min((index + 1) * w.slice, w.planes()); ++p) {
+    const size_t image = p / fours / w.conv.group, group = p / fours % w.conv.group;
+    const FourRows four(w.conv, w.x, image, group, p % fours, map);
+    four.make_words(w.conv, *w.plan.full, 0, map, w.words + p * map);
+  }
+}
+
+// Everything that the tasks of one strip of tiles need.
+struct Strip {
+  const Plan& plan;
+  const Convolution& conv;
+  const unsigned char* x;
+  spconv::Source source;  // words, moved as floats
+  unsigned char* y;
+  int32_t* panels;
+  size_t first;  // position
+  size_t positions, tiles;
+  size_t slices, slice;  // of the fours of a group
+
+  size_t tile_positions(size_t tile) const {
+    return std::min(plan.full->tile, positions - tile * plan.full->tile);
+  }
+  const quads::Kernel& kernel(size_t tile) const {
+    return tile_positions(tile) < plan.full->tile ? *plan.last : *plan.full;
+  }
+  int32_t* panel(size_t tile, size_t group) const {
+    return panels + panel_size(conv, *plan.full) * (tile * conv.group + group);
+  }
+  Runs runs(size_t tile, size_t rows, size_t columns) const {
+    return spconv::runs_of(first + tile * plan.full->tile, tile_positions(tile), rows, columns);
+  }
+};
+
+void panel_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  const Convolution& conv = strip.conv;
+  const size_t fours = conv.fours(), slice = index % strip.slices, group = index / strip.slices % conv.group;
+  const size_t tile = index / strip.slices / conv.group;
+  const size_t begin = slice * strip.slice, end = std::min(begin + strip.slice, fours);
+  const quads::Kernel& kernel = strip.kernel(tile);
+  int32_t* panel = strip.panel(tile, group);
+  if (strip.plan.words > 0) {
+    spconv::Source source = strip.source;
+    source.x += group * fours * source.height * source.width;
+    return spconv::gather(source, strip.runs(tile, strip.plan.out_height, strip.plan.out_width), begin, end,
+                          kernel.tile, reinterpret_cast<float*>(panel));
+  }
+  const size_t map = strip.plan.height * strip.plan.width, count = strip.tile_positions(tile);
+  const Runs runs = strip.runs(tile, 1, map);
+  for (size_t four = begin; four < end; ++four) {
+    int32_t* row = panel + four * kernel.tile;
+    for (const spconv::Run& run : runs) {
+      const FourRows rows(conv, strip.x, run.image, group, four, map);
+      rows.prefetch(run.column + kAhead * map, run.count);
+      rows.make_words(conv, kernel, run.column, run.count, row + run.lane);
+    }
+    std::fill(row + count, row + kernel.tile, 0);
+  }
+}
+
+// `channels` pieces of a map for one tile will be written soon: they are on many pages, so that the processor does not
+// foresee them.
+void prefetch(const unsigned char* y, size_t channels, size_t count, size_t map) {
+  for (size_t n = 0; n < channels; ++n, y += map) {
+    for (size_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(y + i, 1, 2);
+    __builtin_prefetch(y + count - 1, 1, 2);
+  }
+}
+
+// Neighbouring tasks share a block of the weight and continue each other's rows of the maps; the panels come
+// from the cache.
+void multiply_task(void* context, size_t index) {
+  const Strip& strip = *static_cast<const Strip*>(context);
+  const Convolution& conv = strip.conv;
+  const quads::Weight& weight = conv.weight;
+  const size_t tile = index % strip.tiles, block = index / strip.tiles;
+  const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
+  const quads::Kernel& kernel = strip.kernel(tile);
+  const size_t map = strip.plan.out_height * strip.plan.out_width;
+  const Runs runs = strip.runs(tile, 1, map);
+  for (const spconv::Run& run : runs) {
+    prefetch(strip.y + (run.image * weight.N + first) * map + run.column, channels, run.count, map);
+  }
+  alignas(kCacheLine) float acc[quads::kMaxAccumulators];
+  kernel.multiply_bytes(weight, block, conv.steps, strip.panel(tile, first / (weight.N / conv.group)), acc);
+  for (const spconv::Run& run : runs) {
+    unsigned char* y = strip.y + (run.image * weight.N + first) * map + run.column;
+    for (size_t n = 0; n < channels; ++n, y += map) {
+      std::memcpy(y, reinterpret_cast<const unsigned char*>(acc + n * kernel.tile) + run.lane, run.count);
+    }
+  }
+}
+
+// Beside its columns a tile costs as much as so many of them: segments begin and end.
+constexpr size_t kTileColumns = 12;
+
+// Maps are small: the kernel whose tiles leave the fewest columns empty, among those that need what the best one does.
+const quads::Kernel& select_full(const quads::Weight& weight, size_t positions, Features features) {
+  const quads::Kernel& widest = quads::select_kernel(features, weight, SIZE_MAX);
+  const auto cost = [&](const quads::Kernel& kernel) {
+    const size_t tiles = positions / kernel.tile, rest = positions % kernel.tile;
+    const size_t columns = tiles * kernel.tile + (rest > 0 ? quads::select_last(kernel, weight, rest).tile : 0);
+    return columns + (tiles + (rest > 0)) * kTileColumns;
+  };
+  const quads::Kernel* best = &widest;
+  for (const quads::Kernel* kernel : quads::kernels()) {
+    if (kernel->needs == widest.needs && kernel != quads::kernels().back() && fits(*kernel, weight) &&
+        cost(*kernel) < cost(*best)) {
+      best = kernel;
+    }
+  }
+  return *best;
+}
+
+Plan plan_of(const Convolution& c, size_t images, size_t height, size_t width, const quads::Kernel& full,
+             const quads::Kernel& last, size_t threads) {
+  const size_t out_height = spconv::output_size(c.rows, height), out_width = spconv::output_size(c.columns, width);
+  const size_t panel_bytes = panel_size(c, full) * c.group * sizeof(int32_t);
+  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(threads, c.weight.blocks));
+  const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
+  const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
+  const size_t strip = std::min({wanted, possible, tiles});
+  const size_t words =
+      is_pointwise(c) ? 0 : round_up(images * c.group * c.fours() * height * width, kCacheLine / sizeof(int32_t));
+  return {&full, &last, images, height, width, out_height, out_width, words, strip,
+          strip * panel_bytes + words * sizeof(int32_t) + kCacheLine};
+}
+
+}  // namespace
+
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Features features,
+               size_t threads) {
+  const size_t positions =
+      images * spconv::output_size(c.rows, height) * spconv::output_size(c.columns, width);
+  const quads::Kernel& full = select_full(c.weight, positions, features);
+  const quads::Kernel& last = quads::select_last(full, c.weight, positions % full.tile);
+  return plan_of(c, images, height, width, full, last, threads);
+}
+
+Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const quads::Kernel& kernel,
+               size_t threads) {
+  return plan_of(c, images, height, width, kernel, kernel, threads);
+}
+
+bool run(const Plan& plan, const Convolution& conv, const unsigned char* x, unsigned char* y, void* scratch,
+         Workers& workers) {
+  const size_t tile = plan.full->tile, positions = plan.images * plan.out_height * plan.out_width;
+  const size_t fours = conv.fours(), map = plan.height * plan.width;
+  auto* memory = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
+  int32_t* panels = memory + plan.words;
+  if (plan.words > 0) {
+    Words words{plan, conv, x, memory, std::max<size_t>(1, kSliceWords / map)};
+    if (!workers.run(divide_up(words.planes(), words.slice), words_task, &words)) return false;
+  }
+  // Panels hold words in the place of floats.
+  float outside[spconv::kMaxTile];
+  const auto zero = static_cast<uint32_t>(conv.steps.x_zero) * 0x01010101u ^ static_cast<uint32_t>(plan.full->middle);
+  for (float& word : outside) std::memcpy(&word, &zero, sizeof(word));
+  const spconv::Source source{reinterpret_cast<const float*>(memory), plan.height, plan.width,
+                              conv.group * fours * map, conv.rows, conv.columns, outside};
+  const size_t slice = std::max<size_t>(1, kSlice / conv.taps()), slices = divide_up(fours, slice);
+  for (size_t first = 0; first < positions; first += plan.strip * tile) {
+    const size_t count = std::min(plan.strip * tile, positions - first), tiles = divide_up(count, tile);
+    Strip strip{plan, conv, x, source, y, panels, first, count, tiles, slices, slice};
+    if (!workers.run(tiles * conv.group * slices, panel_task, &strip)) return false;
+    if (!workers.run(tiles * conv.weight.blocks, multiply_task, &strip)) return false;
+  }
+  return true;
+}
+
+}  // namespace sparse_ops::quadconv
