@@ -12,6 +12,7 @@ from sparse_onnx.passes.lower.dynamic_int8 import LowerDynamicInt8
 from sparse_onnx.passes.lower.int8_matmul import LowerInt8MatMul, LowerSparseInt8MatMul
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
+from sparse_onnx.passes.lower.q_matmul import LowerQMatMul, LowerSparseQMatMul
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
 from sparse_onnx.passes.lower.sparse_integers import LowerPositions, LowerSparseIntegers
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
@@ -25,6 +26,8 @@ LOWERINGS: tuple[type[Lowering], ...] = (
     LowerSparseRecurrent,
     LowerInt8MatMul,
     LowerSparseInt8MatMul,
+    LowerQMatMul,
+    LowerSparseQMatMul,
     LowerMatMulNBits,
     LowerDynamicInt8,
     LowerSparseIntegers,

@@ -23,7 +23,7 @@ from sparse_onnx.model.weights import LINEARS, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, Packer, match_layers
-from sparse_onnx.passes.patterns.linear import match_linear
+from sparse_onnx.passes.patterns.linear import Linear, match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.formats.base import Outputs
 
@@ -100,6 +100,11 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
+    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
+        """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
+        return match_linear(weight, node, graph, shapes)
+
+    @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, _ = find_weights(model, LINEARS, encoded=True, integers=False)
         shapes = Shapes(model)
@@ -107,7 +112,7 @@ class LowerEncoded(Lowering):
         declined: list[tuple[str, str]] = []
         found = []
         for weight, linears in match_layers(
-            encoded, lambda weight, node: match_linear(weight, node, model.graph, shapes), declined
+            encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
             grid = read_grid(weight)
             form = grid if isinstance(grid, str) else cls.form_of(weight, grid)

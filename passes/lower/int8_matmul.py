@@ -17,7 +17,7 @@ output are all zero are neither stored nor multiplied. Which of the two is faste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -39,23 +39,64 @@ from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
 
-__all__ = ["LowerInt8MatMul", "LowerSparseInt8MatMul"]
+__all__ = [
+    "LowerInt8MatMul",
+    "LowerSparseInt8MatMul",
+    "SparseInt8Form",
+    "pack_bytes",
+    "reason_against_quads",
+    "share_of_quads",
+]
 
 _MIDDLE = 128
 
 
+def share_of_quads(grid: IntegerGrid) -> float:
+    """Of the quads of a weight, how many have an integer other than 0."""
+    rows = np.arange(0, grid.inputs, 4)
+    return float(np.logical_or.reduceat(grid.integers != _MIDDLE, rows, axis=0).mean())
+
+
 @dataclasses.dataclass(frozen=True)
-class _SparseInt8Form(EncodedForm):
-    """Integers without quads of zeros."""
+class SparseInt8Form(EncodedForm):
+    """Integers without quads of zeros. ``kept`` is the share of quads that are left, where it is known."""
+
+    kept: float | None = None
 
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
     ) -> float:
+        if self.kept is not None:
+            return int8_quads.expected_nbytes(shape, self.kept)
         parsed = MaskStructure.parse(structure)
         if parsed.kind == "n:m":
             return int8_quads.expected_nbytes(shape, 1)  # some of nearly every four are kept
         together = parsed.size[1] if parsed.kind == "block" else 1  # inputs that are kept or not as one
         return int8_quads.expected_nbytes(shape, 1 - sparsity ** max(1, 4 / together))
+
+
+def pack_bytes(
+    weight: Weight, context: PassContext, op_type_of: Callable[[str, bool], str], *, dense: bool
+) -> PackedTensors:
+    """A weight of integers for operators that ``op_type_of`` names by activation, and whether all quads are stored."""
+    grid = read_grid(weight)
+    assert isinstance(grid, IntegerGrid)
+    integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
+    pack = int8_quads.pack_dense if dense else int8_quads.pack_quads
+    packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
+    weight.release()
+    tensors = {name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()}
+
+    def op_type(base: str) -> str:
+        return op_type_of(sparse_matmul.ACTIVATIONS[base], dense)
+
+    return PackedTensors(op_type, tuple(tensors), tensors, packed.attributes())
+
+
+def reason_against_quads(grid: IntegerGrid) -> str:
+    """Why our products of bytes cannot take weights on ``grid``; empty if they can."""
+    too_many = f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
+    return reason_against_bytes(grid) or (too_many if grid.inputs > int8_quads.MAX_INPUTS else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +108,7 @@ class LowerInt8MatMul(LowerEncoded):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        if reason := reason_against_bytes(grid):
-            return reason
-        if grid.inputs > int8_quads.MAX_INPUTS:
-            return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
-        return cls._form()
+        return reason_against_quads(grid) or cls._form()
 
     @classmethod
     def _form(cls) -> Form:
@@ -89,27 +126,12 @@ class LowerInt8MatMul(LowerEncoded):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            for node in lowerer.lower(candidate, self._packed(candidate.weight, context)):
+            packed = pack_bytes(candidate.weight, context, int8_matmul.op_type_of, dense=self.dense)
+            for node in lowerer.lower(candidate, packed):
                 node.metadata_props[LOWERED_KEY] = self.name
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, int8_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
-
-    def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
-        grid = read_grid(weight)
-        assert isinstance(grid, IntegerGrid)
-        integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
-        pack = int8_quads.pack_dense if self.dense else int8_quads.pack_quads
-        packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
-        weight.release()
-        tensors = {
-            name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()
-        }
-
-        def op_type(base: str) -> str:
-            return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], self.dense)
-
-        return PackedTensors(op_type, tuple(tensors), tensors, packed.attributes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +146,12 @@ class LowerSparseInt8MatMul(LowerInt8MatMul):
         """Equal shares of zeros leave more or fewer quads, by their pattern."""
         grid = read_grid(candidate.weight)
         assert isinstance(grid, IntegerGrid)
-        rows = np.arange(0, grid.inputs, 4)
-        share = np.logical_or.reduceat(grid.integers != _MIDDLE, rows, axis=0).mean()
+        share = share_of_quads(grid)
         candidate.weight.release()
         return {**super().layout(candidate, form, packer), "quads": f"{share:.2f}"}
 
     @classmethod
     def _form(cls) -> Form:
-        return _SparseInt8Form(
+        return SparseInt8Form(
             "int8-quads", cls, exact=False, least_zeros=MIN_SPARSITY, activations=8, by_token=True
         )

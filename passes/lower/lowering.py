@@ -277,7 +277,7 @@ class Lowerer:
             node = ir.node(
                 op_type,
                 [x, *weights, *others],
-                {**layer.attributes, **packed.attributes},
+                {**layer.attributes, **layer.numbers, **packed.attributes},
                 domain=DOMAIN,
                 outputs=[self._output(layer, index) for index in range(len(layer.outputs))],
                 name=layer.nodes[0].name,

@@ -87,6 +87,11 @@ class Layer(abc.ABC):
         return {}
 
     @property
+    def numbers(self) -> Mapping[str, int | float]:
+        """Attributes of the operator that its time does not depend on."""
+        return {}
+
+    @property
     def constants(self) -> Mapping[str, np.ndarray]:
         """Constant inputs of the operator behind the stored weight and its bias, by their names in the model."""
         return {}

@@ -24,7 +24,6 @@ import onnx_ir as ir
 from sparse_onnx.model.constants import is_constant
 from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.graph import input_at, is_read_outside, is_standard, producer
-from sparse_onnx.model.quantized_weights import NO_INTEGER_KERNEL
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.layer import Layer, place_reason, storage_reason
@@ -39,7 +38,7 @@ from sparse_onnx.passes.patterns.match import (
 )
 from sparse_onnx.sparse_ops.ops.sparse_matmul import OP_TYPES
 
-__all__ = ["Linear", "match_linear", "match_relu", "match_silu"]
+__all__ = ["Linear", "match_activation", "match_linear", "match_relu", "match_silu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     if x is None or is_constant(x):
         return "has a constant activation"
     if not isinstance(weight.encoding, Dense) and producer(x, "DequantizeLinear") is not None:
-        return f"its input is rounded, too: {NO_INTEGER_KERNEL}"
+        return "its input is rounded, too: only products of integers take it"
     nodes = [node]
     bias: ir.Value | None = None
     N = weight.shape[1]
@@ -83,11 +82,18 @@ def match_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
         if is_bias(other, N) and not shapes.may_add_axes(other, output):
             bias, output = other, add.outputs[0]
             nodes.append(add)
+    activation, behind = match_activation(output, shapes)
+    if behind:
+        output = behind[-1].outputs[0]
+    return Linear(weight, (*nodes, *behind), bias, activation, output)
+
+
+def match_activation(h: ir.Value, shapes: Shapes) -> tuple[str, list[ir.Node]]:
+    """The activation of ``h``, a key of :data:`OP_TYPES`, and its nodes, the one that gives the result last."""
     for activation, matcher in _ACTIVATIONS.items():
-        matched = matcher(output, shapes)
-        if matched is not None:
-            return Linear(weight, (*nodes, *matched), bias, activation, matched[-1].outputs[0])
-    return Linear(weight, tuple(nodes), bias, "none", output)
+        if (matched := matcher(h, shapes)) is not None:
+            return activation, matched
+    return "none", []
 
 
 def match_relu(h: ir.Value) -> list[ir.Node] | None:

@@ -38,7 +38,17 @@ from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS, Operator
 
-__all__ = ["EXACT_DOMAIN", "OPERATOR", "OP_TYPES", "exact_body", "function_body", "op_type_of", "reference"]
+__all__ = [
+    "CORRECTED",
+    "EXACT_DOMAIN",
+    "OPERATOR",
+    "OP_TYPES",
+    "PRODUCTS",
+    "exact_body",
+    "function_body",
+    "op_type_of",
+    "reference",
+]
 
 EXACT_DOMAIN = f"{DOMAIN}.exact"
 """Of the same operators with activations that are not rounded."""
@@ -72,6 +82,25 @@ def reference(x: np.ndarray, weight: Int8Weight, bias: np.ndarray, activation: s
 
 # Both factors are unsigned: kernels of ORT for unsigned by signed bytes add pairs of products in 16 bits on processors
 # without VNNI, where they may saturate.
+PRODUCTS = """
+    V_32 = Cast<to = 6>(V)
+    middle_32 = Constant<value = int32 {128}>()
+    lifted_32 = Add(V_32, middle_32)
+    lifted = Cast<to = 2>(lifted_32)
+    no_point = Constant<value = uint8 {0}>()
+    middle = Constant<value = uint8 {128}>()
+    products = MatMulInteger(Q, lifted, no_point, middle)
+    total = ReduceSum<keepdims = 0>(V_32, axis0)
+"""
+"""Lines that multiply bytes Q [..., K] by what a decoder made, V: ``products``, and the sum of each output's V."""
+
+CORRECTED = """
+    shift = Mul(point_32, total)
+    exact = Sub(products, shift)
+    floats = Cast<to = 1>(exact)
+"""
+"""Lines behind these that take off what the zero points ``point_32`` of Q add."""
+
 _BODY = """
     {decoder}
     zero_f = Constant<value = float {{0.0}}>()
@@ -94,18 +123,9 @@ _BODY = """
     moved = Add(nearest, point)
     clipped = Clip(moved, zero_f, top)
     Q = Cast<to = 2>(clipped)
-    V_32 = Cast<to = 6>(V)
-    middle_32 = Constant<value = int32 {{128}}>()
-    lifted_32 = Add(V_32, middle_32)
-    lifted = Cast<to = 2>(lifted_32)
-    no_point = Constant<value = uint8 {{0}}>()
-    middle = Constant<value = uint8 {{128}}>()
-    products = MatMulInteger(Q, lifted, no_point, middle)
-    total = ReduceSum<keepdims = 0>(V_32, axis0)
+    {products}
     point_32 = Cast<to = 6>(point)
-    shift = Mul(point_32, total)
-    exact = Sub(products, shift)
-    floats = Cast<to = 1>(exact)
+    {corrected}
     none = Mul(X, zero_f)
     poison = ReduceSum(none, last_axis)
     size_or_nan = Add(size, poison)
@@ -136,6 +156,8 @@ def _function(op_type: str, opset: int, domain: str, body: str) -> onnx.Function
     steps = body.format(
         decoder=int8_quads.decoder(dense),
         extremes=_EXTREMES if opset >= 18 else _EXTREMES_BEFORE_18,
+        products=PRODUCTS,
+        corrected=CORRECTED,
         activation=sparse_matmul.activation_body(activation),
     )
     text = f"""<domain: "{domain}", opset_import: ["" : {opset}]>

@@ -8,6 +8,7 @@ from sparse_onnx.sparse_ops.formats.registry import FORMATS
 from sparse_onnx.sparse_ops.ops import (
     attention,
     int8_matmul,
+    q_matmul,
     skip_layer_norm,
     sparse_conv,
     sparse_conv_depthwise,
@@ -30,6 +31,7 @@ OPERATORS: tuple[Operator | SparseOperator, ...] = (
     sparse_conv_depthwise.OPERATOR,
     sparse_recurrent.OPERATOR,
     int8_matmul.OPERATOR,
+    q_matmul.OPERATOR,
     attention.OPERATOR,
     skip_layer_norm.OPERATOR,
 )

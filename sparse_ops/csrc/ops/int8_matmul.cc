@@ -1,9 +1,10 @@
-// The operators Int8MatMul* and SparseInt8MatMul*, one op type per activation; contract in
-// sparse_ops/ops/int8_matmul.py.
+// The operators Int8MatMul*, SparseInt8MatMul*, QMatMul* and SparseQMatMul*, one op type per activation; contracts in
+// sparse_ops/ops/int8_matmul.py and sparse_ops/ops/q_matmul.py.
 
 #include "ops/operators.h"
 
 #include <iterator>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,6 +24,7 @@ struct Int8Variant {
   const char* name;
   Activation activation;
   bool dense;  // all quads are stored
+  bool bytes = false;  // X is rounded already
 };
 
 std::span<const Part> parts_of(const Int8Variant& variant) {
@@ -43,10 +45,23 @@ class Kernel {
                                           {"SparseInt8MatMulGelu", Activation::gelu, false},
                                           {"SparseInt8MatMulGeluTanh", Activation::gelu_tanh, false},
                                           {"SparseInt8MatMulSilu", Activation::silu, false},
-                                          {"SparseInt8MatMulQuickGelu", Activation::quick_gelu, false}};
+                                          {"SparseInt8MatMulQuickGelu", Activation::quick_gelu, false},
+                                          {"QMatMul", Activation::none, true, true},
+                                          {"QMatMulRelu", Activation::relu, true, true},
+                                          {"QMatMulGelu", Activation::gelu, true, true},
+                                          {"QMatMulGeluTanh", Activation::gelu_tanh, true, true},
+                                          {"QMatMulSilu", Activation::silu, true, true},
+                                          {"QMatMulQuickGelu", Activation::quick_gelu, true, true},
+                                          {"SparseQMatMul", Activation::none, false, true},
+                                          {"SparseQMatMulRelu", Activation::relu, false, true},
+                                          {"SparseQMatMulGelu", Activation::gelu, false, true},
+                                          {"SparseQMatMulGeluTanh", Activation::gelu_tanh, false, true},
+                                          {"SparseQMatMulSilu", Activation::silu, false, true},
+                                          {"SparseQMatMulQuickGelu", Activation::quick_gelu, false, true}};
   static OrtElementType input_type(const Variant& variant, size_t i) {
     const std::span<const Part> parts = parts_of(variant);
-    return i == 0 || i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
+    if (i == 0) return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
+    return i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
   }
   static size_t input_count(const Variant& variant) { return parts_of(variant).size() + 2; }
   static size_t output_count(const Variant& /*variant*/) { return 1; }
@@ -61,10 +76,37 @@ class Kernel {
   const Features features_;
   mutable ThreadCount threads_;
   int8_quads::CheckedWeight checked_;
+  const bool bytes_;
+  // If so: of which X, without what a node says when it runs.
+  quads::Bytes steps_{};
 };
 
+// What the bytes of X stand for, and the grid of the results.
+quads::Bytes read_grids(const NodeReader& node, quads::Grid& grid) {
+  const auto within = [&](const char* name, int64_t low, int64_t high) {
+    const int64_t found = node.integer(name);
+    if (found < low || found > high) {
+      node.fail(std::string("attribute ") + name + " is " + std::to_string(found) + ", expected " +
+                std::to_string(low) + ".." + std::to_string(high));
+    }
+    return found;
+  };
+  const int64_t lowest = within("x_lowest", -128, 0);
+  if (lowest != 0 && lowest != -128) node.fail("attribute x_lowest is neither -128 nor 0");
+  const int64_t zero = within("x_zero_point", lowest, lowest + 255);
+  constexpr int64_t kMost = 65535;
+  grid.size = node.number("h_scale");
+  if (!(grid.size >= 0 && grid.size < std::numeric_limits<float>::infinity())) {
+    node.fail("attribute h_scale is no finite number from 0 on");
+  }
+  const int64_t low = within("h_low", -kMost, kMost);
+  grid.low = static_cast<float>(low);
+  grid.high = static_cast<float>(within("h_high", low, kMost));
+  return {nullptr, lowest != 0, static_cast<int32_t>(zero - lowest), node.number("x_scale")};
+}
+
 Kernel::Kernel(const Variant& variant, const NodeReader& node)
-    : api_(node.api()), where_(node.where()), features_(node.features()) {
+    : api_(node.api()), where_(node.where()), features_(node.features()), bytes_(variant.bytes) {
   node.expect("format", variant.dense ? int8_quads::kDenseFormat : int8_quads::kFormat);
   const std::span<const Part> parts = parts_of(variant);
   std::vector<RawArray> arrays;
@@ -78,21 +120,34 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
   for (size_t i = 0; i < std::size(sizes); ++i) sizes[i] = node.integer(int8_quads::kSizes[i]);
   const std::string problem = int8_quads::check({sizes, arrays, bias}, variant.activation, checked_);
   if (!problem.empty()) node.fail(problem);
+  if (bytes_) steps_ = read_grids(node, checked_.weight.grid);
   node.log(std::string("kernel ") + quads::select_kernel(features_, checked_.weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
   const quads::Weight& weight = checked_.weight;
-  const InputTensor x = rows_input(api_, context, where_, weight.K);
-  std::vector<int64_t> dims = x.dims;
-  dims.back() = static_cast<int64_t>(weight.N);
-  float* y = float_output(api_, context, 0, dims);
-  if (x.elements == 0) return;
-  const quads::Plan plan =
-      quads::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
-  const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
-  SessionWorkers workers(api_, context, &threads_);
-  if (!quads::run(plan, weight, x.data, y, scratch.get(), workers)) check_status(workers.status());
+  const auto run = [&](const auto& x, const auto& tokens) {
+    std::vector<int64_t> dims = x.dims;
+    dims.back() = static_cast<int64_t>(weight.N);
+    float* y = float_output(api_, context, 0, dims);
+    if (x.elements == 0) return;
+    const quads::Plan plan =
+        quads::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
+    const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
+    SessionWorkers workers(api_, context, &threads_);
+    if (!quads::run(plan, weight, tokens, y, scratch.get(), workers)) check_status(workers.status());
+  };
+  if (!bytes_) {
+    const InputTensor x = rows_input(api_, context, where_, weight.K);
+    return run(x, x.data);
+  }
+  const ByteTensor x = byte_rows_input(api_, context, where_, weight.K);
+  if (x.is_signed != steps_.is_signed) {
+    throw InvalidError{where_ + ": input X is " + (x.is_signed ? "int8" : "uint8") + ", unlike attribute x_lowest"};
+  }
+  quads::Bytes tokens = steps_;
+  tokens.data = x.data;
+  run(x, tokens);
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant& /*variant*/, OrtShapeInferContext* context) {

@@ -124,9 +124,9 @@ void NodeReader::log(const std::string& message) const {
 
 namespace {
 
-// Its shape goes to `dims` and the number of its elements to `elements`.
+// Its shape goes to `dims`, the number of its elements to `elements` and what they are to `type`.
 const void* input(const OrtApi& api, const OrtKernelContext* context, size_t index, const OrtValue*& value,
-                  std::vector<int64_t>& dims, size_t& elements) {
+                  std::vector<int64_t>& dims, size_t& elements, OrtElementType* type = nullptr) {
   check_status(api.KernelContext_GetInput(context, index, &value));
   Owned<OrtTensorTypeAndShapeInfo> info(api.ReleaseTensorTypeAndShapeInfo);
   check_status(api.GetTensorTypeAndShape(value, info.out()));
@@ -135,9 +135,17 @@ const void* input(const OrtApi& api, const OrtKernelContext* context, size_t ind
   check_status(api.GetTensorShapeElementCount(info.get(), &elements));
   dims.resize(rank);
   check_status(api.GetDimensions(info.get(), dims.data(), rank));
+  if (type != nullptr) check_status(api.GetTensorElementType(info.get(), type));
   void* data = nullptr;
   check_status(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
   return data;
+}
+
+void expect_rows(const std::vector<int64_t>& dims, const std::string& where, size_t K) {
+  if (dims.empty() || dims.back() != static_cast<int64_t>(K)) {
+    throw InvalidError{where + ": input X has shape " + text_of(dims) + ", expected [..., " +
+                       std::to_string(K) + "]"};
+  }
 }
 
 }  // namespace
@@ -152,10 +160,18 @@ InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
                        size_t K) {
   InputTensor x = float_input(api, context, 0);
-  if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(K)) {
-    throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [..., " +
-                       std::to_string(K) + "]"};
-  }
+  expect_rows(x.dims, where, K);
+  return x;
+}
+
+ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                           size_t K) {
+  ByteTensor x{};
+  OrtElementType type = ORT_UNDEFINED;
+  x.data = static_cast<const unsigned char*>(input(api, context, 0, x.value, x.dims, x.elements, &type));
+  if (type != ORT_INT8 && type != ORT_UINT8) throw InvalidError{where + ": input X is neither int8 nor uint8"};
+  x.is_signed = type == ORT_INT8;
+  expect_rows(x.dims, where, K);
   return x;
 }
 

@@ -69,6 +69,15 @@ struct InputTensor {
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 // The first one, X [..., K], of the operator that `where` names.
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
+// The same of bytes, with or without a sign.
+struct ByteTensor {
+  const OrtValue* value;
+  std::vector<int64_t> dims;
+  size_t elements;
+  const unsigned char* data;
+  bool is_signed;
+};
+ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
 // The same of int32.
 struct IntegerTensor {
   std::vector<int64_t> dims;

@@ -24,7 +24,7 @@ from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.model.stored_weights import stored_weights
 from sparse_onnx.sparse_ops.domain import DOMAIN
-from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul_nbits
+from sparse_onnx.sparse_ops.ops import int8_matmul, q_matmul, sparse_matmul_nbits
 
 __all__ = [
     "OPERATORS",
@@ -246,7 +246,7 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     (_MICROSOFT, "QMoE"): tuple(Product((weight,), _uncounted) for weight in (2, 5, 8)),
     **{
         (DOMAIN, op_type): _one((1,), _packed_matmul)
-        for op_type in (*int8_matmul.OP_TYPES, *sparse_matmul_nbits.OP_TYPES)
+        for op_type in (*int8_matmul.OP_TYPES, *q_matmul.OP_TYPES, *sparse_matmul_nbits.OP_TYPES)
     },
 }
 """Products by (domain, operator). ``LSTM`` multiplies by two weights, MatMul by whichever operand is constant."""

@@ -23,6 +23,7 @@ from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.graph import name_of
 from sparse_onnx.model.metadata_keys import MODULE_KEY
 from sparse_onnx.model.stored_weights import rows_at_once, rows_of, sparse_nodes, sparsity_of, stored_weights
+from sparse_onnx.passes.patterns.rounded import rounded_dtype
 from sparse_onnx.running.machine_load import OtherLoad
 from sparse_onnx.running.runtime import of_our_making, open_runner, open_session
 from sparse_onnx.running.workbench import Workbench
@@ -176,7 +177,7 @@ def cut_layer(
 ) -> tuple[ir.Model, Feeds]:
     """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
 
-    ``shapes`` are those of the inputs, which may contain a value twice. An input of int32 has the lengths of sequences,
+    ``shapes`` are those of the inputs, which may contain a value twice. An input of 8 bits stays one. One of int32 has the lengths of sequences,
     whose steps are the first axis of the first input: they are all of full length.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
@@ -190,9 +191,10 @@ def cut_layer(
         for value in node.outputs:
             value.shape = None  # with the symbols of the whole model, which are numbers here
     specs = []
-    for source, shape in zip(part.graph.inputs, distinct.values(), strict=True):
+    for whole, source in zip(distinct, part.graph.inputs, strict=True):
+        shape = distinct[whole]
         source.shape = ir.Shape(shape)
-        dtype = ir.DataType.INT32 if source.dtype == ir.DataType.INT32 else ir.DataType.FLOAT
+        dtype = ir.DataType.INT32 if source.dtype == ir.DataType.INT32 else rounded_dtype(whole)
         source.type = ir.TensorType(dtype)
         specs.append(InputSpec(source.name or "", dtype.numpy(), shape, None))
     for output in part.graph.outputs:

@@ -38,7 +38,7 @@ struct TokenEnd {
       const size_t channel = block * w.block + n;
       const bool there = channel < w.N;
       scales[n] = there ? load_float(w.scales + 4 * channel) : 0.0f;
-      bias[n] = there ? load_float(w.bias + 4 * channel) : 0.0f;
+      bias[n] = there && w.grid.size == 0 ? load_float(w.bias + 4 * channel) : 0.0f;
       sums[n] = there ? sum_word(w.sums[channel]) : 0;
     }
   }
@@ -267,6 +267,24 @@ void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
 template <size_t kLanes, size_t kVectors, size_t kSets>
 void multiply_bytes(const Weight& w, size_t block, const ByteSteps& steps, const int32_t* panel, float* acc) {
   multiply_any<kLanes, kVectors, kSets>(w, block, panel, ByteEnd(w, block, steps), acc);
+}
+
+template <size_t kLanes, size_t kVectors>
+void settle(const Weight& w, size_t block, size_t channels, float* acc) {
+  // Of a number within +-2^22, what is left of the sum are whole ones, to the nearest, ties to even.
+  const Vector<kLanes> large = splat<kLanes>(12582912.0f), inverse = splat<kLanes>(1.0f / w.grid.size);
+  const Vector<kLanes> low = splat<kLanes>(w.grid.low), high = splat<kLanes>(w.grid.high);
+  const Vector<kLanes> size = splat<kLanes>(w.grid.size);
+  for (size_t n = 0; n < channels; ++n) {
+    const Vector<kLanes> bias = splat<kLanes>(load_float(w.bias + 4 * (block * w.block + n)));
+    float* row = acc + n * kLanes * kVectors;
+#pragma GCC unroll 16
+    for (size_t v = 0; v < kVectors; ++v, row += kLanes) {
+      const Vector<kLanes> ratio = load<kLanes>(row) * inverse;
+      const Vector<kLanes> inside = maximum<kLanes>(minimum<kLanes>(ratio, high), low);
+      store<kLanes>(row, (inside + large - large) * size + bias);
+    }
+  }
 }
 
 }  // namespace

@@ -11,9 +11,16 @@ namespace {
 
 template <size_t kLanes, size_t kVectors, size_t kSets>
 constexpr Kernel make_kernel(const KernelRow& row) {
-  return {agreed(row, kLanes, kLanes * kVectors), round<kLanes, kVectors>, multiply<kLanes, kVectors, kSets>,
-          interleave<kLanes>, kMiddleBytes, multiply_bytes<kLanes, kVectors, kSets>,
-          spmm::activate<kLanes>, spmm::store_tokens<kLanes, kLanes * kVectors>};
+  return {agreed(row, kLanes, kLanes * kVectors),
+          round<kLanes, kVectors>,
+          pack<kLanes, kVectors>,
+          multiply<kLanes, kVectors, kSets>,
+          interleave<kLanes>,
+          kMiddleBytes,
+          multiply_bytes<kLanes, kVectors, kSets>,
+          settle<kLanes, kVectors>,
+          spmm::activate<kLanes>,
+          spmm::store_tokens<kLanes, kLanes * kVectors>};
 }
 
 }  // namespace

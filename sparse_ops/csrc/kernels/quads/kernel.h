@@ -1,5 +1,6 @@
-// What one kernel for Y = act(round(X) . W + bias) is, with X rounded to 8 bits token by token and W of int8
-// with a scale for each output: plain data, so that sources compiled for wide vectors may include it.
+// What one kernel for Y = act(round(X) . W + bias) is, with X rounded to 8 bits token by token, or given as bytes
+// that all stand for steps of one size, and W of int8 with a scale for each output: plain data, so that sources
+// compiled for wide vectors may include it.
 //
 // W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs of
 // one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by
@@ -20,6 +21,12 @@ using spmm::Activation;
 // The largest number of inputs, so that no sum, and no part of what corrects it, leaves 32 bits.
 constexpr size_t kMaxInputs = 32764;
 
+// Of which products are rounded to a multiple, between two whole ones, before the bias is added.
+struct Grid {
+  float size = 0;  // 0: they are not
+  float low = 0, high = 0;  // multiples, within +-2^16
+};
+
 // A weight whose arrays were checked (formats/int8_quads.h). Nothing is owned, and `scales` and `bias` may have
 // any alignment.
 struct Weight {
@@ -37,7 +44,16 @@ struct Weight {
   const unsigned char* scales;  // float32 [N]
   const unsigned char* bias;  // float32 [N]
   Activation activation;
+  Grid grid;
   bool wide;  // some integer is beyond -64..64: two products of bytes need more than 16 bits
+};
+
+// X as bytes: each stands for (byte - zero) * size; signed ones, in two's complement, are 128 less than that byte.
+struct Bytes {
+  const unsigned char* data;
+  bool is_signed;
+  int32_t zero;  // 0..255: of the bytes as they are without a sign
+  float size;
 };
 
 // Segments without a missing quad that are computed together.
@@ -68,8 +84,11 @@ struct Kernel : KernelRow {
   // K], tokens <= tile; the columns of missing tokens hold anything that can be multiplied.
   void (*round)(const Weight& weight, const float* x, size_t tokens, size_t first, int32_t* panel);
 
-  // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned. Rows of
-  // outputs behind N hold anything.
+  // The same of tokens that are bytes, the first of them at `x`.
+  void (*pack)(const Weight& weight, const Bytes& x, size_t tokens, size_t first, int32_t* panel);
+
+  // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned; of a weight with
+  // a grid without the bias. Rows of outputs behind N hold anything.
   void (*multiply)(const Weight& weight, size_t block, const int32_t* panel, float* acc);
 
   // Four rows of `count` bytes to words with a byte of each, xored with `flip` and what this kernel's products take.
@@ -80,6 +99,9 @@ struct Kernel : KernelRow {
   // aligned. The panel needs no rows behind its quads.
   void (*multiply_bytes)(const Weight& weight, size_t block, const ByteSteps& steps, const int32_t* panel,
                          float* acc);
+
+  // Round the first `channels` rows of such a block to the weight's grid, and add the bias.
+  void (*settle)(const Weight& weight, size_t block, size_t channels, float* acc);
 
   // `size` numbers in place; as many as a vector has may be touched behind them.
   void (*activate)(Activation activation, float* data, size_t size);

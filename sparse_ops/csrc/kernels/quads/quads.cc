@@ -24,7 +24,8 @@ size_t panel_size(const Kernel& kernel, const Weight& weight) {
 struct Strip {
   const Plan& plan;
   const Weight& weight;
-  const float* x;  // [plan.tokens, K]
+  const float* floats;  // [plan.tokens, K], or nullptr:
+  Bytes bytes;          // of the same shape
   float* y;
   int32_t* panels;
   size_t first, count;  // among all
@@ -41,7 +42,11 @@ struct Strip {
   void round(size_t tile, size_t group) const {
     const Kernel& own = kernel(tile);
     if (group * kGroup >= own.tile) return;
-    own.round(weight, x + row(tile) * weight.K, in_tile(tile), group * kGroup, panel(tile));
+    const size_t at = row(tile) * weight.K;
+    if (floats != nullptr) return own.round(weight, floats + at, in_tile(tile), group * kGroup, panel(tile));
+    Bytes of_tile = bytes;
+    of_tile.data += at;
+    own.pack(weight, of_tile, in_tile(tile), group * kGroup, panel(tile));
   }
 
   void multiply(size_t tile, size_t block) const {
@@ -49,6 +54,7 @@ struct Strip {
     const Kernel& own = kernel(tile);
     const size_t begin = block * weight.block, channels = std::min(weight.block, weight.N - begin);
     own.multiply(weight, block, panel(tile), acc);
+    if (weight.grid.size != 0) own.settle(weight, block, channels, acc);
     own.activate(weight.activation, acc, channels * own.tile);
     own.store_tokens(acc, channels, in_tile(tile), weight.N, y + row(tile) * weight.N + begin);
   }
@@ -90,6 +96,19 @@ Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kern
   const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
   const size_t at_once = std::min(wanted, std::max<size_t>(1, divide_up(tokens, full.tile)));
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
+}
+
+bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes, float* y, void* scratch,
+         Workers& workers) {
+  auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
+  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
+    const size_t count = std::min(plan.strip, plan.tokens - first);
+    Strip strip{plan, weight, floats, bytes, y, panels, first, count};
+    const size_t tiles = strip.tiles();
+    if (!workers.run(tiles * strip.groups(), round_task, &strip)) return false;
+    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -136,14 +155,11 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t
 }
 
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
-  auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
-  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
-    Strip strip{plan, weight, x, y, panels, first, std::min(plan.strip, plan.tokens - first)};
-    const size_t tiles = strip.tiles();
-    if (!workers.run(tiles * strip.groups(), round_task, &strip)) return false;
-    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
-  }
-  return true;
+  return run(plan, weight, x, {}, y, scratch, workers);
+}
+
+bool run(const Plan& plan, const Weight& weight, const Bytes& x, float* y, void* scratch, Workers& workers) {
+  return run(plan, weight, nullptr, x, y, scratch, workers);
 }
 
 }  // namespace sparse_ops::quads

@@ -1,4 +1,4 @@
-// Choosing kernels and running them over all tokens: Y = act(round(X) . W + bias).
+// Choosing kernels and running them over all tokens: Y = act(round(X) . W + bias), X floats or bytes.
 #pragma once
 
 #include <cstddef>
@@ -40,5 +40,6 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t
 
 // `x` [tokens, K] to `y` [tokens, N], both row-major. False only if `workers` failed.
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);
+bool run(const Plan& plan, const Weight& weight, const Bytes& x, float* y, void* scratch, Workers& workers);
 
 }  // namespace sparse_ops::quads

@@ -32,6 +32,14 @@ void round(const Weight& w, const float* x, size_t, size_t, int32_t* panel) {
   std::memcpy(panel + quads + 1, &stored, sizeof(stored));
 }
 
+void pack(const Weight& w, const Bytes& x, size_t, size_t, int32_t* panel) {
+  std::memset(panel, 0, w.quads * sizeof(int32_t));
+  auto* bytes = reinterpret_cast<unsigned char*>(panel);
+  for (size_t k = 0; k < w.K; ++k) bytes[k] = static_cast<unsigned char>(x.data[k] + (x.is_signed ? 128 : 0));
+  panel[w.quads] = x.zero;
+  std::memcpy(panel + w.quads + 1, &x.size, sizeof(x.size));
+}
+
 float number(const unsigned char* from, size_t index) {
   float value;
   std::memcpy(&value, from + index * sizeof(value), sizeof(value));
@@ -68,8 +76,17 @@ void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
   for (size_t n = 0; n < w.block && block * w.block + n < w.N; ++n) {
     const size_t channel = block * w.block + n;
     const int64_t exact = sums.products[n] - panel[w.quads] * sums.weights[n];
-    acc[n] = static_cast<float>(static_cast<double>(exact) * step * number(w.scales, channel) +
-                                number(w.bias, channel));
+    const double product = static_cast<double>(exact) * step * number(w.scales, channel);
+    acc[n] = static_cast<float>(w.grid.size == 0 ? product + number(w.bias, channel) : product);
+  }
+}
+
+void settle(const Weight& w, size_t block, size_t channels, float* acc) {
+  for (size_t n = 0; n < channels; ++n) {
+    const float ratio = acc[n] * (1.0f / w.grid.size);
+    const float inside = ratio < w.grid.high ? ratio : w.grid.high;
+    acc[n] = std::nearbyint(inside > w.grid.low ? inside : w.grid.low) * w.grid.size +
+             number(w.bias, block * w.block + n);
   }
 }
 
@@ -102,6 +119,7 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
 
 }  // namespace
 
-constexpr Kernel reference = {agreed(row::reference, 1, 1), round, multiply, interleave, 0, multiply_bytes, activate, store_tokens};
+constexpr Kernel reference = {agreed(row::reference, 1, 1), round, pack, multiply, interleave, 0, multiply_bytes,
+                              settle, activate, store_tokens};
 
 }  // namespace sparse_ops::quads

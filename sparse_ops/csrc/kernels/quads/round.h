@@ -85,16 +85,13 @@ inline void round_some(const float* x, size_t count, const Steps& steps, unsigne
 // Inputs that are rounded before they are packed.
 constexpr size_t kPiece = 256;
 
-// Columns first..first + kColumns - 1: few, so that their tokens are still in the first-level cache when they
-// are read once more.
-template <size_t kLanes, size_t kColumns>
-inline void round_columns(const Weight& w, const float* x, size_t tokens, size_t first, size_t tile,
-                          int32_t* panel) {
-  const size_t K = w.K, quads = w.quads, left = first < tokens ? tokens - first : 0;
-  const size_t present = left < kColumns ? left : kColumns;
-  Steps steps[kColumns] = {};
+// Columns first..first + kColumns - 1 of a panel: of the first `present` ones with these steps, `write(t, begin,
+// count, to)` makes bytes of `count` numbers that begin at `begin`, with room for kPiece.
+template <size_t kColumns, class Write>
+inline void fill_columns(const Weight& w, const Steps* steps, size_t present, size_t first, size_t tile,
+                         int32_t* panel, const Write& write) {
+  const size_t K = w.K, quads = w.quads;
   for (size_t t = 0; t < kColumns; ++t) {
-    if (t < present) steps[t] = steps_of<(kLanes > 8 ? 8 : kLanes)>(x + (first + t) * K, K);
     const int32_t zero = zero_word(steps[t].zero);
     __builtin_memcpy(panel + quads * tile + first + t, &zero, sizeof(zero));
     __builtin_memcpy(panel + (quads + 1) * tile + first + t, &steps[t].size, sizeof(float));
@@ -109,7 +106,7 @@ inline void round_columns(const Weight& w, const float* x, size_t tokens, size_t
   for (size_t begin = 0; begin < K; begin += kPiece) {
     const size_t count = K - begin < kPiece ? K - begin : kPiece;
     for (size_t t = 0; t < present; ++t) {
-      round_some(x + (first + t) * K + begin, count, steps[t], reinterpret_cast<unsigned char*>(words[t]));
+      write(t, begin, count, reinterpret_cast<unsigned char*>(words[t]));
     }
     const size_t rows = (count + 3) / 4;
     float* to = reinterpret_cast<float*>(panel) + begin / 4 * tile + first;
@@ -124,11 +121,40 @@ inline void round_columns(const Weight& w, const float* x, size_t tokens, size_t
   }
 }
 
+// Of kColumns tokens from `first` on, those that there are.
+template <size_t kColumns>
+inline size_t present_of(size_t tokens, size_t first) {
+  const size_t left = first < tokens ? tokens - first : 0;
+  return left < kColumns ? left : kColumns;
+}
+
+// Few columns at a time, so that their tokens are still in the first-level cache when they are read once more.
 template <size_t kLanes, size_t kVectors>
-void round(const Weight& weight, const float* x, size_t tokens, size_t first, int32_t* panel) {
+void round(const Weight& w, const float* x, size_t tokens, size_t first, int32_t* panel) {
   constexpr size_t kTile = kLanes * kVectors, kColumns = kLanes < 8 ? kLanes : 8;
-  for (size_t t = first; t < first + kGroup && t < kTile; t += kColumns) {
-    round_columns<kLanes, kColumns>(weight, x, tokens, t, kTile, panel);
+  for (size_t from = first; from < first + kGroup && from < kTile; from += kColumns) {
+    const size_t present = present_of<kColumns>(tokens, from);
+    Steps steps[kColumns] = {};
+    for (size_t t = 0; t < present; ++t) steps[t] = steps_of<(kLanes > 8 ? 8 : kLanes)>(x + (from + t) * w.K, w.K);
+    fill_columns<kColumns>(w, steps, present, from, kTile, panel,
+                           [&](size_t t, size_t begin, size_t count, unsigned char* to) {
+                             round_some(x + (from + t) * w.K + begin, count, steps[t], to);
+                           });
+  }
+}
+
+template <size_t kLanes, size_t kVectors>
+void pack(const Weight& w, const Bytes& x, size_t tokens, size_t first, int32_t* panel) {
+  constexpr size_t kTile = kLanes * kVectors, kColumns = kLanes < 8 ? kLanes : 8;
+  const auto flip = static_cast<unsigned char>((x.is_signed ? 128 : 0) ^ kMiddle);
+  Steps steps[kColumns];
+  for (Steps& own : steps) own = {x.size, 0, x.zero};
+  for (size_t from = first; from < first + kGroup && from < kTile; from += kColumns) {
+    fill_columns<kColumns>(w, steps, present_of<kColumns>(tokens, from), from, kTile, panel,
+                           [&](size_t t, size_t begin, size_t count, unsigned char* to) {
+                             const unsigned char* byte = x.data + (from + t) * w.K + begin;
+                             for (size_t k = 0; k < count; ++k) to[k] = byte[k] ^ flip;
+                           });
   }
 }
 

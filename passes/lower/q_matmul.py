@@ -1,0 +1,95 @@
+"""Lower linears of integers, as quantizers write them, to our products of integers: the arithmetic of the graph itself.
+
+::
+
+    Before                                          After
+
+    x = DequantizeLinear(q)                         Y = sparse_onnx.SparseQMatMulGelu<K, N, ..., grids>(q, stored
+    W = DequantizeLinear(v)                                 parts of v, bias)
+    h = MatMul(x, W)
+    g = DequantizeLinear(QuantizeLinear(h))
+    Y = Gelu(Add(g, bias))
+
+q are the integers that the graph has there already, so that linears of one input share how it is rounded, and all sums
+are those of the graph; g stays on its grid. See :mod:`sparse_onnx.sparse_ops.ops.q_matmul`. With ``SparseQMatMul`` four
+neighbouring inputs whose weights for an output are all zero are neither stored nor multiplied. Against ONNX Runtime's
+own products of integers, the guard measures it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from sparse_onnx.model.graph import add_function
+from sparse_onnx.model.integer_grid import IntegerGrid
+from sparse_onnx.model.shapes import Shapes
+from sparse_onnx.model.weights import Weight
+from sparse_onnx.passes.base import PassContext
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerEncoded
+from sparse_onnx.passes.lower.forms import Form
+from sparse_onnx.passes.lower.int8_matmul import (
+    SparseInt8Form,
+    pack_bytes,
+    reason_against_quads,
+    share_of_quads,
+)
+from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, Packer
+from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
+from sparse_onnx.passes.patterns.linear import Linear
+from sparse_onnx.passes.patterns.q_linear import match_q_linear
+from sparse_onnx.progress import Progress
+from sparse_onnx.sparse_ops.domain import VERSION
+from sparse_onnx.sparse_ops.ops import q_matmul
+
+__all__ = ["LowerQMatMul", "LowerSparseQMatMul"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerQMatMul(LowerEncoded):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.q-matmul"
+    dense: ClassVar[bool] = True
+
+    @classmethod
+    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
+        return match_q_linear(weight, node, graph, shapes)
+
+    @classmethod
+    def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
+        return reason_against_quads(grid) or EncodedForm("int8-static", cls)
+
+    @classmethod
+    def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
+        """Nothing: the graph itself rounds the input."""
+
+    def put(
+        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
+    ) -> None:
+        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
+        lowerer = Lowerer(model, context)
+        for candidate in candidates:
+            lowerer.lower(
+                candidate, pack_bytes(candidate.weight, context, q_matmul.op_type_of, dense=self.dense)
+            )
+            packing.step()
+        for op_type in sorted(lowerer.op_types):
+            add_function(model, q_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSparseQMatMul(LowerQMatMul):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "lower.sparse-q-matmul"
+    dense: ClassVar[bool] = False
+
+    @classmethod
+    def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
+        return reason_against_quads(grid) or SparseInt8Form(
+            "int8-static-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
+        )
