@@ -32,7 +32,7 @@ import numpy as np
 from sparse_onnx.sparse_ops.formats.base import FormatError, Part
 from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, ENTRY_STARTS, GROUP_STARTS, PackedWeight
 
-__all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "pack_dense", "pack_quads", "parts"]
+__all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "even", "pack_dense", "pack_quads", "parts"]
 
 MAX_INPUTS = 32764
 SIZES = ("K", "N", "chunk", "block")
@@ -153,7 +153,7 @@ def _checked(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return padded.reshape(-1, _QUAD, N).transpose(0, 2, 1)
 
 
-def _even(size: int, most: int, step: int = 1) -> int:
+def even(size: int, most: int, step: int = 1) -> int:
     """The smallest multiple of ``step`` that cuts ``size`` into as many parts as ``most`` does."""
     return -(-size // (-(-size // most)) // step) * step
 
@@ -167,7 +167,7 @@ def pack_quads(
     """
     quads = _checked(integers, scales)
     count, N, _ = quads.shape
-    chunk, block = chunk or _even(count, _CHUNK), block or _even(N, _BLOCK)
+    chunk, block = chunk or even(count, _CHUNK), block or even(N, _BLOCK)
     there = np.asarray(quads.any(axis=2), np.float32)
     packed = CHUNKED_CSC.pack(there, chunk=chunk, block=block, width=1)
     k, n = packed.places()
@@ -184,7 +184,7 @@ def pack_dense(
     """As :func:`pack_quads`, with all quads; ``block`` must be a multiple of 4."""
     quads = _checked(integers, scales)
     count, N, _ = quads.shape
-    chunk, block = chunk or _even(count, _CHUNK), block or _even(N, _BLOCK, _FULL_ROWS)
+    chunk, block = chunk or even(count, _CHUNK), block or even(N, _BLOCK, _FULL_ROWS)
     chunks, blocks = -(-count // chunk), -(-N // block)
     whole = np.zeros((chunks * chunk, blocks * block, _QUAD), np.int8)
     whole[:count, :N] = quads

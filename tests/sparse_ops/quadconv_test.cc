@@ -218,6 +218,7 @@ const Case kCases[] = {
     {1, 3, 1, 129, 2, one, one, 1, 1, 2, 0.5},
     {1, 40, 5, 5, 70, three, three, 1, 30, 64, 0.1},
     {1, 8, 60, 70, 5, three, half, 1, 18, 5, 0.5},
+    {2, 5, 0, 4, 3, far, far, 1, 9, 3, 0.8},
 };
 
 void test_all_kernels() {

@@ -164,13 +164,18 @@ InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const
   return x;
 }
 
-ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                           size_t K) {
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where) {
   ByteTensor x{};
   OrtElementType type = ORT_UNDEFINED;
   x.data = static_cast<const unsigned char*>(input(api, context, 0, x.value, x.dims, x.elements, &type));
   if (type != ORT_INT8 && type != ORT_UINT8) throw InvalidError{where + ": input X is neither int8 nor uint8"};
   x.is_signed = type == ORT_INT8;
+  return x;
+}
+
+ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                           size_t K) {
+  ByteTensor x = byte_input(api, context, where);
   expect_rows(x.dims, where, K);
   return x;
 }
@@ -183,13 +188,26 @@ IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, 
   return tensor;
 }
 
-float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
-                    const std::vector<int64_t>& dims) {
+namespace {
+
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims) {
   OrtValue* value = nullptr;
   check_status(api.KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
   void* data = nullptr;
   check_status(api.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
+}
+
+}  // namespace
+
+float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                    const std::vector<int64_t>& dims) {
+  return static_cast<float*>(output(api, context, index, dims));
+}
+
+unsigned char* byte_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                           const std::vector<int64_t>& dims) {
+  return static_cast<unsigned char*>(output(api, context, index, dims));
 }
 
 std::string text_of(const std::vector<int64_t>& dims) {
@@ -240,7 +258,7 @@ bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t 
 }
 
 void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
-                      SymbolicShape shape) {
+                      SymbolicShape shape, OrtElementType type) {
   // The runtime would store an unknown dimension without a name as the number -1, which then spreads as if it
   // were a size. A name of its own keeps it unknown, and different from every other.
   static std::atomic<uint64_t> unknown{0};
@@ -255,7 +273,7 @@ void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, si
   }
   Owned<OrtTensorTypeAndShapeInfo> info(api.ReleaseTensorTypeAndShapeInfo);
   check_status(api.CreateTensorTypeAndShapeInfo(info.out()));
-  check_status(api.SetTensorElementType(info.get(), ORT_FLOAT));
+  check_status(api.SetTensorElementType(info.get(), type));
   check_status(api.SetDimensions(info.get(), shape.dims.data(), rank));
   check_status(api.SetSymbolicDimensions(info.get(), names.data(), rank));
   check_status(api.ShapeInferContext_SetOutputTypeShape(context, index, info.get()));

@@ -69,7 +69,7 @@ struct InputTensor {
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 // The first one, X [..., K], of the operator that `where` names.
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
-// The same of bytes, with or without a sign.
+// One of bytes, with or without a sign.
 struct ByteTensor {
   const OrtValue* value;
   std::vector<int64_t> dims;
@@ -77,6 +77,7 @@ struct ByteTensor {
   const unsigned char* data;
   bool is_signed;
 };
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where);
 ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
 // The same of int32.
 struct IntegerTensor {
@@ -86,6 +87,8 @@ struct IntegerTensor {
 IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
                     const std::vector<int64_t>& dims);
+unsigned char* byte_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                           const std::vector<int64_t>& dims);
 
 // "[2, 3]"
 std::string text_of(const std::vector<int64_t>& dims);
@@ -134,7 +137,7 @@ struct SymbolicShape {
 // False if not even the rank is known.
 bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index, SymbolicShape& shape);
 void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
-                      SymbolicShape shape);
+                      SymbolicShape shape, OrtElementType type = ORT_FLOAT);
 int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name);
 std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
                                         const char* name);

@@ -110,7 +110,7 @@ void panel_task(void* context, size_t index) {
   const size_t begin = slice * strip.slice, end = std::min(begin + strip.slice, fours);
   const quads::Kernel& kernel = strip.kernel(tile);
   int32_t* panel = strip.panel(tile, group);
-  if (strip.plan.words > 0) {
+  if (strip.plan.gathers) {
     spconv::Source source = strip.source;
     source.x += group * fours * source.height * source.width;
     return spconv::gather(source, strip.runs(tile, strip.plan.out_height, strip.plan.out_width), begin, end,
@@ -191,13 +191,55 @@ Plan plan_of(const Convolution& c, size_t images, size_t height, size_t width, c
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
   const size_t strip = std::min({wanted, possible, tiles});
-  const size_t words =
-      is_pointwise(c) ? 0 : round_up(images * c.group * c.fours() * height * width, kCacheLine / sizeof(int32_t));
-  return {&full, &last, images, height, width, out_height, out_width, words, strip,
+  const bool gathers = !is_pointwise(c);
+  const size_t elements = images * c.group * c.fours() * height * width;
+  const size_t words = gathers ? round_up(elements, kCacheLine / sizeof(int32_t)) : 0;
+  return {&full, &last, images, height, width, out_height, out_width, gathers, words, strip,
           strip * panel_bytes + words * sizeof(int32_t) + kCacheLine};
 }
 
+// Whether a weight of a channel that is not there is not 0.
+bool has_weights_of_padding(const Convolution& c) {
+  const quads::Weight& w = c.weight;
+  const size_t last = c.fours() - 1, present = c.channels - 4 * last;
+  size_t entry = 0;
+  const uint8_t* count = w.counts;
+  for (size_t block = 0; block < w.blocks; ++block) {
+    for (size_t s = 0; s < w.chunks * w.block; ++s, ++count) {
+      for (const size_t end = entry + *count; entry < end; ++entry) {
+        if ((s / w.block * w.chunk + w.offsets[entry]) / c.taps() != last) continue;
+        for (size_t i = present; i < 4; ++i) {
+          if (w.values[4 * entry + i] != 0) return true;
+        }
+      }
+    }
+  }
+  return false;
+}
+
 }  // namespace
+
+std::string check(const Convolution& c) {
+  const quads::Weight& w = c.weight;
+  const size_t taps = c.taps();  // windows are small
+  if (w.K % 4 != 0 || w.K / 4 % taps != 0 || w.K / 4 / taps != divide_up(c.channels, 4)) {
+    return "attribute K is " + std::to_string(w.K) + ", expected " + std::to_string(taps) + " taps of " +
+           std::to_string(c.channels) + " channels in fours";
+  }
+  size_t all;
+  if (__builtin_mul_overflow(c.channels, c.group, &all) || all > size_t{1} << 48) {
+    return "attributes K and group are too large";
+  }
+  for (size_t n = 0; n < w.N; ++n) {
+    int32_t bias;
+    std::memcpy(&bias, w.bias + n * sizeof(bias), sizeof(bias));
+    if (bias < -quads::kMaxBias || bias > quads::kMaxBias) {
+      return "bias[" + std::to_string(n) + "] is " + std::to_string(bias) + ", expected at most " +
+             std::to_string(quads::kMaxBias) + " on either side of 0";
+    }
+  }
+  return has_weights_of_padding(c) ? "values has weights of channels that are not there" : "";
+}
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Features features,
                size_t threads) {
@@ -219,7 +261,7 @@ bool run(const Plan& plan, const Convolution& conv, const unsigned char* x, unsi
   const size_t fours = conv.fours(), map = plan.height * plan.width;
   auto* memory = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   int32_t* panels = memory + plan.words;
-  if (plan.words > 0) {
+  if (plan.words > 0) {  // none: all that is seen is padding
     Words words{plan, conv, x, memory, std::max<size_t>(1, kSliceWords / map)};
     if (!workers.run(divide_up(words.planes(), words.slice), words_task, &words)) return false;
   }

@@ -5,6 +5,8 @@
 // multiplies. Words are made once for every element of X: where the window is one element, in the panel itself.
 #pragma once
 
+#include <string>
+
 #include "kernels/quads/quads.h"
 #include "kernels/spconv/spconv.h"
 
@@ -26,6 +28,10 @@ struct Convolution {
   size_t fours() const { return weight.K / 4 / taps(); }  // of the channels of a group
 };
 
+// What is wrong with numbers that do not fit each other, of which those of the window, the weight and the steps are
+// known to be good; or "".
+std::string check(const Convolution& convolution);
+
 // The sizes of one call, and which kernels it uses. Full tiles come first; the last, partial one may have
 // another kernel.
 struct Plan {
@@ -33,7 +39,8 @@ struct Plan {
   const quads::Kernel* last;
   size_t images, height, width;  // of X
   size_t out_height, out_width;  // of Y
-  size_t words;                  // of X, as they are gathered from; 0 where none are needed
+  bool gathers;                  // panels from words of all of X, not from X itself
+  size_t words;                  // of X, if so
   size_t strip;                  // tiles whose panels are in memory at a time
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
