@@ -23,7 +23,8 @@ from sparse_onnx.model.weights import LINEARS, Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import Candidate, Lowering, Packer, match_layers
-from sparse_onnx.passes.patterns.linear import Linear, match_linear
+from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.formats.base import Outputs
 
@@ -86,6 +87,8 @@ class LowerEncoded(Lowering):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "linear"
+    op_types: ClassVar[tuple[str, ...]] = LINEARS
+    """Of the layers that it looks at."""
 
     min_sparsity: float = 0.0
 
@@ -100,18 +103,18 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
-    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
+    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Layer | str:
         """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
         return match_linear(weight, node, graph, shapes)
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, LINEARS, encoded=True, integers=False)
+        weights, _ = find_weights(model, cls.op_types, encoded=True, integers=False)
         shapes = Shapes(model)
         encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
         declined: list[tuple[str, str]] = []
         found = []
-        for weight, linears in match_layers(
+        for weight, layers in match_layers(
             encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
             grid = read_grid(weight)
@@ -120,7 +123,7 @@ class LowerEncoded(Lowering):
             if isinstance(form, str):
                 declined.append((weight.name, form))
             else:
-                found.append(Candidate(weight, linears, cls.kind, (form,)))
+                found.append(Candidate(weight, layers, cls.kind, (form,)))
         return found, declined
 
     @classmethod

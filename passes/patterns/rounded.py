@@ -3,6 +3,7 @@
 ::
 
     q ── DequantizeLinear(scale, zero_point) ── x                     x is integers of 8 bits
+    h ── QuantizeLinear(scale, zero_point) ── q                       h becomes such
     h ── QuantizeLinear ── DequantizeLinear ── g                      h is rounded in passing
 
 with one constant, positive scale for all of the value, and a constant zero point or none.
@@ -20,7 +21,7 @@ from sparse_onnx.model.constants import constant_array, constant_tensor
 from sparse_onnx.model.graph import input_at, is_standard, producer
 from sparse_onnx.passes.patterns.match import only_user
 
-__all__ = ["BYTES", "Rounded", "dequantized", "rounded_dtype", "rounded_in_passing"]
+__all__ = ["BYTES", "Rounded", "dequantized", "quantized", "rounded_dtype", "rounded_in_passing"]
 
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 
@@ -67,6 +68,20 @@ def dequantized(x: ir.Value | None) -> Rounded | str:
     integers = node.inputs[0]
     assert integers is not None
     return Rounded(integers, dtype, scale, zero_point, (node,), x)
+
+
+def quantized(h: ir.Value) -> Rounded | str:
+    """The integers of 8 bits that alone are made of ``h``, with ``h`` as ``output``; or why there are none."""
+    node = only_user(h, "QuantizeLinear")
+    if node is None or node.inputs[0] is not h or node.attributes.get_int("saturate", 1) != 1:
+        return "its result is not rounded, or is read as it is, too"
+    grid = _grid(node)
+    if isinstance(grid, str):
+        return f"its result {grid}"
+    scale, zero_point, dtype = grid
+    if dtype not in BYTES:
+        return f"its result has integers of {dtype.name}, not of 8 bits"
+    return Rounded(node.outputs[0], dtype, scale, zero_point, (node,), h)
 
 
 def rounded_in_passing(h: ir.Value) -> Rounded | None:
