@@ -100,7 +100,11 @@ def rounded_in_passing(h: ir.Value) -> Rounded | None:
 
 
 def rounded_dtype(value: ir.Value) -> ir.DataType:
-    """The type of the integers of 8 bits that ``value`` has; FLOAT if nothing reads it as such."""
+    """The type of the integers of 8 bits that ``value`` has; FLOAT if nothing makes or reads it as such."""
+    if (maker := producer(value, "QuantizeLinear")) is not None:
+        grid = _grid(maker)
+        if not isinstance(grid, str) and grid[2] in BYTES:
+            return grid[2]
     for user, index in value.uses():
         if index == 0 and is_standard(user, "DequantizeLinear"):
             found = dequantized(user.outputs[0])
