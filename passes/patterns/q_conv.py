@@ -52,7 +52,10 @@ class QConvolution(Layer):
 
     @property
     def inputs(self) -> tuple[ir.Value, ...]:
-        return (self.x.integers,)
+        (dequantize,) = self.x.nodes  # what it reads may come from another layer by now
+        integers = dequantize.inputs[0]
+        assert integers is not None
+        return (integers,)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -117,9 +120,7 @@ def match_q_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     if isinstance(added, str):
         return added
     limits = (_step(low, y), _step(high, y))
-    return QConvolution(
-        weight, (*nodes, *y.nodes), None, "none", y.integers, window, x, y, limits, added
-    )
+    return QConvolution(weight, (*nodes, *y.nodes), None, "none", y.integers, window, x, y, limits, added)
 
 
 def _step(limit: float, y: Rounded) -> int:

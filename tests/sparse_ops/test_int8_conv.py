@@ -46,7 +46,9 @@ def images(*shape, signed=False, seed=3):
 def conv_model(layer_model):
     """The operator as a model; ``attributes`` replace its own."""
 
-    def make(weight, bias, window, grids, channels, *, signed=False, x_shape=None, attributes=None, **options):
+    def make(
+        weight, bias, window, grids, channels, *, signed=False, x_shape=None, attributes=None, **options
+    ):
         proto = layer_model(
             weight,
             bias,
@@ -123,19 +125,16 @@ WINDOWS = {
 @pytest.mark.parametrize("grids", [UNSIGNED, SIGNED], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("signed", [False, True], ids=["to unsigned", "to signed"])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_sessions_compute_what_the_contract_says(
-    name, signed, grids, library, conv_model, open_session
-):
+def test_sessions_compute_what_the_contract_says(name, signed, grids, library, conv_model, open_session):
     window, channels, N = WINDOWS[name]
     low = -128 if signed else 0
-    grids = dataclasses.replace(
-        grids, y_scale=0.15, y_zero_point=low + 40, y_low=low + 40, y_high=low + 250
+    grids = dataclasses.replace(grids, y_scale=0.15, y_zero_point=low + 40, y_low=low + 40, y_high=low + 250)
+    weight, bias = (
+        int8_conv.pack(integers(N, channels, *window.kernel_shape), scales(N), window.group),
+        biases(N),
     )
-    weight, bias = int8_conv.pack(integers(N, channels, *window.kernel_shape), scales(N), window.group), biases(N)
     axes = len(window.kernel_shape)
-    proto = conv_model(
-        weight, bias, window, grids, channels, signed=signed, x_shape=[None] * (2 + axes)
-    )
+    proto = conv_model(weight, bias, window, grids, channels, signed=signed, x_shape=[None] * (2 + axes))
     session = open_session(proto, library=library)
     for batch, sizes in ((1, (9, 11)), (3, (7, 7)), (2, (17, 5))):
         x = images(batch, channels * window.group, *sizes[:axes], signed=grids.x_lowest < 0)
@@ -179,7 +178,9 @@ def test_the_numbers_are_those_of_the_runtime(name, grids, conv_model, open_sess
     """Of its own convolution of integers, ties included: scales are powers of two."""
     window, channels, N = WINDOWS[name]
     low = grids.x_lowest
-    grids = dataclasses.replace(grids, x_scale=2**-6, y_scale=0.5, y_zero_point=low + 11, y_low=low, y_high=low + 255)
+    grids = dataclasses.replace(
+        grids, x_scale=2**-6, y_scale=0.5, y_zero_point=low + 11, y_low=low, y_high=low + 255
+    )
     filters, bias = integers(N, channels, *window.kernel_shape, kept=0.5, most=60), biases(N)
     of_weight = (2.0 ** np.random.default_rng(0).integers(-7, -3, N)).astype(np.float32)
     x_type = onnx.TensorProto.INT8 if low else onnx.TensorProto.UINT8
