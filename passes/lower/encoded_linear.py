@@ -89,6 +89,8 @@ class LowerEncoded(Lowering):
     kind: ClassVar[str] = "linear"
     op_types: ClassVar[tuple[str, ...]] = LINEARS
     """Of the layers that it looks at."""
+    integers: ClassVar[bool] = False
+    """Whether weights of operators on integers are looked at."""
 
     min_sparsity: float = 0.0
 
@@ -109,7 +111,7 @@ class LowerEncoded(Lowering):
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, cls.op_types, encoded=True, integers=False)
+        weights, _ = find_weights(model, cls.op_types, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
         encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
         declined: list[tuple[str, str]] = []

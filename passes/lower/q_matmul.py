@@ -53,6 +53,7 @@ class LowerQMatMul(LowerEncoded):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.q-matmul"
+    integers: ClassVar[bool] = True
     dense: ClassVar[bool] = True
 
     @classmethod

@@ -9,9 +9,9 @@
     h = Conv<...>(x, W, bias)
     p = QuantizeLinear(Relu(h))
 
-The result is what ONNX Runtime's own convolution of integers makes of it, integer by integer: sums are exact, and rounded
-once. Four neighbouring channels whose weights for an output are all zero at a place of the window are neither stored
-nor multiplied. Against ONNX Runtime's, the guard measures it.
+The result is what ONNX Runtime's own convolution of integers makes of it, integer by integer: sums are exact, and
+rounded once. Four neighbouring channels whose weights for an output are all zero at a place of the window are neither
+stored nor multiplied. Against ONNX Runtime's, the guard measures it.
 
 See :mod:`sparse_onnx.sparse_ops.ops.int8_conv`.
 """

@@ -6,8 +6,8 @@ Patterns, x being ``DequantizeLinear`` of integers of 8 bits, and every value in
     Relu(h)       Clip(h, min, max)              or neither; constant limits
     QuantizeLinear(h)                            to integers of 8 bits
 
-The bias is ``DequantizeLinear`` of integers of 32 bits on the grid of the sums: its scale is that of x times that of the
-output. Then all of it is integers, and the activation is a limit of theirs.
+The bias is ``DequantizeLinear`` of integers of 32 bits on the grid of the sums: its scale is that of x times that of
+the output. Then all of it is integers, and the activation is a limit of theirs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.patterns.conv import match_clip, window_of
 from sparse_onnx.passes.patterns.layer import Layer, Part, place_reason, storage_reason
 from sparse_onnx.passes.patterns.linear import match_relu
-from sparse_onnx.passes.patterns.rounded import Rounded, dequantized, quantized
+from sparse_onnx.passes.patterns.match import only_user
+from sparse_onnx.passes.patterns.rounded import BYTES, grid_of
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops.int8_conv import MAX_BIAS, ByteGrids, op_type_of
 from sparse_onnx.sparse_ops.ops.sparse_conv import Window, outputs_of
@@ -36,13 +37,28 @@ __all__ = ["QConvolution", "match_q_conv"]
 
 
 @dataclasses.dataclass(frozen=True)
+class _Grid:
+    """An integer q of ``dtype``, of 8 bits, stands for (q - ``zero_point``) · ``scale``."""
+
+    scale: float
+    zero_point: int
+    dtype: ir.DataType
+
+    @property
+    def lowest(self) -> int:
+        """The lowest integer that there is."""
+        return int(self.dtype.min)
+
+
+@dataclasses.dataclass(frozen=True)
 class QConvolution(Layer):
-    """A convolution of integers: ``x`` are those that it reads, ``y`` those that it makes, and ``limits`` the lowest and
-    the highest of these; ``added`` is its bias, int32 [N]."""
+    """A convolution of integers on the grid ``x``, of which ``decoder`` makes floats, to others on ``y``; ``limits``
+    are the lowest and the highest of these, and ``added`` is its bias, int32 [N]."""
 
     window: Window
-    x: Rounded
-    y: Rounded
+    decoder: ir.Node
+    x: _Grid
+    y: _Grid
     limits: tuple[int, int]
     added: np.ndarray
 
@@ -52,8 +68,7 @@ class QConvolution(Layer):
 
     @property
     def inputs(self) -> tuple[ir.Value, ...]:
-        (dequantize,) = self.x.nodes  # what it reads may come from another layer by now
-        integers = dequantize.inputs[0]
+        integers = self.decoder.inputs[0]
         assert integers is not None
         return (integers,)
 
@@ -88,10 +103,13 @@ def match_q_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
         return reason
     if len(weight.dims) not in (3, 4):
         return f"has rank {len(weight.dims)}; the sparse kernels take one axis or images: rank 3 or 4"
-    x = dequantized(node.inputs[0])
+    decoder = producer(node.inputs[0], "DequantizeLinear")
+    if decoder is None:
+        return "its input is not rounded"
+    x = _grid(decoder, "input")
     if isinstance(x, str):
         return x
-    if constant_tensor(x.integers) is not None:
+    if constant_tensor(decoder.inputs[0]) is not None:
         return "has a constant activation"
     window = window_of(node, weight, shapes)
     if isinstance(window, str):
@@ -107,7 +125,10 @@ def match_q_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     if activation:
         nodes += activation
         output = activation[-1].outputs[0]
-    y = quantized(output)
+    rounds = only_user(output, "QuantizeLinear")
+    if rounds is None or rounds.inputs[0] is not output or rounds.attributes.get_int("saturate", 1) != 1:
+        return "its result is not rounded, or is read as it is, too"
+    y = _grid(rounds, "result")
     if isinstance(y, str):
         return y
     scales = _scales(weight)
@@ -120,10 +141,32 @@ def match_q_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Sh
     if isinstance(added, str):
         return added
     limits = (_step(low, y), _step(high, y))
-    return QConvolution(weight, (*nodes, *y.nodes), None, "none", y.integers, window, x, y, limits, added)
+    return QConvolution(
+        weight,
+        (*nodes, rounds),
+        None,
+        "none",
+        rounds.outputs[0],
+        window,
+        decoder,
+        x,
+        y,
+        limits,
+        added,
+    )
 
 
-def _step(limit: float, y: Rounded) -> int:
+def _grid(node: ir.Node, what: str) -> _Grid | str:
+    """That of ``node``, or what is wrong with what it takes or makes."""
+    found = grid_of(node)
+    if isinstance(found, str):
+        return f"its {what} {found}"
+    if found[2] not in BYTES:
+        return f"its {what} has integers of {found[2].name}, not of 8 bits"
+    return _Grid(*found)
+
+
+def _step(limit: float, y: _Grid) -> int:
     """The integer that a limit of an activation becomes: what rounds does not change the order."""
     lowest, highest = y.lowest, y.lowest + 255
     if not math.isfinite(limit):

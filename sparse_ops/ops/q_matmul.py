@@ -2,22 +2,24 @@
 
 Signatures (domain ``sparse_onnx``, version 1; one op type per activation, named as those of ``SparseMatMul``)::
 
-    QMatMul<K, N, ..., format, x_scale, ...>(X, ..., bias) -> Y          all weights are stored
-    SparseQMatMul<K, N, ..., format, x_scale, ...>(X, ..., bias) -> Y    quads of inputs without a weight are not
+    QMatMul<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y        all weights are stored
+    SparseQMatMul<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y  quads without a weight are not
 
-===========  ===============  ==============  ================================================================
-name         dtype            shape           meaning
-===========  ===============  ==============  ================================================================
-X            uint8 or int8    [..., K]        rank >= 1; an element stands for (element - x_zero_point) · x_scale
-...                                           the parts and sizes of W, see :mod:`..formats.int8_quads`
-bias         float32          [N]             zeros where the layer has none
-Y            float32          [..., N]
-===========  ===============  ==============  ================================================================
+============  =============  ==============  =======================================================================
+name          dtype          shape           meaning
+============  =============  ==============  =======================================================================
+X             uint8 or int8  [..., K]        rank >= 1; an element stands for (element - x_zero_point) · x_scale
+...                                          the parts and sizes of W, see :mod:`..formats.int8_quads`
+bias          float32        [N]             zeros where the layer has none
+x_scale       float32        [] or [1]       constant, or computed in every run, as is
+x_zero_point  as X           [] or [1]
+Y             float32        [..., N]
+============  =============  ==============  =======================================================================
 
-The attributes are one grid for all of X, and one for products that are rounded before the bias is added::
+The attributes ``grids`` are the lowest number that X may have, which tells its type, and a grid for products that are
+rounded before the bias is added::
 
-    x_scale, x_zero_point     float, and an int in the range of X
-    x_lowest                  int: the lowest number that X may have, 0 or -128, which tells its type
+    x_lowest                  int, 0 or -128
     h_scale                   float: 0, or at least 1e-30
     h_low, h_high             ints, -65535 <= h_low <= h_high <= 65535: how many steps of h_scale there are
 
@@ -26,8 +28,8 @@ The attributes are one grid for all of X, and one for products that are rounded 
     Y = act(g + bias)
 
 That is what ``QuantizeLinear``, of a zero point z in low..high, and ``DequantizeLinear`` make of h, with z less in both
-bounds. `Round` is to the nearest, ties to even; the difference in the outer brackets is exact. All kernels and the body in
-standard operators give the same integers, whatever the processor.
+bounds. `Round` is to the nearest, ties to even; the difference in the outer brackets is exact. All kernels and the body
+in standard operators give the same integers, whatever the processor.
 """
 
 from __future__ import annotations
@@ -45,18 +47,25 @@ from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS, Operator
 from sparse_onnx.sparse_ops.ops.int8_matmul import CORRECTED, PRODUCTS
 
-__all__ = ["OPERATOR", "OP_TYPES", "SMALLEST_STEP", "Grids", "function_body", "op_type_of", "reference"]
+__all__ = [
+    "OPERATOR",
+    "OP_TYPES",
+    "X_SCALE",
+    "X_ZERO_POINT",
+    "Grids",
+    "function_body",
+    "op_type_of",
+    "reference",
+]
 
-SMALLEST_STEP = 1e-30
-"""Of a grid for products."""
+X_SCALE, X_ZERO_POINT = "x_scale", "x_zero_point"
+"""The inputs behind the bias."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grids:
     """The attributes of an operator that describe no weight; see the module's docstring."""
 
-    x_scale: float
-    x_zero_point: int
     x_lowest: int = 0
     h_scale: float = 0.0
     h_low: int = 0
@@ -82,11 +91,17 @@ OP_TYPES = {
 
 
 def reference(
-    x: np.ndarray, weight: Int8Weight, bias: np.ndarray, grids: Grids, activation: str = "none"
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    weight: Int8Weight,
+    bias: np.ndarray,
+    grids: Grids,
+    activation: str = "none",
 ) -> np.ndarray:
     """What the operator computes of integers ``x``, float64 [..., N]: the oracle of the tests."""
-    exact = (x.astype(np.int64) - grids.x_zero_point) @ weight.integers().astype(np.int64)
-    h = exact * np.float64(np.float32(grids.x_scale)) * weight.scales
+    exact = (x.astype(np.int64) - zero_point.astype(np.int64)) @ weight.integers().astype(np.int64)
+    h = exact * scale.astype(np.float64) * weight.scales
     if grids.h_scale:
         step = np.float64(np.float32(grids.h_scale))
         h = np.clip(np.rint(h / step), grids.h_low, grids.h_high) * step
@@ -99,17 +114,15 @@ _BODY = """
     unit = Constant<value = float {{1.0}}>()
     smallest = Constant<value = float {{1e-30}}>()
     lowest = Constant<value_int: int = @x_lowest>()
-    zero_point = Constant<value_int: int = @x_zero_point>()
-    point = Sub(zero_point, lowest)
-    point_32 = Cast<to = 6>(point)
+    zero_point_32 = Cast<to = 6>(x_zero_point)
     lowest_32 = Cast<to = 6>(lowest)
+    point_32 = Sub(zero_point_32, lowest_32)
     X_32 = Cast<to = 6>(X)
     risen = Sub(X_32, lowest_32)
     Q = Cast<to = 2>(risen)
     {products}
     {corrected}
-    size = Constant<value_float: float = @x_scale>()
-    stepped = Mul(floats, size)
+    stepped = Mul(floats, x_scale)
     sized = Mul(stepped, scales)
     h_size = Constant<value_float: float = @h_scale>()
     h_low = Constant<value_int: int = @h_low>()
@@ -133,7 +146,7 @@ _BODY = """
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
     activation, dense = OP_TYPES[op_type]
-    inputs = ("X", *(part.name for part in int8_quads.parts(dense)), BIAS)
+    inputs = ("X", *(part.name for part in int8_quads.parts(dense)), BIAS, X_SCALE, X_ZERO_POINT)
     names = (*int8_quads.SIZES, *(field.name for field in dataclasses.fields(Grids)))
     steps = _BODY.format(
         decoder=int8_quads.decoder(dense),

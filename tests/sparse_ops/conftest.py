@@ -33,6 +33,7 @@ def _model(
     op_type: str = "SparseMatMul",
     *,
     x_shape: Sequence[int | str] | None = ("tokens", None),
+    x_type: int = onnx.TensorProto.FLOAT,
     arrays: Mapping[str, np.ndarray] | None = None,
     attributes: Mapping[str, Any] | None = None,
     inputs: Sequence[str] = (),
@@ -53,7 +54,7 @@ def _model(
         [node],
         "layer",
         [
-            onnx.helper.make_tensor_value_info("X", float32, x_shape),
+            onnx.helper.make_tensor_value_info("X", x_type, x_shape),
             *(
                 onnx.helper.make_tensor_value_info(
                     name, onnx.helper.np_dtype_to_tensor_dtype(stored[name].dtype), stored[name].shape

@@ -20,6 +20,28 @@ struct Exact {
   std::vector<float> steps;
 };
 
+inline void add_products(const RandomQuads& w, const std::vector<int64_t>& rounded, size_t tokens,
+                         std::vector<int64_t>& sums) {
+  size_t entry = 0, segment = 0;
+  const size_t quads = (w.K + 3) / 4;
+  for (size_t first = 0; first < w.N; first += w.block) {
+    for (size_t begin = 0; begin < quads; begin += w.chunk) {
+      for (size_t s = 0; s < w.block; ++s, ++segment) {
+        const size_t count = w.dense ? w.chunk : w.counts[segment];
+        const size_t n = first + (w.dense ? s : w.rows[segment]);
+        for (size_t i = 0; i < count; ++i, ++entry) {
+          const size_t quad = begin + (w.dense ? i : w.offsets[entry]);
+          for (size_t k = 4 * quad; k < std::min(4 * quad + 4, w.K) && n < w.N; ++k) {
+            for (size_t t = 0; t < tokens; ++t) {
+              sums[t * w.N + n] += w.values[4 * entry + k % 4] * rounded[t * w.K + k];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 inline Exact exact(const RandomQuads& w, const std::vector<float>& x, size_t tokens) {
   Exact y{std::vector<int64_t>(tokens * w.N), std::vector<float>(tokens)};
   std::vector<int64_t> rounded(tokens * w.K);  // less the zero point
@@ -37,24 +59,16 @@ inline Exact exact(const RandomQuads& w, const std::vector<float>& x, size_t tok
       rounded[t * w.K + k] = std::min<int64_t>(static_cast<int64_t>(std::nearbyint(ratio)) + zero, 255) - zero;
     }
   }
-  size_t entry = 0, segment = 0;
-  const size_t quads = (w.K + 3) / 4;
-  for (size_t first = 0; first < w.N; first += w.block) {
-    for (size_t begin = 0; begin < quads; begin += w.chunk) {
-      for (size_t s = 0; s < w.block; ++s, ++segment) {
-        const size_t count = w.dense ? w.chunk : w.counts[segment];
-        const size_t n = first + (w.dense ? s : w.rows[segment]);
-        for (size_t i = 0; i < count; ++i, ++entry) {
-          const size_t quad = begin + (w.dense ? i : w.offsets[entry]);
-          for (size_t k = 4 * quad; k < std::min(4 * quad + 4, w.K) && n < w.N; ++k) {
-            for (size_t t = 0; t < tokens; ++t) {
-              y.sums[t * w.N + n] += w.values[4 * entry + k % 4] * rounded[t * w.K + k];
-            }
-          }
-        }
-      }
-    }
-  }
+  add_products(w, rounded, tokens, y.sums);
+  return y;
+}
+
+// The same of bytes.
+inline Exact exact(const RandomQuads& w, const std::vector<uint8_t>& x, const Bytes& steps, size_t tokens) {
+  Exact y{std::vector<int64_t>(tokens * w.N), std::vector<float>(tokens, steps.size)};
+  std::vector<int64_t> rounded;
+  for (uint8_t byte : x) rounded.push_back((steps.is_signed ? static_cast<int8_t>(byte) + 128 : byte) - steps.zero);
+  add_products(w, rounded, tokens, y.sums);
   return y;
 }
 
@@ -94,22 +108,42 @@ inline std::string describe(const Plan& plan, const Weight& weight) {
   return text;
 }
 
-// Y, computed between inaccessible pages.
+// Y of tokens at `x`, computed between inaccessible pages.
+template <class Tokens>
+std::vector<float> guarded_run_of(const Plan& plan, const Weight& weight, const Tokens& x, Edge edge) {
+  const Guarded<float> y(std::vector<float>(plan.tokens * weight.N, std::nanf("")), 0, edge);
+  const Guarded<char> scratch(plan.scratch_bytes, 0, edge);
+  Backwards workers;
+  expect(run(plan, weight, x, y.typed(), scratch.data(), workers), "workers failed");
+  return {y.typed(), y.typed() + plan.tokens * weight.N};
+}
+
 inline std::vector<float> guarded_run(const Plan& plan, const Weight& weight, const std::vector<float>& x,
                                       Edge edge = Edge::back) {
   const Guarded<float> guarded_x(x, 0, edge);
   guarded_x.make_read_only();
-  const Guarded<float> y(std::vector<float>(plan.tokens * weight.N, std::nanf("")), 0, edge);
-  const Guarded<char> scratch(plan.scratch_bytes, 0, edge);
-  Backwards workers;
-  expect(run(plan, weight, guarded_x.typed(), y.typed(), scratch.data(), workers), "workers failed");
-  return {y.typed(), y.typed() + plan.tokens * weight.N};
+  return guarded_run_of(plan, weight, static_cast<const float*>(guarded_x.typed()), edge);
+}
+
+// The same of bytes, which `steps` says more of.
+inline std::vector<float> guarded_run(const Plan& plan, const Weight& weight, const std::vector<uint8_t>& x,
+                                      Bytes steps, Edge edge = Edge::back) {
+  const Guarded<uint8_t> guarded_x(x, 0, edge);
+  guarded_x.make_read_only();
+  steps.data = guarded_x.typed();
+  return guarded_run_of(plan, weight, steps, edge);
+}
+
+inline std::vector<uint8_t> random_bytes(size_t count, unsigned seed = 9) {
+  std::mt19937 generator(seed);
+  std::vector<uint8_t> all(count);
+  for (uint8_t& byte : all) byte = static_cast<uint8_t>(generator());
+  return all;
 }
 
 // The integers must be exact: of sums below 2^23 no other whole number is as near to what the floats say.
 inline void compare(const Plan& plan, const Weight& weight, const RandomQuads& random,
-                    const std::vector<float>& x, const Exact& want, Edge edge = Edge::back) {
-  const std::vector<float> y = guarded_run(plan, weight, x, edge);
+                    const std::vector<float>& y, const Exact& want) {
   size_t wrong = 0;
   for (size_t i = 0; i < y.size(); ++i) {
     const size_t n = i % weight.N;

@@ -45,12 +45,19 @@ void test_shapes() {
       for (size_t tokens : counts) {
         const std::vector<float> x = random_tokens(tokens * s.K);
         const Exact want = exact(random, x, tokens);
+        const std::vector<uint8_t> bytes = random_bytes(tokens * s.K);
+        const Bytes steps{nullptr, tokens % 2 == 0, static_cast<int32_t>(tokens * 37 % 256), 0.02f};
+        const Exact of_bytes = exact(random, bytes, steps, tokens);
         for (const Kernel* kernel : kernels()) {
           if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
-          compare(make_plan(weight, tokens, *kernel), weight, random, x, want, edge);
+          const Plan plan = make_plan(weight, tokens, *kernel);
+          compare(plan, weight, random, guarded_run(plan, weight, x, edge), want);
+          compare(plan, weight, random, guarded_run(plan, weight, bytes, steps, edge), of_bytes);
         }
         for (const Features features : offered_sets()) {
-          compare(make_plan(weight, tokens, features), weight, random, x, want, edge);
+          const Plan plan = make_plan(weight, tokens, features);
+          compare(plan, weight, random, guarded_run(plan, weight, x, edge), want);
+          compare(plan, weight, random, guarded_run(plan, weight, bytes, steps, edge), of_bytes);
         }
       }
     }
@@ -77,7 +84,61 @@ void test_extremes() {
       for (const Kernel* kernel : kernels()) {
         if (!runs_here(*kernel) || !fits(*kernel, guarded.checked.weight)) continue;
         const Plan plan = make_plan(guarded.checked.weight, 3, *kernel);
-        compare(plan, guarded.checked.weight, random, x, want);
+        compare(plan, guarded.checked.weight, random, guarded_run(plan, guarded.checked.weight, x), want);
+      }
+    }
+  }
+}
+
+// Bytes at both ends, with and without a sign, and zero points there.
+void test_extreme_bytes() {
+  for (int limit : {64, 128}) {
+    RandomQuads random = random_quads(kMaxInputs, 2, 1.0, 255, 2, limit);
+    for (size_t i = 0; i < random.values.size(); ++i) {
+      random.values[i] = static_cast<int8_t>(i < random.values.size() / 2 ? -limit : std::min(limit, 127));
+    }
+    const GuardedQuads guarded(random, Activation::none);
+    for (const Bytes& steps : {Bytes{nullptr, false, 0, 1.0f}, Bytes{nullptr, false, 255, 1.0f},
+                               Bytes{nullptr, true, 0, 1.0f}, Bytes{nullptr, true, 255, 1.0f}}) {
+      for (int byte : {0, 127, 128, 255}) {
+        const std::vector<uint8_t> x(2 * random.K, static_cast<uint8_t>(byte));
+        const Exact want = exact(random, x, steps, 2);
+        for (const Kernel* kernel : kernels()) {
+          if (!runs_here(*kernel) || !fits(*kernel, guarded.checked.weight)) continue;
+          const Plan plan = make_plan(guarded.checked.weight, 2, *kernel);
+          compare(plan, guarded.checked.weight, random, guarded_run(plan, guarded.checked.weight, x, steps), want);
+        }
+      }
+    }
+  }
+}
+
+// Products on a grid, then the bias: of numbers that halves and multiples of two make exact.
+void test_grid() {
+  for (const Shape& s : kShapes) {
+    RandomQuads random = random_of(s);
+    for (float& scale : random.scales) scale = 0.5f;
+    for (float& bias : random.bias) bias = std::nearbyint(bias * 8) / 8;
+    for (const Grid& grid : {Grid{64.0f, -128, 127}, Grid{16.0f, 0, 255}, Grid{4.0f, -65535, 65535}}) {
+      GuardedQuads guarded(random, Activation::none);
+      Weight& weight = guarded.checked.weight;
+      weight.grid = grid;
+      for (size_t tokens : {1, 5, 16, 33, 130}) {
+        const std::vector<uint8_t> x = random_bytes(tokens * s.K);
+        const Bytes steps{nullptr, false, 100, 0.25f};
+        const Exact want = exact(random, x, steps, tokens);
+        for (const Kernel* kernel : kernels()) {
+          if (!runs_here(*kernel) || !fits(*kernel, weight)) continue;
+          const Plan plan = make_plan(weight, tokens, *kernel);
+          const std::vector<float> y = guarded_run(plan, weight, x, steps);
+          size_t wrong = 0;
+          for (size_t i = 0; i < y.size(); ++i) {
+            const double steps_of = std::nearbyint(static_cast<double>(want.sums[i]) * 0.125 / grid.size);
+            const double inside = std::min<double>(std::max<double>(steps_of, grid.low), grid.high);
+            wrong += y[i] != inside * grid.size + random.bias[i % s.N];
+          }
+          expect(wrong == 0, describe(plan, weight) + ": " + std::to_string(wrong) + " off the grid");
+        }
       }
     }
   }
@@ -239,6 +300,7 @@ void test_spoilt_bytes() {
       bool near = true;
       for (size_t j = 0; j < y.size(); ++j) near = near && std::abs(y[j] - want[j]) < 1e-4;
       expect(near, describe(plan, checked.weight) + ": kernels disagree");
+      guarded_run(plan, checked.weight, random_bytes(x.size()), {nullptr, true, 128, 1.0f});
     }
   }
   expect(accepted > 200 && refused > 200, "too many of one kind");
@@ -347,6 +409,8 @@ int main() {
   test_dispatch();
   test_check();
   test_extremes();
+  test_extreme_bytes();
+  test_grid();
   test_special_values();
   test_activations();
   test_spoilt_bytes();

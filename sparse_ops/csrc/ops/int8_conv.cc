@@ -120,7 +120,7 @@ void Kernel::read_steps(const Variant& variant, const NodeReader& node) {
 
 void Kernel::compute(OrtKernelContext* context) const {
   const quadconv::Convolution conv{checked_.weight, rows_, columns_, group_, channels_, is_signed_, steps_};
-  const auto images = images_of(byte_input(api_, context, where_), where_, group_ * channels_, axes_);
+  const auto images = images_of(byte_input(api_, context, where_, 0, "X"), where_, group_ * channels_, axes_);
   const auto& [x, batch, height, width] = images;
   if (x.is_signed != is_signed_) {
     throw InvalidError{where_ + ": input X is " + (x.is_signed ? "int8" : "uint8") + ", unlike attribute x_lowest"};

@@ -61,9 +61,12 @@ class Kernel {
   static OrtElementType input_type(const Variant& variant, size_t i) {
     const std::span<const Part> parts = parts_of(variant);
     if (i == 0) return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
+    if (i == parts.size() + 3) return ORT_UNDEFINED;
     return i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
   }
-  static size_t input_count(const Variant& variant) { return parts_of(variant).size() + 2; }
+  static size_t input_count(const Variant& variant) {
+    return parts_of(variant).size() + 2 + (variant.bytes ? 2 : 0);
+  }
   static size_t output_count(const Variant& /*variant*/) { return 1; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context);
 
@@ -77,12 +80,12 @@ class Kernel {
   mutable ThreadCount threads_;
   int8_quads::CheckedWeight checked_;
   const bool bytes_;
-  // If so: of which X, without what a node says when it runs.
-  quads::Bytes steps_{};
+  const size_t input_count_;
+  bool is_signed_ = false;  // of bytes
 };
 
-// What the bytes of X stand for, and the grid of the results.
-quads::Bytes read_grids(const NodeReader& node, quads::Grid& grid) {
+// The grid of results.
+quads::Grid read_grid(const NodeReader& node) {
   const auto within = [&](const char* name, int64_t low, int64_t high) {
     const int64_t found = node.integer(name);
     if (found < low || found > high) {
@@ -91,22 +94,29 @@ quads::Bytes read_grids(const NodeReader& node, quads::Grid& grid) {
     }
     return found;
   };
-  const int64_t lowest = within("x_lowest", -128, 0);
-  if (lowest != 0 && lowest != -128) node.fail("attribute x_lowest is neither -128 nor 0");
-  const int64_t zero = within("x_zero_point", lowest, lowest + 255);
   constexpr int64_t kMost = 65535;
+  constexpr float kSmallest = 1e-30f;
+  quads::Grid grid;
   grid.size = node.number("h_scale");
-  if (!(grid.size >= 0 && grid.size < std::numeric_limits<float>::infinity())) {
-    node.fail("attribute h_scale is no finite number from 0 on");
+  if (grid.size != 0 && !(grid.size >= kSmallest && grid.size < std::numeric_limits<float>::infinity())) {
+    node.fail("attribute h_scale is neither 0 nor a finite number from 1e-30 on");
   }
   const int64_t low = within("h_low", -kMost, kMost);
   grid.low = static_cast<float>(low);
   grid.high = static_cast<float>(within("h_high", low, kMost));
-  return {nullptr, lowest != 0, static_cast<int32_t>(zero - lowest), node.number("x_scale")};
+  return grid;
+}
+
+// The lowest number that bytes have.
+int64_t read_lowest(const NodeReader& node) {
+  const int64_t lowest = node.integer("x_lowest");
+  if (lowest != 0 && lowest != -128) node.fail("attribute x_lowest is neither 0 nor -128");
+  return lowest;
 }
 
 Kernel::Kernel(const Variant& variant, const NodeReader& node)
-    : api_(node.api()), where_(node.where()), features_(node.features()), bytes_(variant.bytes) {
+    : api_(node.api()), where_(node.where()), features_(node.features()), bytes_(variant.bytes),
+      input_count_(input_count(variant)) {
   node.expect("format", variant.dense ? int8_quads::kDenseFormat : int8_quads::kFormat);
   const std::span<const Part> parts = parts_of(variant);
   std::vector<RawArray> arrays;
@@ -120,7 +130,10 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
   for (size_t i = 0; i < std::size(sizes); ++i) sizes[i] = node.integer(int8_quads::kSizes[i]);
   const std::string problem = int8_quads::check({sizes, arrays, bias}, variant.activation, checked_);
   if (!problem.empty()) node.fail(problem);
-  if (bytes_) steps_ = read_grids(node, checked_.weight.grid);
+  if (bytes_) {
+    checked_.weight.grid = read_grid(node);
+    is_signed_ = read_lowest(node) != 0;
+  }
   node.log(std::string("kernel ") + quads::select_kernel(features_, checked_.weight, SIZE_MAX).name);
 }
 
@@ -141,13 +154,22 @@ void Kernel::compute(OrtKernelContext* context) const {
     const InputTensor x = rows_input(api_, context, where_, weight.K);
     return run(x, x.data);
   }
-  const ByteTensor x = byte_rows_input(api_, context, where_, weight.K);
-  if (x.is_signed != steps_.is_signed) {
-    throw InvalidError{where_ + ": input X is " + (x.is_signed ? "int8" : "uint8") + ", unlike attribute x_lowest"};
+  const ByteTensor x = byte_input(api_, context, where_, 0, "X");
+  expect_rows(x.dims, where_, weight.K);
+  const size_t behind = input_count_ - 2;
+  const InputTensor scale = float_input(api_, context, behind);
+  const ByteTensor zero = byte_input(api_, context, where_, behind + 1, "x_zero_point");
+  if (scale.elements != 1 || zero.elements != 1) {
+    throw InvalidError{where_ + ": inputs x_scale and x_zero_point must have one element each"};
   }
-  quads::Bytes tokens = steps_;
-  tokens.data = x.data;
-  run(x, tokens);
+  for (const ByteTensor* bytes : {&x, &zero}) {
+    if (bytes->is_signed != is_signed_) {
+      throw InvalidError{where_ + ": inputs X and x_zero_point must both be " + (is_signed_ ? "int8" : "uint8") +
+                         ", as x_lowest says"};
+    }
+  }
+  const auto point = static_cast<unsigned char>(*zero.data ^ (is_signed_ ? 128 : 0));
+  run(x, quads::Bytes{x.data, is_signed_, point, *scale.data});
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant& /*variant*/, OrtShapeInferContext* context) {

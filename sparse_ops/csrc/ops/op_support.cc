@@ -141,13 +141,6 @@ const void* input(const OrtApi& api, const OrtKernelContext* context, size_t ind
   return data;
 }
 
-void expect_rows(const std::vector<int64_t>& dims, const std::string& where, size_t K) {
-  if (dims.empty() || dims.back() != static_cast<int64_t>(K)) {
-    throw InvalidError{where + ": input X has shape " + text_of(dims) + ", expected [..., " +
-                       std::to_string(K) + "]"};
-  }
-}
-
 }  // namespace
 
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
@@ -157,6 +150,13 @@ InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size
   return tensor;
 }
 
+void expect_rows(const std::vector<int64_t>& dims, const std::string& where, size_t K) {
+  if (dims.empty() || dims.back() != static_cast<int64_t>(K)) {
+    throw InvalidError{where + ": input X has shape " + text_of(dims) + ", expected [..., " +
+                       std::to_string(K) + "]"};
+  }
+}
+
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
                        size_t K) {
   InputTensor x = float_input(api, context, 0);
@@ -164,19 +164,15 @@ InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const
   return x;
 }
 
-ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where) {
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t index,
+                      const char* name) {
   ByteTensor x{};
   OrtElementType type = ORT_UNDEFINED;
-  x.data = static_cast<const unsigned char*>(input(api, context, 0, x.value, x.dims, x.elements, &type));
-  if (type != ORT_INT8 && type != ORT_UINT8) throw InvalidError{where + ": input X is neither int8 nor uint8"};
+  x.data = static_cast<const unsigned char*>(input(api, context, index, x.value, x.dims, x.elements, &type));
+  if (type != ORT_INT8 && type != ORT_UINT8) {
+    throw InvalidError{where + ": input " + name + " is neither int8 nor uint8"};
+  }
   x.is_signed = type == ORT_INT8;
-  return x;
-}
-
-ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                           size_t K) {
-  ByteTensor x = byte_input(api, context, where);
-  expect_rows(x.dims, where, K);
   return x;
 }
 

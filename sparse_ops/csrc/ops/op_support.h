@@ -69,7 +69,9 @@ struct InputTensor {
 InputTensor float_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 // The first one, X [..., K], of the operator that `where` names.
 InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
-// One of bytes, with or without a sign.
+// Throws unless the shape of X is [..., K].
+void expect_rows(const std::vector<int64_t>& dims, const std::string& where, size_t K);
+// An input of bytes, with or without a sign, of the operator that `where` names.
 struct ByteTensor {
   const OrtValue* value;
   std::vector<int64_t> dims;
@@ -77,9 +79,9 @@ struct ByteTensor {
   const unsigned char* data;
   bool is_signed;
 };
-ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where);
-ByteTensor byte_rows_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t K);
-// The same of int32.
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t index,
+                      const char* name);
+// One of int32.
 struct IntegerTensor {
   std::vector<int64_t> dims;
   const int32_t* data;

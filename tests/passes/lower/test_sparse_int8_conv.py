@@ -138,7 +138,8 @@ def test_one_axis(from_text, tmp_path):
 def test_a_chain_stays_in_integers(from_text, tmp_path):
     """And so does a residual: what is between two convolutions are bytes, and the sum is ONNX Runtime's."""
     body = f"""{HEAD} h = {PAD}(x, W, B) r = Relu(h) q = QuantizeLinear(r, ys, yz)
-        x2 = DequantizeLinear(q, ys, yz) W2 = DequantizeLinear(v, xs) h2 = {PAD}(x2, W2) q2 = QuantizeLinear(h2, ys, wide)
+        x2 = DequantizeLinear(q, ys, yz) W2 = DequantizeLinear(v, xs) h2 = {PAD}(x2, W2)
+        q2 = QuantizeLinear(h2, ys, wide)
         x3 = DequantizeLinear(q2, ys, wide) s = Add(x3, x2) r3 = Relu(s) Y = QuantizeLinear(r3, ys, yz)"""
     model = build(from_text, body, v=filters(8, 8, 3, 3))
     lowered = [*OURS, "DequantizeLinear", *OURS, "DequantizeLinear", "Add", "Relu", "QuantizeLinear"]

@@ -147,6 +147,8 @@ template <size_t kLanes, size_t kVectors>
 void pack(const Weight& w, const Bytes& x, size_t tokens, size_t first, int32_t* panel) {
   constexpr size_t kTile = kLanes * kVectors, kColumns = kLanes < 8 ? kLanes : 8;
   const auto flip = static_cast<unsigned char>((x.is_signed ? 128 : 0) ^ kMiddle);
+  // What counts as 0: weights behind K may be anything.
+  const auto nothing = static_cast<unsigned char>(x.zero ^ kMiddle);
   Steps steps[kColumns];
   for (Steps& own : steps) own = {x.size, 0, x.zero};
   for (size_t from = first; from < first + kGroup && from < kTile; from += kColumns) {
@@ -154,6 +156,7 @@ void pack(const Weight& w, const Bytes& x, size_t tokens, size_t first, int32_t*
                            [&](size_t t, size_t begin, size_t count, unsigned char* to) {
                              const unsigned char* byte = x.data + (from + t) * w.K + begin;
                              for (size_t k = 0; k < count; ++k) to[k] = byte[k] ^ flip;
+                             for (size_t k = count; k % 4 != 0; ++k) to[k] = nothing;
                            });
   }
 }
