@@ -55,25 +55,40 @@ struct FourRows {
   }
 };
 
-// X as words [images, group, fours, height, width].
+// X as words: of each image its groups, of these their fours, [height, width] each; where padding is laid out, of each
+// four [images, plan.rows, plan.columns], so that positions go on from an image to the next.
 struct Words {
   const Plan& plan;
   const Convolution& conv;
   const unsigned char* x;
   int32_t* words;
+  int32_t padding;
   size_t slice;  // planes of a task
 
   size_t planes() const { return plan.images * conv.group * conv.fours(); }
+
+  void make(size_t plane) const {
+    const bool padded = plan.way == Plan::Way::padded;
+    const size_t fours = conv.group * conv.fours(), map = plan.height * plan.width;
+    const size_t image = padded ? plane % plan.images : plane / fours;
+    const size_t four = padded ? plane / plan.images : plane % fours;
+    const FourRows rows(conv, x, image, four / conv.fours(), four % conv.fours(), map);
+    int32_t* to = words + plane * plan.rows * plan.columns;
+    if (!padded) return rows.make_words(conv, *plan.full, 0, map, to);
+    const auto pad = [&](size_t count) { to = std::fill_n(to, count, padding); };
+    pad(conv.rows.begin * plan.columns + conv.columns.begin);
+    for (size_t row = 0; row < plan.height; ++row) {
+      rows.make_words(conv, *plan.full, row * plan.width, plan.width, to);
+      to += plan.width;
+      pad(plan.columns - plan.width);  // behind this row and before the next
+    }
+    pad(conv.rows.end * plan.columns - conv.columns.begin);
+  }
 };
 
 void words_task(void* context, size_t index) {
   const Words& w = *static_cast<const Words*>(context);
-  const size_t map = w.plan.height * w.plan.width, fours = w.conv.fours();
-  for (size_t p = index * w.slice; p < std::min((index + 1) * w.slice, w.planes()); ++p) {
-    const size_t image = p / fours / w.conv.group, group = p / fours % w.conv.group;
-    const FourRows four(w.conv, w.x, image, group, p % fours, map);
-    four.make_words(w.conv, *w.plan.full, 0, map, w.words + p * map);
-  }
+  for (size_t p = index * w.slice; p < std::min((index + 1) * w.slice, w.planes()); ++p) w.make(p);
 }
 
 // Everything that the tasks of one strip of tiles need.
@@ -100,7 +115,53 @@ struct Strip {
   Runs runs(size_t tile, size_t rows, size_t columns) const {
     return spconv::runs_of(first + tile * plan.full->tile, tile_positions(tile), rows, columns);
   }
+  // Where the results of a tile belong, with `column` counted from the beginning of a map.
+  Runs results(size_t tile) const {
+    if (plan.way != Plan::Way::padded) return runs(tile, 1, plan.out_height * plan.out_width);
+    Runs found;
+    for (spconv::Run run : runs(tile, plan.rows, plan.columns)) {
+      if (run.row >= plan.out_height || run.column >= plan.out_width) continue;
+      run.count = std::min(run.count, plan.out_width - run.column);
+      run.column += run.row * plan.out_width;
+      found.push(run);
+    }
+    return found;
+  }
 };
+
+// Words of a tile from X itself.
+void make_words(const Strip& strip, size_t tile, size_t group, size_t begin, size_t end, int32_t* panel) {
+  const quads::Kernel& kernel = strip.kernel(tile);
+  const size_t map = strip.plan.height * strip.plan.width, count = strip.tile_positions(tile);
+  const Runs runs = strip.runs(tile, 1, map);
+  for (size_t four = begin; four < end; ++four) {
+    int32_t* row = panel + four * kernel.tile;
+    for (const spconv::Run& run : runs) {
+      const FourRows rows(strip.conv, strip.x, run.image, group, four, map);
+      rows.prefetch(run.column + kAhead * map, run.count);
+      rows.make_words(strip.conv, kernel, run.column, run.count, row + run.lane);
+    }
+    std::fill(row + count, row + kernel.tile, 0);
+  }
+}
+
+// The same from padded words: a piece for each place of the window.
+void copy_words(const Strip& strip, size_t tile, const float* words, size_t channels, float* panel) {
+  const Convolution& conv = strip.conv;
+  const size_t width = strip.kernel(tile).tile, taps = conv.taps();
+  const size_t first = strip.first + tile * strip.plan.full->tile;
+  spconv::List<spconv::Piece, 64> pieces;
+  for (size_t tap = 0; tap < taps;) {
+    for (pieces.clear(); tap < taps && pieces.room() > 0; ++tap) {
+      const size_t row = tap / conv.columns.kernel * conv.rows.dilation;
+      const size_t column = tap % conv.columns.kernel * conv.columns.dilation;
+      pieces.push({tap * width, width, first + row * strip.plan.columns + column, false});
+    }
+    strip.plan.copies->copy_pieces({pieces.begin(), pieces.size(), 1, nullptr}, words,
+                                   strip.plan.images * strip.plan.rows * strip.plan.columns, channels,
+                                   taps * width, panel);
+  }
+}
 
 void panel_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
@@ -108,25 +169,19 @@ void panel_task(void* context, size_t index) {
   const size_t fours = conv.fours(), slice = index % strip.slices, group = index / strip.slices % conv.group;
   const size_t tile = index / strip.slices / conv.group;
   const size_t begin = slice * strip.slice, end = std::min(begin + strip.slice, fours);
-  const quads::Kernel& kernel = strip.kernel(tile);
   int32_t* panel = strip.panel(tile, group);
-  if (strip.plan.gathers) {
-    spconv::Source source = strip.source;
-    source.x += group * fours * source.height * source.width;
-    return spconv::gather(source, strip.runs(tile, strip.plan.out_height, strip.plan.out_width), begin, end,
-                          kernel.tile, reinterpret_cast<float*>(panel));
+  if (strip.plan.way == Plan::Way::direct) return make_words(strip, tile, group, begin, end, panel);
+  // Panels hold words in the place of floats.
+  auto* floats = reinterpret_cast<float*>(panel);
+  const size_t width = strip.kernel(tile).tile, plane = strip.plan.rows * strip.plan.columns;
+  spconv::Source source = strip.source;
+  if (strip.plan.way == Plan::Way::padded) {
+    const float* words = source.x + (group * fours + begin) * strip.plan.images * plane;
+    return copy_words(strip, tile, words, end - begin, floats + begin * conv.taps() * width);
   }
-  const size_t map = strip.plan.height * strip.plan.width, count = strip.tile_positions(tile);
-  const Runs runs = strip.runs(tile, 1, map);
-  for (size_t four = begin; four < end; ++four) {
-    int32_t* row = panel + four * kernel.tile;
-    for (const spconv::Run& run : runs) {
-      const FourRows rows(conv, strip.x, run.image, group, four, map);
-      rows.prefetch(run.column + kAhead * map, run.count);
-      rows.make_words(conv, kernel, run.column, run.count, row + run.lane);
-    }
-    std::fill(row + count, row + kernel.tile, 0);
-  }
+  source.x += group * fours * plane;
+  spconv::gather(*strip.plan.copies, source, strip.runs(tile, strip.plan.out_height, strip.plan.out_width), begin,
+                 end, width, floats);
 }
 
 // `channels` pieces of a map for one tile will be written soon: they are on many pages, so that the processor does not
@@ -148,7 +203,7 @@ void multiply_task(void* context, size_t index) {
   const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
   const quads::Kernel& kernel = strip.kernel(tile);
   const size_t map = strip.plan.out_height * strip.plan.out_width;
-  const Runs runs = strip.runs(tile, 1, map);
+  const Runs runs = strip.results(tile);
   for (const spconv::Run& run : runs) {
     prefetch(strip.y + (run.image * weight.N + first) * map + run.column, channels, run.count, map);
   }
@@ -183,19 +238,48 @@ const quads::Kernel& select_full(const quads::Weight& weight, size_t positions, 
   return *best;
 }
 
-Plan plan_of(const Convolution& c, size_t images, size_t height, size_t width, const quads::Kernel& full,
-             const quads::Kernel& last, size_t threads) {
-  const size_t out_height = spconv::output_size(c.rows, height), out_width = spconv::output_size(c.columns, width);
-  const size_t panel_bytes = panel_size(c, full) * c.group * sizeof(int32_t);
+// What the words of X are like, and the positions of all tiles.
+void lay_out(const Convolution& c, Plan& plan) {
+  plan.rows = plan.height;
+  plan.columns = plan.width;
+  plan.positions = plan.images * plan.out_height * plan.out_width;
+  plan.way = is_pointwise(c) ? Plan::Way::direct : Plan::Way::gathered;
+  plan.words = 0;
+  if (plan.way == Plan::Way::direct) return;
+  const size_t rows = c.rows.begin + plan.height + c.rows.end;
+  const size_t columns = c.columns.begin + plan.width + c.columns.end;
+  const size_t elements = plan.height * plan.width;
+  const bool is_near = c.rows.stride == 1 && c.columns.stride == 1 && rows * columns <= 2 * elements;
+  size_t behind = 0;  // what the last tile sees behind the last position
+  if (is_near) {
+    plan.way = Plan::Way::padded;
+    plan.rows = rows;
+    plan.columns = columns;
+    plan.positions = ((plan.images - 1) * rows + plan.out_height - 1) * columns + plan.out_width;
+    behind = spconv::kMaxTile;
+  }
+  const size_t all = c.group * c.fours() * plan.images * plan.rows * plan.columns + behind;
+  plan.words = round_up(all, kCacheLine / sizeof(int32_t));
+}
+
+void set_scratch(const Convolution& c, size_t threads, Plan& plan) {
+  const size_t panel_bytes = panel_size(c, *plan.full) * c.group * sizeof(int32_t);
   const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(threads, c.weight.blocks));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
-  const size_t tiles = std::max<size_t>(1, divide_up(images * out_height * out_width, full.tile));
-  const size_t strip = std::min({wanted, possible, tiles});
-  const bool gathers = !is_pointwise(c);
-  const size_t elements = images * c.group * c.fours() * height * width;
-  const size_t words = gathers ? round_up(elements, kCacheLine / sizeof(int32_t)) : 0;
-  return {&full, &last, images, height, width, out_height, out_width, gathers, words, strip,
-          strip * panel_bytes + words * sizeof(int32_t) + kCacheLine};
+  const size_t tiles = std::max<size_t>(1, divide_up(plan.positions, plan.full->tile));
+  plan.strip = std::min({wanted, possible, tiles});
+  plan.scratch_bytes = plan.strip * panel_bytes + plan.words * sizeof(int32_t) + kCacheLine;
+}
+
+Plan sizes_of(const Convolution& c, size_t images, size_t height, size_t width) {
+  Plan plan{};
+  plan.images = images;
+  plan.height = height;
+  plan.width = width;
+  plan.out_height = spconv::output_size(c.rows, height);
+  plan.out_width = spconv::output_size(c.columns, width);
+  lay_out(c, plan);
+  return plan;
 }
 
 // Whether a weight of a channel that is not there is not 0.
@@ -243,34 +327,39 @@ std::string check(const Convolution& c) {
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, Features features,
                size_t threads) {
-  const size_t positions =
-      images * spconv::output_size(c.rows, height) * spconv::output_size(c.columns, width);
-  const quads::Kernel& full = select_full(c.weight, positions, features);
-  const quads::Kernel& last = quads::select_last(full, c.weight, positions % full.tile);
-  return plan_of(c, images, height, width, full, last, threads);
+  Plan plan = sizes_of(c, images, height, width);
+  plan.full = &select_full(c.weight, plan.positions, features);
+  plan.last = &quads::select_last(*plan.full, c.weight, plan.positions % plan.full->tile);
+  plan.copies = &spconv::select_kernel(features);
+  set_scratch(c, threads, plan);
+  return plan;
 }
 
 Plan make_plan(const Convolution& c, size_t images, size_t height, size_t width, const quads::Kernel& kernel,
-               size_t threads) {
-  return plan_of(c, images, height, width, kernel, kernel, threads);
+               const spconv::Kernel& copies, size_t threads) {
+  Plan plan = sizes_of(c, images, height, width);
+  plan.full = plan.last = &kernel;
+  plan.copies = &copies;
+  set_scratch(c, threads, plan);
+  return plan;
 }
 
 bool run(const Plan& plan, const Convolution& conv, const unsigned char* x, unsigned char* y, void* scratch,
          Workers& workers) {
-  const size_t tile = plan.full->tile, positions = plan.images * plan.out_height * plan.out_width;
-  const size_t fours = conv.fours(), map = plan.height * plan.width;
+  const size_t tile = plan.full->tile, positions = plan.positions, fours = conv.fours();
   auto* memory = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   int32_t* panels = memory + plan.words;
-  if (plan.words > 0) {  // none: all that is seen is padding
-    Words words{plan, conv, x, memory, std::max<size_t>(1, kSliceWords / map)};
+  const auto zero = static_cast<uint32_t>(conv.steps.x_zero) * 0x01010101u;
+  const auto padding = static_cast<int32_t>(zero ^ static_cast<uint32_t>(plan.full->middle));
+  if (const size_t map = plan.height * plan.width; plan.words > 0 && map > 0) {
+    Words words{plan, conv, x, memory, padding, std::max<size_t>(1, kSliceWords / map)};
     if (!workers.run(divide_up(words.planes(), words.slice), words_task, &words)) return false;
   }
-  // Panels hold words in the place of floats.
   float outside[spconv::kMaxTile];
-  const auto zero = static_cast<uint32_t>(conv.steps.x_zero) * 0x01010101u ^ static_cast<uint32_t>(plan.full->middle);
-  for (float& word : outside) std::memcpy(&word, &zero, sizeof(word));
-  const spconv::Source source{reinterpret_cast<const float*>(memory), plan.height, plan.width,
-                              conv.group * fours * map, conv.rows, conv.columns, outside};
+  for (float& word : outside) std::memcpy(&word, &padding, sizeof(word));
+  const size_t image = conv.group * fours * plan.rows * plan.columns;
+  const spconv::Source source{reinterpret_cast<const float*>(memory), plan.rows, plan.columns, image,
+                              conv.rows, conv.columns, outside};
   const size_t slice = std::max<size_t>(1, kSlice / conv.taps()), slices = divide_up(fours, slice);
   for (size_t first = 0; first < positions; first += plan.strip * tile) {
     const size_t count = std::min(plan.strip * tile, positions - first), tiles = divide_up(count, tile);

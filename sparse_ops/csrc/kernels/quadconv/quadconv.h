@@ -3,6 +3,8 @@
 // As in spconv, output positions of all images are cut into tiles and what they see is gathered into panels; here an
 // element is a word, four neighbouring channels of one position, so that a row of a panel is what one stored quad
 // multiplies. Words are made once for every element of X: where the window is one element, in the panel itself.
+// Where it moves by one element, X is laid out with its padding, and positions are those of the padded rows: what a
+// tile of them sees at a place of the window lies in one piece, and the few results in between are dropped.
 #pragma once
 
 #include <string>
@@ -37,10 +39,13 @@ std::string check(const Convolution& convolution);
 struct Plan {
   const quads::Kernel* full;
   const quads::Kernel* last;
+  const spconv::Kernel* copies;
   size_t images, height, width;  // of X
   size_t out_height, out_width;  // of Y
-  bool gathers;                  // panels from words of all of X, not from X itself
-  size_t words;                  // of X, if so
+  enum class Way { direct, padded, gathered } way;  // from X to panels
+  size_t rows, columns;                             // of X as words: with its padding, if `padded`
+  size_t words;                                     // of X; 0 if `direct`
+  size_t positions;                                 // of all tiles
   size_t strip;                  // tiles whose panels are in memory at a time
   size_t scratch_bytes;          // memory that run() needs, any alignment
 };
@@ -48,7 +53,7 @@ struct Plan {
 Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width, Features features,
                size_t threads = 1);
 Plan make_plan(const Convolution& convolution, size_t images, size_t height, size_t width,
-               const quads::Kernel& kernel, size_t threads = 1);
+               const quads::Kernel& kernel, const spconv::Kernel& copies, size_t threads = 1);
 
 // `x` [images, group * channels, height, width] to `y` [images, N, out_height, out_width]. Nothing may be empty.
 // False only if `workers` failed.

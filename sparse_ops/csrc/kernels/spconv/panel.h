@@ -16,6 +16,7 @@ class List {
   void clear() { size_ = 0; }
   void push(const T& item) { items_[size_++] = item; }
   size_t room() const { return kCapacity - size_; }
+  size_t size() const { return size_; }
   const T* begin() const { return items_; }
   const T* end() const { return items_ + size_; }
 
@@ -50,6 +51,7 @@ Source make_source(const Convolution& convolution, const float* x, size_t height
 
 // Input channels begin..end-1 of the source into the rows of `panel` [channels * taps, tile] that belong to
 // them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image hold what the source has outside.
-void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel);
+void gather(const Kernel& kernel, const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile,
+            float* panel);
 
 }  // namespace sparse_ops::spconv
