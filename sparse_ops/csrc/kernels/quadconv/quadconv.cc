@@ -76,13 +76,14 @@ struct Words {
     int32_t* to = words + plane * plan.rows * plan.columns;
     if (!padded) return rows.make_words(conv, *plan.full, 0, map, to);
     const auto pad = [&](size_t count) { to = std::fill_n(to, count, padding); };
-    pad(conv.rows.begin * plan.columns + conv.columns.begin);
+    pad(conv.rows.begin * plan.columns);
     for (size_t row = 0; row < plan.height; ++row) {
+      pad(conv.columns.begin);
       rows.make_words(conv, *plan.full, row * plan.width, plan.width, to);
       to += plan.width;
-      pad(plan.columns - plan.width);  // behind this row and before the next
+      pad(conv.columns.end);
     }
-    pad(conv.rows.end * plan.columns - conv.columns.begin);
+    pad(conv.rows.end * plan.columns);
   }
 };
 
@@ -193,6 +194,30 @@ void prefetch(const unsigned char* y, size_t channels, size_t count, size_t map)
   }
 }
 
+// Rows are short and vary: steps of a fixed size, the last one overlapping, beat a call of memcpy.
+template <size_t kStep>
+inline void copy_steps(const unsigned char* from, size_t count, unsigned char* to) {
+  for (size_t i = 0; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kStep);
+  std::memcpy(to + count - kStep, from + count - kStep, kStep);
+}
+
+inline void copy_bytes(const unsigned char* from, size_t count, unsigned char* to) {
+  if (count >= 16) return copy_steps<16>(from, count, to);
+  if (count >= 4) return copy_steps<4>(from, count, to);
+  for (size_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// Calls use(first, last, map) for the runs of each image, in the maps from channel `channel` of `channels` on.
+template <class Use>
+void for_images(const Runs& runs, unsigned char* y, size_t channel, size_t channels, size_t map, Use use) {
+  for (const spconv::Run* first = runs.begin(); first != runs.end();) {
+    const spconv::Run* last = first + 1;
+    while (last != runs.end() && last->image == first->image) ++last;
+    use(first, last, y + (first->image * channels + channel) * map);
+    first = last;
+  }
+}
+
 // Neighbouring tasks share a block of the weight and continue each other's rows of the maps; the panels come
 // from the cache.
 void multiply_task(void* context, size_t index) {
@@ -203,18 +228,21 @@ void multiply_task(void* context, size_t index) {
   const size_t first = block * weight.block, channels = std::min(weight.block, weight.N - first);
   const quads::Kernel& kernel = strip.kernel(tile);
   const size_t map = strip.plan.out_height * strip.plan.out_width;
-  const Runs runs = strip.results(tile);
-  for (const spconv::Run& run : runs) {
-    prefetch(strip.y + (run.image * weight.N + first) * map + run.column, channels, run.count, map);
-  }
+  const Runs results = strip.results(tile);
+  const auto each_image = [&](auto use) { for_images(results, strip.y, first, weight.N, map, use); };
+  each_image([&](const spconv::Run* begin, const spconv::Run* end, const unsigned char* y) {
+    prefetch(y + begin->column, channels, end[-1].column + end[-1].count - begin->column, map);
+  });
   alignas(kCacheLine) float acc[quads::kMaxAccumulators];
   kernel.multiply_bytes(weight, block, conv.steps, strip.panel(tile, first / (weight.N / conv.group)), acc);
-  for (const spconv::Run& run : runs) {
-    unsigned char* y = strip.y + (run.image * weight.N + first) * map + run.column;
+  each_image([&](const spconv::Run* begin, const spconv::Run* end, unsigned char* y) {
     for (size_t n = 0; n < channels; ++n, y += map) {
-      std::memcpy(y, reinterpret_cast<const unsigned char*>(acc + n * kernel.tile) + run.lane, run.count);
+      const auto* row = reinterpret_cast<const unsigned char*>(acc + n * kernel.tile);
+      for (const spconv::Run* run = begin; run != end; ++run) {
+        copy_bytes(row + run->lane, run->count, y + run->column);
+      }
     }
-  }
+  });
 }
 
 // Beside its columns a tile costs as much as so many of them: segments begin and end.

@@ -88,21 +88,21 @@ struct ByteEnd {
 
   template <size_t kLanes, size_t kVectors>
   void finish(size_t row, size_t from, const IntVector<kLanes>* sum, float* acc) const {
-    // A float of that size has no fraction: what is added to it is rounded to the nearest, ties to even, and
-    // stands in its lowest bits.
-    const Vector<kLanes> whole = splat<kLanes>(12582912.0f);  // 3 * 2^22
     const Vector<kLanes> factor = splat<kLanes>(factors[row]);
     const Vector<kLanes> least = splat<kLanes>(low), most = splat<kLanes>(high);
     const IntVector<kLanes> shift = splat_word<kLanes>(zero);
     auto* bytes = reinterpret_cast<unsigned char*>(acc) + from;
+    IntVector<kLanes> words[kVectors];
 #pragma GCC unroll 16
     for (size_t v = 0; v < kVectors; ++v) {
       const Vector<kLanes> floats = __builtin_convertvector(sum[v], Vector<kLanes>) * factor;
-      const Vector<kLanes> rounded = minimum<kLanes>(maximum<kLanes>(floats, least), most) + whole;
-      IntVector<kLanes> words;
-      __builtin_memcpy(&words, &rounded, sizeof(words));
-      store_low_bytes<kLanes>(words + shift, bytes + v * kLanes);
+      words[v] = round_words<kLanes>(minimum<kLanes>(maximum<kLanes>(floats, least), most)) + shift;
     }
+    size_t v = 0;
+#pragma GCC unroll 4
+    for (; v + 4 <= kVectors; v += 4) store_low_bytes_of_four<kLanes>(words + v, bytes + v * kLanes);
+#pragma GCC unroll 4
+    for (; v < kVectors; ++v) store_low_bytes<kLanes>(words[v], bytes + v * kLanes);
   }
 };
 
