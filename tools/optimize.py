@@ -146,10 +146,12 @@ def summary_table(report: Mapping[str, Any]) -> str:
     from sparse_onnx.compilation.worth_pruning import NO_KERNEL
 
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
+    lowered = {row["name"] for row in layers if row["decision"] != "dense"}
     reasons.update(
         _short(place["reason"])
         for place in report["declined"]
         if NO_KERNEL not in place["reason"]  # a lowering says the same
+        and place["place"] not in lowered
     )
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):

@@ -105,6 +105,16 @@ class LowerEncoded(Lowering):
         """Change ``node`` of ``model``, if it is one that rounds activations, so that it does not."""
 
     @classmethod
+    def concerns(cls, weight: Weight) -> bool:
+        """Whether layers of ``weight`` are looked at."""
+        return True
+
+    @classmethod
+    def read(cls, weight: Weight) -> IntegerGrid | str:
+        """The integers of ``weight``, or the reason why there are none."""
+        return read_grid(weight)
+
+    @classmethod
     def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Layer | str:
         """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
         return match_linear(weight, node, graph, shapes)
@@ -113,13 +123,15 @@ class LowerEncoded(Lowering):
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
         weights, _ = find_weights(model, cls.op_types, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
-        encoded = [weight for weight in weights if not isinstance(weight.encoding, Dense)]
+        encoded = [
+            weight for weight in weights if not isinstance(weight.encoding, Dense) and cls.concerns(weight)
+        ]
         declined: list[tuple[str, str]] = []
         found = []
         for weight, layers in match_layers(
             encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
-            grid = read_grid(weight)
+            grid = cls.read(weight)
             form = grid if isinstance(grid, str) else cls.form_of(weight, grid)
             weight.release()
             if isinstance(form, str):

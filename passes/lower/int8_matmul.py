@@ -44,17 +44,15 @@ __all__ = [
     "LowerSparseInt8MatMul",
     "SparseInt8Form",
     "pack_bytes",
-    "reason_against_quads",
+    "reason_against_inputs",
     "share_of_quads",
 ]
-
-_MIDDLE = 128
 
 
 def share_of_quads(grid: IntegerGrid) -> float:
     """Of the quads of a weight, how many have an integer other than 0."""
     rows = np.arange(0, grid.inputs, 4)
-    return float(np.logical_or.reduceat(grid.integers != _MIDDLE, rows, axis=0).mean())
+    return float(np.logical_or.reduceat(grid.integers != grid.zero_point, rows, axis=0).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +74,17 @@ class SparseInt8Form(EncodedForm):
 
 
 def pack_bytes(
-    weight: Weight, context: PassContext, op_type_of: Callable[[str, bool], str], *, dense: bool
+    weight: Weight,
+    grid: IntegerGrid | str,
+    context: PassContext,
+    op_type_of: Callable[[str, bool], str],
+    *,
+    dense: bool,
 ) -> PackedTensors:
-    """A weight of integers for operators that ``op_type_of`` names by activation, and whether all quads are stored."""
-    grid = read_grid(weight)
+    """A weight on a ``grid`` of one scale an output, less its zero points int8, for operators that ``op_type_of`` names
+    by activation, and whether all quads are stored."""
     assert isinstance(grid, IntegerGrid)
-    integers = (grid.integers.astype(np.int16) - _MIDDLE).astype(np.int8)
+    integers = (grid.integers.astype(np.int16) - grid.zero_point).astype(np.int8)
     pack = int8_quads.pack_dense if dense else int8_quads.pack_quads
     packed = pack(integers, np.ascontiguousarray(grid.scale[0]))
     weight.release()
@@ -93,10 +96,11 @@ def pack_bytes(
     return PackedTensors(op_type, tuple(tensors), tensors, packed.attributes())
 
 
-def reason_against_quads(grid: IntegerGrid) -> str:
-    """Why our products of bytes cannot take weights on ``grid``; empty if they can."""
-    too_many = f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
-    return reason_against_bytes(grid) or (too_many if grid.inputs > int8_quads.MAX_INPUTS else "")
+def reason_against_inputs(grid: IntegerGrid) -> str:
+    """Why our products of bytes cannot take so many inputs as ``grid`` has; empty if they can."""
+    if grid.inputs > int8_quads.MAX_INPUTS:
+        return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ class LowerInt8MatMul(LowerEncoded):
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_quads(grid) or cls._form()
+        return reason_against_bytes(grid) or reason_against_inputs(grid) or cls._form()
 
     @classmethod
     def _form(cls) -> Form:
@@ -126,7 +130,8 @@ class LowerInt8MatMul(LowerEncoded):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            packed = pack_bytes(candidate.weight, context, int8_matmul.op_type_of, dense=self.dense)
+            weight = candidate.weight
+            packed = pack_bytes(weight, self.read(weight), context, int8_matmul.op_type_of, dense=self.dense)
             for node in lowerer.lower(candidate, packed):
                 node.metadata_props[LOWERED_KEY] = self.name
             packing.step()

@@ -22,10 +22,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.graph import add_function
-from sparse_onnx.model.integer_grid import IntegerGrid
+from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import PassContext
@@ -34,18 +35,30 @@ from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.int8_matmul import (
     SparseInt8Form,
     pack_bytes,
-    reason_against_quads,
+    reason_against_inputs,
     share_of_quads,
 )
 from sparse_onnx.passes.lower.lowering import Candidate, Lowerer, Packer
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.patterns.linear import Linear
-from sparse_onnx.passes.patterns.q_linear import match_q_linear
+from sparse_onnx.passes.patterns.q_linear import match_q_linear, reads_integers
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import VERSION
 from sparse_onnx.sparse_ops.ops import q_matmul
 
 __all__ = ["LowerQMatMul", "LowerSparseQMatMul"]
+
+
+def _reason_against(grid: IntegerGrid) -> str:
+    """Why our products of bytes cannot take weights on ``grid``; empty if they can."""
+    if grid.bits != 8:
+        return f"has {grid.bits} bits, not 8"
+    if len(grid.scale) != 1:
+        return "has more than one scale for an output"
+    steps = grid.integers.astype(np.int16) - grid.zero_point
+    if steps.min(initial=0) < -128 or steps.max(initial=0) > 127:
+        return "has integers that are further from their zero point than 8 bits reach"
+    return reason_against_inputs(grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +70,20 @@ class LowerQMatMul(LowerEncoded):
     dense: ClassVar[bool] = True
 
     @classmethod
+    def concerns(cls, weight: Weight) -> bool:
+        return any(map(reads_integers, weight.nodes))
+
+    @classmethod
+    def read(cls, weight: Weight) -> IntegerGrid | str:
+        return read_grid(weight, rounded=True)
+
+    @classmethod
     def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
         return match_q_linear(weight, node, graph, shapes)
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_quads(grid) or EncodedForm("int8-static", cls)
+        return _reason_against(grid) or EncodedForm("int8-given", cls)
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:
@@ -74,9 +95,9 @@ class LowerQMatMul(LowerEncoded):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            lowerer.lower(
-                candidate, pack_bytes(candidate.weight, context, q_matmul.op_type_of, dense=self.dense)
-            )
+            weight = candidate.weight
+            packed = pack_bytes(weight, self.read(weight), context, q_matmul.op_type_of, dense=self.dense)
+            lowerer.lower(candidate, packed)
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, q_matmul.function_body(op_type, model.opset_imports[""]), VERSION)
@@ -90,7 +111,12 @@ class LowerSparseQMatMul(LowerQMatMul):
     dense: ClassVar[bool] = False
 
     @classmethod
+    def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        """Without the reasons for others, which are those of :class:`LowerQMatMul`."""
+        return super().find_candidates(model)[0], []
+
+    @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_quads(grid) or SparseInt8Form(
-            "int8-static-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
+        return _reason_against(grid) or SparseInt8Form(
+            "int8-given-quads", cls, least_zeros=MIN_SPARSITY, kept=share_of_quads(grid)
         )

@@ -76,7 +76,7 @@ class LowerSparseInt8Conv(LowerEncoded):
         if inputs > int8_quads.MAX_INPUTS:
             return f"has {inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
         kept = float(matrix.reshape(inputs // 4, 4, -1).any(axis=1).mean())
-        return SparseInt8Form("int8-static-quads", cls, least_zeros=MIN_SPARSITY, kept=kept)
+        return SparseInt8Form("int8-given-quads", cls, least_zeros=MIN_SPARSITY, kept=kept)
 
     @classmethod
     def exact_twin(cls, model: ir.Model, node: ir.Node) -> None:

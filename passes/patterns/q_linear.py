@@ -29,7 +29,7 @@ from sparse_onnx.model.constants import (
     tensor_shape,
 )
 from sparse_onnx.model.encodings import Affine, spread
-from sparse_onnx.model.graph import input_at, producer
+from sparse_onnx.model.graph import input_at, is_standard, producer
 from sparse_onnx.model.integer_operators import Unscaled
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
@@ -47,7 +47,7 @@ from sparse_onnx.passes.patterns.rounded import (
 )
 from sparse_onnx.sparse_ops.ops.q_matmul import X_ZERO_POINT, Grids
 
-__all__ = ["QLinear", "match_q_linear"]
+__all__ = ["QLinear", "match_q_linear", "reads_integers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,13 @@ class _Product:
     takes_bias: bool = True
 
 
+def reads_integers(node: ir.Node) -> bool:
+    """Whether ``node``, which multiplies by a weight, may be a linear of integers of 8 bits."""
+    if is_standard(node, "MatMulInteger", "QLinearMatMul"):
+        return True
+    return is_standard(node, "MatMul", "Gemm") and producer(node.inputs[0], "DequantizeLinear") is not None
+
+
 def match_q_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> QLinear | str:
     """The linear that ``node`` (a user of ``weight``) is part of, or the reason why it cannot be replaced."""
     if reason := place_reason(node, main_graph) or storage_reason(weight):
@@ -118,7 +125,7 @@ def match_q_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: 
         case "MatMulInteger":
             found = _of_integers(weight, node)
         case _:
-            return f"is a {node.op_type}, whose integers no sparse kernel takes"
+            return f"is also used by {node.op_type}"
     if isinstance(found, str):
         return found
     if is_constant(found.x.integers):
@@ -207,7 +214,7 @@ def _of_integers(weight: Weight, node: ir.Node) -> _Product | str:
     integers = node.inputs[0]
     maker = producer(integers, "QuantizeLinear", "DynamicQuantizeLinear")
     if integers is None or maker is None or integers is not maker.outputs[0] or maker.inputs[0] is None:
-        return "its input is not rounded by QuantizeLinear or DynamicQuantizeLinear right before it"
+        return "its input is not rounded right before MatMulInteger"
     x = (
         quantized(maker)
         if maker.op_type == "QuantizeLinear"

@@ -46,7 +46,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[2] = 2
 
-SPARSE_FORMS = ("sparse", "int8-quads", "int8-static-quads", "int8-bitmap", "int4-bitmap", "int4-of-16")
+SPARSE_FORMS = ("sparse", "int8-quads", "int8-given-quads", "int8-bitmap", "int4-bitmap", "int4-of-16")
 """The decisions by which a layer's zeros are neither stored nor multiplied by."""
 
 

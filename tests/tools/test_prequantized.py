@@ -1,8 +1,8 @@
 """Models that were pruned and quantized in training, as SparseML exported them: all commands on each layout.
 
 The files are made here by the rules of the operators: a BERT of two layers and a ResNet of two blocks, 80 % of whose
-weights are zero, each in the layouts that were exported. Nobody can compute with these zeros yet; they must be seen,
-kept, and never lead anybody astray.
+weights are zero, each in the layouts that were exported. These zeros must be seen, kept, and never lead anybody astray;
+linears of integers leave them out where that is faster.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_onnx.model import model_io
 from sparse_onnx.model.nbits import pack_bits
 from sparse_onnx.model.weights import find_weights
+from sparse_onnx.passes.lower.q_matmul import LowerQMatMul, LowerSparseQMatMul
+from sparse_onnx.running.runtime import open_session
 
 HIDDEN, HEADS, INNER, VOCABULARY, LENGTH = 64, 4, 128, 50, 8
 ZEROS = 0.8
@@ -318,12 +320,49 @@ def test_optimize_leaves_them_alone_and_says_so(made, run_cli, tmp_path):
     )
     assert ran.code == 5
     assert "weights are quantized already" in ran.out
-    assert "no sparse kernel computes with integers yet" in ran.out
+    assert "layers of 8 bits whose input is rounded, too, have kernels that leave zeros out" in ran.out
     assert path.read_bytes() == before
     np.testing.assert_array_equal(answers(tmp_path / "out" / "model.onnx"), answers(path))
     report = run_cli("report", tmp_path / "out", "--format", "json")
     assert report.code == 0
     assert run_cli("verify", path, tmp_path / "out", *shape_options(path)).code == 0
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "bert" in name and "NBits" not in name])
+@pytest.mark.parametrize("lowering", [LowerQMatMul, LowerSparseQMatMul])
+def test_linears_of_every_layout_become_products_of_integers(name, lowering, tmp_path):
+    write, layout = MODELS[name]
+    path = tmp_path / "model.onnx"
+    expected = write(path, layout)
+    lowered = model_io.load_model(path)
+    result = lowering()(lowered)
+    assert result.statistics["weights"] == len(expected)
+    assert not find_weights(lowered, encoded=True)[0]
+    written = model_io.save_model(lowered, tmp_path, name="lowered")
+    for library in (True, False):
+        session = open_session(written, threads=1, library=library)
+        ids = np.random.default_rng(3).integers(0, VOCABULARY, (2, LENGTH))
+        # A number between two steps may be rounded to the other one.
+        np.testing.assert_allclose(session.run(None, {"ids": ids})[0], answers(path), atol=0.03)
+
+
+def test_optimize_of_a_pruned_encoder_needs_no_option(run_cli, tmp_path):
+    """All forms are timed against the integer kernels of the runtime; the arithmetic is the graph's own."""
+    write, layout = MODELS["bert, integers dequantized"]
+    path, out = tmp_path / "model.onnx", tmp_path / "out"
+    expected = write(path, layout)
+    options = ("--threads", "1", *shape_options(path))
+    ran = run_cli("optimize", path, "-o", out, "--min-speedup", "0.2", "--format", "json", *options)
+    assert ran.code == 0, ran.err
+    report = ran.json()
+    rows = {row["name"]: row for row in report["layers"]}
+    assert rows.keys() == expected.keys()
+    assert {row["decision"] for row in rows.values()} <= {"int8-given", "int8-given-quads"}
+    assert all({"dense", row["decision"]} <= row["times"].keys() for row in rows.values())
+    assert report["summary"]["relative_error"] < 1e-2
+    np.testing.assert_allclose(answers(out / "model.onnx"), answers(path), atol=0.03)  # without the library
+    assert run_cli("verify", path, out, *shape_options(path)).code == 0
+    assert run_cli("report", out, "--format", "json").code == 0
 
 
 def test_optimize_prunes_them_if_they_shall_keep_their_zeros(made, run_cli, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sparse_onnx.model.bit_packing import unpack
-from sparse_onnx.model.encodings import Affine, Packed, spread
+from sparse_onnx.model.encodings import Affine, Packed, quantize, spread
 from sparse_onnx.model.weights import Weight
 
 __all__ = ["IntegerGrid", "read_grid"]
@@ -41,8 +41,9 @@ class IntegerGrid:
         return bool((self.zero_point == 1 << self.bits - 1).all())
 
 
-def read_grid(weight: Weight) -> IntegerGrid | str:
-    """The integers of ``weight``, or the reason why there are none."""
+def read_grid(weight: Weight, *, rounded: bool = False) -> IntegerGrid | str:
+    """The integers of ``weight``, or the reason why there are none. With ``rounded``, those of floats that the graph
+    rounds in every run, too."""
     encoding, stored = weight.encoding, weight.tensor.numpy()
     if isinstance(encoding, Packed):
         scale = encoding.scale.numpy()[:, 0].astype(np.float32)
@@ -57,8 +58,10 @@ def read_grid(weight: Weight) -> IntegerGrid | str:
             zero_point,
             encoding.group_size,
         )
-    if not isinstance(encoding, Affine) or encoding.rounded:
+    if not isinstance(encoding, Affine) or (encoding.rounded and not rounded):
         return f"is stored as {encoding}"
+    if encoding.rounded and not np.isfinite(stored).all():
+        return "has NaN or Inf, which become integers by no rule"
     bits = encoding.dtype.bitwidth
     if bits not in (4, 8):
         return f"has integers of {encoding.dtype.name}"
@@ -71,11 +74,17 @@ def read_grid(weight: Weight) -> IntegerGrid | str:
     return IntegerGrid(
         bits,
         weight.shape[0],
-        lambda: (weight.in_order(stored).astype(np.int16) + shift).astype(np.uint8),
+        lambda: (weight.in_order(_integers(encoding, stored)).astype(np.int16) + shift).astype(np.uint8),
         np.ascontiguousarray(scale[::size], np.float32),
         (zero_point[::size].astype(np.int16) + shift).astype(np.uint8),
         size,
     )
+
+
+def _integers(encoding: Affine, stored: np.ndarray) -> np.ndarray:
+    if not encoding.rounded:
+        return stored
+    return quantize(np.asarray(stored, np.float32), *encoding.grid(stored.shape), encoding.dtype)
 
 
 def _group_size(weight: Weight, encoding: Affine, shape: tuple[int, ...]) -> int | None:

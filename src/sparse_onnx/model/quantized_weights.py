@@ -15,9 +15,7 @@ from sparse_onnx.model.nbits import PackedBlocks
 from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.units import format_share
 
-__all__ = ["NO_INTEGER_KERNEL", "QuantizedWeight", "describe", "quantized_weights"]
-
-NO_INTEGER_KERNEL = "no sparse kernel computes with integers yet"
+__all__ = ["QuantizedWeight", "describe", "quantized_weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +66,12 @@ def describe(bits: Sequence[int], zeros: float, pruned: int = 0) -> str:
     )
     text = (
         f"{len(bits)} weight{' is' if len(bits) == 1 else 's are'} quantized already ({kinds}), with "
-        f"{format_share(zeros)} zeros: {NO_INTEGER_KERNEL}"
+        f"{format_share(zeros)} zeros: layers of 8 bits whose input is rounded, too, have kernels that leave zeros out"
     )
     return (
         f"{text}; {pruned} pruned further"
         if pruned
-        else f"{text}; where zeros gain nothing without one, they are pruned with --keep-pruned only"
+        else f"{text}; where zeros gain nothing, they are pruned with --keep-pruned only"
     )
 
 

@@ -263,7 +263,7 @@ def test_it_is_a_form_that_keeps_the_numbers(from_text):
     model = build(from_text, HEAD + CONV)
     (candidate,), _ = find_candidates(model)
     (form,) = candidate.forms
-    assert (form.name, form.exact, form.least_zeros > 0) == ("int8-static-quads", True, True)
+    assert (form.name, form.exact, form.least_zeros > 0) == ("int8-given-quads", True, True)
     assert candidate.allowed_forms() == (form,)
     assert candidate.refusal(form) == ""
     (decision,) = decide_by_table([candidate])
