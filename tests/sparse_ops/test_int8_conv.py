@@ -359,3 +359,23 @@ def test_the_reference_follows_from_the_formulas():
     expected = np.clip(sums * 0.5 * 0.5 / 0.25 + 100, 0, 255)
     found = int8_conv.reference(x, weight, np.array([6], np.int32), window, grids)
     np.testing.assert_array_equal(found.ravel(), expected)
+
+
+@both_ways
+def test_an_empty_batch(library, conv_model, open_session):
+    weight, bias = int8_conv.pack(integers(9, 8, 3, 3), scales(9)), biases(9)
+    session = open_session(conv_model(weight, bias, SAME, UNSIGNED, 8), library=library)
+    (y,) = session.run(None, {"X": images(0, 8, 5, 6)})
+    assert (y.shape, y.dtype) == ((0, 9, 5, 6), np.uint8)
+
+
+@both_ways
+def test_all_that_is_seen_may_be_padding(library, conv_model, open_session):
+    """Padding is the zero point: the bias is what is left."""
+    weight, bias = int8_conv.pack(integers(9, 8, 3, 3), scales(9)), biases(9)
+    window = Window((3, 3), (1, 1), (9, 9, 9, 9))
+    session = open_session(conv_model(weight, bias, window, UNSIGNED, 8), library=library)
+    x = images(1, 8, 2, 2)
+    (y,) = session.run(None, {"X": x})
+    np.testing.assert_array_equal(y, int8_conv.reference(x, weight, bias, window, UNSIGNED))
+    assert np.unique(y[0, :, 0, 0]).size > 1

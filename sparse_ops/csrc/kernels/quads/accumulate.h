@@ -187,7 +187,8 @@ inline void add_segment(const Chunk<End>& chunk, const uint8_t* offsets, const i
 template <size_t kVectors>
 constexpr size_t vectors_at_a_time() {
   constexpr size_t kMost = kRegisters == 32 ? 4 : 2;
-  return kVectors < kMost ? kVectors : kMost;
+  if constexpr (kVectors < kMost) return kVectors;
+  return kVectors % kMost == 0 ? kMost : 1;
 }
 
 // kFullRows segments with all quads of a chunk.

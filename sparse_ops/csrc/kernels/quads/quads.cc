@@ -124,7 +124,7 @@ const Kernel* select(Table<Kernel> table, Features features, const Weight& weigh
   for (const Kernel* kernel : table) {  // of one set of features: from wide tiles to narrow ones
     if (!is_there(*kernel, features, int8) || !fits(*kernel, weight)) continue;
     if (best != nullptr && kernel->needs != best->needs) continue;
-    if (best == nullptr || kernel->tile >= tokens) {
+    if (best == nullptr || (kernel->tile >= tokens && 2 * kernel->tile <= best->tile)) {
       best = kernel;
     } else {
       // A narrow tile takes longer for a column: it must save a quarter of them.
