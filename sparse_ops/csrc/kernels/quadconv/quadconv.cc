@@ -12,8 +12,9 @@ namespace {
 
 using spconv::Runs;
 
-// Panels in memory at a time: few enough to stay in the second-level cache, enough for every thread.
-constexpr size_t kPanelBytes = size_t{1} << 19;
+// Panels in memory at a time, for each thread: few enough to stay in the second-level cache beside what they are made
+// of, so that their memory is there when it is written once more.
+constexpr size_t kPanelBytes = size_t{1} << 17;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kSlice = 64;       // rows of a panel made by one task, about
 constexpr size_t kSliceWords = 8192;  // words of X made by one task, about
@@ -292,7 +293,7 @@ void lay_out(const Convolution& c, Plan& plan) {
 
 void set_scratch(const Convolution& c, size_t threads, Plan& plan) {
   const size_t panel_bytes = panel_size(c, *plan.full) * c.group * sizeof(int32_t);
-  const size_t wanted = std::max(kPanelBytes / panel_bytes, divide_up(threads, c.weight.blocks));
+  const size_t wanted = std::max(kPanelBytes * threads / panel_bytes, divide_up(threads, c.weight.blocks));
   const size_t possible = std::max<size_t>(1, kMaxPanelBytes / panel_bytes);
   const size_t tiles = std::max<size_t>(1, divide_up(plan.positions, plan.full->tile));
   plan.strip = std::min({wanted, possible, tiles});
