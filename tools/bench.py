@@ -174,6 +174,7 @@ def _time(entries: Sequence[_Entry], bench: Workbench, rounds: int) -> tuple[lis
                 bench,
                 entry.path,
                 library=entry.library,
+                timed=True,
             )
             runners.append(stack.enter_context(opening))
         bench.progress(f"timing {len(entries)} models")

@@ -144,14 +144,14 @@ def summary_table(report: Mapping[str, Any]) -> str:
         )
         rows.append([f"{metric['name']}, {metric['samples']} samples", before, after, f"drop {drop}"])
     from sparse_onnx.compilation.worth_pruning import NO_KERNEL
+    from sparse_onnx.passes.clean.fold_weights import STAYS_QUANTIZED
 
     reasons = Counter(_short(row["reason"]) for row in layers if row["decision"] == "dense")
-    lowered = {row["name"] for row in layers if row["decision"] != "dense"}
     reasons.update(
         _short(place["reason"])
         for place in report["declined"]
         if NO_KERNEL not in place["reason"]  # a lowering says the same
-        and place["place"] not in lowered
+        and place["reason"] != STAYS_QUANTIZED  # which is no reason to stay dense
     )
     text = table(rows[1:], rows[0])
     if broken := sum(row["non_finite"] for row in layers):

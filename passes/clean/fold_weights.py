@@ -34,7 +34,9 @@ from sparse_onnx.model.graph import drop_if_unused, is_standard, value_names
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 
-__all__ = ["FoldWeights"]
+__all__ = ["STAYS_QUANTIZED", "FoldWeights"]
+
+STAYS_QUANTIZED = "quantized: the weight stays as it is stored"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _FOLDED = ("Cast", "Concat", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
@@ -162,7 +164,7 @@ def _constants(model: ir.Model) -> _Known:
         depth = 1 + max((value.depth for value in operands), default=0)
         for output in node.outputs:
             if is_standard(node, "DequantizeLinear"):
-                known[output] = _Obstacle("quantized: the weight stays as it is stored")
+                known[output] = _Obstacle(STAYS_QUANTIZED)
             elif decodes(node, 1):
                 known[output] = _Obstacle("a codebook: the weight stays as it is stored")
             elif obstacles:

@@ -108,9 +108,10 @@ class _Product:
 
 def reads_integers(node: ir.Node) -> bool:
     """Whether ``node``, which multiplies by a weight, may be a linear of integers of 8 bits."""
-    if is_standard(node, "MatMulInteger", "QLinearMatMul"):
-        return True
-    return is_standard(node, "MatMul", "Gemm") and producer(node.inputs[0], "DequantizeLinear") is not None
+    if is_standard(node, "MatMulInteger"):
+        return producer(node.inputs[0], "QuantizeLinear", "DynamicQuantizeLinear") is not None
+    decoded = is_standard(node, "MatMul", "Gemm") and producer(node.inputs[0], "DequantizeLinear") is not None
+    return decoded or is_standard(node, "QLinearMatMul")
 
 
 def match_q_linear(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> QLinear | str:

@@ -65,10 +65,6 @@ MAX_BIAS = 2**30
 OP_TYPES = {"SparseInt8Conv": np.dtype(np.uint8), "SparseInt8ConvSigned": np.dtype(np.int8)}
 """What Y is made of, by op type."""
 
-# Chosen on measurements: 128 words of a chunk stay in the first-level cache.
-_CHUNK, _BLOCK = 64, 64
-
-
 def op_type_of(signed: bool) -> str:
     """The op type whose Y is of int8, or of uint8."""
     return "SparseInt8ConvSigned" if signed else "SparseInt8Conv"
@@ -120,12 +116,7 @@ def pack(filters: np.ndarray, scales: np.ndarray, group: int = 1) -> Int8Weight:
 
     Raises ValueError for other arrays, too many inputs, and groups that are not of equal size.
     """
-    matrix = matrix_of(filters)
-    if group < 1 or matrix.shape[1] % group:
-        raise ValueError(f"{matrix.shape[1]} output channels cannot be cut into {group} groups")
-    own, quads = matrix.shape[1] // group, matrix.shape[0] // 4
-    block = next(size for size in range(min(own, _BLOCK), 0, -1) if own % size == 0) if group > 1 else None
-    return int8_quads.pack_quads(matrix, scales, chunk=int8_quads.even(quads, _CHUNK), block=block)
+    return int8_quads.pack_maps(matrix_of(filters), scales, group)
 
 
 def reference(

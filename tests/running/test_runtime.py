@@ -296,6 +296,13 @@ def test_runner_can_run_twice_and_at_other_shapes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_products_of_bytes_are_exact_but_where_time_counts():
+    """Where two products saturate, a timed session is as fast as ORT by itself; no other takes its sums for true."""
+    for timed, precise in ((False, "1"), (True, "0")):
+        options = runtime.session_options(threads=1, library=False, timed=timed)
+        assert options.get_session_config_entry("session.x64quantprecision") == precise
+
+
 @pytest.mark.parametrize("budget", [1 << 30, 300])
 def test_milliseconds_are_positive(tmp_path, budget):
     source = model(*CHAIN, **weights("A", "B", "C"))

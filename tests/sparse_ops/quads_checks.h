@@ -56,7 +56,8 @@ inline Exact exact(const RandomQuads& w, const std::vector<float>& x, size_t tok
     const auto zero = static_cast<int64_t>(std::nearbyint(-low * inverse));
     for (size_t k = 0; k < w.K; ++k) {
       const float ratio = x[t * w.K + k] * inverse;
-      rounded[t * w.K + k] = std::min<int64_t>(static_cast<int64_t>(std::nearbyint(ratio)) + zero, 255) - zero;
+      rounded[t * w.K + k] =
+          std::min<int64_t>(static_cast<int64_t>(std::nearbyint(ratio)) + zero, 255) - zero;
     }
   }
   add_products(w, rounded, tokens, y.sums);
@@ -67,7 +68,8 @@ inline Exact exact(const RandomQuads& w, const std::vector<float>& x, size_t tok
 inline Exact exact(const RandomQuads& w, const std::vector<uint8_t>& x, const Bytes& steps, size_t tokens) {
   Exact y{std::vector<int64_t>(tokens * w.N), std::vector<float>(tokens, steps.size)};
   std::vector<int64_t> rounded;
-  for (uint8_t byte : x) rounded.push_back((steps.is_signed ? static_cast<int8_t>(byte) + 128 : byte) - steps.zero);
+  for (uint8_t byte : x)
+    rounded.push_back((steps.is_signed ? static_cast<int8_t>(byte) + 128 : byte) - steps.zero);
   add_products(w, rounded, tokens, y.sums);
   return y;
 }

@@ -106,7 +106,8 @@ void test_extreme_bytes() {
         for (const Kernel* kernel : kernels()) {
           if (!runs_here(*kernel) || !fits(*kernel, guarded.checked.weight)) continue;
           const Plan plan = make_plan(guarded.checked.weight, 2, *kernel);
-          compare(plan, guarded.checked.weight, random, guarded_run(plan, guarded.checked.weight, x, steps), want);
+          compare(plan, guarded.checked.weight, random, guarded_run(plan, guarded.checked.weight, x, steps),
+                  want);
         }
       }
     }

@@ -159,7 +159,7 @@ def few_rows(settings: Settings) -> Iterator[Table]:
                 for threads in settings.threads:
                     bandwidth = read_bandwidth(buffer, threads)
                     sessions = [
-                        open_session(path, threads=threads, library=library)
+                        open_session(path, threads=threads, library=library, timed=True)
                         for path, library in zip(paths, (False, True), strict=True)
                     ]
                     for tokens in rows_of_x:

@@ -1,5 +1,5 @@
-// The operators Int8MatMul*, SparseInt8MatMul*, QMatMul* and SparseQMatMul*, one op type per activation; contracts in
-// sparse_ops/ops/int8_matmul.py and sparse_ops/ops/q_matmul.py.
+// The operators Int8MatMul*, SparseInt8MatMul*, QMatMul* and SparseQMatMul*, one op type per activation;
+// contracts in sparse_ops/ops/int8_matmul.py and sparse_ops/ops/q_matmul.py.
 
 #include "ops/operators.h"
 
@@ -60,7 +60,8 @@ class Kernel {
                                           {"SparseQMatMulQuickGelu", Activation::quick_gelu, false, true}};
   static OrtElementType input_type(const Variant& variant, size_t i) {
     const std::span<const Part> parts = parts_of(variant);
-    if (i == 0) return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
+    if (i == 0)
+      return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
     if (i == parts.size() + 3) return ORT_UNDEFINED;
     return i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
   }
@@ -115,7 +116,10 @@ int64_t read_lowest(const NodeReader& node) {
 }
 
 Kernel::Kernel(const Variant& variant, const NodeReader& node)
-    : api_(node.api()), where_(node.where()), features_(node.features()), bytes_(variant.bytes),
+    : api_(node.api()),
+      where_(node.where()),
+      features_(node.features()),
+      bytes_(variant.bytes),
       input_count_(input_count(variant)) {
   node.expect("format", variant.dense ? int8_quads::kDenseFormat : int8_quads::kFormat);
   const std::span<const Part> parts = parts_of(variant);
@@ -144,8 +148,7 @@ void Kernel::compute(OrtKernelContext* context) const {
     dims.back() = static_cast<int64_t>(weight.N);
     float* y = float_output(api_, context, 0, dims);
     if (x.elements == 0) return;
-    const quads::Plan plan =
-        quads::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
+    const quads::Plan plan = quads::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
     const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
     SessionWorkers workers(api_, context, &threads_);
     if (!quads::run(plan, weight, tokens, y, scratch.get(), workers)) check_status(workers.status());
@@ -164,8 +167,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   }
   for (const ByteTensor* bytes : {&x, &zero}) {
     if (bytes->is_signed != is_signed_) {
-      throw InvalidError{where_ + ": inputs X and x_zero_point must both be " + (is_signed_ ? "int8" : "uint8") +
-                         ", as x_lowest says"};
+      throw InvalidError{where_ + ": inputs X and x_zero_point must both be " +
+                         (is_signed_ ? "int8" : "uint8") + ", as x_lowest says"};
     }
   }
   const auto point = static_cast<unsigned char>(*zero.data ^ (is_signed_ ? 128 : 0));

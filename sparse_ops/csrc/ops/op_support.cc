@@ -164,8 +164,8 @@ InputTensor rows_input(const OrtApi& api, const OrtKernelContext* context, const
   return x;
 }
 
-ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t index,
-                      const char* name) {
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                      size_t index, const char* name) {
   ByteTensor x{};
   OrtElementType type = ORT_UNDEFINED;
   x.data = static_cast<const unsigned char*>(input(api, context, index, x.value, x.dims, x.elements, &type));

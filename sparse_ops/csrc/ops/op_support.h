@@ -79,8 +79,8 @@ struct ByteTensor {
   const unsigned char* data;
   bool is_signed;
 };
-ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where, size_t index,
-                      const char* name);
+ByteTensor byte_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
+                      size_t index, const char* name);
 // One of int32.
 struct IntegerTensor {
   std::vector<int64_t> dims;

@@ -539,7 +539,7 @@ class _Job:
         names = {value.name or "" for c in candidates for layer in c.layers for value in layer.inputs}
         work = Work(model, {name: array.shape for name, array in self.feeds.items()})
         names |= work.unknown()
-        with open_runner(with_shape_outputs(model, names), self.bench, library=False) as runner:
+        with open_runner(with_shape_outputs(model, names), self.bench, library=False, timed=True) as runner:
             with explaining_guesses([self.choice]):
                 values = shapes_in(runner.run(self.feeds))[1]
             self.node_work = work.count(values)
@@ -699,7 +699,7 @@ class _Job:
         timed: list[tuple[float | None, int, Sums, list[Ratio]]] = []
         rest = forecast.rest_bytes
         told = Progress(self.say, "models", len(plans), interval=0)
-        with open_runner(original, self.bench, self.path, library=False) as dense:
+        with open_runner(original, self.bench, self.path, library=False, timed=True) as dense:
             whole = dense.whole
             first = [dense.milliseconds(self.feeds) for _ in range(3 if whole else 1)]
         for share, bits, plan in plans if whole else ():

@@ -446,8 +446,9 @@ def _graph_work(
             name = "" if weight is None else weight.name or ""
             products = scaled(product.count, node)
             if products != 0:
+                reason = where + _reason(node, product)
                 yield NodeWork(
-                    numbers[id(node)], _label(node), name, products, False, where + _reason(node, product)
+                    numbers[id(node)], _label(node), name, products, _leaves_zeros_out(node), reason
                 )
         for stored in stored_weights(node):
             rows = scaled(_rows_of_ours, node)
@@ -463,6 +464,11 @@ def _graph_work(
             yield from (
                 _largest(bodies) if node.op_type == "If" else (work for body in bodies for work in body)
             )
+
+
+def _leaves_zeros_out(node: ir.Node) -> bool:
+    """Whether an operator of ours multiplies by integers, without the zeros among them."""
+    return node.domain == DOMAIN and node.op_type.startswith("Sparse")
 
 
 def _largest(branches: Sequence[list[NodeWork]]) -> Iterator[NodeWork]:

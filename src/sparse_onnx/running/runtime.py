@@ -64,9 +64,14 @@ def session_budget(nbytes: int) -> int:
     return 3 << 29 if nbytes <= 3 << 29 else max(nbytes // 16, 128 << 20)
 
 
-def session_options(*, threads: int, library: bool, level: Level = LEVELS[0]) -> onnxruntime.SessionOptions:
+def session_options(
+    *, threads: int, library: bool, level: Level = LEVELS[0], timed: bool = False
+) -> onnxruntime.SessionOptions:
     """Options of a quiet CPU session. ``library`` registers the sparse kernels, else standard operators run; ``level``
     is one of :data:`LEVELS`.
+
+    ORT's products of unsigned by signed bytes saturate on processors with AVX2 and no VNNI, unless it is told to be
+    precise, which costs time. Sessions are, but for ``timed`` ones, which do what ORT does by itself.
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
@@ -82,22 +87,30 @@ def session_options(*, threads: int, library: bool, level: Level = LEVELS[0]) ->
     }[level]
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.x64quantprecision", "0" if timed else "1")
     if library:
         sparse_ops.register(options)
     return options
 
 
 def open_session(
-    path: Path, *, threads: int, library: bool, level: Level = LEVELS[0], lean: bool = False
+    path: Path,
+    *,
+    threads: int,
+    library: bool,
+    level: Level = LEVELS[0],
+    lean: bool = False,
+    timed: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A CPU session on a model file. ``library`` registers the sparse kernels, else standard operators run.
 
-    ``level`` is one of :data:`LEVELS`. A ``lean`` session computes large constants anew in every run rather than keep
-    them, as far as ORT lets itself be told: the weights of sparse operators without the library among them.
+    ``level`` is one of :data:`LEVELS`; ``timed`` is as for :func:`session_options`. A ``lean`` session computes large
+    constants anew in every run rather than keep them, as far as ORT lets itself be told: the weights of sparse
+    operators without the library among them.
 
     Raises HostError if ONNX Runtime or the library is missing, RunError if ORT refuses the model.
     """
-    options = session_options(threads=threads, library=library, level=level)
+    options = session_options(threads=threads, library=library, level=level, timed=timed)
     ort = import_onnxruntime()
     if lean:
         options.add_session_config_entry(
@@ -154,12 +167,13 @@ class Runner:
         constants: Feeds | None = None,
         lean: bool = False,
         level: Level = LEVELS[0],
+        timed: bool = False,
     ) -> None:
         self._segments = segments
         self.outputs = tuple(outputs)
         self.level = level
         self._threads, self._say = bench.threads, bench.progress
-        self._library, self._lean = library, lean
+        self._library, self._lean, self._timed = library, lean, timed
         self._constants = constants or {}
         self._session: onnxruntime.InferenceSession | None = None
         if self.whole:
@@ -169,7 +183,12 @@ class Runner:
 
     def _open(self, segment: _Segment, level: Level) -> onnxruntime.InferenceSession:
         return open_session(
-            segment.path, threads=self._threads, library=self._library, level=level, lean=self._lean
+            segment.path,
+            threads=self._threads,
+            library=self._library,
+            level=level,
+            lean=self._lean,
+            timed=self._timed,
         )
 
     def _at_best_level(
@@ -304,11 +323,12 @@ def open_runner(
     library: bool,
     lean: bool = False,
     level: Level = LEVELS[0],
+    timed: bool = False,
 ) -> Iterator[Runner]:
     """A runner for ``model``. ``path`` is its file if it is on disk already.
 
     ``bench.progress`` is told how far a run is that takes several sessions, and where ORT's optimizations fail.
-    ``library`` registers the sparse kernels; ``lean`` and ``level`` are as for :func:`open_session`.
+    ``library`` registers the sparse kernels; ``lean``, ``level`` and ``timed`` are as for :func:`open_session`.
     """
     held = model_io.weight_bytes(model)
     budget = session_budget(held) if bench.budget is None else bench.budget
@@ -325,7 +345,7 @@ def open_runner(
                 path = scratch / "model.onnx"
             inputs = tuple(value.name or "" for value in model.graph.inputs)
             whole = _Segment(path, inputs, tuple(outputs))
-            runner = Runner([whole], tensors, bench, library, None, lean, level)
+            runner = Runner([whole], tensors, bench, library, None, lean, level, timed)
         else:
             constants = {
                 value.name or "": value.const_value.numpy()
@@ -333,7 +353,7 @@ def open_runner(
                 if value.const_value is not None and value.is_initializer()
             }
             segments = _split(model, scratch, budget, library)
-            runner = Runner(segments, tensors, bench, library, constants, lean, level)
+            runner = Runner(segments, tensors, bench, library, constants, lean, level, timed)
         yield runner
     finally:
         if runner is not None:

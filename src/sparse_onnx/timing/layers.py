@@ -98,7 +98,7 @@ def time_together(
         runs: list[Callable[[], float]] = []
         for index, (model, library) in enumerate(zip(models, libraries, strict=True)):
             path = model_io.save_model(model, scratch, name=f"model{index}")
-            session = open_session(path, threads=threads, library=library)
+            session = open_session(path, threads=threads, library=library, timed=True)
 
             def run(session: onnxruntime.InferenceSession = session) -> float:
                 evict_caches()

@@ -32,8 +32,8 @@ def time_models(
     The original has run on ``feeds``: VerificationError if ONNX Runtime refuses the compiled one."""
     (original, source), (compiled, written) = pair
     with (
-        open_runner(original, bench, source, library=False) as dense,
-        open_runner(compiled, bench, written, library=True) as sparse,
+        open_runner(original, bench, source, library=False, timed=True) as dense,
+        open_runner(compiled, bench, written, library=True, timed=True) as sparse,
     ):
         runs = [
             functools.partial(runner.milliseconds, values) for values in feeds for runner in (dense, sparse)

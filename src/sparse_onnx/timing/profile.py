@@ -104,7 +104,7 @@ def _run_profiled(
     scratch: Path, feeds: Feeds, *, threads: int, library: bool, level: Level
 ) -> tuple[list[dict[str, Any]], onnx.ModelProto]:
     """What ORT's profiler writes of runs of ``scratch/model.onnx``, and the graph as ORT has rewritten it."""
-    options = session_options(threads=threads, library=library, level=level)
+    options = session_options(threads=threads, library=library, level=level, timed=True)
     with native_path(scratch) as folder:
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/{level}"

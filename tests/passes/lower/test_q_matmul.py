@@ -316,3 +316,4 @@ def test_its_work_is_counted(model, word):
     (found,) = Work(lowered).count()
     assert found.products == 10 * K * N
     assert found.weight == "V.values"
+    assert found.sparse == (word == "Sparse")

@@ -1,11 +1,11 @@
-// What one kernel for Y = act(round(X) . W + bias) is, with X rounded to 8 bits token by token, or given as bytes
-// that all stand for steps of one size, and W of int8 with a scale for each output: plain data, so that sources
-// compiled for wide vectors may include it.
+// What one kernel for Y = act(round(X) . W + bias) is, with X rounded to 8 bits token by token, or given as
+// bytes that all stand for steps of one size, and W of int8 with a scale for each output: plain data, so that
+// sources compiled for wide vectors may include it.
 //
-// W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs of
-// one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by
-// tile, into panels of 32-bit words [quads, tile], four inputs of one token each, so that one stored quad
-// multiplies whole vectors of tokens. Sums are exact, so that every kernel gives the same ones.
+// W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs
+// of one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by tile, into panels
+// of 32-bit words [quads, tile], four inputs of one token each, so that one stored quad multiplies whole
+// vectors of tokens. Sums are exact, so that every kernel gives the same ones.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ constexpr size_t kMaxInputs = 32764;
 
 // Of which products are rounded to a multiple, between two whole ones, before the bias is added.
 struct Grid {
-  float size = 0;  // 0: they are not
+  float size = 0;           // 0: they are not
   float low = 0, high = 0;  // multiples, within +-2^16
 };
 
@@ -48,7 +48,8 @@ struct Weight {
   bool wide;  // some integer is beyond -64..64: two products of bytes need more than 16 bits
 };
 
-// X as bytes: each stands for (byte - zero) * size; signed ones, in two's complement, are 128 less than that byte.
+// X as bytes: each stands for (byte - zero) * size; signed ones, in two's complement, are 128 less than that
+// byte.
 struct Bytes {
   const unsigned char* data;
   bool is_signed;
@@ -87,8 +88,8 @@ struct Kernel : KernelRow {
   // The same of tokens that are bytes, the first of them at `x`.
   void (*pack)(const Weight& weight, const Bytes& x, size_t tokens, size_t first, int32_t* panel);
 
-  // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned; of a weight with
-  // a grid without the bias. Rows of outputs behind N hold anything.
+  // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned; of a weight
+  // with a grid without the bias. Rows of outputs behind N hold anything.
   void (*multiply)(const Weight& weight, size_t block, const int32_t* panel, float* acc);
 
   // Four rows of `count` bytes to words with a byte of each, xored with `flip` and what this kernel's products take.

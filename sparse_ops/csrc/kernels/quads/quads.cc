@@ -98,8 +98,8 @@ Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kern
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
 }
 
-bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes, float* y, void* scratch,
-         Workers& workers) {
+bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes, float* y,
+         void* scratch, Workers& workers) {
   auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t count = std::min(plan.strip, plan.tokens - first);

@@ -85,8 +85,8 @@ inline void round_some(const float* x, size_t count, const Steps& steps, unsigne
 // Inputs that are rounded before they are packed.
 constexpr size_t kPiece = 256;
 
-// Columns first..first + kColumns - 1 of a panel: of the first `present` ones with these steps, `write(t, begin,
-// count, to)` makes bytes of `count` numbers that begin at `begin`, with room for kPiece.
+// Columns first..first + kColumns - 1 of a panel: of the first `present` ones with these steps, `write(t,
+// begin, count, to)` makes bytes of `count` numbers that begin at `begin`, with room for kPiece.
 template <size_t kColumns, class Write>
 inline void fill_columns(const Weight& w, const Steps* steps, size_t present, size_t first, size_t tile,
                          int32_t* panel, const Write& write) {
@@ -128,14 +128,16 @@ inline size_t present_of(size_t tokens, size_t first) {
   return left < kColumns ? left : kColumns;
 }
 
-// Few columns at a time, so that their tokens are still in the first-level cache when they are read once more.
+// Few columns at a time, so that their tokens are still in the first-level cache when they are read once
+// more.
 template <size_t kLanes, size_t kVectors>
 void round(const Weight& w, const float* x, size_t tokens, size_t first, int32_t* panel) {
   constexpr size_t kTile = kLanes * kVectors, kColumns = kLanes < 8 ? kLanes : 8;
   for (size_t from = first; from < first + kGroup && from < kTile; from += kColumns) {
     const size_t present = present_of<kColumns>(tokens, from);
     Steps steps[kColumns] = {};
-    for (size_t t = 0; t < present; ++t) steps[t] = steps_of<(kLanes > 8 ? 8 : kLanes)>(x + (from + t) * w.K, w.K);
+    for (size_t t = 0; t < present; ++t)
+      steps[t] = steps_of<(kLanes > 8 ? 8 : kLanes)>(x + (from + t) * w.K, w.K);
     fill_columns<kColumns>(w, steps, present, from, kTile, panel,
                            [&](size_t t, size_t begin, size_t count, unsigned char* to) {
                              round_some(x + (from + t) * w.K + begin, count, steps[t], to);
