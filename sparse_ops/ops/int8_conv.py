@@ -65,6 +65,7 @@ MAX_BIAS = 2**30
 OP_TYPES = {"SparseInt8Conv": np.dtype(np.uint8), "SparseInt8ConvSigned": np.dtype(np.int8)}
 """What Y is made of, by op type."""
 
+
 def op_type_of(signed: bool) -> str:
     """The op type whose Y is of int8, or of uint8."""
     return "SparseInt8ConvSigned" if signed else "SparseInt8Conv"
