@@ -14,6 +14,7 @@ from sparse_onnx.passes.lower.lowering import Candidate, Lowering
 from sparse_onnx.passes.lower.matmul_nbits import LowerMatMulNBits
 from sparse_onnx.passes.lower.q_matmul import LowerQMatMul, LowerSparseQMatMul
 from sparse_onnx.passes.lower.sparse_conv import LowerSparseConv
+from sparse_onnx.passes.lower.sparse_int8_conv import LowerSparseInt8Conv
 from sparse_onnx.passes.lower.sparse_integers import LowerPositions, LowerSparseIntegers
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.lower.sparse_recurrent import LowerSparseRecurrent
@@ -28,6 +29,7 @@ LOWERINGS: tuple[type[Lowering], ...] = (
     LowerSparseInt8MatMul,
     LowerQMatMul,
     LowerSparseQMatMul,
+    LowerSparseInt8Conv,
     LowerMatMulNBits,
     LowerDynamicInt8,
     LowerSparseIntegers,

@@ -30,7 +30,8 @@ from sparse_onnx.passes.lower.lowering import (
     Packer,
     match_layers,
 )
-from sparse_onnx.passes.patterns.linear import Linear, match_linear
+from sparse_onnx.passes.patterns.layer import Layer
+from sparse_onnx.passes.patterns.linear import match_linear
 from sparse_onnx.progress import Progress
 from sparse_onnx.sparse_ops.domain import EXACT_DOMAIN, VERSION
 from sparse_onnx.sparse_ops.formats.base import Outputs
@@ -96,6 +97,8 @@ class LowerEncoded(Lowering):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "linear"
+    op_types: ClassVar[tuple[str, ...]] = LINEARS
+    """Of the layers that it looks at."""
     integers: ClassVar[bool] = False
     """Whether weights of operators on integers are looked at."""
 
@@ -122,20 +125,20 @@ class LowerEncoded(Lowering):
         return read_grid(weight)
 
     @classmethod
-    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Linear | str:
+    def match(cls, weight: Weight, node: ir.Node, graph: ir.Graph, shapes: Shapes) -> Layer | str:
         """The layer that ``node`` (a user of ``weight``) is part of, or the reason why it is none."""
         return match_linear(weight, node, graph, shapes)
 
     @classmethod
     def find_candidates(cls, model: ir.Model) -> tuple[list[Candidate], list[tuple[str, str]]]:
-        weights, _ = find_weights(model, LINEARS, encoded=True, integers=cls.integers)
+        weights, _ = find_weights(model, cls.op_types, encoded=True, integers=cls.integers)
         shapes = Shapes(model)
         encoded = [
             weight for weight in weights if not isinstance(weight.encoding, Dense) and cls.concerns(weight)
         ]
         declined: list[tuple[str, str]] = []
         found = []
-        for weight, linears in match_layers(
+        for weight, layers in match_layers(
             encoded, lambda weight, node: cls.match(weight, node, model.graph, shapes), declined
         ):
             grid = cls.read(weight)
@@ -144,7 +147,7 @@ class LowerEncoded(Lowering):
             if isinstance(form, str):
                 declined.append((weight.name, form))
             else:
-                found.append(Candidate(weight, linears, cls.kind, (form,)))
+                found.append(Candidate(weight, layers, cls.kind, (form,)))
         return found, declined
 
     @classmethod

@@ -28,7 +28,7 @@ from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, users
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops.sparse_conv import Window, operator_name, outputs_of
 
-__all__ = ["Convolution", "match_conv"]
+__all__ = ["Convolution", "match_clip", "match_conv", "window_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
     bias = input_at(node, 2)
     if bias is not None and not is_bias(bias, weight.shape[1]):
         return "is a Conv whose bias is no constant"
-    window = _window(node, weight, shapes)
+    window = window_of(node, weight, shapes)
     if isinstance(window, str):
         return window
     nodes = [node]
@@ -99,7 +99,7 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
     else:
         index = 0
     activation, limits = "none", None
-    if (clipped := _clip(output)) is not None:
+    if (clipped := match_clip(output)) is not None:
         clip, limits = clipped
         activation, matched = "clip", [clip]
     else:
@@ -113,7 +113,7 @@ def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shap
     return Convolution(weight, (*nodes, *matched), bias, activation, output, window, limits, add, index)
 
 
-def _window(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
+def window_of(node: ir.Node, weight: Weight, shapes: Shapes) -> Window | str:
     """The attributes of a Conv with its padding made explicit, or why that cannot be done."""
     found = ConvWindow.of(node, tuple(int(size) for size in weight.tensor.shape.numpy()[2:]))
     if not found.fits or weight.shape[1] % found.groups:
@@ -149,7 +149,8 @@ def _is_free_convolution(value: ir.Value) -> bool:
     return producer(value, "Conv") is not None and len(users_of(value)) == 1
 
 
-def _clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
+def match_clip(h: ir.Value) -> tuple[ir.Node, tuple[float, float]] | None:
+    """The Clip of ``h`` with constant limits, and these."""
     node = only_user(h, "Clip")
     if node is None or node.inputs[0] is not h:
         return None

@@ -26,6 +26,7 @@ __all__ = [
     "RoundedInput",
     "decoded_alone",
     "dequantized",
+    "grid_of",
     "quantized",
     "read_input",
     "rounded_dtype",
@@ -108,7 +109,7 @@ def rounded_in_passing(h: ir.Value) -> RoundedInPassing | None:
     up = only_user(down.outputs[0], "DequantizeLinear")
     if up is None or up.inputs[0] is not down.outputs[0]:
         return None
-    before, after = _grid(down), _grid(up)
+    before, after = grid_of(down), grid_of(up)
     if isinstance(before, str) or before != after or down.attributes.get_int("saturate", 1) != 1:
         return None
     scale, zero_point, dtype = before
@@ -118,14 +119,18 @@ def rounded_in_passing(h: ir.Value) -> RoundedInPassing | None:
 def decoded_alone(integers: ir.Value) -> RoundedInPassing | None:
     """What makes floats of ``integers``, if nothing else reads them."""
     up = only_user(integers, "DequantizeLinear")
-    if up is None or up.inputs[0] is not integers or isinstance(grid := _grid(up), str):
+    if up is None or up.inputs[0] is not integers or isinstance(grid := grid_of(up), str):
         return None
     scale, zero_point, dtype = grid
     return RoundedInPassing(dtype, scale, zero_point, (up,), up.outputs[0])
 
 
 def rounded_dtype(value: ir.Value) -> ir.DataType:
-    """The type of the integers of 8 bits that ``value`` has; FLOAT if nothing reads it as such."""
+    """The type of the integers of 8 bits that ``value`` has; FLOAT if nothing makes or reads it as such."""
+    if (maker := producer(value, "QuantizeLinear")) is not None:
+        grid = grid_of(maker)
+        if not isinstance(grid, str) and grid[2] in BYTES:
+            return grid[2]
     for user, index in value.uses():
         if index != 0:
             continue
@@ -140,7 +145,8 @@ def rounded_dtype(value: ir.Value) -> ir.DataType:
     return ir.DataType.FLOAT
 
 
-def _grid(node: ir.Node) -> tuple[float, int, ir.DataType] | str:
+def grid_of(node: ir.Node) -> tuple[float, int, ir.DataType] | str:
+    """Scale, zero point and type of integers of a QuantizeLinear or DequantizeLinear, or what is wrong with them."""
     return _grid_of(input_at(node, 1), input_at(node, 2), _dtype(node))
 
 
@@ -174,6 +180,6 @@ def _dtype(node: ir.Node) -> ir.DataType | None:
     integers = node.inputs[0]
     maker = producer(integers, "QuantizeLinear")
     if maker is not None:
-        grid = _grid(maker)
+        grid = grid_of(maker)
         return None if isinstance(grid, str) else grid[2]
     return None if integers is None else integers.dtype

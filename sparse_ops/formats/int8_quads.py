@@ -32,7 +32,7 @@ import numpy as np
 from sparse_onnx.sparse_ops.formats.base import FormatError, Part
 from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, ENTRY_STARTS, GROUP_STARTS, PackedWeight
 
-__all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "pack_dense", "pack_quads", "parts"]
+__all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "pack_dense", "pack_maps", "pack_quads", "parts"]
 
 MAX_INPUTS = 32764
 SIZES = ("K", "N", "chunk", "block")
@@ -44,6 +44,7 @@ _FULL_ROWS = 4  # outputs that a kernel computes together where no quad is missi
 # Chosen on measurements: the activations of one chunk, 64 or 128 tokens, stay in the first-level cache, and segments
 # are long enough at 90 % sparsity.
 _CHUNK, _BLOCK = 96, 64
+_MAP_CHUNK = 64  # the same of convolutions, whose tiles are the widest
 
 
 def parts(dense: bool) -> tuple[Part, ...]:
@@ -195,6 +196,18 @@ def pack_dense(
     except FormatError as error:
         raise ValueError(str(error)) from None
     return weight
+
+
+def pack_maps(integers: np.ndarray, scales: np.ndarray, groups: int = 1) -> Int8Weight:
+    """As :func:`pack_quads` for a convolution, whose blocks have outputs of one of its ``groups``. Raises ValueError
+    where these are not of equal size, too."""
+    quads, N = _checked(integers, scales).shape[:2]
+    if groups < 1 or N % groups:
+        raise ValueError(f"{N} output channels cannot be cut into {groups} groups")
+    own = N // groups
+    whole = next(size for size in range(min(own, _BLOCK), 0, -1) if own % size == 0)
+    block = _even(N, _BLOCK) if groups == 1 else whole
+    return pack_quads(integers, scales, chunk=_even(quads, _MAP_CHUNK), block=block)
 
 
 # Every line has only constants behind it and a shape that can be inferred, so that ORT folds the decoder when the

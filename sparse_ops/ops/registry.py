@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparse_onnx.sparse_ops.formats.registry import FORMATS
 from sparse_onnx.sparse_ops.ops import (
     attention,
+    int8_conv,
     int8_matmul,
     q_matmul,
     skip_layer_norm,
@@ -31,6 +32,7 @@ OPERATORS: tuple[Operator | SparseOperator, ...] = (
     sparse_conv_depthwise.OPERATOR,
     sparse_recurrent.OPERATOR,
     int8_matmul.OPERATOR,
+    int8_conv.OPERATOR,
     q_matmul.OPERATOR,
     attention.OPERATOR,
     skip_layer_norm.OPERATOR,

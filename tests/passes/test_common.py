@@ -194,6 +194,19 @@ CASES = {
             *("lower.matmul-nbits", "lower.dynamic-int8"),
         ),
     ),
+    "images of bytes": Case(
+        """p = QuantizeLinear(P, s, z) x = DequantizeLinear(p, s, z) W = DequantizeLinear(q, s) A = Conv(x, W)
+           H = Relu(A) y = QuantizeLinear(H, s, z) Y = DequantizeLinear(y, s, z)""",
+        {
+            "q": np.arange(-8, 8, dtype=np.int8).reshape(4, 4, 1, 1),
+            "s": np.float32(0.125),
+            "z": np.uint8(3),
+        },
+        inputs="float[B, 4, 8, 8] P",
+        outputs="float[B, 4, 8, 8] Y",
+        prunable=("q",),
+        changed=("lower.sparse-int8-conv",),
+    ),
     "4 bits and zeros": Case(
         "A = Concat<axis = 1>(X, X) W = DequantizeLinear(q, s) Y = MatMul(A, W)",
         {"q": np.diag(range(-8, 8))[:, ::4].astype(ml_dtypes.int4), "s": np.float32(0.125)},

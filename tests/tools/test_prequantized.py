@@ -320,7 +320,7 @@ def test_optimize_leaves_them_alone_and_says_so(made, run_cli, tmp_path):
     )
     assert ran.code == 5
     assert "weights are quantized already" in ran.out
-    assert "linears of 8 bits whose input is rounded, too, have kernels that leave zeros out" in ran.out
+    assert "layers of 8 bits whose input is rounded, too, have kernels that leave zeros out" in ran.out
     assert path.read_bytes() == before
     np.testing.assert_array_equal(answers(tmp_path / "out" / "model.onnx"), answers(path))
     report = run_cli("report", tmp_path / "out", "--format", "json")

@@ -14,7 +14,8 @@ namespace sparse_ops {
 // the runtime that `api` belongs to. They live as long as the library is loaded. A variant has a `name`;
 // `Kernel` has, beside a constructor from (variant, node) and compute(context),
 //
-//   static OrtElementType input_type(const Variant&, size_t index);         all outputs are float32
+//   static OrtElementType input_type(const Variant&, size_t index);
+//   static OrtElementType output_type(const Variant&);                      or none: all outputs are float32
 //   static size_t input_count(const Variant&);
 //   static size_t output_count(const Variant&);
 //   static void infer_shape(const OrtApi&, const Variant&, OrtShapeInferContext*);
@@ -37,7 +38,13 @@ std::vector<const OrtCustomOp*> make_ops(const OrtApi& api) {
       return Kernel::input_type(*Op::self(o).variant, index);
     };
     op.GetInputTypeCount = [](const OrtCustomOp* o) { return Kernel::input_count(*Op::self(o).variant); };
-    op.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
+    op.GetOutputType = [](const OrtCustomOp* o, size_t) {
+      if constexpr (requires { Kernel::output_type(*Op::self(o).variant); }) {
+        return Kernel::output_type(*Op::self(o).variant);
+      } else {
+        return ORT_FLOAT;
+      }
+    };
     op.GetOutputTypeCount = [](const OrtCustomOp* o) { return Kernel::output_count(*Op::self(o).variant); };
     op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* runtime, const OrtKernelInfo* info,
                            void** kernel) {

@@ -193,13 +193,26 @@ IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, 
   return tensor;
 }
 
-float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
-                    const std::vector<int64_t>& dims) {
+namespace {
+
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims) {
   OrtValue* value = nullptr;
   check_status(api.KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
   void* data = nullptr;
   check_status(api.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
+}
+
+}  // namespace
+
+float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                    const std::vector<int64_t>& dims) {
+  return static_cast<float*>(output(api, context, index, dims));
+}
+
+unsigned char* byte_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                           const std::vector<int64_t>& dims) {
+  return static_cast<unsigned char*>(output(api, context, index, dims));
 }
 
 std::string text_of(const std::vector<int64_t>& dims) {
@@ -250,7 +263,7 @@ bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t 
 }
 
 void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
-                      SymbolicShape shape) {
+                      SymbolicShape shape, OrtElementType type) {
   // The runtime would store an unknown dimension without a name as the number -1, which then spreads as if it
   // were a size. A name of its own keeps it unknown, and different from every other.
   static std::atomic<uint64_t> unknown{0};
@@ -265,7 +278,7 @@ void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, si
   }
   Owned<OrtTensorTypeAndShapeInfo> info(api.ReleaseTensorTypeAndShapeInfo);
   check_status(api.CreateTensorTypeAndShapeInfo(info.out()));
-  check_status(api.SetTensorElementType(info.get(), ORT_FLOAT));
+  check_status(api.SetTensorElementType(info.get(), type));
   check_status(api.SetDimensions(info.get(), shape.dims.data(), rank));
   check_status(api.SetSymbolicDimensions(info.get(), names.data(), rank));
   check_status(api.ShapeInferContext_SetOutputTypeShape(context, index, info.get()));

@@ -91,6 +91,8 @@ struct IntegerTensor {
 IntegerTensor integer_input(const OrtApi& api, const OrtKernelContext* context, size_t index);
 float* float_output(const OrtApi& api, OrtKernelContext* context, size_t index,
                     const std::vector<int64_t>& dims);
+unsigned char* byte_output(const OrtApi& api, OrtKernelContext* context, size_t index,
+                           const std::vector<int64_t>& dims);
 
 // "[2, 3]"
 std::string text_of(const std::vector<int64_t>& dims);
@@ -139,7 +141,7 @@ struct SymbolicShape {
 // False if not even the rank is known.
 bool input_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index, SymbolicShape& shape);
 void set_output_shape(const OrtApi& api, const OrtShapeInferContext* context, size_t index,
-                      SymbolicShape shape);
+                      SymbolicShape shape, OrtElementType type = ORT_FLOAT);
 int64_t integer_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name);
 std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferContext* context,
                                         const char* name);

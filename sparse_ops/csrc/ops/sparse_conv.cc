@@ -62,21 +62,12 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
   axes_ = window.axes();
   rows_ = window.rows();
   columns_ = window.columns();
-  if (node.integer("group") < 1) {
-    node.fail("attribute group is " + std::to_string(node.integer("group")) + ", expected at least 1");
-  }
-  group_ = size_of(node.integer("group"));
   epilogue_ = read_epilogue(node, variant.activation, variant.has_limits);
   read_weight(node);
-  const size_t K = weight().K, N = weight().N, block = weight().block;
-  const size_t taps = rows_.kernel * columns_.kernel, group = group_;
-  window.check_fits(node, K);
-  if (N % group != 0 || (group > 1 && N / group % block != 0)) {
-    node.fail("attribute N is " + std::to_string(N) + ", which does not make " + std::to_string(group) +
-              " groups of whole blocks of " + std::to_string(block));
-  }
+  window.check_fits(node, weight().K);
+  group_ = read_group(node, weight().N, weight().block);
   size_t channels;
-  if (__builtin_mul_overflow(K / taps, group, &channels) || channels > size_t{1} << 48) {
+  if (__builtin_mul_overflow(weight().K / (rows_.kernel * columns_.kernel), group_, &channels) || channels > size_t{1} << 48) {
     node.fail("attributes K and group are too large");
   }
   node.log("kernel " + kernel_name());
@@ -84,13 +75,9 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
 
 void Kernel::compute(OrtKernelContext* context) const {
   const spconv::Convolution conv{weight(), rows_, columns_, group_, epilogue_};
-  const auto [x, batch, height, width] = images_input(api_, context, where_, conv.channels(), axes_);
-  const size_t out_height = spconv::output_size(conv.rows, height);
-  const size_t out_width = spconv::output_size(conv.columns, width);
-  if (out_height == 0 || out_width == 0) {
-    throw InvalidError{where_ + ": the window of kernel_shape does not fit into input X of shape " +
-                       text_of(x.dims) + " with its padding"};
-  }
+  const auto images = images_input(api_, context, where_, conv.channels(), axes_);
+  const auto& [x, batch, height, width] = images;
+  const auto [out_height, out_width] = output_sizes(images, where_, conv.rows, conv.columns);
   const std::vector<int64_t> dims = images_dims(axes_, batch, conv.weight.N, out_height, out_width);
   const float* residual = nullptr;
   if (residual_) {

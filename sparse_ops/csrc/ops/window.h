@@ -94,14 +94,14 @@ inline spconv::MapEpilogue read_epilogue(const NodeReader& node, spconv::MapEpil
 }
 
 // Input X [batch, channels, height, width], or [batch, channels, width] where windows have one axis.
+template <class Tensor>
 struct Images {
-  InputTensor x;
+  Tensor x;
   size_t batch, height, width;
 };
 // `where` names the node in the error.
-inline Images images_input(const OrtApi& api, const OrtKernelContext* context, const std::string& where,
-                           size_t channels, size_t axes) {
-  InputTensor x = float_input(api, context, 0);
+template <class Tensor>
+inline Images<Tensor> images_of(Tensor x, const std::string& where, size_t channels, size_t axes) {
   if (x.dims.size() != 2 + axes || x.dims[1] != static_cast<int64_t>(channels)) {
     throw InvalidError{where + ": input X has shape " + text_of(x.dims) + ", expected [batch, " +
                        std::to_string(channels) + (axes == 1 ? ", width]" : ", height, width]")};
@@ -109,6 +109,38 @@ inline Images images_input(const OrtApi& api, const OrtKernelContext* context, c
   const size_t batch = size_of(x.dims[0]), width = size_of(x.dims.back());
   const size_t height = axes == 1 ? 1 : size_of(x.dims[2]);
   return {std::move(x), batch, height, width};
+}
+inline Images<InputTensor> images_input(const OrtApi& api, const OrtKernelContext* context,
+                                        const std::string& where, size_t channels, size_t axes) {
+  return images_of(float_input(api, context, 0), where, channels, axes);
+}
+
+// The sizes of an output for such an input; an error where the window does not fit even once.
+struct OutputSizes {
+  size_t height, width;
+};
+template <class Tensor>
+inline OutputSizes output_sizes(const Images<Tensor>& images, const std::string& where, const spconv::Axis& rows,
+                                const spconv::Axis& columns) {
+  const OutputSizes sizes = {spconv::output_size(rows, images.height),
+                             spconv::output_size(columns, images.width)};
+  if (sizes.height == 0 || sizes.width == 0) {
+    throw InvalidError{where + ": the window of kernel_shape does not fit into input X of shape " +
+                       text_of(images.x.dims) + " with its padding"};
+  }
+  return sizes;
+}
+
+// Attribute group of a weight [K, N] whose blocks have outputs of one group each.
+inline size_t read_group(const NodeReader& node, size_t N, size_t block) {
+  const int64_t given = node.integer("group");
+  if (given < 1) node.fail("attribute group is " + std::to_string(given) + ", expected at least 1");
+  const size_t group = size_of(given);
+  if (N % group != 0 || (group > 1 && N / group % block != 0)) {
+    node.fail("attribute N is " + std::to_string(N) + ", which does not make " + std::to_string(group) +
+              " groups of whole blocks of " + std::to_string(block));
+  }
+  return group;
 }
 
 // The shape of an output of that many axes.

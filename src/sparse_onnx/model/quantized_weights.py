@@ -66,7 +66,7 @@ def describe(bits: Sequence[int], zeros: float, pruned: int = 0) -> str:
     )
     text = (
         f"{len(bits)} weight{' is' if len(bits) == 1 else 's are'} quantized already ({kinds}), with "
-        f"{format_share(zeros)} zeros: linears of 8 bits whose input is rounded, too, have kernels that leave zeros out"
+        f"{format_share(zeros)} zeros: layers of 8 bits whose input is rounded, too, have kernels that leave zeros out"
     )
     return (
         f"{text}; {pruned} pruned further"

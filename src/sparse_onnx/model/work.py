@@ -24,7 +24,7 @@ from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.level_weights import level_weight, node_weights
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.sparse_ops.domain import DOMAIN
-from sparse_onnx.sparse_ops.ops import int8_matmul, q_matmul
+from sparse_onnx.sparse_ops.ops import int8_conv, int8_matmul, q_matmul
 
 __all__ = [
     "OPERATORS",
@@ -128,6 +128,12 @@ def _convolution(weight: int) -> Callable[[ir.Node, ShapeOf], int]:
         return math.prod(shape(node.outputs[0])) * math.prod(shape(input_at(node, weight))[1:])
 
     return count
+
+
+def _packed_convolution(node: ir.Node, shape: ShapeOf) -> int:
+    window = node.attributes.get_ints("kernel_shape", ())
+    inputs = node.attributes.get_int("channels", 0) * math.prod(window)
+    return math.prod(shape(node.outputs[0])) * inputs
 
 
 def _transposed_convolution(node: ir.Node, shape: ShapeOf) -> int:
@@ -248,6 +254,7 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
         (DOMAIN, op_type): _one((1,), _packed_matmul)
         for op_type in (*int8_matmul.OP_TYPES, *q_matmul.OP_TYPES)
     },
+    **{(DOMAIN, op_type): _one((1,), _packed_convolution) for op_type in int8_conv.OP_TYPES},
 }
 """Products by (domain, operator). ``LSTM`` multiplies by two weights, MatMul by whichever operand is constant."""
 

@@ -175,10 +175,11 @@ def cut_layer(
     outputs: Sequence[ir.Value],
     shapes: Sequence[tuple[int, ...]],
 ) -> tuple[ir.Model, Feeds]:
-    """The part of ``model`` from ``inputs`` to ``outputs``, all float32, as a model of its own, and random inputs.
+    """The part of ``model`` from ``inputs`` to ``outputs``, all float32 or of 8 bits, as a model of its own, and random
+    inputs.
 
-    ``shapes`` are those of the inputs, which may contain a value twice. An input of 8 bits stays one. One of int32 has
-    the lengths of sequences, whose steps are the first axis of the first input: they are all of full length.
+    ``shapes`` are those of the inputs, which may contain a value twice. One of int32 has the lengths of sequences,
+    whose steps are the first axis of the first input: they are all of full length.
     """
     distinct = dict(zip(inputs, shapes, strict=True))
     part = ir.Model(
@@ -198,7 +199,7 @@ def cut_layer(
         source.type = ir.TensorType(dtype)
         specs.append(InputSpec(source.name or "", dtype.numpy(), shape, None))
     for output in part.graph.outputs:
-        output.type = ir.TensorType(ir.DataType.FLOAT)
+        output.type = ir.TensorType(rounded_dtype(output))
     sizes = {spec.name: shape for spec, shape in zip(specs, distinct.values(), strict=True)}
     feeds = generate(specs, sizes)
     lengths = [spec.name for spec in specs if spec.dtype == np.int32]

@@ -24,12 +24,16 @@ inline IntVector<kLanes> load_words(const void* from) {
   return v;
 }
 
-// What turns sums into floats: of every output of a block; zeros for outputs behind N.
-struct Channels {
+// What sums of a block begin with and become, where every token of a tile has its own steps: floats. Zeros for
+// outputs behind N.
+struct TokenEnd {
+  const int32_t* zeros;  // of every token of the tile
+  const float* steps;
   float scales[256], bias[256];
   int32_t sums[256];
 
-  Channels(const Weight& w, size_t block) {
+  TokenEnd(const Weight& w, size_t block, const int32_t* zeros_of_tile, const float* steps_of_tile)
+      : zeros(zeros_of_tile), steps(steps_of_tile) {
     for (size_t n = 0; n < w.block; ++n) {
       const size_t channel = block * w.block + n;
       const bool there = channel < w.N;
@@ -38,47 +42,99 @@ struct Channels {
       sums[n] = there ? sum_word(w.sums[channel]) : 0;
     }
   }
+
+  template <size_t kLanes>
+  IntVector<kLanes> begin(size_t /*row*/) const {
+    return IntVector<kLanes>{};
+  }
+
+  template <size_t kLanes, size_t kVectors>
+  void finish(size_t row, size_t from, const IntVector<kLanes>* sum, float* acc) const {
+    const IntVector<kLanes> total = splat_word<kLanes>(sums[row]);
+    const Vector<kLanes> scale = splat<kLanes>(scales[row]);
+    const Vector<kLanes> added = splat<kLanes>(bias[row]);
+#pragma GCC unroll 16
+    for (size_t v = 0; v < kVectors; ++v) {
+      const size_t t = from + v * kLanes;
+      const IntVector<kLanes> exact = sum[v] - shift_of<kLanes>(load_words<kLanes>(zeros + t), total);
+      const Vector<kLanes> floats = __builtin_convertvector(exact, Vector<kLanes>);
+      store<kLanes>(acc + t, floats * load<kLanes>(steps + t) * scale + added);
+    }
+  }
 };
 
-// One chunk of inputs and the block of outputs that is computed.
+// The same where all positions have the same steps and results are bytes: `tile` of them in the place of an output's
+// first sums, which are read by then.
+struct ByteEnd {
+  float low, high;
+  int32_t zero;
+  float factors[256];
+  int32_t first[256];  // the bias less what the zero point of X adds
+
+  ByteEnd(const Weight& w, size_t block, const ByteSteps& steps)
+      : low(steps.low), high(steps.high), zero(steps.y_zero) {
+    for (size_t n = 0; n < w.block; ++n) {
+      const size_t channel = block * w.block + n;
+      const bool there = channel < w.N;
+      factors[n] = there ? steps.factors[channel] : 0.0f;
+      first[n] = there ? load_word(w.bias + 4 * channel) - (steps.x_zero - kMiddle) * w.sums[channel] : 0;
+    }
+  }
+
+  template <size_t kLanes>
+  IntVector<kLanes> begin(size_t row) const {
+    return splat_word<kLanes>(first[row]);
+  }
+
+  template <size_t kLanes, size_t kVectors>
+  void finish(size_t row, size_t from, const IntVector<kLanes>* sum, float* acc) const {
+    const Vector<kLanes> factor = splat<kLanes>(factors[row]);
+    const Vector<kLanes> least = splat<kLanes>(low), most = splat<kLanes>(high);
+    const IntVector<kLanes> shift = splat_word<kLanes>(zero);
+    auto* bytes = reinterpret_cast<unsigned char*>(acc) + from;
+    IntVector<kLanes> words[kVectors];
+#pragma GCC unroll 16
+    for (size_t v = 0; v < kVectors; ++v) {
+      const Vector<kLanes> floats = __builtin_convertvector(sum[v], Vector<kLanes>) * factor;
+      words[v] = round_words<kLanes>(minimum<kLanes>(maximum<kLanes>(floats, least), most)) + shift;
+    }
+    size_t v = 0;
+#pragma GCC unroll 4
+    for (; v + 4 <= kVectors; v += 4) store_low_bytes_of_four<kLanes>(words + v, bytes + v * kLanes);
+#pragma GCC unroll 4
+    for (; v < kVectors; ++v) store_low_bytes<kLanes>(words[v], bytes + v * kLanes);
+  }
+};
+
+// One chunk of inputs of the block of outputs that is computed.
+template <class End>
 struct Chunk {
   const int32_t* panel;  // its rows
   bool first, last;
-  const int32_t* zeros;  // of every token of the tile
-  const float* steps;
-  const Channels& channels;
+  const End& end;
 };
 
 // Sums of one output and kVectors vectors of the tile that begin at token `from`: as they were after the chunk
-// before, and what they are after this one. acc [tile] of the output are sums or, after the last, floats.
-template <size_t kLanes, size_t kVectors>
-inline void begin_sums(const Chunk& chunk, size_t from, const float* acc, IntVector<kLanes>* sums) {
+// before, and what they are after this one. acc [tile] of the output are sums or, after the last, results.
+template <size_t kLanes, size_t kVectors, class End>
+inline void begin_sums(const Chunk<End>& chunk, size_t row, size_t from, const float* acc,
+                       IntVector<kLanes>* sums) {
   if (chunk.first) {
+    const IntVector<kLanes> all = chunk.end.template begin<kLanes>(row);
 #pragma GCC unroll 16
-    for (size_t v = 0; v < kVectors; ++v) sums[v] = IntVector<kLanes>{};
+    for (size_t v = 0; v < kVectors; ++v) sums[v] = all;
   } else {
 #pragma GCC unroll 16
     for (size_t v = 0; v < kVectors; ++v) sums[v] = load_words<kLanes>(acc + from + v * kLanes);
   }
 }
 
-template <size_t kLanes, size_t kVectors>
-inline void end_sums(const Chunk& chunk, size_t row, size_t from, const IntVector<kLanes>* sums, float* acc) {
-  if (!chunk.last) {
+template <size_t kLanes, size_t kVectors, class End>
+inline void end_sums(const Chunk<End>& chunk, size_t row, size_t from, const IntVector<kLanes>* sums,
+                     float* acc) {
+  if (chunk.last) return chunk.end.template finish<kLanes, kVectors>(row, from, sums, acc);
 #pragma GCC unroll 16
-    for (size_t v = 0; v < kVectors; ++v) __builtin_memcpy(acc + from + v * kLanes, &sums[v], sizeof(sums[v]));
-    return;
-  }
-  const IntVector<kLanes> total = splat_word<kLanes>(chunk.channels.sums[row]);
-  const Vector<kLanes> scale = splat<kLanes>(chunk.channels.scales[row]);
-  const Vector<kLanes> bias = splat<kLanes>(chunk.channels.bias[row]);
-#pragma GCC unroll 16
-  for (size_t v = 0; v < kVectors; ++v) {
-    const size_t t = from + v * kLanes;
-    const IntVector<kLanes> exact = sums[v] - shift_of<kLanes>(load_words<kLanes>(chunk.zeros + t), total);
-    const Vector<kLanes> floats = __builtin_convertvector(exact, Vector<kLanes>);
-    store<kLanes>(acc + t, floats * load<kLanes>(chunk.steps + t) * scale + bias);
-  }
+  for (size_t v = 0; v < kVectors; ++v) __builtin_memcpy(acc + from + v * kLanes, &sums[v], sizeof(sums[v]));
 }
 
 template <size_t kLanes, size_t kVectors, bool kWide>
@@ -90,12 +146,12 @@ inline void add_quad(IntVector<kLanes>* sums, const int32_t* row, const int8_t* 
 }
 
 // One segment. kSets independent sums per vector hide the latency of the products.
-template <size_t kLanes, size_t kVectors, size_t kSets, bool kWide>
-inline void add_segment(const Chunk& chunk, const uint8_t* offsets, const int8_t* values, size_t count,
+template <size_t kLanes, size_t kVectors, size_t kSets, bool kWide, class End>
+inline void add_segment(const Chunk<End>& chunk, const uint8_t* offsets, const int8_t* values, size_t count,
                         size_t row, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
   IntVector<kLanes> sums[kSets][kVectors];
-  begin_sums<kLanes, kVectors>(chunk, 0, acc, sums[0]);
+  begin_sums<kLanes, kVectors>(chunk, row, 0, acc, sums[0]);
 #pragma GCC unroll 16
   for (size_t s = 1; s < kSets; ++s) {
 #pragma GCC unroll 16
@@ -131,19 +187,20 @@ inline void add_segment(const Chunk& chunk, const uint8_t* offsets, const int8_t
 template <size_t kVectors>
 constexpr size_t vectors_at_a_time() {
   constexpr size_t kMost = kRegisters == 32 ? 4 : 2;
-  return kVectors < kMost ? kVectors : kMost;
+  if constexpr (kVectors < kMost) return kVectors;
+  return kVectors % kMost == 0 ? kMost : 1;
 }
 
 // kFullRows segments with all quads of a chunk.
-template <size_t kLanes, size_t kVectors, bool kWide>
-inline void add_full_segments(const Chunk& chunk, const int8_t* values, size_t count, const uint8_t* rows,
-                              float* acc) {
+template <size_t kLanes, size_t kVectors, bool kWide, class End>
+inline void add_full_segments(const Chunk<End>& chunk, const int8_t* values, size_t count,
+                              const uint8_t* rows, float* acc) {
   constexpr size_t kTile = kLanes * kVectors, kPart = vectors_at_a_time<kVectors>();
   for (size_t from = 0; from < kTile; from += kPart * kLanes) {
     IntVector<kLanes> sums[kFullRows][kPart];
 #pragma GCC unroll 4
     for (size_t r = 0; r < kFullRows; ++r) {
-      begin_sums<kLanes, kPart>(chunk, from, acc + rows[r] * kTile, sums[r]);
+      begin_sums<kLanes, kPart>(chunk, rows[r], from, acc + rows[r] * kTile, sums[r]);
     }
     const int32_t* x = chunk.panel + from;
     const int8_t* value = values;
@@ -165,17 +222,14 @@ inline void add_full_segments(const Chunk& chunk, const int8_t* values, size_t c
   }
 }
 
-template <size_t kLanes, size_t kVectors, size_t kSets, bool kWide>
-inline void multiply_block(const Weight& w, size_t block, const int32_t* panel, float* acc) {
+template <size_t kLanes, size_t kVectors, size_t kSets, bool kWide, class End>
+inline void multiply_block(const Weight& w, size_t block, const int32_t* panel, const End& end, float* acc) {
   constexpr size_t kTile = kLanes * kVectors;
-  const Channels channels(w, block);
   size_t entry = w.block_entries[block];
   const uint8_t* counts = w.counts + block * w.chunks * w.block;
   const uint8_t* rows = w.rows + block * w.chunks * w.block;
-  const auto* zeros = panel + w.quads * kTile;
-  const auto* steps = reinterpret_cast<const float*>(zeros + kTile);
   for (size_t c = 0; c < w.chunks; ++c, counts += w.block, rows += w.block) {
-    const Chunk chunk{panel + c * w.chunk * kTile, c == 0, c + 1 == w.chunks, zeros, steps, channels};
+    const Chunk<End> chunk{panel + c * w.chunk * kTile, c == 0, c + 1 == w.chunks, end};
     for (size_t s = 0; s < w.block;) {
       const size_t count = counts[s], row = rows[s];
       const int8_t* values = w.values + 4 * entry;
@@ -196,10 +250,24 @@ inline void multiply_block(const Weight& w, size_t block, const int32_t* panel, 
   }
 }
 
+template <size_t kLanes, size_t kVectors, size_t kSets, class End>
+inline void multiply_any(const Weight& w, size_t block, const int32_t* panel, const End& end, float* acc) {
+  if (kAnyIsNarrow || !w.wide) {
+    return multiply_block<kLanes, kVectors, kSets, false>(w, block, panel, end, acc);
+  }
+  return multiply_block<kLanes, kVectors, kSets, true>(w, block, panel, end, acc);
+}
+
 template <size_t kLanes, size_t kVectors, size_t kSets>
 void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
-  if (kAnyIsNarrow || !w.wide) return multiply_block<kLanes, kVectors, kSets, false>(w, block, panel, acc);
-  return multiply_block<kLanes, kVectors, kSets, true>(w, block, panel, acc);
+  const int32_t* zeros = panel + w.quads * kLanes * kVectors;
+  const auto* steps = reinterpret_cast<const float*>(zeros + kLanes * kVectors);
+  multiply_any<kLanes, kVectors, kSets>(w, block, panel, TokenEnd(w, block, zeros, steps), acc);
+}
+
+template <size_t kLanes, size_t kVectors, size_t kSets>
+void multiply_bytes(const Weight& w, size_t block, const ByteSteps& steps, const int32_t* panel, float* acc) {
+  multiply_any<kLanes, kVectors, kSets>(w, block, panel, ByteEnd(w, block, steps), acc);
 }
 
 template <size_t kLanes, size_t kVectors>

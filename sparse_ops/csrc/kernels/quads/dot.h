@@ -30,6 +30,7 @@ constexpr int32_t kMiddle = 128;
 #else
 constexpr int32_t kMiddle = 0;
 #endif
+constexpr int32_t kMiddleBytes = static_cast<int32_t>(static_cast<uint32_t>(kMiddle) * 0x01010101u);
 
 // to[i] = min(round(x[i] * inverse) + zero, 255) for kAtOnce numbers; what is there for NaN does not matter.
 #if defined(__AVX512F__)
@@ -101,6 +102,94 @@ inline int32_t sum_word(int32_t sum) { return sum; }
 template <size_t kLanes>
 inline IntVector<kLanes> splat_word(int32_t word) {
   return word - IntVector<kLanes>{};
+}
+
+// To the nearest, ties to even, of numbers within +-2^21.
+template <size_t kLanes>
+inline IntVector<kLanes> round_words(Vector<kLanes> x) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return (IntVector<16>)_mm512_maskz_cvtps_epi32(0xffff, x);
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) return (IntVector<8>)_mm256_cvtps_epi32(x);
+#endif
+  // A float of that size has no fraction: what is added to it is rounded, and stands in its lowest bits.
+  const Vector<kLanes> moved = x + splat<kLanes>(12582912.0f);  // 3 * 2^22
+  IntVector<kLanes> words;
+  __builtin_memcpy(&words, &moved, sizeof(words));
+  return words - 0x4b400000;
+}
+
+template <size_t kLanes>
+struct BytesOf {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+};
+
+// kLanes bytes as words. Compilers make conversions of vectors in many steps.
+template <size_t kLanes>
+inline IntVector<kLanes> load_bytes(const unsigned char* from) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (IntVector<16>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (IntVector<8>)_mm256_cvtepu8_epi32(bytes);
+  }
+#endif
+  typename BytesOf<kLanes>::Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, IntVector<kLanes>);
+}
+
+// The lowest byte of each word.
+template <size_t kLanes>
+inline void store_low_bytes(IntVector<kLanes> words, unsigned char* to) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)words);
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m256i low = _mm256_and_si256((__m256i)words, _mm256_set1_epi32(255));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+  }
+#endif
+  const auto bytes = __builtin_convertvector(words, typename BytesOf<kLanes>::Bytes);
+  __builtin_memcpy(to, &bytes, sizeof(bytes));
+}
+
+// The lowest bytes of four vectors of words, one vector behind the other; `words` are within +-2^15.
+template <size_t kLanes>
+inline void store_low_bytes_of_four(const IntVector<kLanes>* words, unsigned char* to) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    const __m512i low = _mm512_set1_epi16(255);
+    const auto halves = [&](size_t i) {
+      return _mm512_and_si512(_mm512_packs_epi32((__m512i)words[i], (__m512i)words[i + 1]), low);
+    };
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_packus_epi16(halves(0), halves(2));
+    return _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi32(0xffff, order, bytes));
+  }
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m256i low = _mm256_set1_epi16(255);
+    const auto halves = [&](size_t i) {
+      return _mm256_and_si256(_mm256_packs_epi32((__m256i)words[i], (__m256i)words[i + 1]), low);
+    };
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_packus_epi16(halves(0), halves(2));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+#endif
+  for (size_t v = 0; v < 4; ++v) store_low_bytes<kLanes>(words[v], to + v * kLanes);
 }
 
 // Products of 16-bit halves of words, added.

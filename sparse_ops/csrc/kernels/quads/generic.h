@@ -15,6 +15,9 @@ constexpr Kernel make_kernel(const KernelRow& row) {
           round<kLanes, kVectors>,
           pack<kLanes, kVectors>,
           multiply<kLanes, kVectors, kSets>,
+          interleave<kLanes>,
+          kMiddleBytes,
+          multiply_bytes<kLanes, kVectors, kSets>,
           settle<kLanes, kVectors>,
           spmm::activate<kLanes>,
           spmm::store_tokens<kLanes, kLanes * kVectors>};

@@ -69,6 +69,16 @@ constexpr size_t kGroup = 16;
 // Rows of a panel: one for each quad, what the zero point of each token is, and the size of its steps.
 constexpr size_t panel_rows(size_t quads) { return quads + 2; }
 
+// How bytes become bytes, where all positions have the same steps: y = y_zero + min(max(round(factor * sum), low),
+// high), sum = bias + (x - x_zero) . W. `bias` of the weight is then int32, at most kMaxBias.
+struct ByteSteps {
+  int32_t x_zero;        // 0..255
+  const float* factors;  // [N], finite and above 0
+  int32_t y_zero;        // 0..255, or -128..127
+  float low, high;       // whole numbers of at most 255, y_zero away from limits of y
+};
+constexpr int32_t kMaxBias = int32_t{1} << 30;  // sums stay in 32 bits
+
 // `tile` counts tokens.
 struct Kernel : KernelRow {
   // Columns first..first + kGroup - 1 of a panel for `weight`, as far as it has them, from rows of `x` [tokens,
@@ -81,6 +91,15 @@ struct Kernel : KernelRow {
   // One block of outputs for one tile: round(X) . W + bias in acc [block, tile], 64-byte aligned; of a weight
   // with a grid without the bias. Rows of outputs behind N hold anything.
   void (*multiply)(const Weight& weight, size_t block, const int32_t* panel, float* acc);
+
+  // Four rows of `count` bytes to words with a byte of each, xored with `flip` and what this kernel's products take.
+  void (*interleave)(const unsigned char* const* rows, size_t count, int32_t flip, int32_t* words);
+  int32_t middle;  // what they take: xored to every byte of a panel
+
+  // One block of outputs for one tile, as bytes: y in the first `tile` bytes of each row of acc [block, tile], 64-byte
+  // aligned. The panel needs no rows behind its quads.
+  void (*multiply_bytes)(const Weight& weight, size_t block, const ByteSteps& steps, const int32_t* panel,
+                         float* acc);
 
   // Round the first `channels` rows of such a block to the weight's grid, and add the bias.
   void (*settle)(const Weight& weight, size_t block, size_t channels, float* acc);

@@ -124,7 +124,7 @@ const Kernel* select(Table<Kernel> table, Features features, const Weight& weigh
   for (const Kernel* kernel : table) {  // of one set of features: from wide tiles to narrow ones
     if (!is_there(*kernel, features, int8) || !fits(*kernel, weight)) continue;
     if (best != nullptr && kernel->needs != best->needs) continue;
-    if (best == nullptr || kernel->tile >= tokens) {
+    if (best == nullptr || (kernel->tile >= tokens && 2 * kernel->tile <= best->tile)) {
       best = kernel;
     } else {
       // A narrow tile takes longer for a column: it must save a quarter of them.
@@ -141,9 +141,13 @@ const Kernel& select_kernel(Features features, const Weight& weight, size_t toke
   });
 }
 
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens) {
+  return select_last(kChosen, full, weight, tokens);
+}
+
 Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads) {
   const Kernel& full = select_kernel(features, weight, tokens);
-  return plan_of(weight, tokens, full, select_last(kChosen, full, weight, tokens % full.tile), threads);
+  return plan_of(weight, tokens, full, select_last(full, weight, tokens % full.tile), threads);
 }
 
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads) {

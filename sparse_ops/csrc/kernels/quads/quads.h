@@ -23,6 +23,9 @@ const Kernel* select(Table<Kernel> table, Features features, const Weight& weigh
 // The best kernel for a weight, which some kernel fits, and a number of tokens.
 const Kernel& select_kernel(Features features, const Weight& weight, size_t tokens);
 
+// The narrowest of the kernels that need what `full` does, for fewer tokens than its tile has.
+const Kernel& select_last(const Kernel& full, const Weight& weight, size_t tokens);
+
 // Which kernels one call uses. Full tiles come first; the last, partial one may have a smaller kernel.
 struct Plan {
   const Kernel* full;

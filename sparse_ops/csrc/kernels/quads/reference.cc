@@ -46,8 +46,12 @@ float number(const unsigned char* from, size_t index) {
   return value;
 }
 
-void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
-  int64_t sum[256] = {}, weights[256] = {};
+struct Sums {
+  int64_t products[256] = {}, weights[256] = {};  // of the outputs of a block
+};
+
+Sums sums_of(const Weight& w, size_t block, const int32_t* panel) {
+  Sums sums;
   const auto* bytes = reinterpret_cast<const unsigned char*>(panel);
   size_t entry = w.block_entries[block], segment = block * w.chunks * w.block;
   for (size_t c = 0; c < w.chunks; ++c) {
@@ -56,17 +60,22 @@ void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
         const size_t quad = c * w.chunk + (w.offsets != nullptr ? w.offsets[entry] : i);
         for (size_t k = 4 * quad; k < std::min(4 * quad + 4, w.K); ++k) {
           const int64_t value = w.values[4 * entry + k % 4];
-          sum[w.rows[segment]] += value * bytes[k];
-          weights[w.rows[segment]] += value;
+          sums.products[w.rows[segment]] += value * bytes[k];
+          sums.weights[w.rows[segment]] += value;
         }
       }
     }
   }
+  return sums;
+}
+
+void multiply(const Weight& w, size_t block, const int32_t* panel, float* acc) {
+  const Sums sums = sums_of(w, block, panel);
   float step;
   std::memcpy(&step, panel + w.quads + 1, sizeof(step));
   for (size_t n = 0; n < w.block && block * w.block + n < w.N; ++n) {
     const size_t channel = block * w.block + n;
-    const int64_t exact = sum[n] - panel[w.quads] * weights[n];
+    const int64_t exact = sums.products[n] - panel[w.quads] * sums.weights[n];
     const double product = static_cast<double>(exact) * step * number(w.scales, channel);
     acc[n] = static_cast<float>(w.grid.size == 0 ? product + number(w.bias, channel) : product);
   }
@@ -81,6 +90,25 @@ void settle(const Weight& w, size_t block, size_t channels, float* acc) {
   }
 }
 
+void interleave(const unsigned char* const* rows, size_t count, int32_t flip, int32_t* words) {
+  auto* bytes = reinterpret_cast<unsigned char*>(words);
+  for (size_t i = 0; i < 4 * count; ++i) bytes[i] = static_cast<unsigned char>(rows[i % 4][i / 4] ^ flip);
+}
+
+void multiply_bytes(const Weight& w, size_t block, const ByteSteps& steps, const int32_t* panel, float* acc) {
+  const Sums sums = sums_of(w, block, panel);
+  for (size_t n = 0; n < w.block && block * w.block + n < w.N; ++n) {
+    const size_t channel = block * w.block + n;
+    int32_t bias;
+    std::memcpy(&bias, w.bias + 4 * channel, sizeof(bias));
+    const int64_t sum = bias + sums.products[n] - steps.x_zero * sums.weights[n];
+    const float floats = static_cast<float>(sum) * steps.factors[channel];
+    const float limited = std::min(std::max(floats, steps.low), steps.high);
+    const auto y = static_cast<unsigned char>(static_cast<int>(std::nearbyint(limited)) + steps.y_zero);
+    std::memcpy(acc + n, &y, sizeof(y));
+  }
+}
+
 void activate(Activation activation, float* data, size_t size) {
   spmm::reference.activate(activation, data, size);
 }
@@ -91,7 +119,7 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
 
 }  // namespace
 
-constexpr Kernel reference = {
-    agreed(row::reference, 1, 1), round, pack, multiply, settle, activate, store_tokens};
+constexpr Kernel reference = {agreed(row::reference, 1, 1), round, pack, multiply, interleave, 0, multiply_bytes,
+                              settle, activate, store_tokens};
 
 }  // namespace sparse_ops::quads

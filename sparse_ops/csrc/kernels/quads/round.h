@@ -1,4 +1,4 @@
-// Rounding tokens to 8 bits and packing them into panels. Included by generic.h.
+// Making panels: rounding tokens to 8 bits, and packing what is bytes already. Included by generic.h.
 #pragma once
 
 #include "kernels/quads/kernel.h"
@@ -161,6 +161,28 @@ void pack(const Weight& w, const Bytes& x, size_t tokens, size_t first, int32_t*
                              for (size_t k = count; k % 4 != 0; ++k) to[k] = nothing;
                            });
   }
+}
+
+template <size_t kLanes>
+inline void interleave_at(const unsigned char* const* rows, size_t at, int32_t flip, int32_t* words) {
+  IntVector<kLanes> word = load_bytes<kLanes>(rows[0] + at);
+#pragma GCC unroll 4
+  for (int i = 1; i < 4; ++i) word |= load_bytes<kLanes>(rows[i] + at) << 8 * i;
+  word ^= flip;
+  __builtin_memcpy(words + at, &word, sizeof(word));
+}
+
+// Nothing is touched behind the rows: the last vector overlaps the one before.
+template <size_t kLanes>
+void interleave(const unsigned char* const* rows, size_t count, int32_t flip, int32_t* words) {
+  if (count < kLanes) {
+    if constexpr (kLanes > 1) interleave<kLanes / 2>(rows, count, flip, words);
+    return;
+  }
+  const int32_t all = flip ^ kMiddleBytes;
+  size_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) interleave_at<kLanes>(rows, at, all, words);
+  if (at < count) interleave_at<kLanes>(rows, count - kLanes, all, words);
 }
 
 }  // namespace

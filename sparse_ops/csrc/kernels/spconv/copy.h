@@ -21,14 +21,4 @@ inline void copy_row(const float* from, size_t count, float* to) {
   for (size_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Every `stride`-th element.
-inline void copy_strided(const float* from, size_t count, size_t stride, float* to) {
-  if (stride == 1) return copy_row(from, count, to);
-  if (stride == 2) {  // known to the compiler, which then takes vectors
-    for (size_t i = 0; i < count; ++i) to[i] = from[2 * i];
-    return;
-  }
-  for (size_t i = 0; i < count; ++i) to[i] = from[stride * i];
-}
-
 }  // namespace sparse_ops::spconv

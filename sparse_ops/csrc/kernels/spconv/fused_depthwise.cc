@@ -47,7 +47,7 @@ void gather_panels(const Call& call, size_t image, const Tiles& tiles, float* pa
   const size_t first = image * call.map.height * call.map.width + tiles.first;
   for (size_t done = 0; done < tiles.count; done += tiles.full.tile) {
     const Runs runs = runs_of(first + done, tiles.lanes(done), call.rows, call.columns);
-    gather(call.source, runs, 0, conv.channels(), tiles.kernel(done).tile, panels + done * conv.weight.K);
+    gather(*call.plan.maps, call.source, runs, 0, conv.channels(), tiles.kernel(done).tile, panels + done * conv.weight.K);
   }
 }
 

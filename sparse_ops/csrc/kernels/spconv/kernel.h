@@ -30,7 +30,27 @@ struct MapProduct {
 };
 constexpr size_t kMapSlack = 32;
 
+// Neighbouring elements of a channel's part of a panel: every `stride`-th of a row of the image, or what there is
+// outside of it.
+struct Piece {
+  size_t to, count;
+  size_t from;  // counted from the beginning of the channel in the first image
+  bool outside;
+};
+
+// What `count` pieces of every channel are copied from.
+struct Pieces {
+  const Piece* pieces;
+  size_t count, stride;
+  const float* outside;
+};
+
 struct Kernel : KernelRow {
+  // The pieces of `channels` channels, `plane` floats apart in `from`, to `panel`, where they are `rows` floats apart.
+  // Nothing is touched behind a piece on either side.
+  void (*copy_pieces)(const Pieces& pieces, const float* from, size_t plane, size_t channels, size_t rows,
+                      float* panel);
+
   // The first `positions` elements of `channels` rows of accumulators, which are `acc_stride` floats apart,
   // to rows that are `stride` floats apart in `y` and in `residual` (nullptr: none): y[n, p] = act(acc[n, p]
   // + residual[n, p]).

@@ -2,22 +2,13 @@
 // Included like generic.h.
 #pragma once
 
+#include "kernels/spconv/copy_pieces.h"
 #include "kernels/spconv/kernel.h"
 #include "kernels/spconv/store_channels.h"
 #include "kernels/vector.h"
 
 namespace sparse_ops::spconv {
 namespace {
-
-// Lanes kFirst, kFirst + 2, .. of `a` followed by `b`.
-template <size_t kLanes, size_t kFirst, size_t... kIndices>
-inline Vector<kLanes> every_second(Vector<kLanes> a, Vector<kLanes> b, std::index_sequence<kIndices...>) {
-  return pick<kLanes, (kFirst + 2 * kIndices)...>(a, b);
-}
-template <size_t kLanes, size_t kFirst>
-inline Vector<kLanes> every_second(Vector<kLanes> a, Vector<kLanes> b) {
-  return every_second<kLanes, kFirst>(a, b, std::make_index_sequence<kLanes>());
-}
 
 // from[0], from[step], from[2 * step], .., `count` of them at least; kStep is 0 where only `step` is known.
 template <size_t kLanes, size_t kStep>

@@ -2,20 +2,12 @@
 
 #include <algorithm>
 
-#include "kernels/spconv/copy.h"
 
 namespace sparse_ops::spconv {
 namespace {
 
-// Neighbouring elements of a channel's part of the panel, from one row of the image or zero.
-struct Piece {
-  size_t to, count;
-  size_t from;  // counted from the beginning of the channel in the first image
-  bool zero;
-};
-
 constexpr size_t kMaxTapPieces = 3 * kMaxTile + 1;  // a run gives at most three
-using Pieces = List<Piece, 2 * kMaxTapPieces>;
+using PieceList = List<Piece, 2 * kMaxTapPieces>;
 
 constexpr float kZeros[kMaxTile] = {};
 
@@ -34,7 +26,7 @@ Range inside(const Axis& axis, size_t start, size_t count, size_t tap, size_t si
 
 // Add the pieces of one tap, whose row of the panel begins at `to`.
 void add_tap(const Source& s, const Runs& runs, size_t tap_row, size_t tap_column, size_t tile, size_t to,
-             Pieces& pieces) {
+             PieceList& pieces) {
   const auto zeros = [&](size_t begin, size_t end) {
     if (begin < end) pieces.push({to + begin, end - begin, 0, true});
   };
@@ -83,27 +75,20 @@ Source make_source(const Convolution& c, const float* x, size_t height, size_t w
   return source;
 }
 
-void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel) {
+void gather(const Kernel& kernel, const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile,
+            float* panel) {
   const size_t taps = source.rows.kernel * source.columns.kernel;
-  const size_t plane = source.height * source.width, stride = source.columns.stride;
-  Pieces pieces;
+  const size_t plane = source.height * source.width;
+  const float* outside = source.outside == nullptr ? kZeros : source.outside;
+  PieceList pieces;
   for (size_t tap = 0; tap < taps;) {
     // As many taps as there is room for, so that a channel's rows are written one after another.
     for (pieces.clear(); tap < taps && pieces.room() >= kMaxTapPieces; ++tap) {
       add_tap(source, runs, tap / source.columns.kernel, tap % source.columns.kernel, tile, tap * tile,
               pieces);
     }
-    for (size_t channel = begin; channel < end; ++channel) {
-      const float* from = source.x + channel * plane;
-      float* rows = panel + channel * taps * tile;
-      for (const Piece& piece : pieces) {
-        if (piece.zero) {
-          copy_row(kZeros, piece.count, rows + piece.to);
-        } else {
-          copy_strided(from + piece.from, piece.count, stride, rows + piece.to);
-        }
-      }
-    }
+    kernel.copy_pieces({pieces.begin(), pieces.size(), source.columns.stride, outside},
+                       source.x + begin * plane, plane, end - begin, taps * tile, panel + begin * taps * tile);
   }
 }
 

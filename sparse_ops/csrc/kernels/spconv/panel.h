@@ -16,6 +16,7 @@ class List {
   void clear() { size_ = 0; }
   void push(const T& item) { items_[size_++] = item; }
   size_t room() const { return kCapacity - size_; }
+  size_t size() const { return size_; }
   const T* begin() const { return items_; }
   const T* end() const { return items_ + size_; }
 
@@ -41,6 +42,7 @@ struct Source {
   size_t height, width;
   size_t image_stride;  // floats from an image to the next
   Axis rows, columns;
+  const float* outside = nullptr;  // [kMaxTile]: what there is outside the image; nullptr: zeros
 };
 
 // All images of a call. Where the window is one element that visits all elements in order, rows need not be
@@ -48,7 +50,8 @@ struct Source {
 Source make_source(const Convolution& convolution, const float* x, size_t height, size_t width);
 
 // Input channels begin..end-1 of the source into the rows of `panel` [channels * taps, tile] that belong to
-// them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image are 0.
-void gather(const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile, float* panel);
+// them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image hold what the source has outside.
+void gather(const Kernel& kernel, const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile,
+            float* panel);
 
 }  // namespace sparse_ops::spconv

@@ -56,7 +56,7 @@ void gather_task(void* context, size_t index) {
   const size_t tile = index / strip.slices / conv.group;
   Source source = strip.source;
   source.x += group * channels * source.height * source.width;
-  gather(source, strip.runs(tile, strip.out_rows, strip.out_columns), slice * strip.slice,
+  gather(*strip.plan.maps, source, strip.runs(tile, strip.out_rows, strip.out_columns), slice * strip.slice,
          std::min((slice + 1) * strip.slice, channels), strip.kernel(tile).tile, strip.panel(tile, group));
 }
 
