@@ -18,27 +18,19 @@ from sparse_onnx.passes.solvers.grid import GridOptions, QuantizedMatrix
 from sparse_onnx.passes.solvers.ranges import LEVELS
 from sparse_onnx.passes.solvers.rounding import RtnQuantizer
 from sparse_onnx.passes.solvers.statistics import InputStatistics
-from sparse_onnx.running.host import cpu_features
+from sparse_onnx.running.host import cpu_features, has_integer_dot_products
 
 __all__ = [
     "Builder",
     "chosen_layers",
     "evened_statistics",
-    "has_integer_dot_products",
     "layers_by_input",
     "quantized_weight",
     "reason_against_integers",
     "resolved_bits",
 ]
 
-_INTEGER_DOT_PRODUCTS = {"avx512_vnni", "amx_tile", "asimd"}
 _FIRST_OPSET = 13  # DequantizeLinear with a scale for each channel
-
-
-def has_integer_dot_products(features: Sequence[str] | None) -> bool:
-    """Whether products of unsigned and signed bytes are added up exactly on a processor with these features. Where they
-    are not (AVX2 and AVX-512 without VNNI), sums of two of them saturate at 16 bits, and weights need 7 bits."""
-    return features is not None and not _INTEGER_DOT_PRODUCTS.isdisjoint(features)
 
 
 def resolved_bits(weight_bits: int | None) -> int:

@@ -296,11 +296,19 @@ def test_runner_can_run_twice_and_at_other_shapes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_products_of_bytes_are_exact_but_where_time_counts():
+@pytest.mark.parametrize(("features", "timed", "precise"), [
+    (["avx2"], False, True), (["avx2"], True, False), (["avx2", "avx512_vnni"], False, False), (None, False, True),
+])  # fmt: skip
+def test_products_of_bytes_are_exact_but_where_time_counts(features, timed, precise, monkeypatch):
     """Where two products saturate, a timed session is as fast as ORT by itself; no other takes its sums for true."""
-    for timed, precise in ((False, "1"), (True, "0")):
-        options = runtime.session_options(threads=1, library=False, timed=timed)
-        assert options.get_session_config_entry("session.x64quantprecision") == precise
+    monkeypatch.setattr(runtime, "cpu_features", lambda: features)
+    options = runtime.session_options(threads=1, library=False, timed=timed)
+    entry = "session.x64quantprecision"
+    if precise:
+        assert options.get_session_config_entry(entry) == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have"):
+            options.get_session_config_entry(entry)
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 300])

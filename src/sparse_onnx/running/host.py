@@ -13,7 +13,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "cpu_limit",
     "cpu_name",
     "file_system",
+    "has_integer_dot_products",
     "machine_memory",
     "memory_limit",
     "peak_rss_bytes",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _ROOT = Path("/")
+_INTEGER_DOT_PRODUCTS = {"avx512_vnni", "amx_tile", "asimd"}
 _FEATURES = (
     "sse4_2",
     "avx",
@@ -72,6 +74,12 @@ def cpu_features(root: Path = _ROOT) -> list[str] | None:
             have = set(value.split())
             return [name for name in _FEATURES if name in have]
     return None
+
+
+def has_integer_dot_products(features: Sequence[str] | None) -> bool:
+    """Whether products of unsigned and signed bytes are added up exactly on a processor with these features. Where they
+    are not (AVX2 and AVX-512 without VNNI), sums of two of them saturate at 16 bits, and weights need 7 bits."""
+    return features is not None and not _INTEGER_DOT_PRODUCTS.isdisjoint(features)
 
 
 def processors() -> tuple[int, ...]:

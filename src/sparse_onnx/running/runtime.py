@@ -26,6 +26,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.model.graph import read_values, subgraphs
 from sparse_onnx.progress import Progress
 from sparse_onnx.running.heap import give_back_memory, large_blocks_apart
+from sparse_onnx.running.host import cpu_features, has_integer_dot_products
 from sparse_onnx.running.outputs import tensor_outputs
 from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.workbench import Workbench
@@ -71,7 +72,7 @@ def session_options(
     is one of :data:`LEVELS`.
 
     ORT's products of unsigned by signed bytes saturate on processors with AVX2 and no VNNI, unless it is told to be
-    precise, which costs time. Sessions are, but for ``timed`` ones, which do what ORT does by itself.
+    precise, which costs time. There, sessions are, but for ``timed`` ones, which do what ORT does by itself.
 
     Raises HostError if ONNX Runtime or the library is missing.
     """
@@ -87,7 +88,8 @@ def session_options(
     }[level]
     # Threads that spin after a run would take the cores from the other session of an interleaved timing.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "0" if timed else "1")
+    if not timed and not has_integer_dot_products(cpu_features()):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if library:
         sparse_ops.register(options)
     return options

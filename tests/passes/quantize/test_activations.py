@@ -15,9 +15,10 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.weights import find_weights
 from sparse_onnx.passes.base import CalibrationData, PassContext, Pipeline
 from sparse_onnx.passes.quantize.dynamic import Dynamic
-from sparse_onnx.passes.quantize.layers import has_integer_dot_products, quantized_weight
+from sparse_onnx.passes.quantize.layers import quantized_weight
 from sparse_onnx.passes.quantize.smooth import Smooth
 from sparse_onnx.passes.quantize.static import Static
+from sparse_onnx.running.host import has_integer_dot_products
 
 RNG = np.random.default_rng(5)
 LOUD = np.exp(1.5 * RNG.standard_normal(64)).astype(np.float32)
