@@ -1,5 +1,5 @@
-// Sparse convolution of bytes with every kernel against sums in 64 bits, bit for bit, with an unreadable page behind
-// every buffer.
+// Sparse convolution of bytes with every kernel against sums in 64 bits, bit for bit, with an unreadable page
+// behind every buffer.
 
 #include <algorithm>
 #include <cmath>

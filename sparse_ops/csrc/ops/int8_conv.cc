@@ -123,7 +123,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   const auto images = images_of(byte_input(api_, context, where_, 0, "X"), where_, group_ * channels_, axes_);
   const auto& [x, batch, height, width] = images;
   if (x.is_signed != is_signed_) {
-    throw InvalidError{where_ + ": input X is " + (x.is_signed ? "int8" : "uint8") + ", unlike attribute x_lowest"};
+    throw InvalidError{where_ + ": input X is " + (x.is_signed ? "int8" : "uint8") +
+                       ", unlike attribute x_lowest"};
   }
   const auto [out_height, out_width] = output_sizes(images, where_, rows_, columns_);
   unsigned char* y =

@@ -12,8 +12,8 @@ namespace {
 
 using spconv::Runs;
 
-// Panels in memory at a time, for each thread: few enough to stay in the second-level cache beside what they are made
-// of, so that their memory is there when it is written once more.
+// Panels in memory at a time, for each thread: few enough to stay in the second-level cache beside what they
+// are made of, so that their memory is there when it is written once more.
 constexpr size_t kPanelBytes = size_t{1} << 17;
 constexpr size_t kMaxPanelBytes = size_t{32} << 20;
 constexpr size_t kSlice = 64;       // rows of a panel made by one task, about
@@ -33,8 +33,8 @@ bool is_pointwise(const Convolution& c) {
   return one(c.rows) && one(c.columns);
 }
 
-// The rows of X that make words of the channels 4 * four to 4 * four + 3 of a group. Weights of channels that are not
-// there are 0: any row will do.
+// The rows of X that make words of the channels 4 * four to 4 * four + 3 of a group. Weights of channels that
+// are not there are 0: any row will do.
 struct FourRows {
   const unsigned char* rows[4];
 
@@ -56,8 +56,8 @@ struct FourRows {
   }
 };
 
-// X as words: of each image its groups, of these their fours, [height, width] each; where padding is laid out, of each
-// four [images, plan.rows, plan.columns], so that positions go on from an image to the next.
+// X as words: of each image its groups, of these their fours, [height, width] each; where padding is laid
+// out, of each four [images, plan.rows, plan.columns], so that positions go on from an image to the next.
 struct Words {
   const Plan& plan;
   const Convolution& conv;
@@ -186,8 +186,8 @@ void panel_task(void* context, size_t index) {
                  end, width, floats);
 }
 
-// `channels` pieces of a map for one tile will be written soon: they are on many pages, so that the processor does not
-// foresee them.
+// `channels` pieces of a map for one tile will be written soon: they are on many pages, so that the processor
+// does not foresee them.
 void prefetch(const unsigned char* y, size_t channels, size_t count, size_t map) {
   for (size_t n = 0; n < channels; ++n, y += map) {
     for (size_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(y + i, 1, 2);
@@ -208,7 +208,8 @@ inline void copy_bytes(const unsigned char* from, size_t count, unsigned char* t
   for (size_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Calls use(first, last, map) for the runs of each image, in the maps from channel `channel` of `channels` on.
+// Calls use(first, last, map) for the runs of each image, in the maps from channel `channel` of `channels`
+// on.
 template <class Use>
 void for_images(const Runs& runs, unsigned char* y, size_t channel, size_t channels, size_t map, Use use) {
   for (const spconv::Run* first = runs.begin(); first != runs.end();) {
@@ -249,7 +250,8 @@ void multiply_task(void* context, size_t index) {
 // Beside its columns a tile costs as much as so many of them: segments begin and end.
 constexpr size_t kTileColumns = 12;
 
-// Maps are small: the kernel whose tiles leave the fewest columns empty, among those that need what the best one does.
+// Maps are small: the kernel whose tiles leave the fewest columns empty, among those that need what the best
+// one does.
 const quads::Kernel& select_full(const quads::Weight& weight, size_t positions, Features features) {
   const quads::Kernel& widest = quads::select_kernel(features, weight, SIZE_MAX);
   const auto cost = [&](const quads::Kernel& kernel) {

@@ -24,8 +24,8 @@ inline IntVector<kLanes> load_words(const void* from) {
   return v;
 }
 
-// What sums of a block begin with and become, where every token of a tile has its own steps: floats. Zeros for
-// outputs behind N.
+// What sums of a block begin with and become, where every token of a tile has its own steps: floats. Zeros
+// for outputs behind N.
 struct TokenEnd {
   const int32_t* zeros;  // of every token of the tile
   const float* steps;
@@ -63,8 +63,8 @@ struct TokenEnd {
   }
 };
 
-// The same where all positions have the same steps and results are bytes: `tile` of them in the place of an output's
-// first sums, which are read by then.
+// The same where all positions have the same steps and results are bytes: `tile` of them in the place of an
+// output's first sums, which are read by then.
 struct ByteEnd {
   float low, high;
   int32_t zero;
@@ -114,8 +114,9 @@ struct Chunk {
   const End& end;
 };
 
-// Sums of one output and kVectors vectors of the tile that begin at token `from`: as they were after the chunk
-// before, and what they are after this one. acc [tile] of the output are sums or, after the last, results.
+// Sums of one output and kVectors vectors of the tile that begin at token `from`: as they were after the
+// chunk before, and what they are after this one. acc [tile] of the output are sums or, after the last,
+// results.
 template <size_t kLanes, size_t kVectors, class End>
 inline void begin_sums(const Chunk<End>& chunk, size_t row, size_t from, const float* acc,
                        IntVector<kLanes>* sums) {

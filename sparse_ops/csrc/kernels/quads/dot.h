@@ -87,8 +87,8 @@ inline void round_bytes(const float* x, float inverse, int32_t zero, unsigned ch
 }
 #endif
 
-// zero * sum in two products of 16 bits: |sum| < 2^22 as its lowest 7 bits and the rest, zero < 256 beside 128
-// zero.
+// zero * sum in two products of 16 bits: |sum| < 2^22 as its lowest 7 bits and the rest, zero < 256 beside
+// 128 zero.
 #if defined(__SSE2__)
 inline int32_t zero_word(int32_t zero) { return zero | zero << 23; }
 inline int32_t sum_word(int32_t sum) {

@@ -27,8 +27,8 @@ struct Grid {
   float low = 0, high = 0;  // multiples, within +-2^16
 };
 
-// A weight whose arrays were checked (formats/int8_quads.h). Nothing is owned, and `scales` and `bias` may have
-// any alignment.
+// A weight whose arrays were checked (formats/int8_quads.h). Nothing is owned, and `scales` and `bias` may
+// have any alignment.
 struct Weight {
   size_t K, N;
   size_t quads;           // of inputs, in whole chunks: those behind K count as zeros
@@ -69,8 +69,8 @@ constexpr size_t kGroup = 16;
 // Rows of a panel: one for each quad, what the zero point of each token is, and the size of its steps.
 constexpr size_t panel_rows(size_t quads) { return quads + 2; }
 
-// How bytes become bytes, where all positions have the same steps: y = y_zero + min(max(round(factor * sum), low),
-// high), sum = bias + (x - x_zero) . W. `bias` of the weight is then int32, at most kMaxBias.
+// How bytes become bytes, where all positions have the same steps: y = y_zero + min(max(round(factor * sum),
+// low), high), sum = bias + (x - x_zero) . W. `bias` of the weight is then int32, at most kMaxBias.
 struct ByteSteps {
   int32_t x_zero;        // 0..255
   const float* factors;  // [N], finite and above 0
@@ -81,8 +81,8 @@ constexpr int32_t kMaxBias = int32_t{1} << 30;  // sums stay in 32 bits
 
 // `tile` counts tokens.
 struct Kernel : KernelRow {
-  // Columns first..first + kGroup - 1 of a panel for `weight`, as far as it has them, from rows of `x` [tokens,
-  // K], tokens <= tile; the columns of missing tokens hold anything that can be multiplied.
+  // Columns first..first + kGroup - 1 of a panel for `weight`, as far as it has them, from rows of `x`
+  // [tokens, K], tokens <= tile; the columns of missing tokens hold anything that can be multiplied.
   void (*round)(const Weight& weight, const float* x, size_t tokens, size_t first, int32_t* panel);
 
   // The same of tokens that are bytes, the first of them at `x`.
@@ -92,12 +92,13 @@ struct Kernel : KernelRow {
   // with a grid without the bias. Rows of outputs behind N hold anything.
   void (*multiply)(const Weight& weight, size_t block, const int32_t* panel, float* acc);
 
-  // Four rows of `count` bytes to words with a byte of each, xored with `flip` and what this kernel's products take.
+  // Four rows of `count` bytes to words with a byte of each, xored with `flip` and what this kernel's
+  // products take.
   void (*interleave)(const unsigned char* const* rows, size_t count, int32_t flip, int32_t* words);
   int32_t middle;  // what they take: xored to every byte of a panel
 
-  // One block of outputs for one tile, as bytes: y in the first `tile` bytes of each row of acc [block, tile], 64-byte
-  // aligned. The panel needs no rows behind its quads.
+  // One block of outputs for one tile, as bytes: y in the first `tile` bytes of each row of acc [block,
+  // tile], 64-byte aligned. The panel needs no rows behind its quads.
   void (*multiply_bytes)(const Weight& weight, size_t block, const ByteSteps& steps, const int32_t* panel,
                          float* acc);
 

@@ -9,7 +9,8 @@ namespace {
 
 // Pieces begin anywhere, so that vectors of a cache line would cross one each: half of it is the most.
 
-// Lengths are small and vary: the last vector overlaps the one before, and what is shorter takes narrower ones.
+// Lengths are small and vary: the last vector overlaps the one before, and what is shorter takes narrower
+// ones.
 template <size_t kLanes>
 inline void copy_run(const float* from, size_t count, float* to) {
   if constexpr (kLanes < 4) {

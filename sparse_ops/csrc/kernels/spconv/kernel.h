@@ -30,8 +30,8 @@ struct MapProduct {
 };
 constexpr size_t kMapSlack = 32;
 
-// Neighbouring elements of a channel's part of a panel: every `stride`-th of a row of the image, or what there is
-// outside of it.
+// Neighbouring elements of a channel's part of a panel: every `stride`-th of a row of the image, or what
+// there is outside of it.
 struct Piece {
   size_t to, count;
   size_t from;  // counted from the beginning of the channel in the first image
@@ -46,8 +46,8 @@ struct Pieces {
 };
 
 struct Kernel : KernelRow {
-  // The pieces of `channels` channels, `plane` floats apart in `from`, to `panel`, where they are `rows` floats apart.
-  // Nothing is touched behind a piece on either side.
+  // The pieces of `channels` channels, `plane` floats apart in `from`, to `panel`, where they are `rows`
+  // floats apart. Nothing is touched behind a piece on either side.
   void (*copy_pieces)(const Pieces& pieces, const float* from, size_t plane, size_t channels, size_t rows,
                       float* panel);
 

@@ -50,7 +50,8 @@ struct Source {
 Source make_source(const Convolution& convolution, const float* x, size_t height, size_t width);
 
 // Input channels begin..end-1 of the source into the rows of `panel` [channels * taps, tile] that belong to
-// them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image hold what the source has outside.
+// them: channel by channel, inside that tap by tap. Lanes outside all runs and taps outside the image hold
+// what the source has outside.
 void gather(const Kernel& kernel, const Source& source, const Runs& runs, size_t begin, size_t end, size_t tile,
             float* panel);
 

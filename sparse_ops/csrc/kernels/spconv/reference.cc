@@ -49,12 +49,14 @@ void depthwise(const MapEpilogue& epilogue, const MapProduct& p, const float* re
   }
 }
 
-void copy_pieces(const Pieces& p, const float* from, size_t plane, size_t channels, size_t rows, float* panel) {
+void copy_pieces(const Pieces& p, const float* from, size_t plane, size_t channels, size_t rows,
+                 float* panel) {
   for (size_t channel = 0; channel < channels; ++channel) {
     for (size_t i = 0; i < p.count; ++i) {
       const Piece& piece = p.pieces[i];
       for (size_t e = 0; e < piece.count; ++e) {
-        const float* element = piece.outside ? p.outside + e : from + channel * plane + piece.from + e * p.stride;
+        const float* image = from + channel * plane + piece.from;
+        const float* element = piece.outside ? p.outside + e : image + e * p.stride;
         std::memcpy(panel + channel * rows + piece.to + e, element, sizeof(float));
       }
     }
