@@ -12,6 +12,10 @@ from sparse_onnx.verification.likeness import UNLIKE
 __all__ = ["run_notes"]
 
 
+_WRITTEN = ("with_library", "without_library")
+"""How the model that was written was run."""
+
+
 def run_notes(report: Mapping[str, Any]) -> list[str]:
     """Sentences for a reader of ``report``, the content of ``report.json``."""
     notes = []
@@ -28,7 +32,8 @@ def run_notes(report: Mapping[str, Any]) -> list[str]:
     if others := verification.get("left_out"):
         listed = ", ".join(f"{name} ({kind})" for name, kind in others.items())
         notes.append(f"Outputs that are no tensors were not compared: {listed}.")
-    if levels := verification.get("optimization_levels"):
+    levels = verification.get("optimization_levels", {})
+    if any(levels.get(way, "all") != "all" for way in _WRITTEN):  # others nobody else runs like this
         low = ", ".join(
             f"{way.replace('_', ' ')}: {level}" for way, level in levels.items() if level != "all"
         )
