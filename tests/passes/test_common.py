@@ -194,6 +194,17 @@ CASES = {
             *("lower.matmul-nbits", "lower.dynamic-int8"),
         ),
     ),
+    "bytes": Case(
+        """p = QuantizeLinear(X, s, z) x = DequantizeLinear(p, s, z) W = DequantizeLinear(q, s)
+           Y = MatMul(x, W)""",
+        {
+            "q": np.arange(-16, 16, dtype=np.int8).reshape(8, 4),
+            "s": np.float32(0.125),
+            "z": np.uint8(3),
+        },
+        prunable=("q",),
+        changed=("lower.q-matmul", "lower.sparse-q-matmul"),
+    ),
     "images of bytes": Case(
         """p = QuantizeLinear(P, s, z) x = DequantizeLinear(p, s, z) W = DequantizeLinear(q, s) A = Conv(x, W)
            H = Relu(A) y = QuantizeLinear(H, s, z) Y = DequantizeLinear(y, s, z)""",
