@@ -24,7 +24,6 @@ from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.lowering import (
     Candidate,
-    Lowerer,
     Lowering,
     PackedTensors,
     Packer,
@@ -152,7 +151,7 @@ class LowerEncoded(Lowering):
 
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
-        return {"encoding": str(candidate.weight.encoding)}
+        return {"encoding": str(candidate.weight.encoding), **form.lies}
 
 
 class _Stored(Protocol):
@@ -168,11 +167,10 @@ class LowerFused(LowerEncoded):
     """Of those whose operator, one of ours, computes a whole layer."""
 
     rounds: ClassVar[bool] = True
-    """Whether the operator rounds activations, which its exact twin does not."""
 
     @classmethod
     @abc.abstractmethod
-    def pack(cls, grid: IntegerGrid) -> _Stored:
+    def pack(cls, candidate: Candidate, grid: IntegerGrid) -> _Stored:
         """The weight as the operator stores it."""
 
     @classmethod
@@ -180,24 +178,11 @@ class LowerFused(LowerEncoded):
     def op_type(cls, base: str, grid: IntegerGrid) -> str:
         """The op type that does with such a weight what ``base`` does with one of floats."""
 
-    def put(
-        self, model: ir.Model, candidates: Sequence[Candidate], packer: Packer, context: PassContext
-    ) -> None:
-        packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
-        lowerer = Lowerer(model, context)
-        for candidate in candidates:
-            nodes = lowerer.lower(candidate, self._packed(candidate.weight, context))
-            if self.rounds:
-                for node in nodes:
-                    node.metadata_props[LOWERED_KEY] = self.name
-            packing.step()
-        for op_type in sorted(lowerer.op_types):
-            add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
-
-    def _packed(self, weight: Weight, context: PassContext) -> PackedTensors:
+    def packed(self, candidate: Candidate, packer: Packer, context: PassContext) -> PackedTensors:
+        weight = candidate.weight
         grid = self.read(weight)
         assert isinstance(grid, IntegerGrid)
-        packed = self.pack(grid)
+        packed = self.pack(candidate, grid)
         weight.release()
         tensors = {
             name: context.store(array, f"{weight.name}.{name}") for name, array in packed.arrays().items()

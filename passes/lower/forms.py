@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparse_onnx.options import require
@@ -70,6 +71,11 @@ class Form(abc.ABC):
         """Whether it rounds activations with one scale for all tokens, which loses much more than other forms do: it
         ships only where it is a tenth faster than these."""
         return self.activations < FLOAT_BITS and not self.by_token
+
+    @property
+    def lies(self) -> Mapping[str, int | str]:
+        """How a weight on a grid lies in it: what its time depends on beside shape, zeros and encoding."""
+        return {}
 
     def refusal(self, sparsity: float) -> str:
         """Why a weight with this share of zeros is not worth timing in this form; empty if it is."""

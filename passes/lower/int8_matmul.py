@@ -35,10 +35,11 @@ from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
 
 __all__ = [
+    "LowerBytes",
     "LowerInt8MatMul",
     "LowerSparseInt8MatMul",
     "SparseInt8Form",
-    "pack_bytes",
+    "bytes_of",
     "reason_against_inputs",
     "share_of_quads",
 ]
@@ -56,6 +57,11 @@ class SparseInt8Form(EncodedForm):
 
     kept: float | None = None
 
+    @property
+    def lies(self) -> Mapping[str, int | str]:
+        """Equal shares of zeros leave more or fewer quads, by their pattern."""
+        return {} if self.kept is None else {"quads": f"{self.kept:.2f}"}
+
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
     ) -> float:
@@ -68,43 +74,49 @@ class SparseInt8Form(EncodedForm):
         return int8_quads.expected_nbytes(shape, 1 - sparsity ** max(1, 4 / together))
 
 
-def pack_bytes(grid: IntegerGrid, *, dense: bool) -> Int8Weight:
-    """A weight on a ``grid`` of one scale an output, less its zero points int8; ``dense``: with all its quads."""
-    integers = (grid.integers.astype(np.int16) - grid.zero_point).astype(np.int8)
-    pack = int8_quads.pack_dense if dense else int8_quads.pack_quads
-    return pack(integers, np.ascontiguousarray(grid.scale[0]))
+def bytes_of(grid: IntegerGrid) -> np.ndarray:
+    """The integers of ``grid`` less their zero points, int8 [K, N], where these are within reach."""
+    return np.asarray(grid.integers.astype(np.int16) - grid.zero_point, np.int8)
 
 
-def reason_against_inputs(grid: IntegerGrid) -> str:
-    """Why our products of bytes cannot take so many inputs as ``grid`` has; empty if they can."""
-    if grid.inputs > int8_quads.MAX_INPUTS:
-        return f"has {grid.inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
+def reason_against_inputs(inputs: int) -> str:
+    """Why our products of bytes cannot take so many ``inputs``; empty if they can."""
+    if inputs > int8_quads.MAX_INPUTS:
+        return f"has {inputs} inputs; sums are exact up to {int8_quads.MAX_INPUTS}"
     return ""
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerInt8MatMul(LowerFused):
+class LowerBytes(LowerFused):
+    """Of products of bytes, whose weights are on grids of one scale an output."""
+
+    dense: ClassVar[bool]
+    """Whether all quads are stored, or those without a weight left out."""
+
+    @classmethod
+    def pack(cls, candidate: Candidate, grid: IntegerGrid) -> Int8Weight:
+        pack = int8_quads.pack_dense if cls.dense else int8_quads.pack_quads
+        return pack(bytes_of(grid), np.ascontiguousarray(grid.scale[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerInt8MatMul(LowerBytes):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.int8-matmul"
     dense: ClassVar[bool] = True
 
     @classmethod
+    def op_type(cls, base: str, grid: IntegerGrid) -> str:
+        return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
+
+    @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
-        return reason_against_bytes(grid) or reason_against_inputs(grid) or cls._form()
+        return reason_against_bytes(grid) or reason_against_inputs(grid.inputs) or cls._form()
 
     @classmethod
     def _form(cls) -> Form:
         return EncodedForm("int8-token", cls, exact=False, activations=8, by_token=True)
-
-    @classmethod
-    @classmethod
-    def pack(cls, grid: IntegerGrid) -> Int8Weight:
-        return pack_bytes(grid, dense=cls.dense)
-
-    @classmethod
-    def op_type(cls, base: str, grid: IntegerGrid) -> str:
-        return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
 
 
 @dataclasses.dataclass(frozen=True)

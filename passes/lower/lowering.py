@@ -25,7 +25,7 @@ from sparse_onnx.errors import UsageError
 from sparse_onnx.model.constants import constant_tensor
 from sparse_onnx.model.encodings import Dense
 from sparse_onnx.model.graph import Names, add_function, add_initializer, drop_with_makers
-from sparse_onnx.model.metadata_keys import MODULE_KEY, STRUCTURE_KEY
+from sparse_onnx.model.metadata_keys import LOWERED_KEY, MODULE_KEY, STRUCTURE_KEY
 from sparse_onnx.model.own_operators import drop_unused_functions
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.options import require
@@ -188,6 +188,8 @@ class Lowering(Pass):
     in_recipes: ClassVar[bool] = False
     kind: ClassVar[str]
     """What its layers are called, in the singular."""
+    rounds: ClassVar[bool] = False
+    """Whether its operators round activations, which exact twins of theirs do not."""
 
     min_sparsity: float = 0.6
     layers: tuple[str, ...] | None = None
@@ -240,11 +242,17 @@ class Lowering(Pass):
         packing = Progress(context.progress, f"packing for {self.name}", len(candidates))
         lowerer = Lowerer(model, context)
         for candidate in candidates:
-            (form,) = candidate.forms
-            lowerer.lower(candidate, packer(candidate, form))
+            for node in lowerer.lower(candidate, self.packed(candidate, packer, context)):
+                if self.rounds:
+                    node.metadata_props[LOWERED_KEY] = self.name
             packing.step()
         for op_type in sorted(lowerer.op_types):
             add_function(model, OP_TYPES[op_type].function_body(model.opset_imports[""]), VERSION)
+
+    def packed(self, candidate: Candidate, packer: Packer, context: PassContext) -> PackedTensors:
+        """The weights of ``candidate`` as its operators store them."""
+        (form,) = candidate.forms
+        return packer(candidate, form)
 
     @classmethod
     def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:

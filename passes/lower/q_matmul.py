@@ -27,11 +27,11 @@ import onnx_ir as ir
 from sparse_onnx.model.integer_grid import IntegerGrid, read_grid
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.lower.encoded_linear import EncodedForm, LowerFused
+from sparse_onnx.passes.lower.encoded_linear import EncodedForm
 from sparse_onnx.passes.lower.forms import Form
 from sparse_onnx.passes.lower.int8_matmul import (
+    LowerBytes,
     SparseInt8Form,
-    pack_bytes,
     reason_against_inputs,
     share_of_quads,
 )
@@ -39,7 +39,6 @@ from sparse_onnx.passes.lower.lowering import Candidate
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.patterns.linear import Linear
 from sparse_onnx.passes.patterns.q_linear import match_q_linear, reads_integers
-from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import q_matmul, sparse_matmul
 
 __all__ = ["LowerQMatMul", "LowerSparseQMatMul"]
@@ -54,17 +53,21 @@ def _reason_against(grid: IntegerGrid) -> str:
     steps = grid.integers.astype(np.int16) - grid.zero_point
     if steps.min(initial=0) < -128 or steps.max(initial=0) > 127:
         return "has integers that are further from their zero point than 8 bits reach"
-    return reason_against_inputs(grid)
+    return reason_against_inputs(grid.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerQMatMul(LowerFused):
+class LowerQMatMul(LowerBytes):
     """See the module's docstring."""
 
     name: ClassVar[str] = "lower.q-matmul"
     integers: ClassVar[bool] = True
     rounds: ClassVar[bool] = False  # the graph itself does
     dense: ClassVar[bool] = True
+
+    @classmethod
+    def op_type(cls, base: str, grid: IntegerGrid) -> str:
+        return q_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
 
     @classmethod
     def concerns(cls, weight: Weight) -> bool:
@@ -81,14 +84,6 @@ class LowerQMatMul(LowerFused):
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:
         return _reason_against(grid) or EncodedForm("int8-given", cls)
-
-    @classmethod
-    def pack(cls, grid: IntegerGrid) -> Int8Weight:
-        return pack_bytes(grid, dense=cls.dense)
-
-    @classmethod
-    def op_type(cls, base: str, grid: IntegerGrid) -> str:
-        return q_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from sparse_onnx.model.metadata_keys import STRUCTURE_KEY
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.lower.encoded_linear import LowerFused
 from sparse_onnx.passes.lower.forms import Form
-from sparse_onnx.passes.lower.lowering import Candidate, Packer
+from sparse_onnx.passes.lower.lowering import Candidate
 from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.formats.nbits import LAYOUTS, Layout, PackedLevels, fits_half, most_of_16, pack
@@ -53,6 +53,10 @@ class SparseIntegerForm(Form):
     layout: Layout = LAYOUTS["bitmap4"]
     group: int = _LARGEST_GROUP
     kept: int = 0
+
+    @property
+    def lies(self) -> Mapping[str, int | str]:
+        return {"kept": self.kept} if self.kept else {}
 
     def expected_nbytes(
         self, shape: tuple[int, int], sparsity: float, structure: str, outputs: Outputs
@@ -77,7 +81,7 @@ class _LowerNBits(LowerFused):
         """How the integers of a grid are stored; None: they are not."""
 
     @classmethod
-    def pack(cls, grid: IntegerGrid) -> PackedLevels:
+    def pack(cls, candidate: Candidate, grid: IntegerGrid) -> PackedLevels:
         group = _group(grid)
         groups = np.arange(0, grid.inputs, group) // grid.group_size
         zero_point = grid.zero_point[groups]
@@ -131,11 +135,6 @@ class LowerPositions(_LowerNBits):
     @classmethod
     def layout_of(cls, grid: IntegerGrid) -> Layout | None:
         return LAYOUTS["n_of_16" if grid.symmetric else "n_of_16_zeros"] if grid.bits == 4 else None
-
-    @classmethod
-    def layout(cls, candidate: Candidate, form: Form, packer: Packer) -> Mapping[str, int | str]:
-        assert isinstance(form, SparseIntegerForm)
-        return {**super().layout(candidate, form, packer), "kept": form.kept}
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:

@@ -28,15 +28,29 @@ from sparse_onnx.passes.patterns.match import gate_of, is_bias, only_user, users
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops.sparse_conv import Window, operator_name, outputs_of
 
-__all__ = ["Convolution", "match_clip", "match_conv", "window_of"]
+__all__ = ["Convolution", "Windowed", "match_clip", "match_conv", "window_of"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(Layer):
+class Windowed(Layer):
+    """A convolution, of floats or of integers."""
+
+    window: Window
+
+    @property
+    def stored_outputs(self) -> Outputs:
+        return outputs_of(self.weight.shape[1], self.window.group)
+
+    def products(self, x_shape: tuple[int, ...]) -> int:
+        batch, _, *sizes = x_shape
+        return batch * math.prod(self.window.output_size(*sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Windowed):
     """A convolution of the graph. ``limits`` are those of a clip; ``add`` is the node that adds the residual, and
     ``residual`` the index of R among its inputs."""
 
-    window: Window
     limits: tuple[float, float] | None
     add: ir.Node | None
     residual: int
@@ -64,14 +78,6 @@ class Convolution(Layer):
         """A depthwise convolution. The runtime's own works in blocks of channels: next to sparse ones, which do not,
         it would have to reorder its input and output."""
         return self.window.group > 1 and self.weight.tensor.shape[1] == 1
-
-    @property
-    def stored_outputs(self) -> Outputs:
-        return outputs_of(self.weight.shape[1], self.window.group)
-
-    def products(self, x_shape: tuple[int, ...]) -> int:
-        batch, _, *sizes = x_shape
-        return batch * math.prod(self.window.output_size(*sizes))
 
 
 def match_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> Convolution | str:

@@ -24,14 +24,12 @@ from sparse_onnx.model.graph import input_at, producer
 from sparse_onnx.model.integer_grid import read_grid
 from sparse_onnx.model.shapes import Shapes
 from sparse_onnx.model.weights import Weight
-from sparse_onnx.passes.patterns.conv import match_clip, window_of
-from sparse_onnx.passes.patterns.layer import Layer, Part, place_reason, storage_reason
+from sparse_onnx.passes.patterns.conv import Windowed, match_clip, window_of
+from sparse_onnx.passes.patterns.layer import Part, place_reason, storage_reason
 from sparse_onnx.passes.patterns.linear import match_relu
 from sparse_onnx.passes.patterns.match import only_user
 from sparse_onnx.passes.patterns.rounded import BYTES, grid_of
-from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.ops.int8_conv import MAX_BIAS, ByteGrids, op_type_of
-from sparse_onnx.sparse_ops.ops.sparse_conv import Window, outputs_of
 
 __all__ = ["QConvolution", "match_q_conv"]
 
@@ -51,11 +49,10 @@ class _Grid:
 
 
 @dataclasses.dataclass(frozen=True)
-class QConvolution(Layer):
+class QConvolution(Windowed):
     """A convolution of integers on the grid ``x``, of which ``decoder`` makes floats, to others on ``y``; ``limits``
     are the lowest and the highest of these, and ``added`` is its bias, int32 [N]."""
 
-    window: Window
     decoder: ir.Node
     x: _Grid
     y: _Grid
@@ -87,14 +84,6 @@ class QConvolution(Layer):
         return ByteGrids(
             self.x.scale, self.x.zero_point, self.x.lowest, self.y.scale, self.y.zero_point, low, high
         ).attributes()
-
-    @property
-    def stored_outputs(self) -> Outputs:
-        return outputs_of(self.weight.shape[1], self.window.group)
-
-    def products(self, x_shape: tuple[int, ...]) -> int:
-        batch, _, *sizes = x_shape
-        return batch * math.prod(self.window.output_size(*sizes))
 
 
 def match_q_conv(weight: Weight, node: ir.Node, main_graph: ir.Graph, shapes: Shapes) -> QConvolution | str:

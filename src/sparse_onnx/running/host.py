@@ -8,6 +8,7 @@ control groups nor another root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -274,11 +275,11 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+def _lines(path: Path) -> Iterator[str]:
+    """Read as they are asked for: what the first processor says is enough, of many."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            yield line.rstrip("\n")
 
 
 def _words(path: Path) -> list[str]:

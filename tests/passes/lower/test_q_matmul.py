@@ -11,6 +11,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.model.work import Work
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.exact_twin import exact_twin
+from sparse_onnx.passes.lower.int8_matmul import SparseInt8Form
 from sparse_onnx.passes.lower.q_matmul import LowerQMatMul, LowerSparseQMatMul
 from sparse_onnx.running.runtime import open_session
 
@@ -317,3 +318,8 @@ def test_its_work_is_counted(model, word):
     assert found.products == 10 * K * N
     assert found.weight == "V.values"
     assert found.sparse == (word == "Sparse")
+
+
+def test_patterns_that_leave_other_shares_of_quads_are_timed_apart():
+    forms = [SparseInt8Form("int8-given-quads", LowerSparseQMatMul, kept=kept) for kept in (0.2, 0.59)]
+    assert [form.lies for form in forms] == [{"quads": "0.20"}, {"quads": "0.59"}]
