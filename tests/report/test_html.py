@@ -69,7 +69,13 @@ def test_what_is_out_of_the_ordinary_is_said(full_report: Report) -> None:
     text = text_of(full_report)
     assert "The model's file is of opset 11: it was converted to 13 inside" in text
     assert "Outputs that are no tensors were not compared: past (a sequence)." in text
-    assert "it ran with fewer (graph_optimization_level; pruned dense: basic). Run it so, too." in text
+    fewer = "it ran with fewer (graph_optimization_level; pruned dense: basic, with library: basic). Run it so, too."
+    assert fewer in text
+
+
+def test_optimizations_that_break_only_what_nobody_runs_are_no_news(full_report: Report) -> None:
+    full_report["verification"]["optimization_levels"] = {"pruned_dense": "basic", "with_library": "all"}
+    assert "graph_optimization_level" not in text_of(full_report)
 
 
 def test_ordinary_report(report: Report) -> None:
