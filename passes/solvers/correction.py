@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from sparse_onnx.errors import UsageError
-from sparse_onnx.passes.solvers.gram import inverse
 
 __all__ = ["aimed_target", "centred_gram", "centred_power", "centred_pull"]
 
@@ -62,4 +61,4 @@ def aimed_target(
         return gram, np.asarray(W, np.float32)
     form = gram + mu * np.eye(K)
     dense = W.astype(np.float64)
-    return form, np.asarray(dense + inverse(form) @ (pull - gram @ dense), np.float32)
+    return form, np.asarray(dense + np.linalg.solve(form, pull - gram @ dense), np.float32)
