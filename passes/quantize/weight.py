@@ -385,9 +385,9 @@ class _Job:
                 bias,
             )
         )
+        weight.release()
         if options.needs_calibration:  # what comes behind sees it
             stored = weight.stored(after).astype(weight.tensor.dtype.numpy(), copy=False)
-            weight.release()
             weight.value.const_value = self.context.store(stored, weight.name)
         told = "" if known is None else f", error {known:.3f}"
         rest = (

@@ -7,6 +7,7 @@ amount of weights, one session at a time; the values between them pass through n
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -332,7 +333,7 @@ def open_runner(
     ``bench.progress`` is told how far a run is that takes several sessions, and where ORT's optimizations fail.
     ``library`` registers the sparse kernels; ``lean``, ``level`` and ``timed`` are as for :func:`open_session`.
     """
-    held = model_io.weight_bytes(model)
+    held = max(model_io.weight_bytes(model), sum(_session_sizes(model.graph, library).values()))
     budget = session_budget(held) if bench.budget is None else bench.budget
     if held > _WORTH_COLLECTING:
         give_back_memory(cycles=True)
@@ -341,7 +342,7 @@ def open_runner(
     try:
         outputs = [value.name or "" for value in model.graph.outputs]
         tensors = tensor_outputs(model)
-        if max(held, sum(_session_bytes(n, library) for n in model.graph)) <= budget:
+        if held <= budget:
             if path is None:
                 model_io.save_model(model, scratch)
                 path = scratch / "model.onnx"
@@ -377,23 +378,67 @@ def of_our_making() -> Iterator[None]:
         ) from error
 
 
-def _session_bytes(node: ir.Node, library: bool) -> int:
-    """Weights that a session holds for ``node``; without the library a compressed one is unfolded to dense."""
-    constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
-    stored = sum(tensor.nbytes for tensor in constants)
-    if library or node.domain != DOMAIN:
-        return stored
-    return stored + 4 * node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+def _session_sizes(graph: ir.Graph, library: bool) -> dict[ir.Node, int]:
+    """Bytes of weights that a session holds for every node: those that are stored, and what they are unfolded to.
+    Without the library that is a compressed weight; in any case what ORT computes of constants alone, as floats of
+    integers."""
+    constant = _constant_nodes(graph)
+    sizes = {}
+    for node in graph:
+        constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+        size = sum(tensor.nbytes for tensor in constants)
+        if node.domain == DOMAIN and not library:
+            size += 4 * node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+        if node in constant:
+            size += sum(_nbytes(value) for value in node.outputs)
+        sizes[node] = size
+    return sizes
+
+
+def _constant_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """What ORT computes when it opens a session: nodes that read constants alone. ``graph`` is sorted."""
+    found: set[ir.Node] = set()
+    for node in graph:
+        given = [value for value in node.inputs if value is not None]
+        if given and all(value.const_value is not None or value.producer() in found for value in given):
+            found.add(node)
+    return found
+
+
+def _in_turn(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes in an order they can run in, constant ones right before the first that reads them. ``graph`` is
+    sorted."""
+    constant, place = _constant_nodes(graph), {node: index for index, node in enumerate(graph)}
+    found: dict[ir.Node, None] = {}
+    for node in graph:
+        if node in constant:
+            continue
+        needed, readers = {node}, [node]
+        while readers:
+            makers = {value.producer() for value in read_values(readers.pop())}
+            new = {maker for maker in makers & constant if maker not in found and maker not in needed}
+            needed |= new
+            readers += new
+        found.update(dict.fromkeys(sorted(needed, key=place.__getitem__)))
+    return [*found, *(node for node in graph if node not in found)]
+
+
+def _nbytes(value: ir.Value) -> int:
+    """0 where the type or the shape is not known."""
+    if value.shape is None or value.dtype is None or not value.shape.is_static():
+        return 0
+    return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_Segment]:
-    """Cut the nodes, in topological order, into runs that hold at most ``budget`` bytes of weights each."""
+    """Cut the nodes, in an order they can run in, into runs that hold at most ``budget`` bytes of weights each."""
     model = model.clone()
     model.graph.sort()
     groups: list[list[ir.Node]] = [[]]
     held = 0
-    for node in model.graph:
-        size = _session_bytes(node, library)
+    sizes = _session_sizes(model.graph, library)
+    for node in _in_turn(model.graph):
+        size = sizes[node]
         if groups[-1] and held + size > budget:
             groups.append([])
             held = 0

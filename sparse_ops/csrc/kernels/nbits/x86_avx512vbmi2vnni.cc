@@ -29,12 +29,12 @@ inline __m512i zero_of_each(const uint8_t* zeros) {
 }
 inline __m512i in_all_bytes(__m512i each) { return _mm512_mullo_epi32(each, _mm512_set1_epi32(0x01010101)); }
 
-// Independent sums hide the latency of VPDPBUSD where few tokens leave time for it.
+// Independent sums hide the latency of VPDPBUSD where few tokens leave time for it: of a block, or of so many
+// neighbouring ones.
 constexpr size_t sums_of(size_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
-template <size_t kRows>
+template <size_t kRows, size_t kSums = 1>
 struct Accumulators {
-  static constexpr size_t kSums = sums_of(kRows);
   __m512i exact[kSums][kRows];
   __m512 sums[kRows];
 
@@ -91,10 +91,9 @@ inline __m512i packed_integers(const uint8_t* values, size_t bytes) {
   }
 }
 
-template <size_t kRows, bool kWide, bool kGuarded>
+template <size_t kRows, size_t kSums, bool kWide, bool kGuarded>
 inline const uint8_t* add_quads(const uint8_t* masks, const uint8_t* values, const Rows& x, size_t k,
-                                size_t quads, __m512i middle, Accumulators<kRows>& sums) {
-  constexpr size_t kSums = Accumulators<kRows>::kSums;
+                                size_t quads, __m512i middle, Accumulators<kRows, kSums>& sums) {
   const auto add = [&](size_t i, size_t s) {
     uint64_t mask;
     __builtin_memcpy(&mask, masks + i * sizeof mask, sizeof mask);
@@ -119,8 +118,8 @@ inline const uint8_t* add_quads(const uint8_t* masks, const uint8_t* values, con
   return values;
 }
 
-template <size_t kRows>
-inline void store_block(const Accumulators<kRows>& sums, size_t count, float* y, size_t stride) {
+template <size_t kRows, size_t kSums>
+inline void store_block(const Accumulators<kRows, kSums>& sums, size_t count, float* y, size_t stride) {
   const auto there = static_cast<__mmask16>((1u << count) - 1);
 #pragma GCC unroll 8
   for (size_t r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(y + r * stride, there, sums.sums[r]);
@@ -128,11 +127,12 @@ inline void store_block(const Accumulators<kRows>& sums, size_t count, float* y,
 
 template <size_t kRows, bool kWide>
 void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  constexpr size_t kSums = sums_of(kRows);
   const size_t groups = groups_of(w), quads = (w.K + kQuad - 1) / kQuad, in_group = w.group / kQuad;
   __m512i middle = all_bytes(kMiddle<kWide>), each = _mm512_set1_epi32(kMiddle<kWide>);
   const size_t most = in_group * kBlock * kQuad / (kWide ? 1 : 2);  // bytes of a group, all of them read
   for (size_t block = begin; block < end; ++block) {
-    Accumulators<kRows> sums;
+    Accumulators<kRows, kSums> sums;
     sums.start();
     const uint8_t* values = w.values + w.block_values[block];
     const uint8_t* masks = w.masks + block * quads * 8;
@@ -145,8 +145,8 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
         middle = in_all_bytes(each);
       }
       const bool inside = static_cast<size_t>(w.values_end - values) >= most;
-      values = inside ? add_quads<kRows, kWide, false>(own, values, x, first * kQuad, count, middle, sums)
-                      : add_quads<kRows, kWide, true>(own, values, x, first * kQuad, count, middle, sums);
+      values = inside ? add_quads<kRows, kSums, kWide, false>(own, values, x, first * kQuad, count, middle, sums)
+                      : add_quads<kRows, kSums, kWide, true>(own, values, x, first * kQuad, count, middle, sums);
       sums.finish(x, groups, scales, g, 1, [&](size_t r) {
         return _mm512_mullo_epi32(each, _mm512_set1_epi32(x.sums[r * groups + g]));
       });
@@ -155,8 +155,9 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
   }
 }
 
-template <size_t kRows, bool kZeros>
-void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+// Memory delivers the streams of several blocks faster than that of one.
+template <size_t kRows, size_t kBlocks, bool kZeros>
+inline void add_blocks(const Weight& w, const Rows& x, size_t block, float* y, size_t stride) {
   const size_t groups = groups_of(w), n = w.kept;
   alignas(64)
       uint32_t places[16];  // of the four integers of every output: 16 times which sixteen they are of
@@ -164,45 +165,66 @@ void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, flo
     places[d] = 0;
     for (size_t i = 0; i < kQuad; ++i) places[d] |= static_cast<uint32_t>((d * kQuad + i) / n * 16) << 8 * i;
   }
-  for (size_t block = begin; block < end; ++block) {
-    Accumulators<kRows> sums;
-    sums.start();
-    const uint8_t* values = w.values + w.block_values[block];
-    const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
-    for (size_t g = 0, k = 0; g < groups; ++g) {
-      const size_t stop = k + w.group < w.K ? k + w.group : w.K;
-      __m512i of_weights = _mm512_setzero_si512();
-      const __m512i zero = kZeros ? in_all_bytes(zero_of_each(zeros_of(w, block, g))) : _mm512_setzero_si512();
-      for (; k < stop; k += kSpan) {
-        __m512i inputs[kRows];
+  Accumulators<kRows> sums[kBlocks];
+  for (auto& own : sums) own.start();
+  Streams<kBlocks> values(w, block);
+  const char* scales = static_cast<const char*>(w.scales) + block * groups * kBlock * 2;
+  for (size_t g = 0, k = 0; g < groups; ++g) {
+    const size_t stop = k + w.group < w.K ? k + w.group : w.K;
+    __m512i of_weights[kBlocks], zero[kBlocks];
 #pragma GCC unroll 8
-        for (size_t r = 0; r < kRows; ++r) {
-          inputs[r] = _mm512_xor_si512(_mm512_loadu_si512(x.q + r * x.stride + k), all_bytes(128));
-        }
-        for (size_t d = 0; d < n; ++d, values += kBlock * kQuad) {
-          __builtin_prefetch(values + kPrefetch);
-          const __m512i both = _mm512_loadu_si512(values);
+    for (size_t b = 0; b < kBlocks; ++b) {
+      of_weights[b] = _mm512_setzero_si512();
+      if constexpr (kZeros) zero[b] = in_all_bytes(zero_of_each(zeros_of(w, block + b, g)));
+    }
+    for (; k < stop; k += kSpan) {
+      __m512i inputs[kRows];
+#pragma GCC unroll 8
+      for (size_t r = 0; r < kRows; ++r) {
+        inputs[r] = _mm512_xor_si512(_mm512_loadu_si512(x.q + r * x.stride + k), all_bytes(128));
+      }
+      for (size_t d = 0; d < n; ++d) {
+        const __m512i sixteen = _mm512_set1_epi32(static_cast<int32_t>(places[d]));
+#pragma GCC unroll 8
+        for (size_t b = 0; b < kBlocks; ++b) {
+          values.prefetch(b);
+          const __m512i both = _mm512_loadu_si512(values.at[b]);
+          values.at[b] += kBlock * kQuad;
           __m512i integers;
           if constexpr (kZeros) {
-            integers = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), all_bytes(15)), zero);
+            integers =
+                _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), all_bytes(15)), zero[b]);
           } else {
             integers = _mm512_and_si512(both, all_bytes(0xf0));  // 16 times
           }
-          const __m512i sixteen = _mm512_set1_epi32(static_cast<int32_t>(places[d]));
           // (both & 15) | sixteen
           const __m512i place = _mm512_ternarylogic_epi64(both, all_bytes(15), sixteen, 0xea);
-          of_weights = _mm512_dpbusd_epi32(of_weights, all_bytes(128), integers);
+          of_weights[b] = _mm512_dpbusd_epi32(of_weights[b], all_bytes(128), integers);
 #pragma GCC unroll 8
           for (size_t r = 0; r < kRows; ++r) {
             const __m512i own = _mm512_maskz_permutexvar_epi8(kAllBytes, place, inputs[r]);
-            sums.exact[0][r] = _mm512_dpbusd_epi32(sums.exact[0][r], own, integers);
+            sums[b].exact[0][r] = _mm512_dpbusd_epi32(sums[b].exact[0][r], own, integers);
           }
         }
       }
-      sums.finish(x, groups, scales, g, kZeros ? 1.0f : 1 / 16.0f, [&](size_t) { return of_weights; });
     }
-    store_block<kRows>(sums, outputs_of(w, block), y + (block - begin) * kBlock, stride);
+#pragma GCC unroll 8
+    for (size_t b = 0; b < kBlocks; ++b) {
+      sums[b].finish(x, groups, scales + b * groups * kBlock * 2, g, kZeros ? 1.0f : 1 / 16.0f,
+                     [&](size_t) { return of_weights[b]; });
+    }
   }
+  for (size_t b = 0; b < kBlocks; ++b) store_block(sums[b], outputs_of(w, block + b), y + b * kBlock, stride);
+}
+
+template <size_t kRows, bool kZeros>
+void run_positions(const Weight& w, const Rows& x, size_t begin, size_t end, float* y, size_t stride) {
+  constexpr size_t kTogether = sums_of(kRows);
+  size_t block = begin;
+  for (; block + kTogether <= end; block += kTogether, y += kTogether * kBlock) {
+    add_blocks<kRows, kTogether, kZeros>(w, x, block, y, stride);
+  }
+  for (; block < end; ++block, y += kBlock) add_blocks<kRows, 1, kZeros>(w, x, block, y, stride);
 }
 
 template <size_t kRows>
