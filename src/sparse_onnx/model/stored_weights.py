@@ -120,6 +120,11 @@ class NodeWeight(abc.ABC):
         return self.node.inputs[self.first + len(self.part_names)]
 
     @property
+    def operands(self) -> tuple[ir.Value | None, ...]:
+        """The inputs behind the bias."""
+        return tuple(self.node.inputs[self.first + len(self.part_names) + 1 :])
+
+    @property
     def tensors(self) -> list[ir.TensorProtocol]:
         """Those of :attr:`parts` that are constant: all of them, unless the file is damaged."""
         return [part.const_value for part in self.parts if part is not None and part.const_value is not None]

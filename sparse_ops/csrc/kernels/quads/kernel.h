@@ -5,7 +5,8 @@
 // W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs
 // of one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by tile, into panels
 // of 32-bit words [quads, tile], four inputs of one token each, so that one stored quad multiplies whole
-// vectors of tokens. Sums are exact, so that every kernel gives the same ones.
+// vectors of tokens. Sums are exact, so that every kernel gives the same ones. The columns of W may belong to
+// several outputs, or be those of a gate and of what it multiplies, each in whole blocks.
 #pragma once
 
 #include <cstddef>
@@ -45,6 +46,7 @@ struct Weight {
   const unsigned char* bias;  // float32 [N]
   Activation activation;
   Grid grid;
+  bool gated;  // Y = act(first half of the blocks of X . W + bias) * second half
   bool wide;  // some integer is beyond -64..64: two products of bytes need more than 16 bits
 };
 

@@ -20,13 +20,16 @@ size_t panel_size(const Kernel& kernel, const Weight& weight) {
   return round_up(kernel.tile * panel_rows(weight.quads), kCacheLine / sizeof(int32_t));
 }
 
+// Blocks of Y: where the weight is gated, each is made of two.
+size_t output_blocks(const Weight& weight) { return weight.gated ? weight.blocks / 2 : weight.blocks; }
+
 // The tokens of one strip, in tiles.
 struct Strip {
   const Plan& plan;
   const Weight& weight;
   const float* floats;  // [plan.tokens, K], or nullptr:
   Bytes bytes;          // of the same shape
-  float* y;
+  std::span<const Output> outputs;
   int32_t* panels;
   size_t first, count;  // among all
 
@@ -49,16 +52,33 @@ struct Strip {
     own.pack(weight, of_tile, in_tile(tile), group * kGroup, panel(tile));
   }
 
+  // A block of X . W + bias, and how many outputs it has.
+  size_t add_up(size_t tile, size_t block, float* acc) const {
+    const size_t channels = std::min(weight.block, weight.N - block * weight.block);
+    kernel(tile).multiply(weight, block, panel(tile), acc);
+    if (weight.grid.size != 0) kernel(tile).settle(weight, block, channels, acc);
+    return channels;
+  }
+
+  void apply_gate(size_t tile, size_t block, float* acc) const {
+    alignas(kCacheLine) float factor[kMaxAccumulators];
+    const size_t size = add_up(tile, block + output_blocks(weight), factor) * kernel(tile).tile;
+    for (size_t i = 0; i < size; ++i) acc[i] *= factor[i];
+  }
+
   void multiply(size_t tile, size_t block) const {
     alignas(kCacheLine) float acc[kMaxAccumulators];
     const Kernel& own = kernel(tile);
-    const size_t begin = block * weight.block, channels = std::min(weight.block, weight.N - begin);
-    own.multiply(weight, block, panel(tile), acc);
-    if (weight.grid.size != 0) own.settle(weight, block, channels, acc);
+    const size_t channels = add_up(tile, block, acc);
     own.activate(weight.activation, acc, channels * own.tile);
-    own.store_tokens(acc, channels, in_tile(tile), weight.N, y + row(tile) * weight.N + begin);
+    if (weight.gated) apply_gate(tile, block, acc);
+    const auto [output, channel] = spmm::place_of(outputs, block, weight.block);
+    own.store_tokens(acc, channels, in_tile(tile), output.channels,
+                     output.y + row(tile) * output.channels + channel);
   }
 };
+
+Output all_of(const Weight& weight, float* y) { return {y, weight.gated ? weight.N / 2 : weight.N}; }
 
 void round_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
@@ -98,15 +118,15 @@ Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kern
   return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
 }
 
-bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes, float* y,
-         void* scratch, Workers& workers) {
+bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes,
+         std::span<const Output> outputs, void* scratch, Workers& workers) {
   auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
   for (size_t first = 0; first < plan.tokens; first += plan.strip) {
     const size_t count = std::min(plan.strip, plan.tokens - first);
-    Strip strip{plan, weight, floats, bytes, y, panels, first, count};
+    Strip strip{plan, weight, floats, bytes, outputs, panels, first, count};
     const size_t tiles = strip.tiles();
     if (!workers.run(tiles * strip.groups(), round_task, &strip)) return false;
-    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
+    if (!workers.run(tiles * output_blocks(weight), multiply_task, &strip)) return false;
   }
   return true;
 }
@@ -154,12 +174,24 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t
   return plan_of(weight, tokens, kernel, kernel, threads);
 }
 
+bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
+  return run(plan, weight, x, {}, outputs, scratch, workers);
+}
+
+bool run(const Plan& plan, const Weight& weight, const Bytes& x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
+  return run(plan, weight, nullptr, x, outputs, scratch, workers);
+}
+
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
-  return run(plan, weight, x, {}, y, scratch, workers);
+  const Output output = all_of(weight, y);
+  return run(plan, weight, x, std::span(&output, 1), scratch, workers);
 }
 
 bool run(const Plan& plan, const Weight& weight, const Bytes& x, float* y, void* scratch, Workers& workers) {
-  return run(plan, weight, nullptr, x, y, scratch, workers);
+  const Output output = all_of(weight, y);
+  return run(plan, weight, x, std::span(&output, 1), scratch, workers);
 }
 
 }  // namespace sparse_ops::quads
