@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "formats/int8_quads.h"
 #include "kernels/quads/quads.h"
+#include "ops/int8_weight.h"
 #include "ops/matmul_variants.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
@@ -22,16 +22,16 @@ namespace {
 
 constexpr std::string_view kSparse = "Sparse";
 
-// How the operators of a family differ from SparseMatMul*.
-struct Family {
+// How operators differ from SparseMatMul*.
+struct Kind {
   std::string_view word;  // in the place of kSparse
   bool dense;             // all quads are stored
   bool bytes;             // X is rounded already
 };
-constexpr Family kFamilies[] = {{"Int8", true, false},
-                                {"SparseInt8", false, false},
-                                {"Q", true, true},
-                                {"SparseQ", false, true}};
+constexpr Kind kKinds[] = {{"Int8", true, false},
+                           {"SparseInt8", false, false},
+                           {"Q", true, true},
+                           {"SparseQ", false, true}};
 
 // What the name of an operator says.
 struct Int8Variant {
@@ -41,25 +41,18 @@ struct Int8Variant {
 };
 
 constexpr auto make_variants() {
-  std::array<Int8Variant, std::size(kFamilies) * std::size(kMatMuls)> all{};
+  std::array<Int8Variant, std::size(kKinds) * std::size(kMatMuls)> all{};
   size_t i = 0;
-  for (const Family& family : kFamilies) {
+  for (const Kind& kind : kKinds) {
     for (const MatMulVariant& product : kMatMuls) {
       Int8Variant& own = all[i++];
       own.product = product;
-      own.dense = family.dense;
-      own.bytes = family.bytes;
-      size_t length = 0;
-      for (std::string_view part : {family.word, std::string_view(product.name).substr(kSparse.size())}) {
-        for (char letter : part) own.name[length++] = letter;
-      }
+      own.dense = kind.dense;
+      own.bytes = kind.bytes;
+      join_words({kind.word, std::string_view(product.name).substr(kSparse.size())}, own.name);
     }
   }
   return all;
-}
-
-std::span<const Part> parts_of(const Int8Variant& variant) {
-  return variant.dense ? std::span<const Part>(int8_quads::kDenseParts) : int8_quads::kParts;
 }
 
 class Kernel {
@@ -67,14 +60,14 @@ class Kernel {
   using Variant = Int8Variant;
   static constexpr auto kVariants = make_variants();
   static OrtElementType input_type(const Variant& variant, size_t i) {
-    const std::span<const Part> parts = parts_of(variant);
+    const std::span<const Part> parts = int8_parts(variant.dense);
     if (i == 0)
       return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
     if (i == parts.size() + 3) return ORT_UNDEFINED;
     return i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
   }
   static size_t input_count(const Variant& variant) {
-    return parts_of(variant).size() + 2 + (variant.bytes ? 2 : 0);
+    return int8_parts(variant.dense).size() + 2 + (variant.bytes ? 2 : 0);
   }
   static size_t output_count(const Variant& variant) { return variant.product.outputs; }
   static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
@@ -133,18 +126,7 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
       bytes_(variant.bytes),
       input_count_(input_count(variant)) {
   node.expect("format", variant.dense ? int8_quads::kDenseFormat : int8_quads::kFormat);
-  const std::span<const Part> parts = parts_of(variant);
-  std::vector<RawArray> arrays;
-  const auto input = [&](size_t place, const char* name, OrtElementType type) {
-    const NodeReader::Constant found = node.constant(place, name, type);
-    return RawArray{found.data, found.count};
-  };
-  for (const Part& part : parts) arrays.push_back(input(arrays.size() + 1, part.name, part.type));
-  const RawArray bias = input(arrays.size() + 1, "bias", ORT_FLOAT);
-  int64_t sizes[std::size(int8_quads::kSizes)];
-  for (size_t i = 0; i < std::size(sizes); ++i) sizes[i] = node.integer(int8_quads::kSizes[i]);
-  const std::string problem = int8_quads::check({sizes, arrays, bias}, variant.product.activation, checked_);
-  if (!problem.empty()) node.fail(problem);
+  read_int8_weight(node, variant.dense, variant.product.activation, 1, "", checked_);
   quads::Weight& weight = checked_.weight;
   weight.gated = variant.product.gated;
   split_ = read_outputs(node, variant.product, weight.N, weight.block);

@@ -59,6 +59,14 @@ class ByteWeight(NodeWeight):
             return False
         return (self.shape[0], self.grids, self.operands) == (widest.shape[0], widest.grids, widest.operands)
 
+    def reads_alike(self, other: NodeWeight) -> bool:
+        """Whether an operator with this weight first may have ``other``, of one linear, as its second."""
+        same = isinstance(other, ByteWeight) and (self.kind.dense, self.family) == (
+            other.kind.dense,
+            other.family,
+        )
+        return same and self.variant == other.variant
+
     @property
     def grids(self) -> dict[str, object]:
         """The attributes that describe no weight."""

@@ -208,6 +208,12 @@ class StoredWeight(NodeWeight):
         packed = [weight.packed() for weight in (self, *others) if isinstance(weight, StoredWeight)]
         return self.stored.join(packed)
 
+    def reads_alike(self, other: NodeWeight) -> bool:
+        """Whether an operator with this weight first may have ``other``, of one linear, as its second."""
+        if not isinstance(other, StoredWeight) or self.stored is not other.stored:
+            return False
+        return self.stored.reads_alike(self.variant, other.variant)
+
     @property
     def values(self) -> ir.Value | None:
         """The part that holds the values of the weights that are stored."""

@@ -71,6 +71,10 @@ constexpr size_t kGroup = 16;
 // Rows of a panel: one for each quad, what the zero point of each token is, and the size of its steps.
 constexpr size_t panel_rows(size_t quads) { return quads + 2; }
 
+// What is known of the numbers of each token in some rows: the lowest and the highest, 0 among them, and the
+// sum of what 0 times each is.
+constexpr size_t kExtremes = 3;
+
 // How bytes become bytes, where all positions have the same steps: y = y_zero + min(max(round(factor * sum),
 // low), high), sum = bias + (x - x_zero) . W. `bias` of the weight is then int32, at most kMaxBias.
 struct ByteSteps {
@@ -113,6 +117,15 @@ struct Kernel : KernelRow {
   // acc [channels, tile] to the first `tokens` rows of `y`, which are `stride` floats apart: y[t, n] = acc[n,
   // t].
   void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
+
+  // extremes [kExtremes, tile] of `count` rows of floats [count, tile].
+  void (*find_extremes)(const float* rows, size_t count, float* extremes);
+
+  // Quads begin..end-1 of a panel for `weight` of such rows [weight.K, tile], as `round` makes it of tokens;
+  // the first ones come with what the panel has behind its quads. `extremes` [blocks, kExtremes, tile] are
+  // those of all rows.
+  void (*round_rows)(const Weight& weight, const float* rows, const float* extremes, size_t blocks,
+                     size_t begin, size_t end, int32_t* panel);
 };
 
 }  // namespace sparse_ops::quads
