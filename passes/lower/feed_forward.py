@@ -27,6 +27,7 @@ from sparse_onnx.model.graph import is_read_once, name_of
 from sparse_onnx.model.own_operators import drop_unused_functions, put_in_place
 from sparse_onnx.model.stored_weights import StoredWeight, stored_weights
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.lower.guard import Guard
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
@@ -46,6 +47,9 @@ class FuseFeedForward(Pass):
     stage: ClassVar[Stage] = Stage.LOWER
     in_recipes: ClassVar[bool] = False
 
+    guard: Guard | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Asked of linears of bytes; None: all pairs are fused."""
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []
         pairs = 0
@@ -54,7 +58,7 @@ class FuseFeedForward(Pass):
             second = _reader(first)
             if second is None:
                 continue
-            if problem := _problem(first, second):
+            if problem := _problem(first, second) or self._slower(model, first, second):
                 declined.append(self.declined(name_of(first), problem))
             else:
                 _fuse(model, first, second)
@@ -62,6 +66,12 @@ class FuseFeedForward(Pass):
         if pairs:
             drop_unused_functions(model)
         return PassResult(model, bool(pairs), {"pairs": pairs}, tuple(declined))
+
+    def _slower(self, model: ir.Model, first: ir.Node, second: ir.Node) -> str:
+        """Why the two stay apart."""
+        if self.guard is None or not isinstance(_linear(first), ByteWeight):
+            return ""
+        return self.guard(model, (first, second), second.outputs, FuseFeedForward())
 
 
 def _linear(node: ir.Node) -> StoredWeight | ByteWeight | None:

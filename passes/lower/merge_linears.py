@@ -29,13 +29,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.model.byte_weights import byte_weight
+from sparse_onnx.model.byte_weights import ByteWeight, byte_weight
 from sparse_onnx.model.graph import Names, add_initializer, is_read_once, is_standard, name_of, producer
 from sparse_onnx.model.level_weights import node_weights
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.own_operators import drop_unused_functions, joined, put_in_place
 from sparse_onnx.model.stored_weights import MERGED_FROM, NodeWeight
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.lower.guard import Guard
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS
@@ -68,6 +69,9 @@ class MergeLinears(Pass):
     stage: ClassVar[Stage] = Stage.LOWER
     in_recipes: ClassVar[bool] = False
 
+    guard: Guard | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Asked of linears of bytes; None: all are merged."""
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []
         statistics: dict[str, int | float] = {"gates": 0, "splits": 0}
@@ -75,6 +79,9 @@ class MergeLinears(Pass):
         for kind, find in (("gates", _find_gates), ("splits", _find_splits)):
             for found in tuple(find(model.graph)):
                 if isinstance(found, _Merge):
+                    if reason := self._slower(model, found):
+                        declined.append(self.declined(name_of(found.place), reason))
+                        continue
                     _replace(model, found, context)
                     statistics[kind] += 1
                 else:
@@ -83,6 +90,12 @@ class MergeLinears(Pass):
         if modified:
             drop_unused_functions(model)
         return PassResult(model, modified, statistics, tuple(declined))
+
+    def _slower(self, model: ir.Model, merge: _Merge) -> str:
+        """Why the linears stay apart."""
+        if self.guard is None or not isinstance(merge.linears[0], ByteWeight):
+            return ""
+        return self.guard(model, merge.nodes, merge.outputs, MergeLinears())
 
 
 def _linear(node: ir.Node | None, *bases: str) -> NodeWeight | None:
