@@ -153,7 +153,8 @@ void test_strips_and_threads() {
       std::vector<float> y(tokens * s.N);
       std::vector<char> scratch(plan.scratch_bytes);
       Threads workers;
-      expect(run(plan, first.checked.weight, second.checked.weight, x.data(), y.data(), scratch.data(), workers),
+      expect(run(plan, first.checked.weight, second.checked.weight, x.data(), y.data(), scratch.data(),
+                 workers),
              "workers failed");
       expect(y == want, describe(plan, first.checked.weight) + ": threads disagree");
     }

@@ -1,5 +1,5 @@
-// Every kernel of the table against sums in 64 bits, between inaccessible pages; several linears in one weight;
-// dispatch; the check of stored tensors, also of ones that may say anything; threads.
+// Every kernel of the table against sums in 64 bits, between inaccessible pages; several linears in one
+// weight; dispatch; the check of stored tensors, also of ones that may say anything; threads.
 
 #include "kernels/quads/quads.h"
 
@@ -273,7 +273,8 @@ void test_linears() {
         x.make_read_only(), data.make_read_only();
         const Bytes bytes{data.typed(), true, 100, 0.02f};
         const auto check_plan = [&](const Plan& plan) {
-          if (grid.size == 0) check_linears(plan, weight, static_cast<const float*>(x.typed()), linears.split);
+          const float* floats = x.typed();
+          if (grid.size == 0) check_linears(plan, weight, floats, linears.split);
           check_linears(plan, weight, bytes, linears.split);
         };
         for (const Kernel* kernel : kernels()) {

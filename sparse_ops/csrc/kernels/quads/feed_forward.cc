@@ -81,7 +81,8 @@ void compute_output(const Strip& strip, size_t tile, size_t block) {
                       strip.y + strip.tokens.row(tile) * weight.N + block * weight.block);
 }
 
-// `steps` of every tile. Neighbouring tasks are the same step of all tiles: a block of the weight is read once.
+// `steps` of every tile. Neighbouring tasks are the same step of all tiles: a block of the weight is read
+// once.
 template <void (*kStep)(const Strip&, size_t tile, size_t step)>
 bool run_steps(const Strip& strip, size_t steps, Workers& workers) {
   const auto task = [](void* context, size_t index) {

@@ -1,5 +1,5 @@
-// Two linears in a row: Y = round(act(round(X) . W + bias)) . W2 + bias2, tile by tile, so that what is between
-// them is neither transposed nor written to memory.
+// Two linears in a row: Y = round(act(round(X) . W + bias)) . W2 + bias2, tile by tile, so that what is
+// between them is neither transposed nor written to memory.
 #pragma once
 
 #include "kernels/quads/quads.h"

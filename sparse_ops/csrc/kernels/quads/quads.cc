@@ -67,8 +67,8 @@ Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kern
   return plan_strips(tokens, full, last, panel_bytes, weight.blocks, threads);
 }
 
-bool run(const Plan& plan, const Weight& weight, const Input& x, std::span<const Output> outputs, void* scratch,
-         Workers& workers) {
+bool run(const Plan& plan, const Weight& weight, const Input& x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
   return for_each_strip(plan, x, scratch, [&](const Tokens& tokens, int32_t* panels) {
     Strip strip{tokens, weight, outputs, panels};
     const size_t tiles = tokens.tiles();

@@ -127,13 +127,24 @@ void find_extremes(const float* rows, size_t count, float* extremes) {
 }
 
 // Rows of one token are a token.
-void round_rows(const Weight& w, const float* rows, const float*, size_t, size_t begin, size_t, int32_t* panel) {
+void round_rows(const Weight& w, const float* rows, const float*, size_t, size_t begin, size_t,
+                int32_t* panel) {
   if (begin == 0) round(w, rows, 1, 0, panel);
 }
 
 }  // namespace
 
-constexpr Kernel reference = {agreed(row::reference, 1, 1), round, pack, multiply, interleave, 0, multiply_bytes,
-                              settle, activate, store_tokens, find_extremes, round_rows};
+constexpr Kernel reference = {agreed(row::reference, 1, 1),
+                              round,
+                              pack,
+                              multiply,
+                              interleave,
+                              0,
+                              multiply_bytes,
+                              settle,
+                              activate,
+                              store_tokens,
+                              find_extremes,
+                              round_rows};
 
 }  // namespace sparse_ops::quads
