@@ -34,6 +34,12 @@ void find_extremes(const float* rows, size_t count, float* extremes) {
   }
 }
 
+// Words whose sums may overflow.
+template <size_t kLanes>
+struct WordsOf {
+  typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+};
+
 // How the numbers of every token of a tile become bytes.
 template <size_t kTile>
 struct TileSteps {
@@ -44,6 +50,7 @@ struct TileSteps {
 template <size_t kLanes, size_t kVectors>
 void round_rows(const Weight& w, const float* rows, const float* extremes, size_t blocks, size_t begin,
                 size_t end, int32_t* panel) {
+  using Words = typename WordsOf<kLanes>::Words;
   constexpr size_t kTile = kLanes * kVectors;
   TileSteps<kTile> tile;
   for (size_t t = 0; t < kTile; ++t) {
@@ -72,11 +79,11 @@ void round_rows(const Weight& w, const float* rows, const float* extremes, size_
       const Vector<kLanes> inverse = load<kLanes>(tile.inverse + at);
       const Vector<kLanes> least = load<kLanes>(tile.least + at), most = load<kLanes>(tile.most + at);
       // Sums of bytes that are negative by themselves come right with all four zero points.
-      IntVector<kLanes> word = load_words<kLanes>(tile.zeros + at);
+      Words word = (Words)load_words<kLanes>(tile.zeros + at);
       const auto add = [&](size_t i) {
         const Vector<kLanes> ratio = load<kLanes>(from + i * kTile + at) * inverse;
         const Vector<kLanes> inside = minimum<kLanes>(maximum<kLanes>(ratio, least), most);
-        word += round_words<kLanes>(inside) << static_cast<int32_t>(8 * i);
+        word += (Words)round_words<kLanes>(inside) << static_cast<uint32_t>(8 * i);
       };
       if (there == 4) {
 #pragma GCC unroll 4
@@ -84,7 +91,7 @@ void round_rows(const Weight& w, const float* rows, const float* extremes, size_
       } else {
         for (size_t i = 0; i < there; ++i) add(i);
       }
-      word ^= kMiddleBytes;
+      word ^= static_cast<uint32_t>(kMiddleBytes);
       __builtin_memcpy(panel + quad * kTile + at, &word, sizeof(word));
     }
   }
