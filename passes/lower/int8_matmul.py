@@ -32,7 +32,7 @@ from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.base import Outputs
 from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
-from sparse_onnx.sparse_ops.ops import int8_matmul, sparse_matmul
+from sparse_onnx.sparse_ops.ops import int8_matmul
 
 __all__ = [
     "LowerBytes",
@@ -108,7 +108,7 @@ class LowerInt8MatMul(LowerBytes):
 
     @classmethod
     def op_type(cls, base: str, grid: IntegerGrid) -> str:
-        return int8_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
+        return int8_matmul.op_type_of(base, cls.dense)
 
     @classmethod
     def form_of(cls, weight: Weight, grid: IntegerGrid) -> Form | str:

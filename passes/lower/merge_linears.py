@@ -1,4 +1,4 @@
-"""Merge sparse linears that share their input into one operator: of floats, or of integers for few tokens.
+"""Merge linears of ours that share their input into one operator: of floats, of few bits for few tokens, or of bytes.
 
 Query, key and value of attention (two or three linears; more are merged by threes and twos)::
 
@@ -29,12 +29,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.model.byte_weights import ByteWeight, byte_weight
 from sparse_onnx.model.graph import Names, add_initializer, is_read_once, is_standard, name_of, producer
 from sparse_onnx.model.level_weights import node_weights
 from sparse_onnx.model.model_io import release_mapping
 from sparse_onnx.model.own_operators import drop_unused_functions, joined, put_in_place
-from sparse_onnx.model.stored_weights import MERGED_FROM, NodeWeight, StoredWeight
+from sparse_onnx.model.stored_weights import MERGED_FROM, NodeWeight
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
+from sparse_onnx.passes.lower.guard import Guard
 from sparse_onnx.sparse_ops.domain import DOMAIN
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS
@@ -67,6 +69,9 @@ class MergeLinears(Pass):
     stage: ClassVar[Stage] = Stage.LOWER
     in_recipes: ClassVar[bool] = False
 
+    guard: Guard | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Asked of linears of bytes; None: all are merged."""
+
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []
         statistics: dict[str, int | float] = {"gates": 0, "splits": 0}
@@ -74,6 +79,9 @@ class MergeLinears(Pass):
         for kind, find in (("gates", _find_gates), ("splits", _find_splits)):
             for found in tuple(find(model.graph)):
                 if isinstance(found, _Merge):
+                    if reason := self._slower(model, found):
+                        declined.append(self.declined(name_of(found.place), reason))
+                        continue
                     _replace(model, found, context)
                     statistics[kind] += 1
                 else:
@@ -83,11 +91,19 @@ class MergeLinears(Pass):
             drop_unused_functions(model)
         return PassResult(model, modified, statistics, tuple(declined))
 
+    def _slower(self, model: ir.Model, merge: _Merge) -> str:
+        """Why the linears stay apart."""
+        if self.guard is None or not isinstance(merge.linears[0], ByteWeight):
+            return ""
+        return self.guard(model, merge.nodes, merge.outputs, MergeLinears())
+
 
 def _linear(node: ir.Node | None, *bases: str) -> NodeWeight | None:
     """The one weight of ``node``, if it is one of these operators with weights of any kind."""
-    weights = () if node is None else node_weights(node)
-    return next((weight for weight in weights if weight.base in bases), None)
+    if node is None:
+        return None
+    weights = (*node_weights(node), byte_weight(node))
+    return next((weight for weight in weights if weight is not None and weight.base in bases), None)
 
 
 def _find_gates(graph: ir.Graph) -> Iterator[_Merge | tuple[str, str]]:
@@ -165,15 +181,15 @@ def _threes_and_twos(linears: Sequence[NodeWeight]) -> Iterator[tuple[NodeWeight
         del left[:size]
 
 
-def _storage(linear: NodeWeight) -> tuple[str, tuple[tuple[str, object], ...]]:
-    """How the weight is stored."""
+def _storage(linear: NodeWeight) -> tuple[object, ...]:
+    """How the weight is stored, and what it is used with."""
     attributes = ((name, a.value) for name, a in linear.node.attributes.items())
-    return linear.op_type(_PLAIN), tuple(sorted(attributes))
+    return linear.op_type(_PLAIN), tuple(sorted(attributes)), linear.operands
 
 
 def _weight_problem(linear: NodeWeight) -> str | None:
     """Why the stored weight of ``linear`` cannot become a part of another."""
-    for value in linear.node.inputs[1:]:
+    for value in (*linear.parts, linear.bias):
         if value is None or value.const_value is None or value.is_graph_input():
             return "has a weight that is no constant"
     if any(len(value.uses()) > 1 for value in linear.parts if value is not None):
@@ -202,15 +218,15 @@ def _replace(model: ir.Model, merge: _Merge, context: PassContext) -> None:
     for key, array in parts.items():
         stored.append(add_initializer(graph, f"{name}.{key}", context.store(array, f"{name}.{key}")))
     stored[0].meta[MERGED_FROM] = tuple(part for linear in merge.linears for part in linear.made_of)
-    attributes: dict[str, int | str | list[int]] = {**packed.attributes()}
-    if isinstance(first, StoredWeight):
-        attributes["mask_structure"] = first.mask_structure
+    attributes: dict[str, int | str | float | list[int]] = {**packed.attributes()}
+    for key, attribute in first.node.attributes.items():
+        attributes.setdefault(key, attribute.value)
     if merge.base in SPLITS.values():
         attributes["split"] = [linear.shape[1] for linear in merge.linears]
     op_type = first.op_type(merge.base)
     node = ir.node(
         op_type,
-        [first.node.inputs[0], *stored],
+        [first.node.inputs[0], *stored, *first.operands],
         attributes,
         domain=DOMAIN,
         num_outputs=len(merge.outputs),

@@ -39,7 +39,7 @@ from sparse_onnx.passes.lower.lowering import Candidate
 from sparse_onnx.passes.patterns.layer import MIN_SPARSITY
 from sparse_onnx.passes.patterns.linear import Linear
 from sparse_onnx.passes.patterns.q_linear import match_q_linear, reads_integers
-from sparse_onnx.sparse_ops.ops import q_matmul, sparse_matmul
+from sparse_onnx.sparse_ops.ops import q_matmul
 
 __all__ = ["LowerQMatMul", "LowerSparseQMatMul"]
 
@@ -67,7 +67,7 @@ class LowerQMatMul(LowerBytes):
 
     @classmethod
     def op_type(cls, base: str, grid: IntegerGrid) -> str:
-        return q_matmul.op_type_of(sparse_matmul.ACTIVATIONS[base], cls.dense)
+        return q_matmul.op_type_of(base, cls.dense)
 
     @classmethod
     def concerns(cls, weight: Weight) -> bool:

@@ -25,25 +25,43 @@ Cost: 5 bytes a quad that is stored, and 2 bytes a segment; or 1 byte a weight.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sparse_onnx.sparse_ops.formats.base import FormatError, Part
 from sparse_onnx.sparse_ops.formats.chunked_csc import CHUNKED_CSC, ENTRY_STARTS, GROUP_STARTS, PackedWeight
 
-__all__ = ["MAX_INPUTS", "SIZES", "Int8Weight", "decoder", "pack_dense", "pack_maps", "pack_quads", "parts"]
+__all__ = [
+    "DENSE",
+    "MAX_INPUTS",
+    "QUADS",
+    "SIZES",
+    "Int8Weight",
+    "decoder",
+    "join",
+    "pack_dense",
+    "pack_maps",
+    "pack_quads",
+    "parts",
+    "read",
+    "whole_block",
+]
 
 MAX_INPUTS = 32764
 SIZES = ("K", "N", "chunk", "block")
 
-_QUADS, _DENSE = "int8_quads", "int8_dense"
+QUADS, DENSE = "int8_quads", "int8_dense"
+"""The formats, by their names."""
+
 _QUAD = 4
 _FULL_ROWS = 4  # outputs that a kernel computes together where no quad is missing
 
 # Chosen on measurements: the activations of one chunk, 64 or 128 tokens, stay in the first-level cache, and segments
 # are long enough at 90 % sparsity.
 _CHUNK, _BLOCK = 96, 64
+_WHOLE = 16
 _MAP_CHUNK = 64  # the same of convolutions, whose tiles are the widest
 
 
@@ -87,7 +105,7 @@ class Int8Weight:
     def attributes(self) -> dict[str, int | str]:
         """The sizes in order, and ``format``."""
         sizes = (self.K, self.N, self.chunk, self.block)
-        return {**dict(zip(SIZES, sizes, strict=True)), "format": _DENSE if self.dense else _QUADS}
+        return {**dict(zip(SIZES, sizes, strict=True)), "format": DENSE if self.dense else QUADS}
 
     @property
     def nbytes(self) -> int:
@@ -208,6 +226,39 @@ def pack_maps(integers: np.ndarray, scales: np.ndarray, groups: int = 1) -> Int8
     whole = next(size for size in range(min(own, _BLOCK), 0, -1) if own % size == 0)
     block = _even(N, _BLOCK) if groups == 1 else whole
     return pack_quads(integers, scales, chunk=_even(quads, _MAP_CHUNK), block=block)
+
+
+def read(dense: bool, sizes: Mapping[str, int], arrays: Sequence[np.ndarray]) -> Int8Weight:
+    """The weight of a node with these :data:`SIZES` and :func:`parts`, in their order. Raises FormatError if they
+    cannot be one; what the parts hold is not looked at."""
+    for part, array in zip(parts(dense), arrays, strict=True):
+        if array.dtype != part.dtype or array.ndim != 1:
+            raise FormatError(f"{part.name} must be a vector of {np.dtype(part.dtype)}")
+    values, *rest, scales = arrays
+    places = None if dense else (rest[0], rest[1], rest[2])
+    return Int8Weight(**sizes, values=values, scales=scales, places=places)
+
+
+def whole_block(outputs: Sequence[int]) -> int:
+    """The largest size of blocks, a multiple of 16, that cuts linears with so many ``outputs`` each into whole ones; 0
+    if there is none."""
+    common = math.gcd(*outputs)
+    return next((size for size in range(_BLOCK, 0, -_WHOLE) if common % size == 0), 0)
+
+
+def join(weights: Sequence[Int8Weight]) -> Int8Weight:
+    """The weights [K, Ni] of several linears side by side, as one [K, sum of Ni] in blocks of one linear each.
+
+    Raises FormatError if one is damaged, and ValueError unless they have the same format and K, and whole blocks
+    (:func:`whole_block`).
+    """
+    first, block = weights[0], whole_block([weight.N for weight in weights])
+    if not block or any((weight.K, weight.dense) != (first.K, first.dense) for weight in weights):
+        raise ValueError("join() takes weights of one format, and K, in whole blocks")
+    integers = np.concatenate([weight.integers() for weight in weights], axis=1)
+    scales = np.concatenate([weight.scales for weight in weights])
+    pack = pack_dense if first.dense else pack_quads
+    return pack(integers, scales, block=block)
 
 
 # Every line has only constants behind it and a shape that can be inferred, so that ORT folds the decoder when the

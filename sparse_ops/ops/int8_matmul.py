@@ -1,9 +1,12 @@
 """``Int8MatMul`` and ``SparseInt8MatMul``: ``Y = act(round(X) · W + bias)``, X rounded to 8 bits token by token.
 
-Signatures (domain ``sparse_onnx``, version 1; one op type per activation, named as those of ``SparseMatMul``)::
+Signatures (domain ``sparse_onnx``, version 1). Of every operator of :mod:`.sparse_matmul` and
+:mod:`.sparse_matmul_split` there are two op types, with a word in the place of ``Sparse``::
 
-    Int8MatMul<K, N, ..., format>(X, ..., bias) -> Y              all weights are stored
-    SparseInt8MatMul<K, N, ..., format>(X, ..., bias) -> Y        quads of inputs without a weight are not
+    Int8MatMul*<K, N, ..., format>(X, ..., bias) -> Y              all weights are stored
+    SparseInt8MatMul*<K, N, ..., format>(X, ..., bias) -> Y        quads of inputs without a weight are not
+
+    Int8MatMulSplit3<K, N, ..., format, split>(X, ..., bias) -> Y0, Y1, Y2         and so on
 
 ===========  =========  ==============  =====================================================================
 name         dtype      shape           meaning
@@ -11,7 +14,8 @@ name         dtype      shape           meaning
 X            float32    [..., K]        activations, rank >= 1
 ...                                     the parts and sizes of W, see :mod:`..formats.int8_quads`
 bias         float32    [N]             zeros where the layer has none
-Y            float32    [..., N]
+Y            float32    [..., N]        as those of the operator on floats; several linears in one weight have whole
+                                        blocks of outputs, but for the last
 ===========  =========  ==============  =====================================================================
 
 Each token, a vector of K activations, has steps of its own::
@@ -20,13 +24,15 @@ Each token, a vector of K activations, has steps of its own::
     d = max((high - low) / 255, 1e-30)          the size of a step
     z = Round(-low · (1 / d))                   the zero point
     Q = min(Round(X · (1 / d)) + z, 255)        uint8
-    Y = act(((Q · V) - z · sum(V)) · d · scales + bias)
+    H = ((Q · V) - z · sum(V)) · d · scales + bias
 
 `Round` is to the nearest, ties to even; the difference in the inner brackets is exact. All kernels and the body in
 standard operators give the same integers, whatever the processor. Of a token with NaN or Inf all outputs are NaN.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -35,14 +41,18 @@ import onnx.parser
 from sparse_onnx.sparse_ops.domain import DOMAIN, EXACT_DOMAIN
 from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
-from sparse_onnx.sparse_ops.ops import sparse_matmul
-from sparse_onnx.sparse_ops.ops.base import BIAS, Operator
+from sparse_onnx.sparse_ops.ops import sparse_matmul, sparse_matmul_split
+from sparse_onnx.sparse_ops.ops.base import BIAS, Body, Operator
 
 __all__ = [
+    "BASES",
     "CORRECTED",
     "OPERATOR",
     "OP_TYPES",
     "PRODUCTS",
+    "Ending",
+    "OfBytes",
+    "ending",
     "exact_body",
     "function_body",
     "op_type_of",
@@ -50,22 +60,27 @@ __all__ = [
 ]
 
 
-def op_type_of(activation: str, dense: bool) -> str:
-    """The op type with an ``activation`` (a key of :data:`.sparse_matmul.OP_TYPES`)."""
-    word = "Int8" if dense else "SparseInt8"
-    return sparse_matmul.OP_TYPES[activation].replace("Sparse", word, 1)
+class OfBytes(NamedTuple):
+    """What an op type is: the operator ``base`` of floats, with all weights stored or not."""
+
+    base: str
+    dense: bool
 
 
-OP_TYPES = {
-    op_type_of(activation, dense): (activation, dense)
-    for dense in (True, False)
-    for activation in sparse_matmul.OP_TYPES
-}
-"""Activation, and whether all weights are stored, by op type."""
+BASES = (*sparse_matmul.ACTIVATIONS, *sparse_matmul_split.OP_TYPES)
+"""The operators of floats that there are for products of bytes."""
+
+
+def op_type_of(base: str, dense: bool) -> str:
+    """The op type that does what ``base``, one of :data:`BASES`, does."""
+    return base.replace("Sparse", "Int8" if dense else "SparseInt8", 1)
+
+
+OP_TYPES = {op_type_of(base, dense): OfBytes(base, dense) for dense in (True, False) for base in BASES}
 
 
 def reference(x: np.ndarray, weight: Int8Weight, bias: np.ndarray, activation: str = "none") -> np.ndarray:
-    """What the operator computes, float64 [..., N] of finite ``x``: the oracle of the tests."""
+    """What the operator of one linear computes, float64 [..., N] of finite ``x``: the oracle of the tests."""
     one = np.float32(1)
     low, high = (np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0))
     size = np.maximum((high - low) / np.float32(255), np.float32(1e-30))
@@ -74,6 +89,25 @@ def reference(x: np.ndarray, weight: Int8Weight, bias: np.ndarray, activation: s
     rounded = np.clip(np.rint(x * inverse) + zero, 0, 255).astype(np.int64) - zero.astype(np.int64)
     exact = rounded @ weight.integers().astype(np.int64)
     return sparse_matmul.activated(activation, exact * size.astype(np.float64) * weight.scales + bias)
+
+
+class Ending(NamedTuple):
+    """How a body ends: lines ``before`` all others that have only constants behind them, and ``body``, what it makes
+    of the value ``h`` [..., N], the sums with the bias."""
+
+    before: str
+    h: str
+    body: Body
+
+
+def ending(base: str) -> Ending:
+    """That of the operator ``base``, behind a decoder of the weight."""
+    if base in sparse_matmul.ACTIVATIONS:
+        activation = sparse_matmul.ACTIVATIONS[base]
+        return Ending("", "h", Body(sparse_matmul.activation_body(activation)))
+    return Ending(
+        sparse_matmul_split.sizes_body(base), "all_h", sparse_matmul_split.divided_body(base, "all_h")
+    )
 
 
 # Both factors are unsigned: kernels of ORT for unsigned by signed bytes add pairs of products in 16 bits on processors
@@ -99,6 +133,7 @@ CORRECTED = """
 
 _BODY = """
     {decoder}
+    {before}
     zero_f = Constant<value = float {{0.0}}>()
     unit = Constant<value = float {{1.0}}>()
     top = Constant<value = float {{255.0}}>()
@@ -127,8 +162,8 @@ _BODY = """
     size_or_nan = Add(size, poison)
     stepped = Mul(floats, size_or_nan)
     sized = Mul(stepped, scales)
-    h = Add(sized, bias)
-    {activation}
+    {h} = Add(sized, bias)
+    {steps}
 """
 _EXTREMES_BEFORE_18 = """
     lowest = ReduceMin<axes = [-1]>(X)
@@ -138,26 +173,31 @@ _EXTREMES = """
     highest = ReduceMax(X, last_axis)"""
 _EXACT_BODY = """
     {decoder}
+    {before}
     V_f = Cast<to = 1>(V)
     W = Mul(V_f, scales)
     product_xw = MatMul(X, W)
-    h = Add(product_xw, bias)
-    {activation}
+    {h} = Add(product_xw, bias)
+    {steps}
 """
 
 
 def _function(op_type: str, opset: int, domain: str, body: str) -> onnx.FunctionProto:
-    activation, dense = OP_TYPES[op_type]
+    base, dense = OP_TYPES[op_type]
+    end = ending(base)
     inputs = ("X", *(part.name for part in int8_quads.parts(dense)), BIAS)
     steps = body.format(
         decoder=int8_quads.decoder(dense),
+        before=end.before,
         extremes=_EXTREMES if opset >= 18 else _EXTREMES_BEFORE_18,
         products=PRODUCTS,
         corrected=CORRECTED,
-        activation=sparse_matmul.activation_body(activation),
+        h=end.h,
+        steps=end.body.steps,
     )
     text = f"""<domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} <{", ".join(int8_quads.SIZES)}> ({", ".join(inputs)}) => (Y)
+{op_type} <{", ".join((*int8_quads.SIZES, *end.body.attributes))}>
+    ({", ".join(inputs)}) => ({", ".join(end.body.outputs)})
 {{
     {steps}
 }}"""

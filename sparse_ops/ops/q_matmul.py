@@ -1,9 +1,12 @@
 """``QMatMul`` and ``SparseQMatMul``: ``Y = act(grid(X · W) + bias)`` of an X that is rounded to 8 bits already.
 
-Signatures (domain ``sparse_onnx``, version 1; one op type per activation, named as those of ``SparseMatMul``)::
+Signatures (domain ``sparse_onnx``, version 1). Of every operator of :mod:`.sparse_matmul` and
+:mod:`.sparse_matmul_split` there are two op types, with a word in the place of ``Sparse``::
 
-    QMatMul<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y        all weights are stored
-    SparseQMatMul<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y  quads without a weight are not
+    QMatMul*<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y        all weights are stored
+    SparseQMatMul*<K, N, ..., format, grids>(X, ..., bias, x_scale, x_zero_point) -> Y  quads without a weight are not
+
+    QMatMulSplit3<K, N, ..., format, grids, split>(X, ..., bias, x_scale, x_zero_point) -> Y0, Y1, Y2     and so on
 
 ============  =============  ==============  =======================================================================
 name          dtype          shape           meaning
@@ -13,7 +16,8 @@ X             uint8 or int8  [..., K]        rank >= 1; an element stands for (e
 bias          float32        [N]             zeros where the layer has none
 x_scale       float32        [] or [1]       constant, or computed in every run, as is
 x_zero_point  as X           [] or [1]
-Y             float32        [..., N]
+Y             float32        [..., N]        as those of the operator on floats; several linears in one weight have
+                                             whole blocks of outputs, but for the last
 ============  =============  ==============  =======================================================================
 
 The attributes ``grids`` are the lowest number that X may have, which tells its type, and a grid for products that are
@@ -25,7 +29,7 @@ rounded before the bias is added::
 
     h = ((X · V) - x_zero_point · sum(V)) · x_scale · scales
     g = min(max(Round(h · (1 / h_scale)), h_low), h_high) · h_scale, or h itself where h_scale is 0
-    Y = act(g + bias)
+    H = g + bias
 
 That is what ``QuantizeLinear``, of a zero point z in low..high, and ``DequantizeLinear`` make of h, with z less in both
 bounds. `Round` is to the nearest, ties to even; the difference in the outer brackets is exact. All kernels and the body
@@ -45,7 +49,7 @@ from sparse_onnx.sparse_ops.formats import int8_quads
 from sparse_onnx.sparse_ops.formats.int8_quads import Int8Weight
 from sparse_onnx.sparse_ops.ops import sparse_matmul
 from sparse_onnx.sparse_ops.ops.base import BIAS, Operator
-from sparse_onnx.sparse_ops.ops.int8_matmul import CORRECTED, PRODUCTS
+from sparse_onnx.sparse_ops.ops.int8_matmul import BASES, CORRECTED, PRODUCTS, OfBytes, ending
 
 __all__ = [
     "OPERATOR",
@@ -76,18 +80,12 @@ class Grids:
         return dataclasses.asdict(self)
 
 
-def op_type_of(activation: str, dense: bool) -> str:
-    """The op type with an ``activation`` (a key of :data:`.sparse_matmul.OP_TYPES`)."""
-    word = "QMatMul" if dense else "SparseQMatMul"
-    return sparse_matmul.OP_TYPES[activation].replace("SparseMatMul", word, 1)
+def op_type_of(base: str, dense: bool) -> str:
+    """The op type that does what ``base``, one of :data:`.int8_matmul.BASES`, does."""
+    return base.replace("Sparse", "Q" if dense else "SparseQ", 1)
 
 
-OP_TYPES = {
-    op_type_of(activation, dense): (activation, dense)
-    for dense in (True, False)
-    for activation in sparse_matmul.OP_TYPES
-}
-"""Activation, and whether all weights are stored, by op type."""
+OP_TYPES = {op_type_of(base, dense): OfBytes(base, dense) for dense in (True, False) for base in BASES}
 
 
 def reference(
@@ -99,7 +97,7 @@ def reference(
     grids: Grids,
     activation: str = "none",
 ) -> np.ndarray:
-    """What the operator computes of integers ``x``, float64 [..., N]: the oracle of the tests."""
+    """What the operator of one linear computes of integers ``x``, float64 [..., N]: the oracle of the tests."""
     exact = (x.astype(np.int64) - zero_point.astype(np.int64)) @ weight.integers().astype(np.int64)
     h = exact * scale.astype(np.float64) * weight.scales
     if grids.h_scale:
@@ -110,6 +108,7 @@ def reference(
 
 _BODY = """
     {decoder}
+    {before}
     zero_f = Constant<value = float {{0.0}}>()
     unit = Constant<value = float {{1.0}}>()
     smallest = Constant<value = float {{1e-30}}>()
@@ -138,24 +137,27 @@ _BODY = """
     h_on_grid = Mul(h_inside, h_step)
     h_rounded = Greater(h_size, zero_f)
     g = Where(h_rounded, h_on_grid, sized)
-    h = Add(g, bias)
-    {activation}
+    {h} = Add(g, bias)
+    {steps}
 """
 
 
 def function_body(op_type: str, opset: int) -> onnx.FunctionProto:
     """The operator in standard ops of ``opset`` (13..26): what a runtime without our library executes."""
-    activation, dense = OP_TYPES[op_type]
+    base, dense = OP_TYPES[op_type]
+    end = ending(base)
     inputs = ("X", *(part.name for part in int8_quads.parts(dense)), BIAS, X_SCALE, X_ZERO_POINT)
-    names = (*int8_quads.SIZES, *(field.name for field in dataclasses.fields(Grids)))
+    names = (*int8_quads.SIZES, *(field.name for field in dataclasses.fields(Grids)), *end.body.attributes)
     steps = _BODY.format(
         decoder=int8_quads.decoder(dense),
+        before=end.before,
         products=PRODUCTS,
         corrected=CORRECTED,
-        activation=sparse_matmul.activation_body(activation),
+        h=end.h,
+        steps=end.body.steps,
     )
     text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
-{op_type} <{", ".join(names)}> ({", ".join(inputs)}) => (Y)
+{op_type} <{", ".join(names)}> ({", ".join(inputs)}) => ({", ".join(end.body.outputs)})
 {{
     {steps}
 }}"""

@@ -8,6 +8,7 @@ from sparse_onnx.sparse_ops.formats.registry import FORMATS
 from sparse_onnx.sparse_ops.ops import (
     attention,
     int8_conv,
+    int8_feed_forward,
     int8_matmul,
     q_matmul,
     skip_layer_norm,
@@ -32,6 +33,7 @@ OPERATORS: tuple[Operator | SparseOperator, ...] = (
     sparse_conv_depthwise.OPERATOR,
     sparse_recurrent.OPERATOR,
     int8_matmul.OPERATOR,
+    int8_feed_forward.OPERATOR,
     int8_conv.OPERATOR,
     q_matmul.OPERATOR,
     attention.OPERATOR,

@@ -36,6 +36,7 @@ __all__ = [
     "OP_TYPES",
     "SPLITS",
     "divided",
+    "divided_body",
     "gate_body",
     "gate_decoder",
     "linears_of",
@@ -120,12 +121,28 @@ def sizes_body(op_type: str) -> str:
     return _HALVES if op_type in GATES.values() else _SPLIT
 
 
+def divided_body(op_type: str, h: str) -> Body:
+    """What an operator makes of the value ``h`` [..., N] and ``sizes``: as :func:`divided`."""
+    if op_type in GATES.values():
+        (activation,) = (name for name, gate in GATES.items() if gate == op_type)
+        return Body(f"""
+    h, up = Split<axis = -1>({h}, sizes)
+    {activation_body(activation, "activated")}
+    Y = Mul(activated, up)""")
+    outputs = _outputs(op_type)
+    return Body(f"{', '.join(outputs)} = Split<axis = -1>({h}, sizes)", ("split",), outputs=outputs)
+
+
+def _outputs(op_type: str) -> tuple[str, ...]:
+    (count,) = (number for number, split in SPLITS.items() if split == op_type)
+    return tuple(f"Y{i}" for i in range(count))
+
+
 def steps_body(op_type: str, x: str = "X") -> Body:
     """What an operator does with ``x``, W, bias and ``sizes``, behind its decoder."""
     if op_type in GATES.values():
         return Body(gate_body(op_type, x=x))
-    (count,) = (number for number, split in SPLITS.items() if split == op_type)
-    outputs = tuple(f"Y{i}" for i in range(count))
+    outputs = _outputs(op_type)
     return Body(_linears_body(outputs, x), ("split",), outputs=outputs)
 
 

@@ -17,7 +17,7 @@ from sparse_onnx.model import model_io
 from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.running.workbench import Workbench
-from sparse_onnx.timing import choose, layers
+from sparse_onnx.timing import choose, joined, layers
 from sparse_onnx.timing.choose import Decision
 from sparse_onnx.timing.layers import time_sparse_layers
 from sparse_onnx.timing.rounds import Ratio
@@ -229,6 +229,34 @@ def test_layers_given_up_leave_smaller_merges(case, tmp_path, monkeypatch):
     want = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).run(None, {"X": X})[0]
     (got,) = sparse_onnx.InferenceSession(tmp_path / "out/model.onnx").run(None, {"X": X})
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(("speedup", "together"), [(1.2, True), (0.5, False)])
+def test_linears_of_bytes_are_together_unless_that_is_slower(speedup, together, case, tmp_path, monkeypatch):
+    source, expected = case
+
+    def all_bytes(_model, candidates, *_arguments, **_options):
+        known = [(c, "int8-quads" in {form.name for form in c.forms}) for c in candidates]
+        return [
+            Decision(c, "int8-quads" if able else "dense", "", {"dense": 2.0, "int8-quads": 1.0})
+            for c, able in known
+        ]
+
+    monkeypatch.setattr(write, "time_whole", lambda *_: [Ratio(1.5, 1.0, 1.5, 1.5, 1.5)])
+    monkeypatch.setattr(choose, "decide", all_bytes)
+    monkeypatch.setattr(joined, "time_pair", lambda *_, **__: Ratio(speedup, 1.0, speedup, speedup, speedup))
+    options = {"input_shapes": {"X": SHAPE}, "threads": 1, "precision": "int8", "timing_cache": False}
+    result = sparse_onnx.optimize(source, tmp_path / "out", **options)
+    assert result.exit_code == 0
+    path = tmp_path / "out/model.onnx"
+    op_types = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    wanted = {op_type.replace("Sparse", "SparseInt8"): count for op_type, count in expected.items()}
+    assert ({op_type: op_types.count(op_type) for op_type in wanted} == wanted) == together
+    slower = [place for place in result.report["declined"] if "slower as one operator" in place["reason"]]
+    assert bool(slower) != together
+    (fast,) = sparse_onnx.InferenceSession(path).run(None, {"X": X})
+    (portable,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"X": X})
+    assert np.linalg.norm(fast - portable) <= 1e-3 * np.linalg.norm(portable)
 
 
 def test_what_is_not_merged_is_declined_once(tmp_path):

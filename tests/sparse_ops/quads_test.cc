@@ -1,5 +1,5 @@
-// Every kernel of the table against sums in 64 bits, between inaccessible pages; dispatch; the check of stored
-// tensors, also of ones that may say anything; threads.
+// Every kernel of the table against sums in 64 bits, between inaccessible pages; several linears in one
+// weight; dispatch; the check of stored tensors, also of ones that may say anything; threads.
 
 #include "kernels/quads/quads.h"
 
@@ -204,6 +204,84 @@ void test_activations() {
       bool near = true;
       for (size_t i = 0; i < y.size(); ++i) near = near && std::abs(y[i] - h[i]) < 2e-6 * (1 + std::abs(h[i]));
       expect(near, describe(plan, guarded.checked.weight) + ": another activation");
+    }
+  }
+}
+
+// Outputs apart from each other, side by side again, each computed between inaccessible pages.
+template <class Tokens>
+std::vector<float> run_apart(const Plan& plan, const Weight& weight, const Tokens& x,
+                             const std::vector<size_t>& split) {
+  const Guarded<char> scratch(plan.scratch_bytes);
+  std::vector<std::unique_ptr<Guarded<float>>> memory;
+  std::vector<Output> outputs;
+  for (size_t channels : split) {
+    const std::vector<float> nothing(plan.tokens * channels, std::nanf(""));
+    memory.push_back(std::make_unique<Guarded<float>>(nothing));
+    outputs.push_back({memory.back()->typed(), channels});
+  }
+  Backwards workers;
+  expect(run(plan, weight, x, outputs, scratch.data(), workers), "workers failed");
+  std::vector<float> y;
+  for (size_t t = 0; t < plan.tokens; ++t) {
+    for (const Output& output : outputs) {
+      y.insert(y.end(), output.y + t * output.channels, output.y + (t + 1) * output.channels);
+    }
+  }
+  return y;
+}
+
+// Several linears in one weight are, bit for bit, its columns; gates are the products of two halves.
+template <class Tokens>
+void check_linears(const Plan& plan, const Weight& plain, const Tokens& x, const std::vector<size_t>& split) {
+  const std::vector<float> want = run_apart(plan, plain, x, {plain.N});
+  expect(run_apart(plan, plain, x, split) == want, describe(plan, plain) + ": outputs apart differ");
+  if (split.size() != 2 || split[0] != split[1]) return;
+  for (Activation activation : {Activation::silu, Activation::gelu_tanh}) {
+    Weight weight = plain;
+    weight.activation = activation;
+    const std::vector<float> activated = run_apart(plan, weight, x, {weight.N});
+    weight.gated = true;
+    const std::vector<float> y = run_apart(plan, weight, x, {split[0]});
+    bool equal = y.size() * 2 == want.size();
+    for (size_t i = 0; equal && i < y.size(); ++i) {
+      const size_t at = i / split[0] * weight.N + i % split[0];
+      equal = y[i] == activated[at] * want[at + split[0]];
+    }
+    expect(equal, describe(plan, weight) + ": the gate differs");
+  }
+}
+
+void test_linears() {
+  struct Linears {
+    Shape shape;
+    std::vector<size_t> split;
+  };
+  const Linears all[] = {{{31, 24, 7, 7, 0.4, 127}, {7, 14, 3}},   {{33, 20, 6, 5, 0.3}, {10, 10}},
+                         {{129, 256, 33, 64, 0.2}, {64, 128, 64}}, {{130, 128, 33, 64, 0.2, 128}, {64, 64}},
+                         {{300, 512, 75, 256, 0.1}, {256, 256}},   {{7001, 12, 255, 2, 0.01}, {6, 6}},
+                         {{130, 48, 11, 12, 2.0, 128}, {24, 24}},  {{66, 40, 9, 8, 2.0}, {16, 8, 16}}};
+  for (const Linears& linears : all) {
+    const Shape& s = linears.shape;
+    const GuardedQuads guarded(random_of(s), Activation::none, 1);
+    for (const Grid& grid : {Grid{}, Grid{0.25f, -128, 127}}) {
+      Weight weight = guarded.checked.weight;
+      weight.grid = grid;
+      for (size_t tokens : {1, 5, 16, 33, 130}) {
+        const Guarded<float> x(random_tokens(tokens * s.K));
+        const Guarded<uint8_t> data(random_bytes(tokens * s.K));
+        x.make_read_only(), data.make_read_only();
+        const Bytes bytes{data.typed(), true, 100, 0.02f};
+        const auto check_plan = [&](const Plan& plan) {
+          const float* floats = x.typed();
+          if (grid.size == 0) check_linears(plan, weight, floats, linears.split);
+          check_linears(plan, weight, bytes, linears.split);
+        };
+        for (const Kernel* kernel : kernels()) {
+          if (runs_here(*kernel) && fits(*kernel, weight)) check_plan(make_plan(weight, tokens, *kernel));
+        }
+        for (const Features features : offered_sets()) check_plan(make_plan(weight, tokens, features));
+      }
     }
   }
 }
@@ -414,6 +492,7 @@ int main() {
   test_grid();
   test_special_values();
   test_activations();
+  test_linears();
   test_spoilt_bytes();
   test_threads();
   test_shapes();

@@ -133,7 +133,7 @@ def test_damaged_arrays_are_refused(pack, name, change, message, layer_model, op
     weight = spoilt(pack(integers(), scales()), name, change)
     with pytest.raises(FormatError, match=message):
         weight.integers()
-    op_type = int8_matmul.op_type_of("none", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     with pytest.raises(Exception, match=rf"\({op_type}\): .*{name[:-1]}"):
         open_session(layer_model(weight, BIAS, op_type, with_body=False))
 
@@ -170,7 +170,7 @@ def test_kernel_and_reader_accept_the_same_bytes(data, layer_model, open_session
     except FormatError:
         known = False
     bias = np.ones(min(max(weight.N, 0), 1000), np.float32)
-    op_type = int8_matmul.op_type_of("none", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     proto = layer_model(weight, bias, op_type, x_shape=["tokens", max(weight.K, 1)])
     del proto.functions[:]
     if known:
@@ -199,7 +199,7 @@ def test_wrong_sizes_are_refused(pack, sizes, layer_model, open_session):
     weight = dataclasses.replace(pack(integers(), scales(), chunk=10, block=12), **sizes)
     with pytest.raises(FormatError):
         weight.validate()
-    op_type = int8_matmul.op_type_of("none", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     proto = layer_model(weight, BIAS, op_type, x_shape=None, with_body=False)
     with pytest.raises(Exception, match=rf"\({op_type}\): "):
         open_session(proto)
@@ -208,7 +208,7 @@ def test_wrong_sizes_are_refused(pack, sizes, layer_model, open_session):
 @both_formats
 def test_another_format_is_refused_by_the_kernel(pack, layer_model, open_session):
     weight = pack(integers(), scales())
-    op_type = int8_matmul.op_type_of("none", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     proto = layer_model(weight, BIAS, op_type, attributes={"format": "newer"}, with_body=False)
     with pytest.raises(Exception, match="attribute format is 'newer'"):
         open_session(proto)
@@ -219,7 +219,7 @@ def test_another_format_is_refused_by_the_kernel(pack, layer_model, open_session
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_sessions_compute_what_the_contract_says(activation, pack, library, layer_model, open_session):
     weight = pack(integers(), scales())
-    op_type = int8_matmul.op_type_of(activation, weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS[activation], weight.dense)
     session = open_session(layer_model(weight, BIAS, op_type, x_shape=None), library=library)
     for shape in ((1, K), (2, 9, K), (130, K), (K,), (0, K)):
         x = tokens(*shape)
@@ -234,7 +234,7 @@ def test_sessions_compute_what_the_contract_says(activation, pack, library, laye
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
 def test_every_opset_gives_the_same(opset, pack, library, layer_model, open_session):
     weight = pack(integers(), scales())
-    op_type = int8_matmul.op_type_of("gelu", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["gelu"], weight.dense)
     session = open_session(layer_model(weight, BIAS, op_type, opset=opset), library=library)
     x = tokens(6, K)
     assert_close(session.run(None, {"X": x})[0], int8_matmul.reference(x, weight, BIAS, "gelu"))
@@ -250,7 +250,9 @@ def test_sums_are_exact_where_pairs_of_products_saturate(pack, library, layer_mo
     V[0, 3] = 126
     weight = pack(V, np.ones(8, np.float32))
     session = open_session(
-        layer_model(weight, np.zeros(8, np.float32), int8_matmul.op_type_of("none", weight.dense)),
+        layer_model(
+            weight, np.zeros(8, np.float32), int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
+        ),
         library=library,
     )
     x = np.full((2, 4096), 255, np.float32)
@@ -269,7 +271,7 @@ def test_not_a_number_and_infinity_stay_in_their_token(pack, library, layer_mode
     x[1, 5], x[2, 0], x[4, -1] = np.nan, np.inf, -np.inf
     x[5] = 0
     session = open_session(
-        layer_model(weight, BIAS, int8_matmul.op_type_of("none", weight.dense)), library=library
+        layer_model(weight, BIAS, int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)), library=library
     )
     found = session.run(None, {"X": x})[0]
     assert np.isnan(found[[1, 2, 4]]).all()
@@ -280,7 +282,7 @@ def test_not_a_number_and_infinity_stay_in_their_token(pack, library, layer_mode
 @both_formats
 def test_threads_give_the_same_bytes(pack, layer_model, open_session):
     weight = pack(integers(300, 260), scales(260))
-    proto = layer_model(weight, tokens(260), int8_matmul.op_type_of("silu", weight.dense))
+    proto = layer_model(weight, tokens(260), int8_matmul.op_type_of(ACTIVATIONS["silu"], weight.dense))
     x = tokens(300, 300)
     one, two, four = (open_session(proto, threads=n).run(None, {"X": x})[0] for n in (1, 2, 4))
     np.testing.assert_array_equal(one, two)
@@ -292,7 +294,9 @@ def test_threads_give_the_same_bytes(pack, layer_model, open_session):
 def test_every_instruction_set_gives_the_same_sums(isa, pack, layer_model, open_session, run_forced):
     """With integers of all 8 bits: without bias, one sum is one float."""
     weight, x = pack(integers(512, 64, 0.6), np.ones(64, np.float32)), tokens(37, 512)
-    proto = layer_model(weight, np.zeros(64, np.float32), int8_matmul.op_type_of("none", weight.dense))
+    proto = layer_model(
+        weight, np.zeros(64, np.float32), int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
+    )
     (found,) = run_forced(proto, {"X": x}, isa)
     np.testing.assert_array_equal(found, open_session(proto).run(None, {"X": x})[0])
 
@@ -302,7 +306,7 @@ def test_a_token_is_rounded_alone(pack, layer_model, open_session):
     """A loud token takes nothing from the others, and many rows give what each gives."""
     weight = pack(integers(), scales())
     session = open_session(
-        layer_model(weight, BIAS, int8_matmul.op_type_of("none", weight.dense), x_shape=None)
+        layer_model(weight, BIAS, int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense), x_shape=None)
     )
     x = tokens(130, K)
     before = session.run(None, {"X": x})[0]
@@ -317,7 +321,7 @@ def test_a_token_is_rounded_alone(pack, layer_model, open_session):
 @both_formats
 def test_the_node_is_ours_only_with_the_library(pack, layer_model, open_session, tmp_path):
     weight = pack(integers(), scales())
-    op_type = int8_matmul.op_type_of("relu", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["relu"], weight.dense)
     kept = {}
     for library in (True, False):
         options = onnxruntime.SessionOptions()
@@ -335,7 +339,9 @@ def test_the_node_is_ours_only_with_the_library(pack, layer_model, open_session,
 @pytest.mark.parametrize("x", [["batch", "tokens", K], [4, K], [K]])
 def test_output_shapes_are_inferred(x, pack, layer_model, open_session):
     weight = pack(integers(), scales())
-    session = open_session(layer_model(weight, BIAS, int8_matmul.op_type_of("none", weight.dense), x_shape=x))
+    session = open_session(
+        layer_model(weight, BIAS, int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense), x_shape=x)
+    )
     assert session.get_outputs()[0].shape == [*x[:-1], N]
 
 
@@ -343,7 +349,7 @@ def test_output_shapes_are_inferred(x, pack, layer_model, open_session):
 @pytest.mark.parametrize("shape", [(3, K - 1), (3, 0), ()])
 def test_wrong_shapes_are_refused_by_name(shape, pack, layer_model, open_session):
     weight = pack(integers(), scales())
-    op_type = int8_matmul.op_type_of("none", weight.dense)
+    op_type = int8_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     session = open_session(layer_model(weight, BIAS, op_type, x_shape=None, with_body=False))
     with pytest.raises(Exception, match=rf"\({op_type}\): input X has shape .*, expected \[..., {K}\]"):
         session.run(None, {"X": tokens(*shape)})

@@ -46,7 +46,7 @@ def layer(layer_model):
         return layer_model(
             weight,
             bias,
-            q_matmul.op_type_of(activation, weight.dense),
+            q_matmul.op_type_of(ACTIVATIONS[activation], weight.dense),
             x_type=options.pop("x_type", onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))),
             attributes={**grids.attributes(), **options.pop("attributes", {})},
             arrays={"x_scale": np.array(STEP), "x_zero_point": np.array(zero, dtype)}
@@ -179,7 +179,7 @@ def test_the_node_is_ours_only_with_the_library(pack, layer, open_session, tmp_p
         options.optimized_model_filepath = str(tmp_path / f"{library}.onnx")
         open_session(layer(weight, np.int8), library=library, options=options)
         kept[library] = [node.op_type for node in onnx.load(tmp_path / f"{library}.onnx").graph.node]
-    assert kept[True] == [q_matmul.op_type_of("none", weight.dense)]
+    assert kept[True] == [q_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)]
     assert "MatMulInteger" in kept[False]
     assert not {"ScatterND", "CumSum", "Transpose"} & {*kept[False]}  # what makes the weight is folded
 
@@ -210,7 +210,7 @@ def test_output_shapes_are_inferred(x, pack, layer, open_session):
 )
 def test_wrong_attributes_are_refused(attributes, message, pack, layer, open_session):
     weight = pack(integers(), SCALES)
-    op_type = q_matmul.op_type_of("none", weight.dense)
+    op_type = q_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     proto = layer(weight, attributes=attributes, x_shape=None, with_body=False)
     with pytest.raises(Exception, match=rf"\({op_type}\): .*{message}"):
         open_session(proto)
@@ -250,7 +250,7 @@ def test_wrong_inputs_are_refused_by_name(x, feeds, message, pack, layer, open_s
         x_type=onnx.helper.np_dtype_to_tensor_dtype(x.dtype),
         with_body=False,
     )
-    op_type = q_matmul.op_type_of("none", weight.dense)
+    op_type = q_matmul.op_type_of(ACTIVATIONS["none"], weight.dense)
     with pytest.raises(Exception, match=rf"\({op_type}\): .*{message}"):
         open_session(proto).run(None, {"X": np.asarray(x), **{k: np.asarray(v) for k, v in given.items()}})
 

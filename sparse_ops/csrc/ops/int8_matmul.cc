@@ -1,76 +1,77 @@
-// The operators Int8MatMul*, SparseInt8MatMul*, QMatMul* and SparseQMatMul*, one op type per activation;
+// The operators Int8MatMul*, SparseInt8MatMul*, QMatMul* and SparseQMatMul*, one op type per SparseMatMul*;
 // contracts in sparse_ops/ops/int8_matmul.py and sparse_ops/ops/q_matmul.py.
 
 #include "ops/operators.h"
 
+#include <array>
 #include <iterator>
 #include <limits>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "formats/int8_quads.h"
 #include "kernels/quads/quads.h"
+#include "ops/int8_weight.h"
+#include "ops/matmul_variants.h"
 #include "ops/op_set.h"
 #include "ops/op_support.h"
 
 namespace sparse_ops {
 namespace {
 
-using spmm::Activation;
+constexpr std::string_view kSparse = "Sparse";
+
+// How operators differ from SparseMatMul*.
+struct Kind {
+  std::string_view word;  // in the place of kSparse
+  bool dense;             // all quads are stored
+  bool bytes;             // X is rounded already
+};
+constexpr Kind kKinds[] = {{"Int8", true, false},
+                           {"SparseInt8", false, false},
+                           {"Q", true, true},
+                           {"SparseQ", false, true}};
 
 // What the name of an operator says.
 struct Int8Variant {
-  const char* name;
-  Activation activation;
-  bool dense;  // all quads are stored
-  bool bytes = false;  // X is rounded already
+  char name[48];
+  MatMulVariant product;
+  bool dense, bytes;
 };
 
-std::span<const Part> parts_of(const Int8Variant& variant) {
-  return variant.dense ? std::span<const Part>(int8_quads::kDenseParts) : int8_quads::kParts;
+constexpr auto make_variants() {
+  std::array<Int8Variant, std::size(kKinds) * std::size(kMatMuls)> all{};
+  size_t i = 0;
+  for (const Kind& kind : kKinds) {
+    for (const MatMulVariant& product : kMatMuls) {
+      Int8Variant& own = all[i++];
+      own.product = product;
+      own.dense = kind.dense;
+      own.bytes = kind.bytes;
+      join_words({kind.word, std::string_view(product.name).substr(kSparse.size())}, own.name);
+    }
+  }
+  return all;
 }
 
 class Kernel {
  public:
   using Variant = Int8Variant;
-  static constexpr Variant kVariants[] = {{"Int8MatMul", Activation::none, true},
-                                          {"Int8MatMulRelu", Activation::relu, true},
-                                          {"Int8MatMulGelu", Activation::gelu, true},
-                                          {"Int8MatMulGeluTanh", Activation::gelu_tanh, true},
-                                          {"Int8MatMulSilu", Activation::silu, true},
-                                          {"Int8MatMulQuickGelu", Activation::quick_gelu, true},
-                                          {"SparseInt8MatMul", Activation::none, false},
-                                          {"SparseInt8MatMulRelu", Activation::relu, false},
-                                          {"SparseInt8MatMulGelu", Activation::gelu, false},
-                                          {"SparseInt8MatMulGeluTanh", Activation::gelu_tanh, false},
-                                          {"SparseInt8MatMulSilu", Activation::silu, false},
-                                          {"SparseInt8MatMulQuickGelu", Activation::quick_gelu, false},
-                                          {"QMatMul", Activation::none, true, true},
-                                          {"QMatMulRelu", Activation::relu, true, true},
-                                          {"QMatMulGelu", Activation::gelu, true, true},
-                                          {"QMatMulGeluTanh", Activation::gelu_tanh, true, true},
-                                          {"QMatMulSilu", Activation::silu, true, true},
-                                          {"QMatMulQuickGelu", Activation::quick_gelu, true, true},
-                                          {"SparseQMatMul", Activation::none, false, true},
-                                          {"SparseQMatMulRelu", Activation::relu, false, true},
-                                          {"SparseQMatMulGelu", Activation::gelu, false, true},
-                                          {"SparseQMatMulGeluTanh", Activation::gelu_tanh, false, true},
-                                          {"SparseQMatMulSilu", Activation::silu, false, true},
-                                          {"SparseQMatMulQuickGelu", Activation::quick_gelu, false, true}};
+  static constexpr auto kVariants = make_variants();
   static OrtElementType input_type(const Variant& variant, size_t i) {
-    const std::span<const Part> parts = parts_of(variant);
+    const std::span<const Part> parts = int8_parts(variant.dense);
     if (i == 0)
       return variant.bytes ? ORT_UNDEFINED : ORT_FLOAT;  // of two types, which the kernel tells apart
     if (i == parts.size() + 3) return ORT_UNDEFINED;
     return i > parts.size() ? ORT_FLOAT : parts[i - 1].type;
   }
   static size_t input_count(const Variant& variant) {
-    return parts_of(variant).size() + 2 + (variant.bytes ? 2 : 0);
+    return int8_parts(variant.dense).size() + 2 + (variant.bytes ? 2 : 0);
   }
-  static size_t output_count(const Variant& /*variant*/) { return 1; }
-  static void infer_shape(const OrtApi& api, const Variant& /*variant*/, OrtShapeInferContext* context) {
-    infer_product_shapes(api, context);
+  static size_t output_count(const Variant& variant) { return variant.product.outputs; }
+  static void infer_shape(const OrtApi& api, const Variant& variant, OrtShapeInferContext* context) {
+    infer_product_shapes(api, context, variant.product.outputs, variant.product.gated);
   }
 
   Kernel(const Variant& variant, const NodeReader& node);
@@ -82,6 +83,7 @@ class Kernel {
   const Features features_;
   mutable ThreadCount threads_;
   int8_quads::CheckedWeight checked_;
+  std::vector<int64_t> split_;  // channels of each output
   const bool bytes_;
   const size_t input_count_;
   bool is_signed_ = false;  // of bytes
@@ -124,36 +126,32 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node)
       bytes_(variant.bytes),
       input_count_(input_count(variant)) {
   node.expect("format", variant.dense ? int8_quads::kDenseFormat : int8_quads::kFormat);
-  const std::span<const Part> parts = parts_of(variant);
-  std::vector<RawArray> arrays;
-  const auto input = [&](size_t place, const char* name, OrtElementType type) {
-    const NodeReader::Constant found = node.constant(place, name, type);
-    return RawArray{found.data, found.count};
-  };
-  for (const Part& part : parts) arrays.push_back(input(arrays.size() + 1, part.name, part.type));
-  const RawArray bias = input(arrays.size() + 1, "bias", ORT_FLOAT);
-  int64_t sizes[std::size(int8_quads::kSizes)];
-  for (size_t i = 0; i < std::size(sizes); ++i) sizes[i] = node.integer(int8_quads::kSizes[i]);
-  const std::string problem = int8_quads::check({sizes, arrays, bias}, variant.activation, checked_);
-  if (!problem.empty()) node.fail(problem);
+  read_int8_weight(node, variant.dense, variant.product.activation, 1, "", checked_);
+  quads::Weight& weight = checked_.weight;
+  weight.gated = variant.product.gated;
+  split_ = read_outputs(node, variant.product, weight.N, weight.block);
   if (bytes_) {
-    checked_.weight.grid = read_grid(node);
+    weight.grid = read_grid(node);
     is_signed_ = read_lowest(node) != 0;
   }
-  node.log(std::string("kernel ") + quads::select_kernel(features_, checked_.weight, SIZE_MAX).name);
+  node.log(std::string("kernel ") + quads::select_kernel(features_, weight, SIZE_MAX).name);
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
   const quads::Weight& weight = checked_.weight;
   const auto run = [&](const auto& x, const auto& tokens) {
     std::vector<int64_t> dims = x.dims;
-    dims.back() = static_cast<int64_t>(weight.N);
-    float* y = float_output(api_, context, 0, dims);
+    quads::Output outputs[kMaxOutputs];
+    for (size_t i = 0; i < split_.size(); ++i) {
+      dims.back() = split_[i];
+      outputs[i] = {float_output(api_, context, i, dims), static_cast<size_t>(split_[i])};
+    }
     if (x.elements == 0) return;
     const quads::Plan plan = quads::make_plan(weight, x.elements / weight.K, features_, threads_.expected());
     const Scratch scratch(api_, context, x.value, plan.scratch_bytes);
     SessionWorkers workers(api_, context, &threads_);
-    if (!quads::run(plan, weight, tokens, y, scratch.get(), workers)) check_status(workers.status());
+    const std::span<const quads::Output> used(outputs, split_.size());
+    if (!quads::run(plan, weight, tokens, used, scratch.get(), workers)) check_status(workers.status());
   };
   if (!bytes_) {
     const InputTensor x = rows_input(api_, context, where_, weight.K);

@@ -317,4 +317,12 @@ void infer_product_shapes(const OrtApi& api, OrtShapeInferContext* context, size
   }
 }
 
+void infer_pair_shape(const OrtApi& api, OrtShapeInferContext* context) {
+  SymbolicShape shape;
+  if (!input_shape(api, context, 0, shape)) return;
+  shape.names.back() = "";
+  shape.dims.back() = integer_attribute(api, context, "down_N");
+  set_output_shape(api, context, 0, shape);
+}
+
 }  // namespace sparse_ops

@@ -149,5 +149,7 @@ std::vector<int64_t> integers_attribute(const OrtApi& api, const OrtShapeInferCo
 // several outputs the attribute `split` has the channels; a gated one has N / 2, any other N.
 void infer_product_shapes(const OrtApi& api, OrtShapeInferContext* context, size_t outputs = 1,
                           bool gated = false);
+// The same of two linears in a row, of which the attribute `down_N` has the channels.
+void infer_pair_shape(const OrtApi& api, OrtShapeInferContext* context);
 
 }  // namespace sparse_ops

@@ -66,11 +66,7 @@ void Kernel::compute(OrtKernelContext* context) const {
 }
 
 void Kernel::infer_shape(const OrtApi& api, const Variant&, OrtShapeInferContext* context) {
-  SymbolicShape shape;
-  if (!input_shape(api, context, 0, shape)) return;
-  shape.names.back() = "";
-  shape.dims.back() = integer_attribute(api, context, "down_N");
-  set_output_shape(api, context, 0, shape);
+  infer_pair_shape(api, context);
 }
 
 }  // namespace

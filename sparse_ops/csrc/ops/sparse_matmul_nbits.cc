@@ -10,7 +10,6 @@
 #include <string_view>
 #include <vector>
 
-#include "formats/linears.h"
 #include "formats/nbits.h"
 #include "kernels/nbits/nbits.h"
 #include "ops/matmul_variants.h"
@@ -115,17 +114,7 @@ Kernel::Kernel(const Variant& variant, const NodeReader& node) : api_(node.api()
   if (!problem.empty()) node.fail(problem);
   nbits::Weight& weight = checked_.weight;
   weight.gated = variant.product.gated;
-  std::vector<int64_t> linears = {stored.N};
-  std::string sizes = "N is " + std::to_string(stored.N);
-  if (variant.product.outputs > 1) {
-    linears = node.integers("split", variant.product.outputs);
-    sizes = "split is " + text_of(linears);
-  } else if (weight.gated) {
-    linears = {stored.N / 2, stored.N / 2};
-  }
-  const std::string expected = check_whole_blocks(weight.N, nbits::kBlock, linears);
-  if (!expected.empty()) node.fail("attribute " + sizes + ", expected " + expected);
-  split_ = weight.gated ? std::vector<int64_t>{linears[0]} : linears;
+  split_ = read_outputs(node, variant.product, weight.N, nbits::kBlock);
   kernel_ = &nbits::select_kernel(node.features());
   node.log(std::string("kernel ") + kernel_->name);
 }

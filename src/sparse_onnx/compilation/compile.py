@@ -40,6 +40,7 @@ from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.running.input_choice import choose_inputs
 from sparse_onnx.running.session import import_onnxruntime
 from sparse_onnx.running.stages import StageClock
+from sparse_onnx.timing.joined import JoinGuard
 from sparse_onnx.timing.table import TimingTable
 
 __all__ = ["OptimizeResult", "compile_into", "plan"]
@@ -144,7 +145,8 @@ def _compile(job: Job) -> tuple[int, Report]:
             fused = fuse(model, context)
         packer = Packer(context)
         decisions = decide(job, fused, dense.shapes, packer, bench)
-        write = Writer(job, fused.model, packer, context)
+        guard = JoinGuard(bench, dense.shapes, job.recipe.target.weights) if job.benchmark else None
+        write = Writer(job, fused.model, packer, context, guard)
         lowered = lower(job, source, inputs, write, decisions, bench, smaller=prepared.removed.modified)
         settled = settle(job, source, inputs, [model, unfused], lowered.decisions, prepared, dense)
         shipped = ship(job, source, write, prepared, lowered, settled)

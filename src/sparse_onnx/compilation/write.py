@@ -14,6 +14,7 @@ from sparse_onnx.compilation.load import Source
 from sparse_onnx.compilation.whole_model import Variant, choose_variant, settle
 from sparse_onnx.model import model_io
 from sparse_onnx.passes.base import Declined, PassContext
+from sparse_onnx.passes.lower.guard import Guard
 from sparse_onnx.passes.lower.layers import lower_layers
 from sparse_onnx.passes.lower.lowering import Packer
 from sparse_onnx.running.runtime import of_our_making
@@ -35,16 +36,19 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Writes ``model``, which stays as it is, with its layers in the forms that are decided for."""
+    """Writes ``model``, which stays as it is, with its layers in the forms that are decided for. Operators that could
+    be one stay apart where the ``guard`` says so."""
 
     job: Job
     model: ir.Model
     packer: Packer
     context: PassContext
+    guard: Guard | None = None
 
     def __call__(self, decisions: Sequence[Decision]) -> Written:
         with self.job.clock("lower and write"):
-            written = Written(*lower_layers(self.model, lowered(decisions), self.packer, self.context))
+            chosen = lowered(decisions)
+            written = Written(*lower_layers(self.model, chosen, self.packer, self.context, self.guard))
             model_io.save_model(written.model, self.job.folder)
         return written
 

@@ -1,4 +1,4 @@
-"""Operators of ours in a graph: to find them, and to put one in the place of several."""
+"""Operators of ours in a graph: to put one in the place of several."""
 
 from __future__ import annotations
 
@@ -12,20 +12,8 @@ from sparse_onnx.model.bit_packing import UNPACK_DOMAIN
 from sparse_onnx.model.graph import add_function, all_graphs, drop_if_unused, name_of
 from sparse_onnx.model.metadata_keys import LOWERED_KEY, MODULE_KEY
 from sparse_onnx.sparse_ops.domain import DOMAIN, VERSION
-from sparse_onnx.sparse_ops.ops.registry import OP_TYPES
 
-__all__ = ["base_type", "drop_unused_functions", "is_ours", "joined", "put_in_place"]
-
-
-def base_type(node: ir.Node) -> str:
-    """The operator of ours that ``node`` is, in whatever format its weights are stored; "" if it is none."""
-    found = OP_TYPES.get(node.op_type) if node.domain == DOMAIN else None
-    return "" if found is None else found.base
-
-
-def is_ours(node: ir.Node, *op_types: str) -> bool:
-    """Whether ``node`` is one of these operators of ours."""
-    return base_type(node) in op_types
+__all__ = ["drop_unused_functions", "joined", "put_in_place"]
 
 
 def joined(names: Sequence[str]) -> str:

@@ -120,6 +120,11 @@ class NodeWeight(abc.ABC):
         return self.node.inputs[self.first + len(self.part_names)]
 
     @property
+    def operands(self) -> tuple[ir.Value | None, ...]:
+        """The inputs behind the bias."""
+        return tuple(self.node.inputs[self.first + len(self.part_names) + 1 :])
+
+    @property
     def tensors(self) -> list[ir.TensorProtocol]:
         """Those of :attr:`parts` that are constant: all of them, unless the file is damaged."""
         return [part.const_value for part in self.parts if part is not None and part.const_value is not None]
@@ -202,6 +207,12 @@ class StoredWeight(NodeWeight):
     def join(self, others: Sequence[NodeWeight]) -> JoinedWeight:
         packed = [weight.packed() for weight in (self, *others) if isinstance(weight, StoredWeight)]
         return self.stored.join(packed)
+
+    def reads_alike(self, other: NodeWeight) -> bool:
+        """Whether an operator with this weight first may have ``other``, of one linear, as its second."""
+        if not isinstance(other, StoredWeight) or self.stored is not other.stored:
+            return False
+        return self.stored.reads_alike(self.variant, other.variant)
 
     @property
     def values(self) -> ir.Value | None:

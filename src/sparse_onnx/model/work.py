@@ -24,7 +24,9 @@ from sparse_onnx.model.integer_operators import integer_operator, read_integers
 from sparse_onnx.model.level_weights import level_weight, node_weights
 from sparse_onnx.model.shapes import Shapes, without_claims
 from sparse_onnx.sparse_ops.domain import DOMAIN
-from sparse_onnx.sparse_ops.ops import int8_conv, int8_matmul, q_matmul
+from sparse_onnx.sparse_ops.formats import int8_quads
+from sparse_onnx.sparse_ops.ops import int8_conv, int8_feed_forward, int8_matmul, q_matmul
+from sparse_onnx.sparse_ops.ops.sparse_feed_forward import PREFIX
 
 __all__ = [
     "OPERATORS",
@@ -121,6 +123,11 @@ def _linear(a: int, b: int) -> Callable[[ir.Node, ShapeOf], int]:
 
 def _packed_matmul(node: ir.Node, shape: ShapeOf) -> int:
     return math.prod(shape(input_at(node, 0))) * node.attributes.get_int("N", 0)
+
+
+def _second_linear(node: ir.Node, shape: ShapeOf) -> int:
+    sizes = (node.attributes.get_int(PREFIX + name, 0) for name in ("K", "N"))
+    return math.prod(shape(input_at(node, 0))[:-1]) * math.prod(sizes)
 
 
 def _convolution(weight: int) -> Callable[[ir.Node, ShapeOf], int]:
@@ -253,6 +260,13 @@ OPERATORS: Mapping[tuple[str, str], tuple[Product, ...]] = {
     **{
         (DOMAIN, op_type): _one((1,), _packed_matmul)
         for op_type in (*int8_matmul.OP_TYPES, *q_matmul.OP_TYPES)
+    },
+    **{
+        (DOMAIN, op_type): (
+            Product((1,), _packed_matmul),
+            Product((len(int8_quads.parts(kind.dense)) + 2,), _second_linear),
+        )
+        for op_type, kind in int8_feed_forward.OP_TYPES.items()
     },
     **{(DOMAIN, op_type): _one((1,), _packed_convolution) for op_type in int8_conv.OP_TYPES},
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/quads/accumulate.h"
+#include "kernels/quads/hidden.h"
 #include "kernels/quads/kernel.h"
 #include "kernels/quads/round.h"
 #include "kernels/spmm/generic.h"
@@ -20,7 +21,9 @@ constexpr Kernel make_kernel(const KernelRow& row) {
           multiply_bytes<kLanes, kVectors, kSets>,
           settle<kLanes, kVectors>,
           spmm::activate<kLanes>,
-          spmm::store_tokens<kLanes, kLanes * kVectors>};
+          spmm::store_tokens<kLanes, kLanes * kVectors>,
+          find_extremes<kLanes, kVectors>,
+          round_rows<kLanes, kVectors>};
 }
 
 }  // namespace

@@ -5,7 +5,8 @@
 // W is stored as sparse_ops/formats/int8_quads.py describes: an entry is a *quad*, four neighbouring inputs
 // of one output. A kernel works on tiles of tokens. X is first rounded and packed, tile by tile, into panels
 // of 32-bit words [quads, tile], four inputs of one token each, so that one stored quad multiplies whole
-// vectors of tokens. Sums are exact, so that every kernel gives the same ones.
+// vectors of tokens. Sums are exact, so that every kernel gives the same ones. The columns of W may belong to
+// several outputs, or be those of a gate and of what it multiplies, each in whole blocks.
 #pragma once
 
 #include <cstddef>
@@ -45,6 +46,7 @@ struct Weight {
   const unsigned char* bias;  // float32 [N]
   Activation activation;
   Grid grid;
+  bool gated;  // Y = act(first half of the blocks of X . W + bias) * second half
   bool wide;  // some integer is beyond -64..64: two products of bytes need more than 16 bits
 };
 
@@ -68,6 +70,10 @@ constexpr size_t kGroup = 16;
 
 // Rows of a panel: one for each quad, what the zero point of each token is, and the size of its steps.
 constexpr size_t panel_rows(size_t quads) { return quads + 2; }
+
+// What is known of the numbers of each token in some rows: the lowest and the highest, 0 among them, and the
+// sum of what 0 times each is.
+constexpr size_t kExtremes = 3;
 
 // How bytes become bytes, where all positions have the same steps: y = y_zero + min(max(round(factor * sum),
 // low), high), sum = bias + (x - x_zero) . W. `bias` of the weight is then int32, at most kMaxBias.
@@ -111,6 +117,15 @@ struct Kernel : KernelRow {
   // acc [channels, tile] to the first `tokens` rows of `y`, which are `stride` floats apart: y[t, n] = acc[n,
   // t].
   void (*store_tokens)(const float* acc, size_t channels, size_t tokens, size_t stride, float* y);
+
+  // extremes [kExtremes, tile] of `count` rows of floats [count, tile].
+  void (*find_extremes)(const float* rows, size_t count, float* extremes);
+
+  // Quads begin..end-1 of a panel for `weight` of such rows [weight.K, tile], as `round` makes it of tokens;
+  // the first ones come with what the panel has behind its quads. `extremes` [blocks, kExtremes, tile] are
+  // those of all rows.
+  void (*round_rows)(const Weight& weight, const float* rows, const float* extremes, size_t blocks,
+                     size_t begin, size_t end, int32_t* panel);
 };
 
 }  // namespace sparse_ops::quads

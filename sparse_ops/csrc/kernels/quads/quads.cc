@@ -1,75 +1,47 @@
 #include "kernels/quads/quads.h"
 
 #include <algorithm>
-#include <cstdint>
 
 #include "kernels/quads/table.h"
-#include "kernels/sizes.h"
+#include "kernels/quads/tasks.h"
 
 namespace sparse_ops::quads {
 namespace {
 
 constexpr Table<Kernel> kChosen = without_reference<Kernel>(kKernels);
 
-// Panels that are in memory at a time: few, so that they are still in the second-level cache when they are
-// read, but enough to give every thread a task.
-constexpr size_t kPanelBytes = size_t{1} << 19;
-
-// Words of a panel; what follows begins at a cache line.
-size_t panel_size(const Kernel& kernel, const Weight& weight) {
-  return round_up(kernel.tile * panel_rows(weight.quads), kCacheLine / sizeof(int32_t));
-}
-
-// The tokens of one strip, in tiles.
+// Everything that the tasks of one strip of tokens need.
 struct Strip {
-  const Plan& plan;
+  const Tokens& tokens;
   const Weight& weight;
-  const float* floats;  // [plan.tokens, K], or nullptr:
-  Bytes bytes;          // of the same shape
-  float* y;
+  std::span<const Output> outputs;
   int32_t* panels;
-  size_t first, count;  // among all
 
-  size_t tiles() const { return divide_up(count, plan.full->tile); }
-  size_t groups() const { return divide_up(plan.full->tile, kGroup); }
-  size_t row(size_t tile) const { return first + tile * plan.full->tile; }  // of x and y
-  size_t in_tile(size_t tile) const { return std::min(plan.full->tile, count - tile * plan.full->tile); }
-  const Kernel& kernel(size_t tile) const {
-    return in_tile(tile) < plan.full->tile ? *plan.last : *plan.full;
-  }
-  int32_t* panel(size_t tile) const { return panels + panel_size(*plan.full, weight) * tile; }
-
-  void round(size_t tile, size_t group) const {
-    const Kernel& own = kernel(tile);
-    if (group * kGroup >= own.tile) return;
-    const size_t at = row(tile) * weight.K;
-    if (floats != nullptr) return own.round(weight, floats + at, in_tile(tile), group * kGroup, panel(tile));
-    Bytes of_tile = bytes;
-    of_tile.data += at;
-    own.pack(weight, of_tile, in_tile(tile), group * kGroup, panel(tile));
-  }
+  int32_t* panel(size_t tile) const { return panels + panel_size(*tokens.plan.full, weight) * tile; }
 
   void multiply(size_t tile, size_t block) const {
     alignas(kCacheLine) float acc[kMaxAccumulators];
-    const Kernel& own = kernel(tile);
-    const size_t begin = block * weight.block, channels = std::min(weight.block, weight.N - begin);
-    own.multiply(weight, block, panel(tile), acc);
-    if (weight.grid.size != 0) own.settle(weight, block, channels, acc);
-    own.activate(weight.activation, acc, channels * own.tile);
-    own.store_tokens(acc, channels, in_tile(tile), weight.N, y + row(tile) * weight.N + begin);
+    const Kernel& kernel = tokens.kernel(tile);
+    const size_t channels = compute_block(kernel, weight, block, panel(tile), acc);
+    const auto [output, channel] = spmm::place_of(outputs, block, weight.block);
+    kernel.store_tokens(acc, channels, tokens.in_tile(tile), output.channels,
+                        output.y + tokens.row(tile) * output.channels + channel);
   }
 };
 
+Output all_of(const Weight& weight, float* y) { return {y, weight.gated ? weight.N / 2 : weight.N}; }
+
 void round_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  strip.round(index / strip.groups(), index % strip.groups());
+  const size_t groups = strip.tokens.groups(), tile = index / groups;
+  strip.tokens.round(strip.weight, tile, index % groups, strip.panel(tile));
 }
 
 // Neighbouring tasks share a block of the weight, which then comes from the cache: it is read from memory
 // once.
 void multiply_task(void* context, size_t index) {
   const Strip& strip = *static_cast<const Strip*>(context);
-  strip.multiply(index % strip.tiles(), index / strip.tiles());
+  strip.multiply(index % strip.tokens.tiles(), index / strip.tokens.tiles());
 }
 
 // The narrowest of the rows that need what `full` does, for fewer tokens than its tile has.
@@ -92,23 +64,17 @@ size_t columns(Table<Kernel> table, const Kernel& full, const Weight& weight, si
 
 Plan plan_of(const Weight& weight, size_t tokens, const Kernel& full, const Kernel& last, size_t threads) {
   const size_t panel_bytes = panel_size(full, weight) * sizeof(int32_t);
-  const size_t busy = divide_up(threads, weight.blocks);
-  const size_t wanted = round_up(std::max(kPanelBytes / panel_bytes, busy), busy);
-  const size_t at_once = std::min(wanted, std::max<size_t>(1, divide_up(tokens, full.tile)));
-  return {&full, &last, tokens, at_once * full.tile, at_once * panel_bytes + kCacheLine, threads};
+  return plan_strips(tokens, full, last, panel_bytes, weight.blocks, threads);
 }
 
-bool run(const Plan& plan, const Weight& weight, const float* floats, const Bytes& bytes, float* y,
+bool run(const Plan& plan, const Weight& weight, const Input& x, std::span<const Output> outputs,
          void* scratch, Workers& workers) {
-  auto* panels = reinterpret_cast<int32_t*>(round_up(reinterpret_cast<uintptr_t>(scratch), kCacheLine));
-  for (size_t first = 0; first < plan.tokens; first += plan.strip) {
-    const size_t count = std::min(plan.strip, plan.tokens - first);
-    Strip strip{plan, weight, floats, bytes, y, panels, first, count};
-    const size_t tiles = strip.tiles();
-    if (!workers.run(tiles * strip.groups(), round_task, &strip)) return false;
-    if (!workers.run(tiles * weight.blocks, multiply_task, &strip)) return false;
-  }
-  return true;
+  return for_each_strip(plan, x, scratch, [&](const Tokens& tokens, int32_t* panels) {
+    Strip strip{tokens, weight, outputs, panels};
+    const size_t tiles = tokens.tiles();
+    return workers.run(tiles * tokens.groups(), round_task, &strip) &&
+           workers.run(tiles * output_blocks(weight), multiply_task, &strip);
+  });
 }
 
 }  // namespace
@@ -154,12 +120,24 @@ Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t
   return plan_of(weight, tokens, kernel, kernel, threads);
 }
 
+bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
+  return run(plan, weight, Input{x, {}}, outputs, scratch, workers);
+}
+
+bool run(const Plan& plan, const Weight& weight, const Bytes& x, std::span<const Output> outputs,
+         void* scratch, Workers& workers) {
+  return run(plan, weight, Input{nullptr, x}, outputs, scratch, workers);
+}
+
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers) {
-  return run(plan, weight, x, {}, y, scratch, workers);
+  const Output output = all_of(weight, y);
+  return run(plan, weight, x, std::span(&output, 1), scratch, workers);
 }
 
 bool run(const Plan& plan, const Weight& weight, const Bytes& x, float* y, void* scratch, Workers& workers) {
-  return run(plan, weight, nullptr, x, y, scratch, workers);
+  const Output output = all_of(weight, y);
+  return run(plan, weight, x, std::span(&output, 1), scratch, workers);
 }
 
 }  // namespace sparse_ops::quads

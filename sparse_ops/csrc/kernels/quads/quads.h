@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "kernels/dispatch.h"
 #include "kernels/quads/kernel.h"
+#include "kernels/spmm/spmm.h"
 #include "kernels/workers.h"
 
 namespace sparse_ops::quads {
@@ -38,7 +40,16 @@ struct Plan {
 Plan make_plan(const Weight& weight, size_t tokens, Features features, size_t threads = 1);
 Plan make_plan(const Weight& weight, size_t tokens, const Kernel& kernel, size_t threads = 1);
 
-// `x` [tokens, K] to `y` [tokens, N], both row-major. False only if `workers` failed.
+using spmm::Output;
+
+// `x` [tokens, K], row-major, to outputs, which have the columns of Y in order, each from a block of its own
+// on. Together they have all blocks (half of them if the weight is gated). False only if `workers` failed.
+bool run(const Plan& plan, const Weight& weight, const float* x, std::span<const Output> outputs,
+         void* scratch, Workers& workers);
+bool run(const Plan& plan, const Weight& weight, const Bytes& x, std::span<const Output> outputs,
+         void* scratch, Workers& workers);
+
+// All of Y as one output.
 bool run(const Plan& plan, const Weight& weight, const float* x, float* y, void* scratch, Workers& workers);
 bool run(const Plan& plan, const Weight& weight, const Bytes& x, float* y, void* scratch, Workers& workers);
 

@@ -117,9 +117,34 @@ void store_tokens(const float* acc, size_t channels, size_t, size_t, float* y) {
   std::memcpy(y, acc, channels * sizeof(float));
 }
 
+void find_extremes(const float* rows, size_t count, float* extremes) {
+  std::fill_n(extremes, kExtremes, 0.0f);
+  for (size_t i = 0; i < count; ++i) {
+    extremes[0] = std::min(extremes[0], rows[i]);
+    extremes[1] = std::max(extremes[1], rows[i]);
+    extremes[2] += rows[i] * 0.0f;
+  }
+}
+
+// Rows of one token are a token.
+void round_rows(const Weight& w, const float* rows, const float*, size_t, size_t begin, size_t,
+                int32_t* panel) {
+  if (begin == 0) round(w, rows, 1, 0, panel);
+}
+
 }  // namespace
 
-constexpr Kernel reference = {agreed(row::reference, 1, 1), round, pack, multiply, interleave, 0, multiply_bytes,
-                              settle, activate, store_tokens};
+constexpr Kernel reference = {agreed(row::reference, 1, 1),
+                              round,
+                              pack,
+                              multiply,
+                              interleave,
+                              0,
+                              multiply_bytes,
+                              settle,
+                              activate,
+                              store_tokens,
+                              find_extremes,
+                              round_rows};
 
 }  // namespace sparse_ops::quads

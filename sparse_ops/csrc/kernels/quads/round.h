@@ -28,7 +28,16 @@ inline float lowest(Vector<kLanes> v) {
   }
 }
 
-// Of a token with NaN or Inf the size is NaN, and so is all that it is multiplied by.
+// Of numbers between 0 or less and 0 or more, with the sum of what 0 times each of them is: of a token with
+// NaN or Inf the size is NaN, and so is all that it is multiplied by.
+inline Steps steps_between(float low, float high, float nothing) {
+  float size = (high - low) / 255.0f;
+  size = size > kSmallestStep ? size : kSmallestStep;
+  if (!(size + nothing < __builtin_inff())) return {size + nothing, 0, 0};
+  const float inverse = 1.0f / size;
+  return {size, inverse, round_one(-low * inverse)};
+}
+
 template <size_t kLanes>
 inline Steps steps_of(const float* x, size_t K) {
   constexpr size_t kSets = 4;  // chains hide the latency
@@ -64,11 +73,7 @@ inline Steps steps_of(const float* x, size_t K) {
       nothing += x[k] * 0.0f;
     }
   }
-  float size = (high - low) / 255.0f;
-  size = size > kSmallestStep ? size : kSmallestStep;
-  if (!(size + nothing < __builtin_inff())) return {size + nothing, 0, 0};
-  const float inverse = 1.0f / size;
-  return {size, inverse, round_one(-low * inverse)};
+  return steps_between(low, high, nothing);
 }
 
 // `count` numbers of a token as bytes, and up to kAtOnce - 1 behind them.

@@ -34,15 +34,11 @@ void transpose_task(void* context, size_t index) {
 
 // A block of Y in one tile, activated, from accumulators to the output that has its columns.
 void store(const Strip& strip, size_t tile, size_t block, const float* acc) {
-  const Output* output = strip.outputs.data();
-  const auto blocks = [&] { return divide_up(output->channels, strip.weight.block); };
-  size_t first = block;  // among the blocks of `output`
-  for (; first >= blocks(); ++output) first -= blocks();
-  const size_t channel = first * strip.weight.block;
+  const auto [output, channel] = place_of(strip.outputs, block, strip.weight.block);
   const Tokens& tokens = strip.tokens;
-  tokens.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output->channels - channel),
-                                   tokens.in_tile(tile), output->channels,
-                                   output->y + tokens.row(tile) * output->channels + channel);
+  tokens.kernel(tile).store_tokens(acc, std::min(strip.weight.block, output.channels - channel),
+                                   tokens.in_tile(tile), output.channels,
+                                   output.y + tokens.row(tile) * output.channels + channel);
 }
 
 void multiply(const Strip& strip, size_t tile, size_t block) {

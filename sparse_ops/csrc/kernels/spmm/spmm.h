@@ -48,6 +48,18 @@ struct Output {
   size_t channels;
 };
 
+// Where a block of so many columns of Y begins.
+struct Place {
+  const Output& output;
+  size_t channel;
+};
+inline Place place_of(std::span<const Output> outputs, size_t block, size_t size) {
+  const Output* output = outputs.data();
+  const auto blocks = [&] { return (output->channels - 1) / size + 1; };
+  for (; block >= blocks(); ++output) block -= blocks();
+  return {*output, block * size};
+}
+
 // `x` [tokens, K], row-major, to outputs, which have the columns of Y = act(X . W + bias) in order, each from
 // a block of its own on. Together they have all blocks (half of them if the weight is gated). False only if
 // `workers` failed.
