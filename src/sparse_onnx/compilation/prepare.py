@@ -31,6 +31,7 @@ from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline,
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.passes.quantize.by_bits import UsualGrid
+from sparse_onnx.passes.quantize.open_blocks import OpenBlocks
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.timing.choose import Bench
 from sparse_onnx.verification.layer_errors import layer_errors
@@ -89,7 +90,7 @@ def prepare(
 ) -> Prepared:
     """Change ``model`` by the passes of ``pipeline``. In a plan, which runs nothing, there are neither ``inputs`` nor a
     ``bench``."""
-    cleaned = Pipeline(PREPARATION_PASSES)(model, context)
+    cleaned = Pipeline((*PREPARATION_PASSES, *_opening(job, pipeline)))(model, context)
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
     dense = model.clone() if inputs is not None and inputs.held_out is not None else None
     removing, pruning, quantizing, rest = (
@@ -110,6 +111,15 @@ def prepare(
         errors = _errors_on_held_out(job, dense, model, pipeline, inputs)
     few_bits = tuple(quantized_weights(model))
     return Prepared(before, cleaned, removed, pruned, quantized, others, originals, few_bits, errors)
+
+
+def _opening(job: Job, pipeline: Pipeline) -> tuple[OpenBlocks, ...]:
+    """What lets layers in packed blocks have other forms, where other arithmetic than that of floats is allowed; those
+    that a step of ``pipeline`` gives other bits become floats first."""
+    if job.recipe.target.precision == FLOAT32:
+        return ()
+    steps = [step for step in pipeline.passes if isinstance(step, QuantizeWeights)]
+    return (OpenBlocks(steps[0].bits if steps else 0),)
 
 
 def _spared(
