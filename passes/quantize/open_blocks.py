@@ -14,7 +14,8 @@ The compiler runs it only where other arithmetic than that of floats is allowed,
 
 The integers stay. Scales become positive (x = (q - z) · s = ((m - q) - (m - z)) · -s, m being the largest integer) and
 float16, as our formats have them, which moves a weight by at most 2^-11 of itself; where that does not hold they stay
-float32. Weights that are to be stored with other ``bits`` become floats.
+float32. Weights that are to be stored with other ``bits``, of those that ``targets`` and ``ignore`` choose, become
+floats.
 
 Conditions: nothing but such products reads the weight, its scales are finite, and it has 4 or 8 bits.
 """
@@ -29,7 +30,7 @@ import onnx_ir as ir
 
 from sparse_onnx.model.graph import drop_if_unused, input_at, name_of, new_name
 from sparse_onnx.model.nbits import PackedBlocks
-from sparse_onnx.model.weights import Weight, find_weights
+from sparse_onnx.model.weights import DEFAULT_IGNORE, Selection, Weight, find_weights
 from sparse_onnx.options import require
 from sparse_onnx.passes.base import Declined, Pass, PassContext, PassResult, Stage
 from sparse_onnx.passes.quantize.encode import write_quantized
@@ -46,15 +47,23 @@ _HALF = 2.0**-11
 
 @dataclasses.dataclass(frozen=True)
 class OpenBlocks(Pass):
-    """See the module's docstring. ``bits`` are those that weights are to be stored with; 0: as many as they have."""
+    """See the module's docstring. ``bits`` are those that the chosen weights are to be stored with; 0: as many as they
+    have."""
 
     name: ClassVar[str] = "quant.open-blocks"
     stage: ClassVar[Stage] = Stage.SCALE  # the grid is written anew, so it comes before pruning
 
     bits: int = 0
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
 
     def check(self) -> None:
         require(0 <= self.bits <= 8, "bits", self.bits, "0 to 8")
+        _ = self.selection
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.targets, self.ignore)
 
     def apply(self, model: ir.Model, context: PassContext) -> PassResult:
         declined: list[Declined] = []
@@ -67,7 +76,8 @@ class OpenBlocks(Pass):
             if isinstance(found, str):
                 declined.append(self.declined(weight.name, found))
                 continue
-            anew = self.bits not in (0, found.options.bits)
+            other = self.bits not in (0, found.options.bits)
+            anew = other and self.selection.reason_against(weight) is None
             dense = _as_products(model, weight, found)
             write_quantized(model, dense, found, "float" if anew else "unpack", context.store)
             opened += 1

@@ -69,6 +69,8 @@ def optimize(
     shape_weights: Sequence[float] | None = None,
     input_values: Mapping[str, Any] | None = None,
     fixed_inputs: Mapping[str, Any] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
     keep_pruned: bool | None = None,

@@ -28,10 +28,12 @@ __all__ = [
     "Feeds",
     "InputSpec",
     "Value",
+    "cache_axis",
     "check_samples",
     "first_samples",
     "fixed_batch",
     "generate",
+    "history",
     "input_specs",
     "parse_shape_flags",
     "parse_target_flags",
@@ -357,7 +359,7 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
         if isinstance(dim, str)
     }
     rng = np.random.default_rng(seed)
-    past, new = _history(specs, shapes)
+    past, new = history(specs, shapes)
     feeds: Feeds = {}
     for spec in specs:
         shape, name = shapes[spec.name], spec.name.lower()
@@ -403,20 +405,24 @@ def steers(spec: InputSpec, shape: tuple[int, ...]) -> bool:
     return known and shape in ((), (1,)) and "mask" not in spec.name.lower()
 
 
-def _history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def cache_axis(spec: InputSpec) -> int | None:
+    """Along which axis of a cache of keys or values its tokens lie; None of any other input."""
+    if spec.dtype.kind != "f":
+        return None
+    dims = spec.shape or ()
+    for axis, dim in enumerate(dims):
+        if isinstance(dim, str) and is_cache_length(dim) and parse(dim) == {(dim,): 1}:
+            return axis
+    return 2 if "past" in spec.name.lower() and len(dims) == 4 else None
+
+
+def history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """How many tokens are in the caches, and how many come."""
     past, new = 0, 0
     for spec in specs:
-        dims, shape = spec.shape or (), shapes[spec.name]
-        lengths = [
-            size
-            for dim, size in zip(dims, shape, strict=False)
-            if isinstance(dim, str) and is_cache_length(dim) and parse(dim) == {(dim,): 1}
-        ]
-        if spec.dtype.kind == "f" and lengths:
-            past = max(past, lengths[0])
-        elif spec.dtype.kind == "f" and "past" in spec.name.lower() and len(shape) == 4:
-            past = max(past, shape[2])
+        shape = shapes[spec.name]
+        if (axis := cache_axis(spec)) is not None:
+            past = max(past, shape[axis])
         if spec.name.endswith(("input_ids", "inputs_embeds")) and len(shape) > 1:
             new = shape[1]
     return past, new
