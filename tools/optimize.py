@@ -41,7 +41,7 @@ __all__ = ["command", "summary_table", "token_rows"]
 @options(Run, "settings", "benchmark", "timing_cache", "timing_table")
 @click.option("--no-timing-cache", is_flag=True, help="Time everything anew, and keep nothing.")
 @options(Limits, "trials", "minutes", "jobs", "ray")
-@options(Run, "dump_after", "dry_run", "overwrite")
+@options(Run, "bundle", "dump_after", "dry_run", "overwrite")
 @format_option
 @quiet_option
 def command(

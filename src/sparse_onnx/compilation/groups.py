@@ -367,6 +367,13 @@ class Run:
         about="Passes after which the model is written as it is then, to after-PASS.onnx (with its data file) in "
         "``output``: the last time that each ran. For debugging.",
     )
+    bundle: str | None = option(
+        None,
+        "genai: make the output a complete folder for onnxruntime-genai, with configuration, tokenizer and library.",
+        about="``genai``: make ``output`` a complete folder for onnxruntime-genai, with the configuration, the "
+        "tokenizer and our library in it.",
+        otherwise="genai where MODEL is such a folder",
+    )
     dry_run: bool = option(
         False,
         "Show the plan and the resolved recipe; write nothing.",

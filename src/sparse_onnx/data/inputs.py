@@ -30,6 +30,7 @@ __all__ = [
     "Value",
     "cache_axis",
     "check_samples",
+    "counted",
     "first_samples",
     "fixed_batch",
     "generate",
@@ -385,7 +386,7 @@ def _integers(
     spec: InputSpec, shape: tuple[int, ...], past: int, new: int, rng: np.random.Generator
 ) -> np.ndarray:
     name = spec.name.lower()
-    if (length := _length(name, past, new)) is not None and len(shape) < 2:
+    if (length := counted(name, past, new)) is not None and len(shape) < 2:
         return np.full(shape, length)
     if "position" in name:
         positions = past + np.arange(shape[-1] if shape else 1)
@@ -428,7 +429,7 @@ def history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -
     return past, new
 
 
-def _length(name: str, past: int, new: int) -> int | None:
+def counted(name: str, past: int, new: int) -> int | None:
     """What an integer of that name counts, or None."""
     if "total_seq" in name:
         return past + new
