@@ -126,7 +126,8 @@ def _entries(
     from sparse_onnx.model.probe import uses_library
     from sparse_onnx.running.fix_inputs import fixed_values
     from sparse_onnx.running.input_choice import choose_inputs
-    from sparse_onnx.running.requests import Request, choose_targets
+    from sparse_onnx.running.request import Request
+    from sparse_onnx.running.requests import choose_targets
 
     loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
     plain = [inputs.input_specs(model) for _, _, model in loaded]

@@ -7,7 +7,8 @@ from onnx import TensorProto, helper
 
 from sparse_onnx.data.inputs import input_specs
 from sparse_onnx.model.model_io import load_model
-from sparse_onnx.running.requests import Phase, Request, choose_targets, phase_of
+from sparse_onnx.running.request import Request
+from sparse_onnx.running.requests import Phase, choose_targets, phase_of
 
 PAST = ["batch_size", 2, "past_sequence_length", 4]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from sparse_onnx.options import check_types, holds_numbers, option, require
-from sparse_onnx.running.requests import Request
+from sparse_onnx.running.request import Request
 from sparse_onnx.units import parse_size
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 

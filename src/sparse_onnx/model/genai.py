@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from sparse_onnx.errors import ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "CONFIG",

@@ -18,8 +18,9 @@ from sparse_onnx.data.inputs import Feeds, InputSpec, cache_axis, history
 from sparse_onnx.document import PhaseName
 from sparse_onnx.errors import UsageError
 from sparse_onnx.running.input_choice import Choice, choose_inputs
+from sparse_onnx.running.request import Request
 
-__all__ = ["Phase", "Request", "Targets", "choose_targets", "phase_of"]
+__all__ = ["Phase", "Targets", "choose_targets", "phase_of"]
 
 
 class Phase(NamedTuple):
@@ -31,14 +32,6 @@ class Phase(NamedTuple):
     def per_second(self, milliseconds: float) -> float:
         """Tokens, where a run takes that long."""
         return 1000 * self.tokens / milliseconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """How many tokens of prompt and new ones a typical request has; at least 1 each."""
-
-    prompt: int = 512
-    new: int = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ from sparse_onnx.running.host import available_cores
 from sparse_onnx.running.input_choice import Choice, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs, left_out
 from sparse_onnx.running.recording import record
-from sparse_onnx.running.requests import Request, choose_targets, phase_of
+from sparse_onnx.running.request import Request
+from sparse_onnx.running.requests import choose_targets, phase_of
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.units import format_number
 from sparse_onnx.verification.comparison import Difference, compare

@@ -42,7 +42,5 @@ def targets_answer(targets: Sequence[Row]) -> str:
         return f"{len(targets)} input shapes were decided for"
     phases = {target.get("phase"): target["speedup"] for target in targets}
     if len(targets) == 2 and None not in phases and len(phases) == 2:
-        return (
-            f"First token {phases['prefill']:.2f}× as fast, each behind it {phases['decode']:.2f}×"
-        )
+        return f"First token {phases['prefill']:.2f}× as fast, each behind it {phases['decode']:.2f}×"
     return f"{min(speedups):.2f}× to {max(speedups):.2f}× the speed at {len(targets)} input shapes"
