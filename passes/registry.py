@@ -36,6 +36,7 @@ from sparse_onnx.passes.prune.random import Random
 from sparse_onnx.passes.prune.threshold import Threshold
 from sparse_onnx.passes.quantize.dynamic import Dynamic
 from sparse_onnx.passes.quantize.embedding import QuantizeEmbeddings
+from sparse_onnx.passes.quantize.open_blocks import OpenBlocks
 from sparse_onnx.passes.quantize.smooth import Smooth
 from sparse_onnx.passes.quantize.static import Static
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
@@ -79,6 +80,7 @@ _ROWS: tuple[type[Pass], ...] = (
     Threshold,
     Wanda,
     Dynamic,
+    OpenBlocks,
     QuantizeEmbeddings,
     QuantizeWeights,
     Smooth,

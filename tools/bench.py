@@ -33,14 +33,15 @@ _SECONDS = 60.0
 
 @dataclass(frozen=True)
 class _Entry:
-    """One row of the benchmark: a model file, and whether the kernel library is registered for it."""
+    """One model of the benchmark, whether the kernel library is registered for it, and what it is run with: ``feeds``
+    of every target, by their ``choices``."""
 
     label: str
     path: Path
     model: ir.Model
     library: bool
-    feeds: Feeds
-    choice: Choice
+    feeds: tuple[Feeds, ...]
+    choices: tuple[Choice, ...]
 
 
 @click.command(short_help="Time models side by side, and sparse layers against dense ones.")
@@ -75,7 +76,8 @@ def command(
     """Time MODELS (.onnx files, or output folders of `sparse-onnx optimize`), one run of each in turn.
 
     Every ratio is that of the first row to the row itself, round by round: its median, and in brackets its
-    95 % confidence interval.
+    95 % confidence interval. Decoders with a cache are timed twice, unless shapes are given: taking in a prompt, which
+    is what the first token waits for, and one more token behind it.
     """
     from sparse_onnx.report.environment import environment
     from sparse_onnx.running.host import available_cores
@@ -87,7 +89,7 @@ def command(
         entries = _entries(models, input_shapes or {}, input_values or {}, compare == "dense", seed, say)
         with (
             tempfile.TemporaryDirectory(prefix="sparse-onnx-") as scratch,
-            explaining_guesses([entry.choice for entry in entries]),
+            explaining_guesses([choice for entry in entries for choice in entry.choices]),
         ):
             bench = Workbench(count, Path(scratch), progress=say)
             rows, done = _time(entries, bench, rounds)
@@ -103,7 +105,8 @@ def command(
         tables.append(f"{label}\n{_layer_table(found)}" if found else f"{label}: no sparse layer")
     if not quiet:
         threads_used = f"{count} thread{'s' if count > 1 else ''}"
-        click.echo(f"{done} rounds, {threads_used}, {_describe(entries[0].feeds)}", err=True)
+        run_with = "; then ".join(map(_describe, entries[0].feeds))
+        click.echo(f"{done} rounds, {threads_used}, {run_with}", err=True)
         if not all(row["whole"] for row in rows):
             parts = "Models above the memory budget ran in parts: their times are sums, without ratios."
             click.echo(parts, err=True)
@@ -123,6 +126,8 @@ def _entries(
     from sparse_onnx.model.probe import uses_library
     from sparse_onnx.running.fix_inputs import fixed_values
     from sparse_onnx.running.input_choice import choose_inputs
+    from sparse_onnx.running.request import Request
+    from sparse_onnx.running.requests import choose_targets
 
     loaded = [(str(path), model_file(path), model_io.load_model(model_file(path))) for path in paths]
     plain = [inputs.input_specs(model) for _, _, model in loaded]
@@ -138,30 +143,40 @@ def _entries(
                     f"{label} has {name} fixed to {value}, another model to {constants[name]}: time them apart"
                 )
     shared = {name: tuple(shape) for name, shape in given.items()}
-    entries = []
+    step: dict[str, tuple[int, ...]] = {}
+    entries: list[_Entry] = []
     for (label, path, model), group in zip(loaded, plain, strict=True):
         names = {spec.name for spec in group}
         steering = {name: value for name, value in {**constants, **values}.items() if name in names}
         specs = inputs.input_specs(model, steering)
         asked = {s.name: shared[s.name] for s in specs if s.name in shared}
         fitting = {s.name for s in specs if s.name in given or s.takes(asked.get(s.name, ()))}
-        choice = choose_inputs(model, specs, {name: asked[name] for name in asked if name in fitting})
-        shared = choice.shapes | shared
-        for line in choice.notes("for another"):
+        known_shapes = {name: asked[name] for name in asked if name in fitting}
+        if entries:
+            choices: tuple[Choice, ...] = (choose_inputs(model, specs, known_shapes),)
+            if step:
+                own = {spec.name: step[spec.name] for spec in specs if spec.takes(step.get(spec.name, ()))}
+                choices = (*choices, choose_inputs(model, specs, own))
+        else:
+            choices = choose_targets(model, specs, [known_shapes], None, Request()).choices
+            step = choices[1].shapes if len(choices) > 1 else {}
+        shared = choices[0].shapes | shared
+        for line in dict.fromkeys(line for choice in choices for line in choice.notes("for another")):
             say(f"note: {label}: {line}")
-        feeds = choice.feeds(seed)
+        feeds = tuple(choice.feeds(seed) for choice in choices)
         library = uses_library(model)
         if with_dense and library:
-            entries.append(_Entry(f"{label} (dense)", path, model, False, feeds, choice))
+            entries.append(_Entry(f"{label} (dense)", path, model, False, feeds, choices))
         elif with_dense:
             say(f"note: {label} has no operator of the library: it is dense already")
-        entries.append(_Entry(label, path, model, library, feeds, choice))
+        entries.append(_Entry(label, path, model, library, feeds, choices))
     return entries
 
 
 def _time(entries: Sequence[_Entry], bench: Workbench, rounds: int) -> tuple[list[dict[str, Any]], int]:
     """The rows of the result, and how many rounds were run."""
     from sparse_onnx.model import model_io
+    from sparse_onnx.running.requests import phase_of
     from sparse_onnx.running.runtime import open_runner
     from sparse_onnx.timing.rounds import interleave, ratio
 
@@ -178,26 +193,36 @@ def _time(entries: Sequence[_Entry], bench: Workbench, rounds: int) -> tuple[lis
             )
             runners.append(stack.enter_context(opening))
         bench.progress(f"timing {len(entries)} models")
+        targets = range(len(entries[0].feeds))
         runs = [
-            _run(runner.milliseconds, entry.feeds) for runner, entry in zip(runners, entries, strict=True)
+            _run(runner.milliseconds, entry.feeds[target])
+            for target in targets
+            for runner, entry in zip(runners, entries, strict=True)
         ]
         times = interleave(runs, rounds=rounds, seconds=_SECONDS, progress=bench.progress)
     rows = []
-    for entry, runner, own in zip(entries, runners, times, strict=True):
-        against = ratio(times[0], own)
-        rows.append(
-            {
-                "model": entry.label,
-                "library": entry.library,
-                "weight_bytes": model_io.weight_bytes(entry.model),
-                "whole": runner.whole,
-                "min_ms": min(own),
-                "median_ms": against.second_ms,
-                "speedup": against.median,
-                "speedup_low": against.low,
-                "speedup_high": against.high,
+    places = [(target, *pair) for target in targets for pair in zip(entries, runners, strict=True)]
+    for (target, entry, runner), own in zip(places, times, strict=True):
+        against = ratio(times[target * len(entries)], own)
+        row = {
+            "model": entry.label,
+            "library": entry.library,
+            "weight_bytes": model_io.weight_bytes(entry.model),
+            "whole": runner.whole,
+            "min_ms": min(own),
+            "median_ms": against.second_ms,
+            "speedup": against.median,
+            "speedup_low": against.low,
+            "speedup_high": against.high,
+        }
+        choice = entry.choices[target]
+        if (phase := phase_of(choice.specs, choice.shapes)) is not None:
+            row |= {
+                "phase": phase.name,
+                "tokens": phase.tokens,
+                "tokens_per_second": phase.per_second(against.second_ms),
             }
-        )
+        rows.append(row)
     return rows, len(times[0])
 
 
@@ -211,7 +236,7 @@ def _time_layers(entries: Sequence[_Entry], bench: Workbench) -> dict[str, list[
     return {
         entry.label: time_sparse_layers(
             entry.model,
-            entry.feeds,
+            entry.feeds[0],
             bench,
         )
         for entry in entries
@@ -230,10 +255,26 @@ def _describe(feeds: Feeds) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
+    timed = [[format_ms(row["min_ms"]), format_ms(row["median_ms"]), _interval(row)] for row in rows]
+    if not any("phase" in row for row in rows):
+        cells = [[row["model"], *times] for row, times in zip(rows, timed, strict=True)]
+        return table(cells, ["model", "min", "median", "speedup (95 %)"])
     cells = [
-        [row["model"], format_ms(row["min_ms"]), format_ms(row["median_ms"]), _interval(row)] for row in rows
+        [row["model"], _phase(row), *times[:2], _tokens(row), times[2]]
+        for row, times in zip(rows, timed, strict=True)
     ]
-    return table(cells, ["model", "min", "median", "speedup (95 %)"])
+    return table(cells, ["model", "run", "min", "median", "tokens/s", "speedup (95 %)"])
+
+
+def _phase(row: Mapping[str, Any]) -> str:
+    """What a decoder does in the runs of a row."""
+    if "phase" not in row:
+        return "-"
+    return "decode" if row["phase"] == "decode" else f"prefill, {row['tokens']}"
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    return f"{row['tokens_per_second']:.1f}" if "phase" in row else "-"
 
 
 def _interval(row: dict[str, Any]) -> str:

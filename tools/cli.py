@@ -33,6 +33,7 @@ COMMANDS = {
     "analyze": "Predict speed, size and error before any pruning.",
     "optimize": "Compile a model into a smaller, faster, verified one.",
     "verify": "Compare an optimized model with its original on real or generated inputs.",
+    "generate": "Let a decoder continue a prompt, and tell its tokens a second.",
     "bench": "Time models side by side, and their sparse layers against dense ones.",
     "report": "Rebuild the page of a run, or compare two runs.",
     "inspect": "Show a model's layers, zeros and sizes, and what can be touched.",

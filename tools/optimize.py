@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sparse_onnx.tools.console import format_option, other_work, progress, quiet
 from sparse_onnx.tools.options import options
 from sparse_onnx.units import format_bytes, format_ms, format_rounded
 
-__all__ = ["command", "summary_table"]
+__all__ = ["command", "summary_table", "token_rows"]
 
 
 @click.command(short_help="Compile a model into a smaller, faster, verified one.")
@@ -32,7 +32,8 @@ __all__ = ["command", "summary_table"]
 @options(Calibration, "data", "tokenizer", "num_calibration_samples", "batch_size")
 @options(Prune, "calibration", "allocation", "bias_correction", "dampening_frac")
 @options(Calibration, "statistics", "checkpoint")
-@options(Target, "shapes", "input_values", "fixed_inputs", "weights", "threads")
+@options(Target, "shapes", "input_values", "fixed_inputs", "weights", "prompt_tokens", "new_tokens")
+@options(Target, "threads")
 @options(Goal, "min_speedup", "keep_pruned", "max_compiler_error")
 @options(Goal, "metric", "metric_data", "labels", "metric_output")
 @options(Goal, "max_drop", "target_speedup", "target_size")
@@ -40,7 +41,7 @@ __all__ = ["command", "summary_table"]
 @options(Run, "settings", "benchmark", "timing_cache", "timing_table")
 @click.option("--no-timing-cache", is_flag=True, help="Time everything anew, and keep nothing.")
 @options(Limits, "trials", "minutes", "jobs", "ray")
-@options(Run, "dump_after", "dry_run", "overwrite")
+@options(Run, "bundle", "dump_after", "dry_run", "overwrite")
 @format_option
 @quiet_option
 def command(
@@ -103,6 +104,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
     if summary["speedup"] is not None:
         interval = f"{summary['speedup']:.2f}x ({summary['speedup_low']:.2f}-{summary['speedup_high']:.2f})"
         rows.append(["latency", format_ms(summary["dense_ms"]), format_ms(summary["optimized_ms"]), interval])
+    rows += token_rows(report.get("targets", ()))
     after = summary["bytes_after"]
     ratio = f"{summary['bytes_before'] / after:.2f}x smaller" if after else "-"
     rows.append(["size", format_bytes(summary["bytes_before"]), format_bytes(after), ratio])
@@ -167,6 +169,24 @@ def summary_table(report: Mapping[str, Any]) -> str:
     from sparse_onnx.report.notes import run_notes
 
     return "\n".join([text, *run_notes(report)])
+
+
+def token_rows(targets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of a decoder: what is waited for the first token, and how many follow in a second."""
+    rows = []
+    for target in targets:
+        if target.get("phase") is None or target["speedup"] is None:
+            continue
+        interval = f"{target['speedup']:.2f}x ({target['speedup_low']:.2f}-{target['speedup_high']:.2f})"
+        if target["phase"] == "prefill":
+            what = f"first token, {target['tokens']} of prompt"
+            cells = [format_ms(target[key]) for key in ("dense_ms", "optimized_ms")]
+        else:
+            what = "tokens a second, decode"
+            keys = ("dense_tokens_per_second", "optimized_tokens_per_second")
+            cells = [f"{target[key]:.1f}" for key in keys]
+        rows.append([what, *cells, interval])
+    return rows
 
 
 def _short(reason: str) -> str:

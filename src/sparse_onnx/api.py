@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_onnx.compilation.bundle import bundle_genai, check_bundle
 from sparse_onnx.compilation.compile import OptimizeResult, compile_into, plan
 from sparse_onnx.compilation.dumps import check_dumps
 from sparse_onnx.compilation.groups import AUTO, FLOAT32, Calibration, Goal, Prune, Quantize, Run, Target
@@ -69,6 +70,8 @@ def optimize(
     shape_weights: Sequence[float] | None = None,
     input_values: Mapping[str, Any] | None = None,
     fixed_inputs: Mapping[str, Any] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     threads: int | None = None,
     min_speedup: float | None = None,
     keep_pruned: bool | None = None,
@@ -89,6 +92,7 @@ def optimize(
     search_minutes: float | None = None,
     jobs: int | None = None,
     ray: str | None = None,
+    bundle: str | None = None,
     dump_after: Sequence[str] | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -155,9 +159,14 @@ def optimize(
         name: given[keyword] for keyword, name in keywords(Limits).items() if given[keyword] is not None
     }
     check_dumps(dump_after or ())
+    bundling = check_bundle(bundle, Path(model))
     if searching:
         if dry_run or not benchmark:
             raise UsageError("a search measures: leave --dry-run and --no-benchmark out, or give a sparsity")
+        if bundle is not None:
+            raise UsageError(
+                "a search makes no bundle: leave it out, then compile by the recipe that it writes"
+            )
         if dump_after:
             raise UsageError("a search compiles many times: leave --dump-after out, or give a sparsity")
         if bits_are_fixed:
@@ -213,6 +222,9 @@ def optimize(
             dump_after=dump_after or (),
             progress=say,
         )
+        if bundling:
+            tokenizer = resolved.calibration.tokenizer
+            bundle_genai(folder, Path(model), [] if tokenizer is None else [Path(tokenizer)], say)
         write_report(report, folder)
     return OptimizeResult(Path(output), exit_code, report)
 

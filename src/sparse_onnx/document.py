@@ -28,6 +28,7 @@ __all__ = [
     "Nothing",
     "OperatorTime",
     "ParetoPoint",
+    "PhaseName",
     "PredictionRow",
     "ProfileDocument",
     "QuantizedRow",
@@ -73,6 +74,7 @@ ShareOrNone = Annotated[float | None, Limits(minimum=0, maximum=1)]
 Shape = list[Count]
 Level = Literal["all", "basic", "disabled"]
 Written = Literal["compiled", "pruned", "original"]
+PhaseName = Literal["prefill", "decode"]
 Shapes = dict[str, Shape]
 
 
@@ -165,6 +167,14 @@ class TargetRow(TypedDict):
     speedup_low: Annotated[PositiveOrNone, "Lower end of its 95 % interval."]
     speedup_high: Annotated[PositiveOrNone, "Upper end of its 95 % interval."]
     quiet: Annotated[bool | None, "Whether no other program was in the way; null if it was not timed."]
+    phase: NotRequired[
+        Annotated[PhaseName, "Of a decoder with a cache: the prompt, or one more token behind it."]
+    ]
+    tokens: NotRequired[
+        Annotated[Count, "Of a decoder with a cache: how many a run takes in, of all samples."]
+    ]
+    dense_tokens_per_second: NotRequired[Annotated[PositiveOrNone, "Of the original, at its median time."]]
+    optimized_tokens_per_second: NotRequired[Annotated[PositiveOrNone, "Of the result."]]
 
 
 class GateRow(TypedDict):

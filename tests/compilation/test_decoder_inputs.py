@@ -245,7 +245,7 @@ def test_decoders_compile_with_nothing_said(tmp_path, kind):
                 np.testing.assert_allclose(got[name], value, atol=1e-4 * np.abs(value).max())
     verified = sparse_onnx.verify(path, written, threads=1)
     assert verified.passed
-    assert len(verified.inputs) == 2  # at other sizes, which agree, too
+    assert len(verified.inputs) == 4  # prefill and decode, and both at other sizes, which agree, too
     assert not verified.skipped
 
 

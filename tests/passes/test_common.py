@@ -72,7 +72,7 @@ class Case:
     """The patterns of zeros that tensors were pruned to."""
 
     def text(self):
-        head = f'<ir_version: 9, opset_import: ["" : {self.opset}, "local" : 1]>'
+        head = f'<ir_version: 9, opset_import: ["" : {self.opset}, "com.microsoft" : 1, "local" : 1]>'
         return f"{head} g ({self.inputs}) => ({self.outputs}) {{ {self.body} }} {self.functions}"
 
 
@@ -235,6 +235,15 @@ CASES = {
         {"q": np.arange(32, dtype=np.int8).reshape(4, 8), "s": np.full((4, 3), 0.1, np.float32)},
         opset=21,
         prunable=("q",),
+    ),
+    "packed blocks": Case(
+        "Y = com.microsoft.MatMulNBits<K = 8, N = 4, bits = 4, block_size = 16>(X, q, s)",
+        {
+            "q": np.arange(32, dtype=np.uint8).reshape(4, 1, 8),
+            "s": np.array([0.125, -0.25, 0.25, 0.5], np.float32),
+        },
+        left=("q",),
+        changed=("quant.open-blocks",),
     ),
     "palette": Case(
         "J = Cast<to = 6>(q) W = Gather(p, J) Y = MatMul(X, W)",

@@ -167,3 +167,40 @@ def test_input_that_the_model_refuses_is_exit_2(run_cli, tmp_path):
     ran = run_cli("bench", tmp_path / "fixed.onnx", "--input-shape", "Z:7,4")
     assert ran.code == 2
     assert "cannot be run with inputs Z float32[7, 4]" in ran.err
+
+
+def decoders(tmp_path):
+    from sparse_onnx.tools.benchmarks.make_decoder import SHAPES, write_decoder
+
+    return [write_decoder(tmp_path / f"{bits}", SHAPES["tiny"], bits=bits).parent for bits in (32, 4)]
+
+
+FEW = ("--rounds", "5", "--threads", "1")
+
+
+def test_decoders_take_in_a_prompt_and_step(run_cli, tmp_path):
+    first, second = decoders(tmp_path)
+    rows = run_cli("bench", first, second, *FEW, "--format", "json").json()["models"]
+    assert [(row["model"], row["phase"], row["tokens"]) for row in rows] == [
+        (str(first), "prefill", 128),
+        (str(second), "prefill", 128),
+        (str(first), "decode", 1),
+        (str(second), "decode", 1),
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == 1000 * row["tokens"] / row["median_ms"]
+    assert rows[0]["speedup"] == rows[2]["speedup"] == 1  # each against the first in the same phase
+    ran = run_cli("bench", first, *FEW)
+    header, _, prefill, decode = ran.out.splitlines()
+    assert header.split()[:5] == ["model", "run", "min", "median", "tokens/s"]
+    assert "prefill, 128" in prefill
+    assert "decode" in decode
+    assert "input_ids [1, 128]" in ran.err
+    assert "; then input_ids [1, 1], attention_mask [1, 129]" in ran.err
+
+
+def test_shapes_that_are_given_are_the_only_ones(run_cli, tmp_path):
+    first, second = decoders(tmp_path)
+    given = ("--input-shape", "input_ids:2,16")
+    rows = run_cli("bench", first, second, *FEW, *given, "--format", "json").json()["models"]
+    assert [(row["phase"], row["tokens"]) for row in rows] == [("prefill", 32)] * 2

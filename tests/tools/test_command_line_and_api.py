@@ -29,7 +29,7 @@ FUNCTION_ALONE = {
     "optimize": {"sparsities"},  # a mapping: from a recipe on the command line
     "analyze": {"sparsities", "mask_structures", "bits", "encoded_structures"},  # what to measure
 }
-WITHOUT_FUNCTION = {"bench", "doctor", "demo", "export", "inspect", "report"}
+WITHOUT_FUNCTION = {"bench", "doctor", "demo", "export", "generate", "inspect", "report"}
 """Commands that a program has other means for: sessions, exporter, inspection, report.json."""
 
 ARGUMENTS = {"optimize": ["m", "-o", "out"], "verify": ["a", "b"], "analyze": ["m"]}

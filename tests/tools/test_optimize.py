@@ -340,3 +340,23 @@ def test_a_layer_without_use_for_zeros_is_not_told_to_be_dense():
     assert "not pruned: 2 x faster in a form that makes no use of zeros" in text
     assert "kept dense: 1 x not faster" in text
     assert text.count("kept dense") == 1
+
+
+def test_a_decoder_is_told_in_tokens():
+    from sparse_onnx.tools.optimize import token_rows
+
+    timed = {
+        "speedup": 1.5,
+        "speedup_low": 1.4,
+        "speedup_high": 1.6,
+        "dense_ms": 300.0,
+        "optimized_ms": 200.0,
+    }
+    rates = {"dense_tokens_per_second": 20.0, "optimized_tokens_per_second": 30.0}
+    prefill = {**timed, **rates, "phase": "prefill", "tokens": 128}
+    decode = {**timed, **rates, "phase": "decode", "tokens": 1}
+    assert token_rows([prefill, decode]) == [
+        ["first token, 128 of prompt", "300.0 ms", "200.0 ms", "1.50x (1.40-1.60)"],
+        ["tokens a second, decode", "20.0", "30.0", "1.50x (1.40-1.60)"],
+    ]
+    assert token_rows([timed, prefill | {"speedup": None}]) == []

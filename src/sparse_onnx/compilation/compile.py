@@ -144,8 +144,8 @@ def _compile(job: Job) -> tuple[int, Report]:
         with job.clock("fuse"):
             fused = fuse(model, context)
         packer = Packer(context)
-        decisions = decide(job, fused, dense.shapes, packer, bench)
-        guard = JoinGuard(bench, dense.shapes, job.recipe.target.weights) if job.benchmark else None
+        decisions = decide(job, fused, dense.shapes, packer, bench, inputs.weights)
+        guard = JoinGuard(bench, dense.shapes, inputs.weights) if job.benchmark else None
         write = Writer(job, fused.model, packer, context, guard)
         lowered = lower(job, source, inputs, write, decisions, bench, smaller=prepared.removed.modified)
         settled = settle(job, source, inputs, [model, unfused], lowered.decisions, prepared, dense)
@@ -158,7 +158,7 @@ def _compile(job: Job) -> tuple[int, Report]:
             layers = rows(job, prepared, settled, declined, dense.shapes[0], kernels)
         shares = profile(job, source, inputs, shipped, layers)
     quantized = _quantized(prepared)
-    outcome = conclude(job, source, shipped, verified, metric)
+    outcome = conclude(job, source, inputs, shipped, verified, metric)
     found = Found(
         layers,
         dense.work,
@@ -166,6 +166,8 @@ def _compile(job: Job) -> tuple[int, Report]:
         outcome.gates,
         quantized,
         inputs.targets,
+        inputs.weights,
+        inputs.phases,
         shipped,
         verified,
         outcome,

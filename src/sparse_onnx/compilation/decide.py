@@ -40,11 +40,16 @@ def fuse(model: ir.Model, context: PassContext) -> Fused:
 
 
 def decide(
-    job: Job, fused: Fused, shapes: Sequence[Mapping[str, tuple[int, ...]]], packer: Packer, bench: Bench
+    job: Job,
+    fused: Fused,
+    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    packer: Packer,
+    bench: Bench,
+    weights: Sequence[float] | None,
 ) -> list[Decision]:
     """By the times of every layer here in all its forms, or by a timing table; ``shapes`` are those of the layers'
-    inputs at every target."""
-    weights, allowed = job.recipe.target.weights, _allowed(job, fused)
+    inputs at every target, ``weights`` how much these count."""
+    allowed = _allowed(job, fused)
     candidates = _with_float_inputs(fused, job.recipe.target.float_inputs)
     with job.clock("decide"), of_our_making():
         if job.benchmark:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 from sparse_onnx.options import check_types, holds_numbers, option, require
+from sparse_onnx.running.request import Request
 from sparse_onnx.units import parse_size
 from sparse_onnx.verification.tolerance import MAX_COMPILER_ERROR
 
@@ -142,6 +143,16 @@ class Target(Section):
         flag="--fix-input",
         kind="values",
     )
+    prompt_tokens: int | None = option(
+        None,
+        "Of a typical request to a decoder with a cache: without --input-shape it is decided for prefill and decode, "
+        "weighted as a request has them.",
+        about="Of a typical request to a decoder with a cache: without ``input_shapes`` there are two targets then, "
+        "prefill and decode, weighted as a request has them, see :mod:`sparse_onnx.running.requests`.",
+        otherwise="512",
+        least=1,
+    )
+    new_tokens: int | None = option(None, "Tokens that such a request generates.", otherwise="128", least=1)
     precision: str = option(
         FLOAT32,
         "Arithmetic that is allowed: float32, int8 or int4 (weights in 8 or 4 bits, or 7 where products of bytes "
@@ -162,6 +173,12 @@ class Target(Section):
     def all_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
         """The input shapes of every target."""
         return (self.shapes,) if isinstance(self.shapes, Mapping) else self.shapes
+
+    @property
+    def request(self) -> Request:
+        """What a decoder is decided for, where no shapes are given."""
+        usual = Request()
+        return Request(self.prompt_tokens or usual.prompt, self.new_tokens or usual.new)
 
     def check(self) -> None:
         require(len(self.all_shapes) > 0, "shapes", self.shapes, "one target or more")
@@ -184,7 +201,16 @@ class Target(Section):
             fits = len(self.weights) == count and min(self.weights) > 0
             allowed = f"numbers above 0, as many as shapes has targets ({count})"
             require(fits, "weights (--shape-weights)", list(self.weights), allowed)
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        for name_of_option in ("threads", "prompt_tokens", "new_tokens"):
+            count_of = getattr(self, name_of_option)
+            require(count_of is None or count_of >= 1, name_of_option, count_of, "1 or more")
+        asked = self.prompt_tokens is not None or self.new_tokens is not None
+        require(
+            not (asked and any(self.all_shapes)),
+            "prompt_tokens and new_tokens",
+            [self.prompt_tokens, self.new_tokens],
+            "left out where shapes (--input-shape) are given: these are decided for",
+        )
         require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
 
 
@@ -340,6 +366,13 @@ class Run:
         "Write the model as it is after this pass to after-PASS.onnx in the output folder, for debugging; repeatable.",
         about="Passes after which the model is written as it is then, to after-PASS.onnx (with its data file) in "
         "``output``: the last time that each ran. For debugging.",
+    )
+    bundle: str | None = option(
+        None,
+        "genai: make the output a complete folder for onnxruntime-genai, with configuration, tokenizer and library.",
+        about="``genai``: make ``output`` a complete folder for onnxruntime-genai, with the configuration, the "
+        "tokenizer and our library in it.",
+        otherwise="genai where MODEL is such a folder",
     )
     dry_run: bool = option(
         False,

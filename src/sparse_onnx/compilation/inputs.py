@@ -14,7 +14,8 @@ from sparse_onnx.data.inputs import Feeds, InputSpec, sample_count
 from sparse_onnx.data.samples import Samples, open_samples
 from sparse_onnx.passes.base import CalibrationData, Pipeline
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
-from sparse_onnx.running.input_choice import Choice, choose_inputs
+from sparse_onnx.running.input_choice import Choice
+from sparse_onnx.running.requests import Phase, choose_targets, phase_of
 from sparse_onnx.verification.metrics import Metric, open_metric
 
 __all__ = ["Inputs", "measure_original", "open_inputs"]
@@ -30,6 +31,7 @@ class Inputs:
         samples: Batches to verify with: real ones if there are any, that nothing is calibrated with.
         timed: Generated ones to time with, one for each target.
         choices: The inputs of every target.
+        weights: How much each target counts; None: the worst decides.
         generated: Whether there is no real data, so that ``samples`` are ``timed``.
         calibration: Real inputs for the passes; None if none needs them.
         held_out: The real samples, as far as passes were calibrated with others.
@@ -39,6 +41,7 @@ class Inputs:
     samples: tuple[Feeds, ...]
     timed: tuple[Feeds, ...]
     choices: tuple[Choice, ...]
+    weights: tuple[float, ...] | None
     generated: bool
     calibration: CalibrationData | None
     held_out: Samples | None
@@ -48,6 +51,11 @@ class Inputs:
     def targets(self) -> list[dict[str, tuple[int, ...]]]:
         """The shape of every input at every target."""
         return [choice.shapes for choice in self.choices]
+
+    @property
+    def phases(self) -> list[Phase | None]:
+        """What is done at every target; None of models that are no decoder with a cache."""
+        return [phase_of(choice.specs, choice.shapes) for choice in self.choices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +78,18 @@ def open_inputs(job: Job, source: Source, model: ir.Model, pipeline: Pipeline) -
     samples = () if data is None else tuple(_first(data.held, source.specs))
     held_out = data.held.part(0, len(samples)) if data is not None and data.is_split else None
     seen = [next(iter(data.known))] if data is not None and samples else []
-    choices = [choose_inputs(model, source.specs, shapes, seen) for shapes in job.recipe.target.all_shapes]
-    for line in dict.fromkeys(line for choice in choices for line in choice.notes("to decide for another")):
+    target = job.recipe.target
+    found = choose_targets(model, source.specs, target.all_shapes, target.weights, target.request, seen)
+    choices = found.choices
+    lines = [line for choice in choices for line in choice.notes("to decide for another")]
+    for line in dict.fromkeys([*lines, found.note] if found.note else lines):
         job.say(f"note: {line}")
     timed = tuple(choice.feeds(job.recipe.calibration.seed) for choice in choices)
     return Inputs(
         samples or timed,
         timed,
-        tuple(choices),
+        choices,
+        found.weights,
         not samples,
         None if data is None else data.calibration,
         held_out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparse_onnx.compilation.goals import Gate, gates
+from sparse_onnx.compilation.inputs import Inputs
 from sparse_onnx.compilation.job import Job
 from sparse_onnx.compilation.load import Source
 from sparse_onnx.compilation.ship import Shipped
@@ -30,7 +31,12 @@ class Outcome:
 
 
 def conclude(
-    job: Job, source: Source, shipped: Shipped, verified: Verified, metric: Metric | None
+    job: Job,
+    source: Source,
+    inputs: Inputs,
+    shipped: Shipped,
+    verified: Verified,
+    metric: Metric | None,
 ) -> Outcome:
     """Measure what was written by the ``metric`` of the goal, which was opened on the original, and hold it against all
     goals."""
@@ -41,7 +47,7 @@ def conclude(
     size = source.nbytes  # the same model has the same size, however its file was laid out
     if shipped.what != "original":
         size = model_io.file_bytes(job.written, model_io.load_model(job.written))
-    timing = judged(job, shipped.timings) if shipped.timings else None
+    timing = judged(inputs.weights, shipped.timings) if shipped.timings else None
     found = gates(
         job.recipe.goal,
         drop=1 - verified.loss.cosine if measured is None else measured.drop,

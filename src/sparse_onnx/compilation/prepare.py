@@ -25,12 +25,15 @@ from sparse_onnx.compilation.worth_pruning import (
     without_kernel,
 )
 from sparse_onnx.errors import UsageError
+from sparse_onnx.model.encodings import Dense
+from sparse_onnx.model.integer_grid import read_grid
 from sparse_onnx.model.quantized_weights import QuantizedWeight, quantized_weights
 from sparse_onnx.model.weights import Weight
 from sparse_onnx.passes.base import Declined, PassContext, PassResult, Pipeline, Stage
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.passes.quantize.by_bits import UsualGrid
+from sparse_onnx.passes.quantize.open_blocks import OpenBlocks
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
 from sparse_onnx.timing.choose import Bench
 from sparse_onnx.verification.layer_errors import layer_errors
@@ -44,7 +47,8 @@ class Prepared:
 
     Attributes:
         before: Its weights as they were when it was cleaned up, by name.
-        cleaned, removed, pruned, quantized, others: What the passes did, by stage.
+        cleaned, opened, removed, pruned, quantized, others: What the passes did, by stage; ``opened`` is what let
+            weights in packed blocks have other forms.
         originals: The weights as they were before they were pruned, but for those that were quantized.
         few_bits: The weights that are stored as integers, whoever quantized them.
         held_out_errors: Of the outputs of pruned layers on data that nothing was pruned with, by weight.
@@ -52,6 +56,7 @@ class Prepared:
 
     before: Mapping[str, ir.TensorProtocol | None]
     cleaned: PassResult
+    opened: PassResult
     removed: PassResult
     pruned: PassResult
     quantized: PassResult
@@ -63,7 +68,7 @@ class Prepared:
     @property
     def declined(self) -> tuple[Declined, ...]:
         """What was left alone."""
-        results = (self.cleaned, self.removed, self.pruned, self.quantized, self.others)
+        results = (self.cleaned, self.opened, self.removed, self.pruned, self.quantized, self.others)
         return tuple(place for result in results for place in result.declined)
 
     @property
@@ -90,6 +95,7 @@ def prepare(
     """Change ``model`` by the passes of ``pipeline``. In a plan, which runs nothing, there are neither ``inputs`` nor a
     ``bench``."""
     cleaned = Pipeline(PREPARATION_PASSES)(model, context)
+    opened = Pipeline(_opening(job, pipeline))(model, context)
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
     dense = model.clone() if inputs is not None and inputs.held_out is not None else None
     removing, pruning, quantizing, rest = (
@@ -109,7 +115,16 @@ def prepare(
     if dense is not None and inputs is not None:
         errors = _errors_on_held_out(job, dense, model, pipeline, inputs)
     few_bits = tuple(quantized_weights(model))
-    return Prepared(before, cleaned, removed, pruned, quantized, others, originals, few_bits, errors)
+    return Prepared(before, cleaned, opened, removed, pruned, quantized, others, originals, few_bits, errors)
+
+
+def _opening(job: Job, pipeline: Pipeline) -> tuple[OpenBlocks, ...]:
+    """What lets layers in packed blocks have other forms, where other arithmetic than that of floats is allowed; those
+    that a step of ``pipeline`` gives other bits become floats first."""
+    if job.recipe.target.precision == FLOAT32:
+        return ()
+    steps = [step for step in pipeline.passes if isinstance(step, QuantizeWeights)]
+    return (OpenBlocks(steps[0].bits, steps[0].targets, steps[0].ignore) if steps else OpenBlocks(),)
 
 
 def _spared(
@@ -133,7 +148,7 @@ def _spared(
         pruning.passes,
         run_dense(source, inputs, model, find_candidates(model)[0], ()).shapes,
         curves_of,
-        weights=job.recipe.target.weights,
+        weights=inputs.weights,
         min_speedup=job.recipe.goal.min_speedup,
         grid_of=functools.partial(_integer_grid, job, quantizing),
         progress=job.say,
@@ -141,9 +156,15 @@ def _spared(
 
 
 def _integer_grid(job: Job, quantizing: Pipeline, weight: Weight) -> UsualGrid | None:
-    """The grid that ``weight`` will be on, if it may be multiplied as integers."""
+    """The grid that ``weight`` is or will be on, if it may be multiplied as integers."""
     if job.recipe.target.precision == FLOAT32:
         return None
+    if not isinstance(weight.encoding, Dense):
+        own = read_grid(weight)
+        weight.release()
+        if isinstance(own, str):
+            return None
+        return UsualGrid(own.bits, own.group_size if own.group_size < own.inputs else 0, own.symmetric)
     for step in quantizing.passes:
         if isinstance(step, QuantizeWeights) and step.reason_against(weight) is None:
             grid = step.grid_for(weight)

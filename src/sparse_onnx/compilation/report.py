@@ -40,6 +40,7 @@ from sparse_onnx.model.work import NodeWork
 from sparse_onnx.passes.base import Declined, Pipeline
 from sparse_onnx.passes.presets import PREPARATION_PASSES
 from sparse_onnx.report.environment import environment
+from sparse_onnx.running.requests import Phase
 from sparse_onnx.timing.profile import time_shares
 
 __all__ = ["Found", "make_report", "profile", "rows"]
@@ -55,7 +56,8 @@ class Found:
         declined: What passes left alone.
         gates: The goals.
         quantized: The rows of all weights that are stored as integers.
-        targets: The shapes of the inputs at every target.
+        targets, weights, phases: The shapes of the inputs at every target, how much it counts, and what a decoder does
+            there.
         shipped, verified, outcome: What was written, how far off it is, and what it reached.
         profile: Where the time goes, if that was measured.
     """
@@ -66,6 +68,8 @@ class Found:
     gates: Sequence[Gate]
     quantized: list[QuantizedRow]
     targets: Sequence[Mapping[str, tuple[int, ...]]] = ()
+    weights: Sequence[float] | None = None
+    phases: Sequence[Phase | None] = ()
     shipped: Shipped | None = None
     verified: Verified | None = None
     outcome: Outcome | None = None
@@ -119,7 +123,7 @@ def make_report(job: Job, source: Source, found: Found) -> Report:
     whole = summary(
         found.layers,
         found.work,
-        judged(job, timings) if timings else None,
+        judged(found.weights, timings) if timings else None,
         source.nbytes,
         None if outcome is None else outcome.size,
         loss,
@@ -137,7 +141,7 @@ def make_report(job: Job, source: Source, found: Found) -> Report:
         "recipe": recipe_document(recipe),
         "source": job.source.name,
         "input_shapes": {name: list(shape) for name, shape in next(iter(found.targets), {}).items()},
-        "targets": target_rows(found.targets, recipe.target.weights, timings),
+        "targets": target_rows(found.targets, found.weights, timings, found.phases),
         "summary": whole,
         "goal": goal_document(found.gates),
         "verification": verification,

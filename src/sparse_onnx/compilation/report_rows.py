@@ -32,6 +32,7 @@ from sparse_onnx.passes.base import Declined, LayerChange
 from sparse_onnx.passes.lower.forms import DENSE
 from sparse_onnx.progress import Progress
 from sparse_onnx.report.environment import write_json
+from sparse_onnx.running.requests import Phase
 from sparse_onnx.timing.choose import Decision
 from sparse_onnx.timing.layers import kernel_of
 from sparse_onnx.timing.rounds import Ratio
@@ -227,18 +228,32 @@ def target_rows(
     targets: Sequence[Mapping[str, tuple[int, ...]]],
     weights: Sequence[float] | None,
     timings: Sequence[Ratio],
+    phases: Sequence[Phase | None] = (),
 ) -> list[TargetRow]:
-    """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed."""
+    """The ``targets`` of a report: the whole model at each; ``timings`` are empty where it was not timed, ``phases``
+    what a decoder does at each."""
     untold = [None] * len(targets)
-    return [
-        {
+    rows: list[TargetRow] = []
+    for shapes, weight, timing, phase in zip(
+        targets, weights or untold, timings or untold, phases or untold, strict=True
+    ):
+        whole = times(timing)
+        row: TargetRow = {
             "input_shapes": {name: list(shape) for name, shape in shapes.items()},
             "weight": weight,
-            **times(timing),
+            "dense_ms": whole["dense_ms"],
+            "optimized_ms": whole["optimized_ms"],
+            "speedup": whole["speedup"],
+            "speedup_low": whole["speedup_low"],
+            "speedup_high": whole["speedup_high"],
             "quiet": timing.quiet if timing else None,
         }
-        for shapes, weight, timing in zip(targets, weights or untold, timings or untold, strict=True)
-    ]
+        if phase is not None:
+            row["phase"], row["tokens"] = phase
+            row["dense_tokens_per_second"] = phase.per_second(timing.first_ms) if timing else None
+            row["optimized_tokens_per_second"] = phase.per_second(timing.second_ms) if timing else None
+        rows.append(row)
+    return rows
 
 
 def write_report(report: Report, folder: Path) -> None:

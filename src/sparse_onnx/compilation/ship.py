@@ -30,6 +30,8 @@ class Shipped:
         gained: Whether there is anything that should make it faster.
         timings: Of the original against it at every target; empty where it was not timed.
         not_together: Layers that could not be merged or fused.
+        is_packed: Whether it is the original, with weights in packed blocks that were opened in vain: then its
+            operators round activations, which no layer of the pruned dense model does.
     """
 
     model: ir.Model
@@ -38,6 +40,7 @@ class Shipped:
     gained: bool
     timings: tuple[Ratio, ...]
     not_together: tuple[Declined, ...]
+    is_packed: bool = False
 
 
 def ship(
@@ -55,4 +58,4 @@ def ship(
         return Shipped(written.model, what, changed, gained, lowered.timings, written.not_together)
     original = model_io.load_model(source.path)  # as it was, not even cleaned
     model_io.save_model(original, job.folder)
-    return Shipped(original, "original", changed, gained, (), written.not_together)
+    return Shipped(original, "original", changed, gained, (), written.not_together, prepared.opened.modified)

@@ -94,6 +94,10 @@ def verify(
     if it was changed at all, against the original, which is run if it was not yet. Where forms round activations, its
     exact twin is held against ``dense``."""
     samples, original, optimized = inputs.samples, settled.original, shipped.model
+    expected = settled.outputs
+    if shipped.is_packed:  # nothing was compiled: the original is what it is held to
+        original = original or run_original(source, samples)
+        expected, dense = original.outputs, optimized
     twin = exact_twin(optimized)
     exact, path = (optimized, job.written) if twin is None else (twin, None)
     levels: dict[str, Level] = {"pruned_dense": level}
@@ -108,10 +112,10 @@ def verify(
     if twin is not None:
         with open_runner(twin, source.bench, library=True) as runner:
             outputs = run_all(runner, samples, "with exact activations", job.say)
-    compiled = compare(settled.outputs, outputs, () if shipped.changed else heads, samples)
+    compiled = compare(expected, outputs, () if shipped.changed else heads, samples)
     job.say("on standard operators only")
     with open_runner(exact, source.bench, path, library=False, lean=True) as runner:
-        portable = compare(settled.outputs[:1], [runner.run(samples[0])])
+        portable = compare(expected[:1], [runner.run(samples[0])])
         levels["without_library"] = runner.level
     rounding = _judge(job, source.bench, inputs, dense, exact, {True: compiled, False: portable})
     loss = compiled

@@ -84,11 +84,11 @@ def lower(
             with job.clock("time the whole model"):
                 timings = settle(
                     lambda: time_whole(written.model, job, source, inputs),
-                    lambda found: judged(job, found),
+                    lambda found: judged(inputs.weights, found),
                     progress=job.say,
                 )
             known = _as_before(job, source, inputs.targets, timings, bench)
-            variant = Variant(variant.decisions, tuple(timings), judged(job, known))
+            variant = Variant(variant.decisions, tuple(timings), judged(inputs.weights, known))
         made[:] = [(written, variant)]
         return variant
 
@@ -107,9 +107,9 @@ def time_whole(optimized: ir.Model, job: Job, source: Source, inputs: Inputs) ->
     return time_models(pair, inputs.timed, source.bench)
 
 
-def judged(job: Job, timings: Sequence[Ratio]) -> Ratio:
-    """What the targets come to: their weighted mean, or the worst."""
-    return overall(timings, job.recipe.target.weights)[0]
+def judged(weights: Sequence[float] | None, timings: Sequence[Ratio]) -> Ratio:
+    """What the targets come to: their mean by ``weights``, or the worst."""
+    return overall(timings, weights)[0]
 
 
 def _as_before(

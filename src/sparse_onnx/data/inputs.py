@@ -28,10 +28,13 @@ __all__ = [
     "Feeds",
     "InputSpec",
     "Value",
+    "cache_axis",
     "check_samples",
+    "counted",
     "first_samples",
     "fixed_batch",
     "generate",
+    "history",
     "input_specs",
     "parse_shape_flags",
     "parse_target_flags",
@@ -357,7 +360,7 @@ def generate(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], 
         if isinstance(dim, str)
     }
     rng = np.random.default_rng(seed)
-    past, new = _history(specs, shapes)
+    past, new = history(specs, shapes)
     feeds: Feeds = {}
     for spec in specs:
         shape, name = shapes[spec.name], spec.name.lower()
@@ -383,7 +386,7 @@ def _integers(
     spec: InputSpec, shape: tuple[int, ...], past: int, new: int, rng: np.random.Generator
 ) -> np.ndarray:
     name = spec.name.lower()
-    if (length := _length(name, past, new)) is not None and len(shape) < 2:
+    if (length := counted(name, past, new)) is not None and len(shape) < 2:
         return np.full(shape, length)
     if "position" in name:
         positions = past + np.arange(shape[-1] if shape else 1)
@@ -403,26 +406,30 @@ def steers(spec: InputSpec, shape: tuple[int, ...]) -> bool:
     return known and shape in ((), (1,)) and "mask" not in spec.name.lower()
 
 
-def _history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def cache_axis(spec: InputSpec) -> int | None:
+    """Along which axis of a cache of keys or values its tokens lie; None of any other input."""
+    if spec.dtype.kind != "f":
+        return None
+    dims = spec.shape or ()
+    for axis, dim in enumerate(dims):
+        if isinstance(dim, str) and is_cache_length(dim) and parse(dim) == {(dim,): 1}:
+            return axis
+    return 2 if "past" in spec.name.lower() and len(dims) == 4 else None
+
+
+def history(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """How many tokens are in the caches, and how many come."""
     past, new = 0, 0
     for spec in specs:
-        dims, shape = spec.shape or (), shapes[spec.name]
-        lengths = [
-            size
-            for dim, size in zip(dims, shape, strict=False)
-            if isinstance(dim, str) and is_cache_length(dim) and parse(dim) == {(dim,): 1}
-        ]
-        if spec.dtype.kind == "f" and lengths:
-            past = max(past, lengths[0])
-        elif spec.dtype.kind == "f" and "past" in spec.name.lower() and len(shape) == 4:
-            past = max(past, shape[2])
+        shape = shapes[spec.name]
+        if (axis := cache_axis(spec)) is not None:
+            past = max(past, shape[axis])
         if spec.name.endswith(("input_ids", "inputs_embeds")) and len(shape) > 1:
             new = shape[1]
     return past, new
 
 
-def _length(name: str, past: int, new: int) -> int | None:
+def counted(name: str, past: int, new: int) -> int | None:
     """What an integer of that name counts, or None."""
     if "total_seq" in name:
         return past + new

@@ -89,8 +89,9 @@ class PackedBlocks:
         """Of an output."""
         return -(-self.inputs // self.block_size)
 
-    def grid(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scales and zero points, [outputs, inputs] each."""
+    def by_block(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points, [outputs, blocks] each; a scale may be negative, as ONNX Runtime's quantizer makes
+        them where the largest weight of a block is negative."""
         shape = (self.outputs, self.blocks)
         scale = self.scale.numpy().reshape(shape)
         if self.zero_point is None:
@@ -99,16 +100,22 @@ class PackedBlocks:
             zero_point = unpack_bits(
                 self.zero_point.numpy().reshape(self.outputs, -1), self.bits, self.blocks
             )
+        return scale, zero_point
+
+    def grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points, [outputs, inputs] each."""
         places = np.arange(self.inputs) // self.block_size
+        scale, zero_point = self.by_block()
         return scale[:, places], zero_point[:, places]
 
-    def _integers(self, stored: np.ndarray) -> np.ndarray:
+    def integers(self, stored: np.ndarray) -> np.ndarray:
+        """Those of a stored array, uint8 [outputs, inputs]."""
         flat = unpack_bits(stored, self.bits, self.block_size).reshape(self.outputs, -1)
         return flat[:, : self.inputs]
 
     def decode(self, stored: np.ndarray) -> np.ndarray:
         """The float32 values [outputs, inputs] of a stored array."""
-        return dequantize(self._integers(stored), *self.grid(), ir.DataType.FLOAT)
+        return dequantize(self.integers(stored), *self.grid(), ir.DataType.FLOAT)
 
     def encode(self, values: np.ndarray, stored: np.ndarray) -> np.ndarray:
         """What to store for float32 ``values`` [outputs, inputs] instead of ``stored``.
@@ -116,7 +123,7 @@ class PackedBlocks:
         Raises UsageError if a value that changed is not on the grid.
         """
         scale, zero_point = self.grid()
-        before = self._integers(stored)
+        before = self.integers(stored)
         same = values == dequantize(before, scale, zero_point, ir.DataType.FLOAT)
         integers, missing = restore(values, scale, zero_point, self.dtype, ir.DataType.FLOAT)
         missing &= ~same

@@ -37,8 +37,9 @@ from sparse_onnx.passes.solvers.masks import MaskStructure
 from sparse_onnx.progress import is_lasting
 from sparse_onnx.running.fix_inputs import fix_inputs
 from sparse_onnx.running.host import available_cores
-from sparse_onnx.running.input_choice import choose_inputs, explaining_guesses
+from sparse_onnx.running.input_choice import explaining_guesses
 from sparse_onnx.running.outputs import check_outputs
+from sparse_onnx.running.requests import choose_targets, phase_of
 from sparse_onnx.running.runtime import session_budget
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.search.driver import Compiled, Search, Trial
@@ -240,8 +241,12 @@ class _Job:
         specs = inputs.input_specs(self.model, target.input_values, target.fixed_inputs)
         fix_inputs(self.model, specs)
         self.first = self._first_batch(specs)
-        self.choices = [choose_inputs(self.model, specs, given, self.first) for given in target.all_shapes]
-        for line in dict.fromkeys(line for choice in self.choices for line in choice.notes("for another")):
+        found = choose_targets(
+            self.model, specs, target.all_shapes, target.weights, target.request, self.first
+        )
+        self.choices, self.weights = found.choices, found.weights
+        lines = [line for choice in self.choices for line in choice.notes("for another")]
+        for line in dict.fromkeys([*lines, found.note] if found.note else lines):
             say(f"note: {line}")
         self.targets = [choice.shapes for choice in self.choices]
         self.feeds = [choice.feeds(recipe.calibration.seed) for choice in self.choices]
@@ -424,7 +429,7 @@ class _Job:
             return time_models(pair, self.feeds, bench)
 
         def overall(timings: Sequence[Ratio]) -> Ratio:
-            return rounds.overall(timings, self.recipe.target.weights)[0]
+            return rounds.overall(timings, self.weights)[0]
 
         timings = settle(once, overall, progress=self.say)
         return overall(timings), timings
@@ -452,7 +457,12 @@ class _Job:
             "source": self.source.name,
             "summary": summary,
             "goal": goal_document(found),
-            "targets": target_rows(self.targets, self.recipe.target.weights, measured.targets),
+            "targets": target_rows(
+                self.targets,
+                self.weights,
+                measured.targets,
+                [phase_of(choice.specs, choice.shapes) for choice in self.choices],
+            ),
             "curves": [
                 {**curve, "chosen": _chosen(layers[curve["layer"]], curve)}
                 for curve in self.curves

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.model.bit_packing import stored_bits
-from sparse_onnx.model.weights import Weight
+from sparse_onnx.model.weights import Weight, find_weights
 from sparse_onnx.passes.base import PassContext
 from sparse_onnx.passes.lower.candidates import find_candidates
 from sparse_onnx.passes.lower.forms import FLOAT_BITS, Form
@@ -277,9 +277,12 @@ def _with_zeros(
 
 
 def _on_grid(model: ir.Model, names: Sequence[str], grid: UsualGrid) -> ir.Model:
-    """A copy of ``model`` with these weights on the grid, as far as it fits them."""
+    """A copy of ``model`` with these weights on the grid, as far as it fits them; those that have few bits stay on
+    their own."""
     rounded = model.clone()
-    QuantizeWeights(method="rtn", **grid._asdict(), targets=tuple(names), ignore=())(rounded)
+    floats = {weight.name for weight in find_weights(model)[0]}
+    if targets := tuple(name for name in names if name in floats):
+        QuantizeWeights(method="rtn", **grid._asdict(), targets=targets, ignore=())(rounded)
     return rounded
 
 

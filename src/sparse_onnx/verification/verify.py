@@ -37,9 +37,11 @@ from sparse_onnx.options import require
 from sparse_onnx.passes.calibration import Options as CalibrationOptions
 from sparse_onnx.running.fix_inputs import fix_inputs, fixed_values
 from sparse_onnx.running.host import available_cores
-from sparse_onnx.running.input_choice import Choice, choose_inputs, explaining_guesses
+from sparse_onnx.running.input_choice import Choice, explaining_guesses
 from sparse_onnx.running.outputs import check_outputs, left_out
 from sparse_onnx.running.recording import record
+from sparse_onnx.running.request import Request
+from sparse_onnx.running.requests import choose_targets, phase_of
 from sparse_onnx.running.workbench import Workbench
 from sparse_onnx.units import format_number
 from sparse_onnx.verification.comparison import Difference, compare
@@ -285,7 +287,7 @@ def verify(
     else:
         asked = input_shapes or {}
         wanted = [asked] if isinstance(asked, Mapping) else list(asked)
-        choices = [choose_inputs(models[0], specs, target) for target in wanted]
+        choices = list(choose_targets(models[0], specs, wanted, None, Request()).choices)
         batches, required = _generated(choices, seed, say)
         tried = [f"generated: {_describe(feeds)}" for feeds in batches]
     opened = None
@@ -477,7 +479,8 @@ def _rank(figure: float) -> float:
 
 
 def _generated(choices: Sequence[Choice], seed: int, say: Callable[[str], None]) -> tuple[list[Feeds], int]:
-    """Inputs at every target, then at other shapes than the first; and how many of them are for targets."""
+    """Inputs at every target, then at other shapes than the first, of decoders than any; and how many of them are for
+    targets."""
     every: list[dict[str, tuple[int, ...]]] = []
     for choice in choices:
         for line in choice.notes("for another"):
@@ -485,9 +488,12 @@ def _generated(choices: Sequence[Choice], seed: int, say: Callable[[str], None])
         if choice.shapes not in every:
             every.append(choice.shapes)
     required = len(every)
-    other = choices[0].others(_SHORT)
-    if other is not None and other not in every:
-        every.append(other)
+    for index, choice in enumerate(choices):
+        if index and phase_of(choice.specs, choice.shapes) is None:
+            continue  # other sizes do the same
+        other = choice.others(_SHORT)
+        if other is not None and other not in every:
+            every.append(other)
     return [generate(choices[0].specs, shapes, seed + i) for i, shapes in enumerate(every)], required
 
 
