@@ -72,6 +72,25 @@ def test_chain(tmp_path):
     check_split(source, {"X": X}, tmp_path, budget=512)
 
 
+def test_integers_count_as_the_floats_that_they_become_and_stay_with_who_reads_them(tmp_path):
+    scale = np.float32(0.5)
+    source = model(
+        "(float[n, 8] X) => (float[n, 8] Y)",
+        "A = DequantizeLinear(a, s) B = DequantizeLinear(b, s) bt = Transpose(B) c = MatMul(X, A) Y = MatMul(c, bt)",
+        a=RNG.integers(-9, 9, (8, 8), np.int8),
+        b=RNG.integers(-9, 9, (8, 8), np.int8),
+        s=scale,
+    )
+    for node in source.graph:  # as a pass that writes such nodes leaves them
+        if node.op_type != "MatMul":
+            node.outputs[0].shape = ir.Shape([8, 8])
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    assert [segment.inputs for segment in segments_of(source, tmp_path, 700)] == [("X",), ("c",)]
+    feeds = {"X": np.rint(X)}  # so that sums are exact, in whatever order
+    check_split(source, feeds, tmp_path, budget=700)
+    check_split(source, feeds, tmp_path, budget=2000, whole=True)
+
+
 def test_budget_of_nothing_gives_every_weight_a_segment(tmp_path):
     check_split(model(*CHAIN, **weights("A", "B", "C")), {"X": X}, tmp_path, budget=0)
 

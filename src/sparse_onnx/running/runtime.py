@@ -405,22 +405,25 @@ def _constant_nodes(graph: ir.Graph) -> set[ir.Node]:
     return found
 
 
-def _in_turn(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes in an order they can run in, constant ones right before the first that reads them. ``graph`` is
+def _in_turn(graph: ir.Graph) -> list[list[ir.Node]]:
+    """The nodes in an order they can run in, each behind the constant ones that it is the first to read. ``graph`` is
     sorted."""
     constant, place = _constant_nodes(graph), {node: index for index, node in enumerate(graph)}
-    found: dict[ir.Node, None] = {}
+    found: list[list[ir.Node]] = []
+    left = dict.fromkeys(graph)
     for node in graph:
         if node in constant:
             continue
-        needed, readers = {node}, [node]
-        while readers:
-            makers = {value.producer() for value in read_values(readers.pop())}
-            new = {maker for maker in makers & constant if maker not in found and maker not in needed}
-            needed |= new
-            readers += new
-        found.update(dict.fromkeys(sorted(needed, key=place.__getitem__)))
-    return [*found, *(node for node in graph if node not in found)]
+        needed = [node]
+        for reader in needed:
+            makers = [value.producer() for value in read_values(reader)]
+            needed += [maker for maker in dict.fromkeys(makers) if maker in constant and maker in left]
+            for maker in makers:
+                if maker in constant:
+                    left.pop(maker, None)
+        del left[node]
+        found.append(sorted(needed, key=place.__getitem__))
+    return [*found, *([node] for node in left)]
 
 
 def _nbytes(value: ir.Value) -> int:
@@ -437,12 +440,12 @@ def _split(model: ir.Model, scratch: Path, budget: int, library: bool) -> list[_
     groups: list[list[ir.Node]] = [[]]
     held = 0
     sizes = _session_sizes(model.graph, library)
-    for node in _in_turn(model.graph):
-        size = sizes[node]
+    for nodes in _in_turn(model.graph):
+        size = sum(sizes[node] for node in nodes)
         if groups[-1] and held + size > budget:
             groups.append([])
             held = 0
-        groups[-1].append(node)
+        groups[-1] += nodes
         held += size
     position: dict[int, int] = {}
     for index, group in enumerate(groups):
