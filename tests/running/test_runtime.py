@@ -73,13 +73,11 @@ def test_chain(tmp_path):
 
 
 def test_integers_count_as_the_floats_that_they_become_and_stay_with_who_reads_them(tmp_path):
-    scale = np.float32(0.5)
     source = model(
         "(float[n, 8] X) => (float[n, 8] Y)",
-        "A = DequantizeLinear(a, s) B = DequantizeLinear(b, s) bt = Transpose(B) c = MatMul(X, A) Y = MatMul(c, bt)",
+        "A = Cast<to = 1>(a) B = Cast<to = 1>(b) bt = Transpose(B) c = MatMul(X, A) Y = MatMul(c, bt)",
         a=RNG.integers(-9, 9, (8, 8), np.int8),
         b=RNG.integers(-9, 9, (8, 8), np.int8),
-        s=scale,
     )
     for node in source.graph:  # as a pass that writes such nodes leaves them
         if node.op_type != "MatMul":
