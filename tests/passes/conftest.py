@@ -64,6 +64,12 @@ def op_types() -> Callable[[ir.Model], list[str]]:
 
 
 @pytest.fixture
+def answers() -> Callable[..., list[np.ndarray]]:
+    """``answers(model, feeds, library=..)``: all outputs, with the library or on the bodies of functions."""
+    return _answers
+
+
+@pytest.fixture
 def check_joined() -> Callable[..., PassResult]:
     """``check_joined(step, model, expected_ops, feeds, exact=..)``: ``step`` makes one operator of several, once.
     Answers must not change: with the library (``exact`` true) or on the bodies (false) not in a single bit."""

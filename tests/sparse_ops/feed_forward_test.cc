@@ -2,6 +2,7 @@
 
 #include "kernels/spmm/feed_forward.h"
 
+#include "linear_checks.h"
 #include "spmm_checks.h"
 
 namespace {
@@ -14,18 +15,6 @@ struct Shape {
   double density;
   size_t width = 1, second_width = 1;
 };
-
-// Between inaccessible pages.
-std::vector<float> run_both(const Plan& plan, const Weight& first, const Weight& second,
-                            const std::vector<float>& x) {
-  const Guarded<float> guarded_x(x);
-  guarded_x.make_read_only();
-  const Guarded<float> y(std::vector<float>(plan.tokens * second.N, std::nanf("")));
-  const Guarded<char> scratch(plan.scratch_bytes);
-  Backwards workers;
-  expect(run(plan, first, second, guarded_x.typed(), y.typed(), scratch.data(), workers), "workers failed");
-  return {y.typed(), y.typed() + plan.tokens * second.N};
-}
 
 std::vector<float> one_by_one(const Kernel& kernel, const Weight& first, const Weight& second,
                               const std::vector<float>& x, size_t tokens) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <thread>
 
+#include "linear_checks.h"
 #include "quads_checks.h"
 
 namespace {
@@ -21,18 +22,6 @@ struct Shape {
 RandomQuads random_of(size_t K, size_t N, size_t chunk, size_t block, const Shape& s) {
   return s.density > 1 ? random_dense(K, N, chunk, block, s.limit)
                        : random_quads(K, N, s.density, chunk, block, s.limit);
-}
-
-// Between inaccessible pages.
-std::vector<float> run_both(const Plan& plan, const Weight& first, const Weight& second,
-                            const std::vector<float>& x) {
-  const Guarded<float> guarded_x(x);
-  guarded_x.make_read_only();
-  const Guarded<float> y(std::vector<float>(plan.tokens * second.N, std::nanf("")));
-  const Guarded<char> scratch(plan.scratch_bytes);
-  Backwards workers;
-  expect(run(plan, first, second, guarded_x.typed(), y.typed(), scratch.data(), workers), "workers failed");
-  return {y.typed(), y.typed() + plan.tokens * second.N};
 }
 
 std::vector<float> one_by_one(const Kernel& kernel, const Weight& first, const Weight& second,

@@ -8,6 +8,7 @@
 #include <memory>
 #include <thread>
 
+#include "linear_checks.h"
 #include "quads_checks.h"
 
 namespace {
@@ -206,29 +207,6 @@ void test_activations() {
       expect(near, describe(plan, guarded.checked.weight) + ": another activation");
     }
   }
-}
-
-// Outputs apart from each other, side by side again, each computed between inaccessible pages.
-template <class Tokens>
-std::vector<float> run_apart(const Plan& plan, const Weight& weight, const Tokens& x,
-                             const std::vector<size_t>& split) {
-  const Guarded<char> scratch(plan.scratch_bytes);
-  std::vector<std::unique_ptr<Guarded<float>>> memory;
-  std::vector<Output> outputs;
-  for (size_t channels : split) {
-    const std::vector<float> nothing(plan.tokens * channels, std::nanf(""));
-    memory.push_back(std::make_unique<Guarded<float>>(nothing));
-    outputs.push_back({memory.back()->typed(), channels});
-  }
-  Backwards workers;
-  expect(run(plan, weight, x, outputs, scratch.data(), workers), "workers failed");
-  std::vector<float> y;
-  for (size_t t = 0; t < plan.tokens; ++t) {
-    for (const Output& output : outputs) {
-      y.insert(y.end(), output.y + t * output.channels, output.y + (t + 1) * output.channels);
-    }
-  }
-  return y;
 }
 
 // Several linears in one weight are, bit for bit, its columns; gates are the products of two halves.

@@ -1,8 +1,7 @@
 // Weights of several linears: outputs apart from each other, and gates. Bit for bit what the linears give
 // alone, whether they have whole blocks or padding lies between them.
 
-#include <memory>
-
+#include "linear_checks.h"
 #include "spmm_checks.h"
 
 namespace {
@@ -18,28 +17,12 @@ struct Shape {
   size_t width = 1;
 };
 
-// The outputs side by side again, each computed between inaccessible pages.
+// Between inaccessible pages, the activations too.
 std::vector<float> split_run(const Plan& plan, const Weight& weight, const std::vector<float>& x,
                              const std::vector<size_t>& split) {
   const Guarded<float> guarded_x(x);
   guarded_x.make_read_only();
-  const Guarded<char> scratch(plan.scratch_bytes);
-  std::vector<std::unique_ptr<Guarded<float>>> memory;
-  std::vector<Output> outputs;
-  for (size_t channels : split) {
-    const std::vector<float> nothing(plan.tokens * channels, std::nanf(""));
-    memory.push_back(std::make_unique<Guarded<float>>(nothing));
-    outputs.push_back({memory.back()->typed(), channels});
-  }
-  Backwards workers;
-  expect(run(plan, weight, guarded_x.typed(), outputs, scratch.data(), workers), "workers failed");
-  std::vector<float> y;
-  for (size_t t = 0; t < plan.tokens; ++t) {
-    for (const Output& output : outputs) {
-      y.insert(y.end(), output.y + t * output.channels, output.y + (t + 1) * output.channels);
-    }
-  }
-  return y;
+  return run_apart(plan, weight, guarded_x.typed(), split);
 }
 
 // The columns of the linears, of those of all blocks.

@@ -415,12 +415,12 @@ def _in_turn(graph: ir.Graph) -> list[list[ir.Node]]:
         if node in constant:
             continue
         needed = [node]
-        for reader in needed:
-            makers = [value.producer() for value in read_values(reader)]
-            needed += [maker for maker in dict.fromkeys(makers) if maker in constant and maker in left]
-            for maker in makers:
-                if maker in constant:
-                    left.pop(maker, None)
+        for reader in needed:  # which grows meanwhile
+            for value in read_values(reader):
+                maker = value.producer()
+                if maker is not None and maker in constant and maker in left:
+                    del left[maker]
+                    needed.append(maker)
         del left[node]
         found.append(sorted(needed, key=place.__getitem__))
     return [*found, *([node] for node in left)]

@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sparse_onnx.model import model_io
 from sparse_onnx.model.metadata_keys import LOWERED_KEY
 from sparse_onnx.model.work import Work
 from sparse_onnx.passes.lower.exact_twin import exact_twin
@@ -17,7 +16,6 @@ from sparse_onnx.passes.lower.q_matmul import LowerQMatMul
 from sparse_onnx.passes.lower.sparse_matmul import LowerSparseMatMul
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
-from sparse_onnx.running.runtime import open_session
 
 K, HIDDEN = 40, 64
 X = np.random.default_rng(5).standard_normal((2, 3, K)).astype(np.float32)
@@ -71,18 +69,13 @@ def check_fused(check_joined):
     return check_fused
 
 
-def run(model, folder):
-    path = model_io.save_model(model, folder, name="model")
-    return open_session(path, threads=1, library=True).run(None, {"X": X})[0]
-
-
 @every_kind
 @pytest.mark.parametrize("what", PAIRS)
-def test_two_linears_are_one_operator(what, word, model, check_fused, tmp_path):
+def test_two_linears_are_one_operator(what, word, model, check_fused, answers):
     found = model(f"{'u = MatMul(X, U)' if what == '' else UP} {PAIRS[what]} {DOWN}", {"Y": K}, word)
     stored = {name: value.const_value for name, value in found.graph.initializers.items()}
     lowered = found.graph[0].metadata_props[LOWERED_KEY]
-    before = run(exact_twin(found), tmp_path / "before")
+    before = answers(exact_twin(found), {"X": X}, library=True)[0]
     result = check_fused(found, [f"{word}FeedForward{what}"])
     assert (result.statistics, result.declined) == ({"pairs": 1}, ())
     (node,) = found.graph
@@ -95,7 +88,9 @@ def test_two_linears_are_one_operator(what, word, model, check_fused, tmp_path):
     work = Work(found).count()
     assert [one.weight for one in work] == [node.inputs[1].name, "D.values"]
     assert [one.products for one in work] == [6 * K * sizes[1], 6 * HIDDEN * K]
-    np.testing.assert_allclose(run(exact_twin(found), tmp_path / "twin"), before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        answers(exact_twin(found), {"X": X}, library=True)[0], before, rtol=1e-4, atol=1e-4
+    )
 
 
 @every_kind

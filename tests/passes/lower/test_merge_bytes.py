@@ -5,7 +5,6 @@ import onnx_ir as ir
 import pytest
 
 from sparse_onnx.errors import SparseOnnxError
-from sparse_onnx.model import model_io
 from sparse_onnx.model.byte_weights import byte_weight
 from sparse_onnx.model.metadata_keys import LOWERED_KEY
 from sparse_onnx.model.work import Work
@@ -15,7 +14,6 @@ from sparse_onnx.passes.lower.merge_linears import MergeLinears
 from sparse_onnx.passes.lower.q_matmul import LowerQMatMul, LowerSparseQMatMul
 from sparse_onnx.passes.prune.magnitude import Magnitude
 from sparse_onnx.passes.quantize.weight import QuantizeWeights
-from sparse_onnx.running.runtime import open_session
 
 K = 192
 X = np.random.default_rng(5).standard_normal((2, 3, K)).astype(np.float32)
@@ -97,18 +95,13 @@ def check(check_joined):
     return check
 
 
-def run(model, folder, *, library=True):
-    path = model_io.save_model(model, folder, name="model")
-    return open_session(path, threads=1, library=library).run(None, {"X": X})
-
-
 @every_kind
 @pytest.mark.parametrize("opset", [13, 21])
-def test_query_key_and_value_are_one_operator(word, opset, model, check, tmp_path):
+def test_query_key_and_value_are_one_operator(word, opset, model, check, answers):
     found = model(QKV, {"Q": 48, "K_": 16, "V": 32}, word, opset, {"Wq": 48, "Wk": 16, "Wv": 32})
     lowered = found.graph[0].metadata_props[LOWERED_KEY]
     products = sum(one.products for one in Work(found).count())
-    before = run(exact_twin(found), tmp_path / "before")
+    before = answers(exact_twin(found), {"X": X}, library=True)
     result = check(found, [f"{word}MatMulSplit3"])
     assert result.statistics == {"gates": 0, "splits": 1}
     assert result.declined == ()
@@ -123,7 +116,7 @@ def test_query_key_and_value_are_one_operator(word, opset, model, check, tmp_pat
     assert set(found.graph.initializers) == {value.name for value in node.inputs[1:]}
     assert len(found.functions) == 1
     assert sum(one.products for one in Work(found).count()) == products
-    for got, want in zip(run(exact_twin(found), tmp_path / "twin"), before, strict=True):
+    for got, want in zip(answers(exact_twin(found), {"X": X}, library=True), before, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -109,30 +109,6 @@ void finish(Activation activation, const unsigned char* bias, float* y, size_t s
   for (size_t i = whole; i < size; ++i) y[i] = rest[i - whole];
 }
 
-// The values of neighbouring blocks, which are read side by side.
-template <size_t kBlocks>
-struct Streams {
-  static constexpr size_t kAhead = 2048;  // bytes
-
-  const uint8_t* at[kBlocks];
-  const uint8_t* end[kBlocks];
-  ptrdiff_t jump[kBlocks];  // from there to where the same stream goes on, in the blocks behind these
-
-  Streams(const Weight& w, size_t block) {
-    const size_t blocks = (w.N + kBlock - 1) / kBlock;
-    const auto begin = [&](size_t b) { return b < blocks ? w.values + w.block_values[b] : w.values_end; };
-    for (size_t b = 0; b < kBlocks; ++b) {
-      at[b] = begin(block + b);
-      end[b] = begin(block + b + 1);
-      jump[b] = begin(block + kBlocks + b) - end[b];
-    }
-  }
-  void prefetch(size_t b) const {
-    const uint8_t* ahead = at[b] + kAhead;
-    __builtin_prefetch(ahead < end[b] ? ahead : ahead + jump[b]);
-  }
-};
-
 inline float scale_at(const Weight& w, size_t block, size_t g, size_t j) {
   uint16_t half;
   __builtin_memcpy(&half, static_cast<const char*>(w.scales) + ((block * groups_of(w) + g) * kBlock + j) * 2,

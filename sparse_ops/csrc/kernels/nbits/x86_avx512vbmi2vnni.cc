@@ -155,6 +155,28 @@ void run_bitmap(const Weight& w, const Rows& x, size_t begin, size_t end, float*
   }
 }
 
+// The values of neighbouring blocks, which are read side by side.
+template <size_t kBlocks>
+struct Streams {
+  const uint8_t* at[kBlocks];
+  const uint8_t* end[kBlocks];
+  ptrdiff_t jump[kBlocks];  // from there to where the same stream goes on, in the blocks behind these
+
+  Streams(const Weight& w, size_t block) {
+    const size_t blocks = (w.N + kBlock - 1) / kBlock;
+    const auto begin = [&](size_t b) { return b < blocks ? w.values + w.block_values[b] : w.values_end; };
+    for (size_t b = 0; b < kBlocks; ++b) {
+      at[b] = begin(block + b);
+      end[b] = begin(block + b + 1);
+      jump[b] = begin(block + kBlocks + b) - end[b];
+    }
+  }
+  void prefetch(size_t b) const {
+    const uint8_t* ahead = at[b] + kPrefetch;
+    __builtin_prefetch(ahead < end[b] ? ahead : ahead + jump[b]);
+  }
+};
+
 // Memory delivers the streams of several blocks faster than that of one.
 template <size_t kRows, size_t kBlocks, bool kZeros>
 inline void add_blocks(const Weight& w, const Rows& x, size_t block, float* y, size_t stride) {
